@@ -1,0 +1,31 @@
+"""What ft-core itself registers, the way any other package would."""
+
+from __future__ import annotations
+
+from ft_core.plugins.specs import CommandSpec, MethodSpec, ModalitySpec
+
+__all__ = ["CHAT", "DOCTOR", "EVAL", "EXPORT", "GENERATE", "PLUGINS", "REPORT", "SFT", "TEXT", "TRAIN"]
+
+SFT = MethodSpec(
+    name="sft",
+    summary="supervised fine-tuning on answers, and continued pre-training on plain text",
+    settings="ft_core.training.sft:SftSettings",
+    trainer="ft_core.training.sft:build",
+    evaluate="ft_core.evaluation:evaluate_answers",
+    formats=("messages", "prompt-completion", "alpaca", "sharegpt", "text"),
+)
+TEXT = ModalitySpec(name="text", summary="language models on text", load="ft_core.models:load_for_training")
+
+
+def _command(name: str, summary: str) -> CommandSpec:
+    return CommandSpec(name=name, summary=summary, module=f"ft_core.commands.{name}")
+
+
+DOCTOR = _command("doctor", "say what this machine can do, and what is missing")
+TRAIN = _command("train", "train from a configuration")
+CHAT = _command("chat", "talk to a run or a model")
+GENERATE = _command("generate", "answer a file of prompts")
+EVAL = _command("eval", "measure a run on held-out data, before and after")
+EXPORT = _command("export", "write a run in the form that an engine serves")
+REPORT = _command("report", "write a run's report again")
+PLUGINS = _command("plugins", "list plugins, and say which are broken")

@@ -1,0 +1,217 @@
+"""What a plugin declares: one small frozen dataclass a kind, found through an entry point of that kind's group.
+
+A spec holds names, never code: every callable is a reference ``"package.module:attribute"`` that is imported when it
+is first used. So a module of specs imports in no time, and listing plugins costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+__all__ = [
+    "API_VERSION",
+    "GROUPS",
+    "ArchitectureSpec",
+    "CodecSpec",
+    "CommandSpec",
+    "ExportRequest",
+    "ExportResult",
+    "ExporterSpec",
+    "MethodSpec",
+    "ModalitySpec",
+    "RewardSpec",
+    "RolloutSpec",
+    "Spec",
+    "resolve",
+]
+
+API_VERSION = 1
+"""The version of this interface. A plugin states the one it was written for; a newer one than this is refused."""
+
+
+def resolve(reference: str) -> Any:
+    """Import ``"package.module:attribute"`` and return the attribute.
+
+    Raises:
+        ValueError: the reference is not of that form.
+        ImportError, AttributeError: as Python's own import raises them.
+    """
+    module, colon, attribute = reference.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"a reference is 'package.module:attribute', not {reference!r}")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What every plugin states about itself.
+
+    Attributes:
+        name: the name that configurations and commands use; equal to the entry point's name.
+        summary: one line for listings.
+        api_version: the version of this interface that the plugin was written for.
+    """
+
+    group: ClassVar[str] = ""
+    name: str
+    summary: str
+    api_version: int = API_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSpec(Spec):
+    """A subcommand of ``ft``.
+
+    Attributes:
+        module: a module with ``add_arguments(parser: argparse.ArgumentParser) -> None`` and
+            ``run(args: argparse.Namespace) -> int | None`` (the exit code; None is 0). It is imported when the command
+            is called, so it may import what it likes, but ``ft NAME --help`` is quicker when ``run`` imports late.
+    """
+
+    group: ClassVar[str] = "ft.commands"
+    module: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec(Spec):
+    """A training method, named by the configuration's ``method``.
+
+    Attributes:
+        settings: reference to the pydantic model of the method's own section of the configuration.
+        trainer: reference to ``build(job: ft_core.training.Job) -> transformers.Trainer``. The job holds the model with
+            its adapter, tokenizer, rows and trainer arguments; the run folder, checkpoints, resuming and reporting are
+            ft_core's.
+        formats: names of the data formats (``ft_core.data.FORMATS``) that the method can train on.
+        head: what the model ends in: a language-model head, or a scalar score per sequence.
+        evaluate: reference to ``evaluate(job: ft_core.evaluation.EvaluationJob) -> ft_core.evaluation.Evaluation``.
+    """
+
+    group: ClassVar[str] = "ft.methods"
+    settings: str
+    trainer: str
+    formats: tuple[str, ...]
+    evaluate: str
+    head: Literal["language-model", "score"] = "language-model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalitySpec(Spec):
+    """A kind of input besides (or with) text.
+
+    Attributes:
+        read: reference to a function from a path to the decoded object, or None where the input is text.
+        extensions: file name endings that ``read`` takes, lower case, with the dot.
+        load: reference to the function that loads a model of this modality for training, or None where the installed
+            version cannot train one yet: a configuration that asks for it is refused in one line.
+    """
+
+    group: ClassVar[str] = "ft.modalities"
+    read: str | None = None
+    extensions: tuple[str, ...] = ()
+    load: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSpec(Spec):
+    """How a model family maps onto fast layers.
+
+    Attributes:
+        model_types: the ``model_type`` values of transformers configurations that it covers.
+        describe: reference to a function from a transformers configuration to the family's layout.
+    """
+
+    group: ClassVar[str] = "ft.architectures"
+    model_types: tuple[str, ...]
+    describe: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSpec(Spec):
+    """A reward function: ``reward`` refers to ``f(prompts, completions, **columns) -> list[float]``, as TRL calls it."""
+
+    group: ClassVar[str] = "ft.rewards"
+    reward: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSpec(Spec):
+    """An engine that samples completions during training: ``engine`` refers to its class."""
+
+    group: ClassVar[str] = "ft.rollouts"
+    engine: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecSpec(Spec):
+    """An audio codec: ``codec`` refers to a class with ``encode``, ``decode`` and ``sample_rate``."""
+
+    group: ClassVar[str] = "ft.codecs"
+    codec: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExporterSpec(Spec):
+    """A target of ``ft export RUN --to NAME``.
+
+    Attributes:
+        export: reference to ``export(request: ExportRequest) -> ExportResult``.
+        types: what ``--type`` may be, the default first; empty where there is nothing to choose.
+    """
+
+    group: ClassVar[str] = "ft.exporters"
+    export: str
+    types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What ``ft export`` asks of an exporter.
+
+    Attributes:
+        run: the run folder (see the documentation's page on run folders).
+        out: the folder to write to; it may not exist yet. An exporter writes beside it and renames.
+        type: one of the spec's ``types``, or None where it has none.
+        overwrite: whether files of an earlier export in ``out`` may be replaced.
+        options: further ``key=value`` words of the command line.
+    """
+
+    run: Path
+    out: Path
+    type: str | None = None
+    overwrite: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What an exporter made.
+
+    Attributes:
+        files: the files or folders written, the main one first.
+        checks: lines that say what was checked and found, printed as they are.
+        next_command: a command that uses the result, or None.
+    """
+
+    files: tuple[Path, ...]
+    checks: tuple[str, ...] = ()
+    next_command: str | None = None
+
+
+GROUPS: dict[str, type[Spec]] = {
+    spec.group: spec
+    for spec in (
+        MethodSpec,
+        ModalitySpec,
+        ArchitectureSpec,
+        RewardSpec,
+        RolloutSpec,
+        CodecSpec,
+        ExporterSpec,
+        CommandSpec,
+    )
+}
+"""The spec class of each entry-point group."""
