@@ -1,0 +1,71 @@
+"""From tokenized rows to a batch of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["IGNORE", "Collator"]
+
+IGNORE = -100
+"""The label that torch's and transformers' cross-entropy leave out."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of rows, each a dict of ``input_ids``, ``labels`` and, where packed, ``seq_lengths``.
+
+    Padding-free, the batch is one row of all T tokens: ``input_ids``, ``labels`` and ``position_ids`` are int64 [1, T],
+    the positions restart at 0 at each document, and there is no attention mask: transformers derives from the
+    positions a mask that keeps the documents apart. It does so only without a key-value cache, so the batch says
+    ``use_cache=False`` too; with a cache, documents would see each other without a word.
+
+    Otherwise every document, packed or not, is a row of its own: ``input_ids``, ``labels`` and ``attention_mask`` are
+    int64 [B, L], padded on the right.
+
+    In both, a document's first token has the label -100, so nothing is predicted across a boundary.
+
+    Attributes:
+        pad_token_id: what fills the ends of shorter rows; never trained nor attended to.
+        padding_free: which of the two.
+    """
+
+    pad_token_id: int
+    padding_free: bool = True
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        documents = [document for feature in features for document in _documents(feature)]
+        if self.padding_free:
+            return {
+                "input_ids": torch.cat([ids for ids, _ in documents])[None],
+                "labels": torch.cat([labels for _, labels in documents])[None],
+                "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in documents])[None],
+                "use_cache": False,
+            }
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad([ids for ids, _ in documents], batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad([labels for _, labels in documents], batch_first=True, padding_value=IGNORE),
+            "attention_mask": pad([torch.ones_like(ids) for ids, _ in documents], batch_first=True),
+        }
+
+
+def _documents(feature: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The (input_ids, labels) of each document of a row, int64 [length] each."""
+    import torch
+
+    ids = torch.as_tensor(feature["input_ids"], dtype=torch.int64)
+    labels = torch.as_tensor(feature["labels"], dtype=torch.int64).clone()
+    lengths = list(feature.get("seq_lengths") or [len(ids)])
+    if sum(lengths) != len(ids) or len(labels) != len(ids):
+        raise ValueError(f"a row of {len(ids)} tokens has {len(labels)} labels and documents of {sum(lengths)} tokens")
+    pairs = list(zip(ids.split(lengths), labels.split(lengths), strict=True))
+    for _, document_labels in pairs:
+        document_labels[:1] = IGNORE
+    return pairs

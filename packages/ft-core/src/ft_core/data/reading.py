@@ -1,0 +1,131 @@
+"""Reads training data from files, folders and the Hub into rows of normal form; every mistake is one line."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ft_core.data.files import EXTENSIONS, at, nearest, read_file
+from ft_core.data.formats import FORMATS, check_columns, needs, recognise
+from ft_core.data.rows import Rows
+from ft_core.errors import DataError
+
+__all__ = ["read_rows"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def read_rows(sources: Any, formats: Sequence[str], *, seed: int) -> Rows:
+    """Read the data that a configuration names.
+
+    A source is a .jsonl, .json, .csv, .parquet or .txt file in UTF-8, a folder (all such files in it and below, in the
+    order of their names, hidden ones left out), or the name of a Hub data set, whose ``train`` split is read. A .json
+    file holds a list of objects, or one object a line; a .txt file is one row. The format is recognised by the columns
+    of a file's first row unless the source names it.
+
+    Args:
+        sources: a path or name, or a list of them and of ``{path, weight, format}`` (mappings, or objects with these
+            attributes). A row of a source with weight w > 0 appears w times on average: 2 gives each twice, 0.5 a half
+            that the seed draws.
+        formats: the names of the formats that the method can train on.
+        seed: for the fractions of weights.
+
+    Returns:
+        the rows in normal form, in the order of the sources.
+
+    Raises:
+        DataError: anything that is wrong with a file or row, with file, line and what is allowed.
+    """
+    if isinstance(sources, (str, Path, Mapping)) or hasattr(sources, "path"):
+        sources = [sources]
+    parts = []
+    for number, source in enumerate(sources):
+        path, weight, format = _source(source)
+        if format is not None and format not in FORMATS:
+            raise DataError(f"{path}: there is no format {format!r}; allowed are {', '.join(FORMATS)}")
+        part = _read_source(path, format, formats)
+        if weight != 1:
+            part = part.weighted(weight, seed=f"{seed}:weight:{number}")
+            if not len(part):
+                raise DataError(f"{path}: weight {weight} leaves none of its rows")
+        parts.append(part)
+    if not parts:
+        raise DataError("data names no source: give a file, a folder or a Hub data set")
+    return parts[0] if len(parts) == 1 else Rows.joined(parts)
+
+
+def _source(source: Any) -> tuple[str, float, str | None]:
+    if isinstance(source, (str, Path)):
+        return str(source), 1.0, None
+    value = source.get if isinstance(source, Mapping) else lambda key: getattr(source, key, None)
+    path, weight = value("path"), value("weight")
+    if path is None:
+        raise DataError(f"a data source needs a 'path': {source!r}")
+    weight = 1.0 if weight is None else weight
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (0 < weight < math.inf):
+        raise DataError(f"{path}: weight must be a number above 0, not {weight!r}")
+    return str(path), float(weight), value("format")
+
+
+def _read_source(name: str, format: str | None, formats: Sequence[str]) -> Rows:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in EXTENSIONS
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        if not files:
+            raise DataError(f"{name}: the folder has no data files; {_extensions()} are read")
+        return Rows.joined(_read_one(str(file), read_file(file), format, formats) for file in files)
+    if path.exists():
+        if path.suffix.lower() not in EXTENSIONS:
+            raise DataError(f"{name}: data files end in {_extensions()}, not in {path.suffix or 'no extension'!r}")
+        return _read_one(name, read_file(path), format, formats)
+    if path.suffix.lower() in EXTENSIONS or not _HUB_NAME.fullmatch(name) or path.is_symlink():
+        raise DataError(f"{name}: no such file or folder{nearest(path)}")
+    return _read_one(name, _read_hub(name, path), format, formats)
+
+
+def _read_hub(name: str, path: Path) -> Iterable[tuple[int, Any]]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split="train")
+    except Exception as error:  # what the Hub's client raises has no common base
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{name}: no such file or folder{nearest(path)}, and it cannot be loaded as a Hub data set: {reason}"
+        ) from error
+    return enumerate(dataset, start=1)
+
+
+def _read_one(name: str, numbered: Iterable[tuple[int, Any]], format: str | None, formats: Sequence[str]) -> Rows:
+    """The rows of one file, each checked and normalised."""
+    rows = Rows()
+    chosen = FORMATS[format] if format else None
+    for number, row in numbered:
+        if not isinstance(row, dict):
+            kind = "null" if row is None else type(row).__name__
+            raise DataError(f"{at(name, number)}: a row must be a JSON object with columns, not {kind}")
+        try:
+            if chosen is None:
+                chosen = FORMATS[recognise(row, formats)]
+            if chosen.name not in formats:
+                raise DataError(f"is in the {chosen.name} format, which this method cannot train on; {needs(formats)}")
+            check_columns(row, chosen)
+            rows.add([chosen.normalise(row)])
+        except DataError as error:
+            raise DataError(f"{at(name, number)}: {error}") from None
+    if not len(rows):
+        raise DataError(f"{name}: the file is empty" if Path(name).suffix else f"{name}: there are no rows")
+    return rows
+
+
+def _extensions() -> str:
+    return ", ".join(EXTENSIONS)
