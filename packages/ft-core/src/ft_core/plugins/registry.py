@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -64,25 +64,16 @@ class Registry:
     """
 
     def __init__(self, points: Iterable[EntryPoint] | None = None) -> None:
-        self._points = points
-
-    @cached_property
-    def _entries(self) -> dict[str, list[Entry]]:
-        found: dict[str, list[Entry]] = {group: [] for group in GROUPS}
-        points = entry_points() if self._points is None else self._points
-        for point in points:
-            if point.group in found:
-                dist = point.dist
-                name = re.sub(r"[-_.]+", "-", dist.name).lower() if dist else "unknown"
-                entry = Entry(point.group, point.name, point.value, name, dist.version if dist else "?")
-                # One distribution can be met twice on a path (an editable install beside its build folder).
-                if entry not in found[point.group]:
-                    found[point.group].append(entry)
-        return {group: sorted(entries, key=lambda e: (not e.own, e.name)) for group, entries in found.items()}
+        self._points = None if points is None else tuple(points)
+        self._found: dict[str, list[Entry]] = {}
 
     def entries(self, group: str) -> list[Entry]:
         """All plugins of a group, ft's own first, without importing any."""
-        return list(self._entries[group])
+        if group not in self._found:
+            points = entry_points(group=group) if self._points is None else self._points
+            found = [_entry(point) for point in points if point.group == group]
+            self._found[group] = sorted(dict.fromkeys(found), key=lambda entry: not entry.own)
+        return list(self._found[group])
 
     def names(self, group: str) -> list[str]:
         """The names of a group, each once, without importing any plugin."""
@@ -128,11 +119,14 @@ class Registry:
         return spec
 
     def _load(self, entry: Entry) -> Spec:
-        where = f"plugin {entry.name!r} ({entry.group}) of {entry.source}"
+        where = _where(entry)
         point = EntryPoint(entry.name, entry.value, entry.group)
         try:
             spec = point.load()
-        except (Exception, SystemExit) as error:  # a plugin is foreign code: whatever it raises is its problem, not ours
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a plugin is foreign code: whatever it raises is its problem, not ours
             raise PluginError(f"{where} fails to import: {type(error).__name__}: {error}") from error
         expected = GROUPS[entry.group]
         if not isinstance(spec, expected):
@@ -159,8 +153,17 @@ class Registry:
                     else:
                         problems.append(Problem(entry, f"its name is taken by {chosen.source}, which is used instead"))
                 except PluginError as error:
-                    problems.append(Problem(entry, str(error)))
+                    problems.append(Problem(entry, str(error).removeprefix(_where(entry)).strip()))
         return problems
+
+
+def _where(entry: Entry) -> str:
+    return f"plugin {entry.name!r} ({entry.group}) of {entry.source}"
+
+
+def _entry(point: EntryPoint) -> Entry:
+    name = re.sub(r"[-_.]+", "-", point.dist.name).lower() if point.dist else "unknown"
+    return Entry(point.group, point.name, point.value, name, point.dist.version if point.dist else "?")
 
 
 def _join(words: Iterable[str]) -> str:

@@ -1,0 +1,87 @@
+"""The command line: finds the command among the plugins, runs it, and turns errors into one line and an exit code.
+
+Exit codes: 0 done; 2 something the user can mend, said in one line; 130 interrupted; 1 a fault of ours, with its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ft_core import __version__
+from ft_core.errors import FtError, PluginError
+from ft_core.plugins import CommandSpec, registry
+
+__all__ = ["main"]
+
+ORDER = ("doctor", "train", "eval", "chat", "generate", "report", "merge", "export", "plugins")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints the usage and then the error; one line is easier to read and to log."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``ft`` with these words (the process's own where None) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"ft {__version__}")
+        return 0
+    try:
+        return _run(words[0], words[1:])
+    except FtError as error:
+        print(f"ft {words[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`ft … | head`). What Python still holds would raise again when it is flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(name: str, words: list[str]) -> int:
+    if name.startswith("-"):
+        raise PluginError(f"{name} is no option of ft: give a command first (see ft --help)")
+    spec = registry().get(CommandSpec, name)
+    try:
+        module = importlib.import_module(spec.module)
+        parser = _Parser(prog=f"ft {name}", description=spec.summary)
+        module.add_arguments(parser)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(f"the command {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    code = module.run(parser.parse_args(words))
+    return int(code or 0)
+
+
+def _overview() -> str:
+    lines = ["usage: ft COMMAND …", "", "Fine-tune language models on the GPU you have.", ""]
+    entries = registry().entries("ft.commands")
+    own = sorted((e for e in entries if e.own), key=lambda e: ORDER.index(e.name) if e.name in ORDER else len(ORDER))
+    for entry in own:
+        try:
+            summary = registry().load("ft.commands", entry.name).summary
+        except PluginError as error:
+            summary = f"(cannot be used: {error})"
+        lines.append(f"  {entry.name:<10} {summary}")
+    others = [e for e in entries if not e.own]
+    if others:
+        # A third party's module is not imported for the sake of a listing: what it costs is not known.
+        lines += ["", "from other packages:", *(f"  {e.name:<10} of {e.source}" for e in others)]
+    lines += ["", "ft COMMAND --help says more. Exit codes: 0 done, 2 to be mended by you, 130 interrupted, 1 a fault."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

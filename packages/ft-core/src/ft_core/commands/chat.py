@@ -1,0 +1,60 @@
+"""``ft chat RUN``: a conversation on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder, or a model as in a configuration")
+    parser.add_argument("--system", help="a system message to begin with")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ft_core.console import quiet, say
+
+    quiet()
+    from ft_core.generation import stream
+    from ft_core.models.opening import open_model
+
+    model, tokenizer = open_model(args.run, say=say)
+    first = [{"role": "system", "content": args.system}] if args.system else []
+    history = list(first)
+    say("Ctrl-C stops an answer, Ctrl-D (or Ctrl-C at the prompt) ends. /new starts over.")
+    while True:
+        try:
+            asked = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not asked:
+            continue
+        if asked == "/new":
+            history = list(first)
+            continue
+        history.append({"role": "user", "content": asked})
+        pieces = []
+        answer = stream(
+            model,
+            tokenizer,
+            history,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+        )
+        try:
+            for piece in answer:
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            say(" (stopped)")
+        finally:
+            answer.close()
+        print()
+        history.append({"role": "assistant", "content": "".join(pieces)})

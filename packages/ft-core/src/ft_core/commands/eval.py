@@ -1,0 +1,38 @@
+"""``ft eval RUN``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run folder")
+    parser.add_argument("--data", metavar="FILE", help="rows to measure on, instead of those kept from training")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N rows")
+    parser.add_argument("--answers", type=int, metavar="N", help="generate at most N answers")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ft_core.runs import Run
+
+    Run.open(args.run)  # a wrong path is said before anything heavy is imported
+    from ft_core.console import progress, quiet, say
+
+    quiet()
+    from ft_core.evaluation import evaluate, table
+
+    show = {}
+
+    def shown(done: int, total: int, what: str) -> None:
+        if what not in show or done == 0:
+            show[what] = progress(what)
+        show[what](done, total)
+
+    comparison = evaluate(args.run, data=args.data, limit=args.limit, answers=args.answers, say=say, progress=shown)
+    print(json.dumps(comparison, ensure_ascii=False, indent=1) if args.json else table(comparison))
+    say(f"written to {args.run}/evaluation.json and {args.run}/report.html")
+    return 0

@@ -1,0 +1,59 @@
+"""``ft export RUN --to TARGET``: hands a run to the exporter that is registered under that name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ft_core.errors import ConfigError
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run folder")
+    parser.add_argument(
+        "--to", required=True, metavar="TARGET", help="the form to write, such as gguf (see ft plugins)"
+    )
+    parser.add_argument(
+        "--type", metavar="TYPE", help="the number format, such as f16 or q8_0; the target has a default"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to; unset means RUN/export/TARGET")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="further settings of the target")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ft_core.plugins import ExporterSpec, ExportRequest, ExportResult, registry, resolve
+    from ft_core.runs import Run
+
+    spec = registry().get(ExporterSpec, args.to)
+    folder = Run.open(args.run)
+    kind = args.type or (spec.types[0] if spec.types else None)
+    if kind is not None and kind not in spec.types:
+        allowed = ", ".join(spec.types) or "none, it has only one form"
+        raise ConfigError(f"--type {kind} is not allowed for {args.to} (allowed: {allowed})")
+    options = {}
+    for word in args.options:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word!r} is no setting: write key=value")
+        options[key] = value
+    from ft_core.console import quiet
+
+    quiet()
+    request = ExportRequest(
+        run=folder.path,
+        out=args.out or folder.path / "export" / args.to,
+        type=kind,
+        overwrite=args.overwrite,
+        options=options,
+    )
+    result: ExportResult = resolve(spec.export)(request)
+    for line in result.checks:
+        print(line)
+    for file in result.files:
+        print(f"wrote {file}")
+    if result.next_command:
+        print(f"next: {result.next_command}")
+    return 0

@@ -1,0 +1,44 @@
+"""``ft train CONFIG.yaml key=value …``"""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values to use instead: training.max_steps=100"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run in 'output'")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in 'output'")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ft_core.config import load_config, to_yaml
+
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from ft_core.console import quiet, say
+
+    quiet()
+    from ft_core.evaluation import table
+    from ft_core.training import train
+
+    result = train(config, resume=args.resume, overwrite=args.overwrite, say=say)
+    again = f"ft train {args.config} {' '.join(args.overrides)}".strip()
+    if result.status == "interrupted":
+        say(f"stopped at step {result.steps}; go on with: {again} --resume")
+        return 130
+    loss = f", loss {result.train_loss:.4f}" if result.train_loss is not None else ""
+    print(f"done: {result.steps} steps{loss}, in {result.run}")
+    if result.evaluation:
+        print(table(result.evaluation))
+    print(f"report: {result.run / 'report.html'}")
+    print(f"next: ft eval {result.run}  |  ft chat {result.run}  |  ft merge {result.run}")
+    return 0

@@ -1,0 +1,227 @@
+"""Reads a configuration from YAML and ``key=value`` words, and turns every mistake into one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ft_core.config.schema import LATER, TrainConfig
+from ft_core.errors import ConfigError, PluginError
+from ft_core.plugins import EXTRAS, MethodSpec, ModalitySpec, registry, resolve
+
+__all__ = ["check_config", "load_config", "method_settings", "parse_overrides", "to_yaml"]
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Read a configuration file, apply ``key=value`` overrides, and check it whole.
+
+    Raises:
+        ConfigError: one line with the key, the value, what is allowed and the nearest right spelling.
+        PluginError: the method or task is not installed; the message says what to install.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    try:
+        values = yaml.load(text, _UniqueKeys)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys with values, such as 'model: …', not {_kind(values)}")
+    return check_config(_merge(values, parse_overrides(overrides)))
+
+
+def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
+    """Validate a configuration and the method's own section of it; see :func:`load_config` for what it raises."""
+    if isinstance(values, TrainConfig):
+        config = values
+    else:
+        for key in LATER:
+            if key in values:
+                raise ConfigError(f"{key}: this version of ft-core has no such setting yet; remove it")
+        if values.get("quantization") == "fp8":
+            raise ConfigError("quantization: 'fp8' is not available in this version (allowed: none, nf4, int8)")
+        try:
+            config = TrainConfig.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(_one_line(error, TrainConfig, "")) from None
+    for key in config.sections:
+        _check_section_name(key, config.method)
+    modality = registry().get(ModalitySpec, config.task)
+    if modality.load is None:
+        raise PluginError(f"task: {config.task!r} cannot be trained by the installed version ({modality.summary})")
+    method_settings(config)
+    return config
+
+
+def method_settings(config: TrainConfig) -> BaseModel:
+    """The method's own section, validated by the method's model."""
+    model: type[BaseModel] = resolve(registry().get(MethodSpec, config.method).settings)
+    section = config.sections.get(config.method)
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(f"{config.method}: must hold the method's settings, not {_kind(section)}")
+    try:
+        return model.model_validate(dict(section or {}))
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, model, config.method)) from None
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """``["training.max_steps=100", "lora=null"]`` as nested values, each read as YAML.
+
+    Raises:
+        ConfigError: a word without ``=`` or with a value that is no YAML.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"{word!r} is no override: write key=value, such as training.max_steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {key} is no valid YAML: {text!r} ({error})") from error
+        below = values
+        for part in parts[:-1]:
+            if not isinstance(below.get(part), dict):
+                below[part] = {}
+            below = below[part]
+        below[parts[-1]] = value
+    return values
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as YAML, every key with its value, the method's own section included."""
+    values = config.model_dump(mode="json")
+    values[config.method] = method_settings(config).model_dump(mode="json")
+    header = f"# ft train config.yaml output={config.output}\n"
+    return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in overrides.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _check_section_name(key: str, method: str) -> None:
+    """An extra top-level key must be the section of the method in use."""
+    methods = {*registry().names("ft.methods"), *EXTRAS["ft.methods"]}
+    if key == method:
+        return
+    if key in methods:
+        raise ConfigError(f"{key}: these are settings of the method {key!r}, but the method is {method!r}")
+    raise ConfigError(_unknown(key, "", [*TrainConfig.model_fields, method]))
+
+
+def _unknown(key: str, where: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, 1, cutoff=0.6)
+    hint = f"; did you mean {where + close[0]!r}?" if close else ""
+    return f"unknown key {where + key!r}{hint} (allowed{' in ' + where[:-1] if where else ''}: {', '.join(allowed)})"
+
+
+def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
+    """The first mistake of a validation error: key, value, what is allowed, and the nearest right spelling."""
+    errors = error.errors()
+    # A union reports every branch that failed; an unknown key in the branch that was meant says more than the rest.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    names = [str(part) for part in first["loc"] if not _is_branch(part)]
+    key = ".".join(([prefix] if prefix else []) + names)
+    others = len({e["loc"][0] for e in errors if e["loc"]}) - 1
+    more = f" (and {others} more)" if others > 0 else ""
+    value = first.get("input")
+    if first["type"] == "extra_forbidden":
+        below = _model_at(model, names[:-1])
+        where = key.rpartition(".")[0]
+        return _unknown(names[-1], where + "." if where else "", list(below.model_fields) if below else []) + more
+    if first["type"] == "missing":
+        return f"{key}: is missing, and has no default{more}"
+    if first["type"] == "value_error" and not names:
+        return first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        allowed = _literals(errors, names)
+        close = difflib.get_close_matches(str(value).lower(), allowed, 1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{key}: {_shown(value)} is not allowed{hint} (allowed: {', '.join(allowed)}){more}"
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key}: {_shown(value)} is not allowed (allowed: {reason}){more}"
+
+
+def _literals(errors: list[Any], names: list[str]) -> list[str]:
+    found: list[str] = []
+    for e in errors:
+        if e["type"] == "literal_error" and [str(p) for p in e["loc"] if not _is_branch(p)] == names:
+            found += [w.strip().strip("'") for w in e["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        elif e["type"] == "list_type":
+            found.append("a list of names")
+    return found
+
+
+def _is_branch(part: object) -> bool:
+    """Whether a location's part is pydantic's name for a branch of a union rather than a key of the user's."""
+    return isinstance(part, str) and (
+        part in ("str", "int", "float", "bool", "DataSource", "LoraSettings") or part.endswith("]") or "-" in part
+    )
+
+
+def _model_at(model: type[BaseModel], names: list[str]) -> type[BaseModel] | None:
+    """The schema of a nested section, found along the keys that lead to it."""
+    for name in names:
+        if name.isdigit():
+            continue
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
+        found = _find_model(annotation)
+        if found is None:
+            return None
+        model = found
+    return model
+
+
+def _find_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_find_model, get_args(annotation)) if m), None)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _kind(value: Any) -> str:
+    return {"NoneType": "nothing", "str": "a word", "list": "a list"}.get(type(value).__name__, type(value).__name__)
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else None
+    names = [p.name for p in folder.iterdir()] if folder else []
+    close = difflib.get_close_matches(path.name, names, 1, cutoff=0.6)
+    return f" (in {path.parent.resolve()} there is {close[0]!r})" if close else ""

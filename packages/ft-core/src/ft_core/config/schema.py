@@ -1,0 +1,193 @@
+"""The configuration's keys, their types, defaults and bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+__all__ = ["LATER", "DataSource", "LoraSettings", "TrainConfig", "TrainingSettings"]
+
+LATER = ("memory", "verify", "rewards")
+"""Top-level keys that are reserved: this version knows their names and refuses them."""
+
+
+def _no_null(value: Any) -> Any:
+    return "none" if value is None else value
+
+
+def _only(value: Any) -> Any:
+    """YAML reads `yes`, `on` and 1 in places where only true or false is meant; a number is no switch."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError("true or false")
+
+
+Switch = Annotated[bool, BeforeValidator(_only)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataSource(Section):
+    """One source of training data.
+
+    Attributes:
+        path: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of such files, or a Hub dataset's name.
+        weight: how often each row appears per epoch, on average (0.5: a seeded half of the rows; 2: each twice).
+        format: the name of the row format, where the columns don't tell it.
+    """
+
+    path: str = Field(min_length=1)
+    weight: Number = Field(default=1.0, gt=0, le=1000)
+    format: str | None = None
+
+
+def _sources(value: Any) -> Any:
+    """A list may hold plain paths too."""
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("an empty list holds no data")
+        return [{"path": item} if isinstance(item, str) else item for item in value]
+    return value
+
+
+Sources = Annotated[str | list[DataSource], BeforeValidator(_sources)]
+
+
+class LoraSettings(Section):
+    """The adapter. The names on the left are ours, those of ``peft.LoraConfig`` on the right.
+
+    Attributes:
+        r: rank (``r``).
+        alpha: scaling numerator (``lora_alpha``); unset means 2r. The update is scaled by alpha/r, or alpha/sqrt(r)
+            with ``rslora``.
+        dropout: dropout on the adapter's input (``lora_dropout``).
+        targets: ``all-linear`` (every linear layer save the head) or a list of module names (``target_modules``).
+        rslora: rank-stabilised scaling (``use_rslora``; Kalajdzievski 2023, arXiv:2312.03732).
+        dora: weight-decomposed adapters (``use_dora``; Liu et al. 2024, arXiv:2402.09353).
+        bias: which biases are trained (``bias``).
+        modules_to_save: modules trained whole and saved with the adapter, such as ``embed_tokens`` and ``lm_head``.
+    """
+
+    r: int = Field(default=16, ge=1, le=4096)
+    alpha: Number | None = Field(default=None, gt=0)
+    dropout: Number = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    rslora: Switch = False
+    dora: Switch = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+
+
+Optimizer = Literal[
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adafactor",
+    "sgd",
+    "lion_8bit",
+    "lion_32bit",
+    "paged_adamw_32bit",
+]
+Scheduler = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+]
+
+
+class TrainingSettings(Section):
+    """How the optimizer runs.
+
+    Attributes:
+        epochs: passes over the training data; a fraction is allowed.
+        max_steps: optimizer steps, instead of ``epochs``.
+        batch_size: rows per device and micro-step; with packing a row holds up to ``max_length`` tokens.
+        gradient_accumulation: micro-steps per optimizer step; the loss is averaged over the tokens of all of them.
+        learning_rate: the peak of the schedule.
+        warmup_ratio: the share of the steps over which the rate rises from zero.
+        save_every: optimizer steps between checkpoints; unset means a tenth of the run, at least 20 and at most 500.
+        keep_checkpoints: how many of the newest checkpoints stay.
+        eval_every: optimizer steps between measurements of the loss on held-out data; unset means at the end only.
+        seed: of everything random: data order, adapter initialisation, dropout.
+    """
+
+    epochs: Number = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=2, ge=1)
+    gradient_accumulation: int = Field(default=4, ge=1)
+    learning_rate: Number = Field(default=2.0e-4, gt=0)
+    optimizer: Optimizer = "adamw_8bit"
+    scheduler: Scheduler = "cosine"
+    warmup_ratio: Number = Field(default=0.03, ge=0, le=1)
+    weight_decay: Number = Field(default=0.0, ge=0)
+    max_grad_norm: Number = Field(default=1.0, ge=0)
+    save_every: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+class TrainConfig(BaseModel):
+    """A run's configuration; the documentation's page on configuration explains each key.
+
+    A method's own settings sit in a section under the method's name (``sft: {train_on: all}``).
+
+    Raises:
+        pydantic.ValidationError: a key or value that is not allowed. ``ft_core.config.load_config`` turns it into a
+            one-line :class:`ft_core.errors.ConfigError`.
+    """
+
+    # Methods add sections by name, so unknown keys are sorted out below rather than by pydantic.
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    model: str = Field(min_length=1)
+    method: str = "sft"
+    data: Sources
+    eval_split: Number | int | None = None
+    eval_data: Sources | None = None
+    quantization: Annotated[Literal["none", "nf4", "int8"], BeforeValidator(_no_null)] = "none"
+    max_length: int = Field(default=2048, ge=2)
+    packing: Switch = True
+    lora: LoraSettings | None = Field(default_factory=LoraSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    activations: Literal["auto", "keep", "recompute"] = "auto"
+    task: str = "text"
+    output: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_may_be_empty(cls, values: Any) -> Any:
+        """`training:` with nothing below it is null in YAML and means the defaults (`lora: null` does not)."""
+        if isinstance(values, dict) and values.get("training", ...) is None:
+            values = {**values, "training": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.eval_split is not None and self.eval_data is not None:
+            raise ValueError("eval_split and eval_data exclude each other: give one")
+        if self.eval_split is not None and not (0 < self.eval_split < 1 or self.eval_split == int(self.eval_split) > 0):
+            raise ValueError("eval_split is a share between 0 and 1, or a whole number of rows")
+        if self.quantization != "none" and self.lora is None:
+            raise ValueError(f"quantization: {self.quantization} needs lora (quantized weights cannot be trained)")
+        if self.lora is not None and self.lora.targets == []:
+            raise ValueError("lora.targets is empty: give all-linear or at least one module name")
+        if self.output is None:
+            self.output = (
+                f"runs/{self.model.rstrip('/').split('/')[-1].split(':')[-1].removesuffix('.gguf')}-{self.method}"
+            )
+        return self
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The keys that are not in the schema: methods' own sections, not yet validated."""
+        return dict(self.model_extra or {})

@@ -1,0 +1,49 @@
+"""The terminal: quiet libraries, progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+__all__ = ["progress", "quiet", "say"]
+
+
+def say(line: str) -> None:
+    """One line to the person at the terminal, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def quiet() -> None:
+    """Silence the libraries' own chatter and progress bars. Only the command line calls this, for its own process."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def progress(unit: str) -> Callable[[int, int], None]:
+    """A callback (done, total) that shows how far a piece of work is, its rate and its end, on stderr."""
+    start = time.monotonic()
+    shown = 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        live = sys.stderr.isatty()
+        if done < total and now - shown < (0.2 if live else 10.0):
+            return
+        shown = now
+        rate = done / max(now - start, 1e-9)
+        left = (total - done) / rate if rate > 0 else 0.0
+        start_of_line = "\r\x1b[K" if live else ""
+        line = f"{done}/{total} {unit}  {rate:.1f}/s  {left:.0f} s left"
+        end = "\n" if not live or done >= total else ""
+        sys.stderr.write(f"{start_of_line}{line}{end}")
+        sys.stderr.flush()
+
+    return show

@@ -1,0 +1,300 @@
+"""Measures a model on held-out rows: loss, perplexity, and exact match where answers are short; before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ft_core.errors import RunError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ft_core.config import TrainConfig
+
+__all__ = ["Evaluation", "EvaluationJob", "Sample", "compare", "evaluate", "evaluate_answers", "table"]
+
+SHORT_ANSWER = 32
+"""Exact match is measured where at least 95 % of the expected answers have at most this many tokens."""
+
+TOKENS_AT_ONCE = 2048
+"""Loss is measured over about this many tokens at a time: the logits are the largest tensor of an evaluation."""
+
+
+@dataclass
+class Sample:
+    """One answer: what was asked, what was expected (or None), and what the model said."""
+
+    prompt: str
+    expected: str | None
+    answer: str
+
+
+@dataclass
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        metrics: numbers by name, in the order to show them; None where one could not be measured.
+        samples: answers to read, the first rows' first.
+        rows: how many rows were measured.
+    """
+
+    metrics: dict[str, float | None]
+    samples: list[Sample]
+    rows: int
+
+
+@dataclass
+class EvaluationJob:
+    """What a method's ``evaluate(job) -> Evaluation`` is handed.
+
+    Attributes:
+        config: the run's configuration.
+        settings: the method's own section.
+        model: the model to measure, in evaluation mode.
+        tokenizer: its tokenizer.
+        rows: held-out rows in normal form.
+        answers: how many rows to answer by generation (None: all where answers are short, else 16).
+        max_new_tokens: the longest answer to generate where it isn't known from the expected ones.
+        progress: called with (done, total, what) as the work goes on.
+    """
+
+    config: TrainConfig
+    settings: BaseModel
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[dict[str, Any]]
+    answers: int | None = None
+    max_new_tokens: int = 128
+    progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
+
+
+def evaluate_answers(job: EvaluationJob) -> Evaluation:
+    """Loss and perplexity over the trained tokens of ``job.rows``, and exact match of greedy answers where they're short.
+
+    The loss is the mean negative log-likelihood per trained token (nats), accumulated in float64; perplexity is its
+    exponential. Exact match compares the answer with the expected one, white space at both ends apart.
+    """
+    from ft_core.data import tokenize_rows
+
+    train_on = getattr(job.settings, "train_on", "answers")
+    tokenized = tokenize_rows(job.rows, job.tokenizer, max_length=job.config.max_length, train_on=train_on)
+    total, tokens = 0.0, 0
+    batches = list(_by_tokens(tokenized.input_ids))
+    for done, batch in enumerate(batches):
+        job.progress(done, len(batches), "loss")
+        nll, count = _nll(job.model, [tokenized.input_ids[i] for i in batch], [tokenized.labels[i] for i in batch])
+        total += nll
+        tokens += count
+    loss = total / tokens if tokens else None
+    metrics: dict[str, float | None] = {
+        "loss": loss,
+        "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+    }
+    samples, exact = _answers(job)
+    if exact is not None:
+        metrics["exact_match"] = exact
+    return Evaluation(metrics, samples, len(job.rows))
+
+
+def _by_tokens(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices in batches of about TOKENS_AT_ONCE tokens, in order."""
+    batch: list[int] = []
+    size = 0
+    for index, row in enumerate(ids):
+        if batch and size + len(row) > TOKENS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(index)
+        size += len(row)
+    if batch:
+        yield batch
+
+
+def _nll(model: PreTrainedModel, ids: list[list[int]], labels: list[list[int]]) -> tuple[float, int]:
+    """Sum of the negative log-likelihood of the trained tokens, and their number; rows padded on the right."""
+    import torch
+
+    longest = max(map(len, ids))
+    device = model.device
+    x = torch.zeros(len(ids), longest, dtype=torch.long)
+    mask = torch.zeros_like(x)
+    y = torch.full_like(x, -100)
+    for i, (row, target) in enumerate(zip(ids, labels, strict=True)):
+        x[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        y[i, : len(row)] = torch.tensor(target)
+    y[:, 0] = -100
+    with torch.inference_mode():
+        logits = model(input_ids=x.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        keep = (y[:, 1:] != -100).to(device)
+        target = y[:, 1:].to(device)[keep]
+        # The few trained positions are taken first: a cast of all logits would double the peak.
+        chosen = logits[:, :-1][keep].float()
+        nll = torch.nn.functional.cross_entropy(chosen, target, reduction="sum")
+    return float(nll.double()), int(keep.sum())
+
+
+def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
+    from ft_core.data import render_prompt
+    from ft_core.generation import encode_prompt, generate_ids
+
+    asked = []
+    for row in job.rows:
+        prompt, expected = render_prompt(row, job.tokenizer)
+        if expected is not None:
+            asked.append((encode_prompt(prompt, job.tokenizer), prompt, expected))
+    if not asked:
+        return [], None
+    lengths = sorted(len(job.tokenizer(e, add_special_tokens=False)["input_ids"]) for _, _, e in asked)
+    short = lengths[int(0.95 * (len(lengths) - 1))] <= SHORT_ANSWER
+    limit = job.answers if job.answers is not None else (len(asked) if short else 16)
+    asked = asked[:limit]
+    longest = min(lengths[-1] + 8, 2 * SHORT_ANSWER) if short else job.max_new_tokens
+    answers = generate_ids(
+        job.model,
+        job.tokenizer,
+        [ids for ids, _, _ in asked],
+        max_new_tokens=longest,
+        progress=lambda done, total: job.progress(done, total, "answers"),
+    )
+    samples = [
+        Sample(_last_turn(prompt, row), expected, answer)
+        for (_, prompt, expected), answer, row in zip(asked, answers, _with_answers(job.rows), strict=False)
+    ]
+    exact = None
+    if short and samples:
+        exact = sum(s.answer.strip() == (s.expected or "").strip() for s in samples) / len(samples)
+    return samples, exact
+
+
+def _with_answers(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (row for row in rows if "messages" in row or "completion" in row)
+
+
+def _last_turn(prompt: str, row: dict[str, Any]) -> str:
+    """What to show a person of a prompt: the last thing that was asked, without the template's markers."""
+    turns = [m for m in row.get("messages", []) if m.get("role") == "user"]
+    return str(turns[-1]["content"]) if turns else prompt
+
+
+def compare(before: Evaluation | dict[str, Any] | None, after: Evaluation | None, data: str) -> dict[str, Any]:
+    """The content of ``evaluation.json`` (see the page on run folders); ``before`` may be an earlier such content."""
+    if isinstance(before, dict):
+        old_metrics = {name: value.get("before") for name, value in before.get("metrics", {}).items()}
+        old_samples = {s["prompt"]: s.get("before") for s in before.get("samples", [])}
+        rows = before.get("rows", 0)
+    elif before is not None:
+        old_metrics, rows = dict(before.metrics), before.rows
+        old_samples = {s.prompt: s.answer for s in before.samples}
+    else:
+        old_metrics, old_samples, rows = {}, {}, 0
+    new_metrics = dict(after.metrics) if after else {}
+    shown = after.samples if after else (before.samples if isinstance(before, Evaluation) else [])
+    samples = [
+        {
+            "prompt": s.prompt,
+            "expected": s.expected,
+            "before": old_samples.get(s.prompt),
+            "after": s.answer if after else None,
+        }
+        for s in shown
+    ]
+    names = list(dict.fromkeys([*new_metrics, *old_metrics]))
+    metrics = {n: {"before": _finite(old_metrics.get(n)), "after": _finite(new_metrics.get(n))} for n in names}
+    return {"data": data, "rows": after.rows if after else rows, "metrics": metrics, "samples": samples}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def table(comparison: dict[str, Any]) -> str:
+    """The before/after table as plain text."""
+    lines = [f"{'':<16}{'before':>12}{'after':>12}"]
+    for name, values in comparison["metrics"].items():
+        cells = "".join(f"{_cell(name, values.get(side)):>12}" for side in ("before", "after"))
+        lines.append(f"{name.replace('_', ' '):<16}{cells}")
+    lines.append(f"over {comparison['rows']} rows of {comparison['data']}")
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "—"
+    if name in ("exact_match", "accuracy"):
+        return f"{100 * value:.1f} %"
+    return f"{value:.4g}" if value < 1e5 else f"{value:.3e}"
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    answers: int | None = None,
+    say: Callable[[str], None] = print,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a run before (its base model) and after training, write ``evaluation.json`` and the report, return both.
+
+    Args:
+        run: the run folder.
+        data: rows to measure on; unset means the rows that the run kept from training.
+        limit: at most this many rows.
+        answers: at most this many generated answers.
+        say: prints one line.
+        progress: called with (done, total, what).
+
+    Raises:
+        RunError: no such run, not finished, or nothing held out and no ``data``.
+        DataError: ``data`` cannot be read.
+    """
+    import copy
+
+    from ft_core.config.load import method_settings
+    from ft_core.data import read_rows
+    from ft_core.models import load_base, load_run
+    from ft_core.plugins import MethodSpec, registry, resolve
+    from ft_core.report import write_report
+    from ft_core.runs import Run, write_json
+
+    folder = Run.open(run)
+    config = folder.config
+    spec = registry().get(MethodSpec, config.method)
+    if data is not None:
+        rows = list(read_rows(data, spec.formats, seed=config.training.seed))
+        name = str(data)
+    else:
+        rows = folder.held_out()
+        name = folder.HELD_OUT
+        if not rows:
+            raise RunError(f"{folder.path} kept no rows for evaluation: give some with --data FILE")
+    rows = rows[:limit] if limit else rows
+    measure = resolve(spec.evaluate)
+
+    def job(model: Any, tokenizer: Any) -> EvaluationJob:
+        made = EvaluationJob(config, method_settings(config), model, tokenizer, rows, answers=answers)
+        if progress:
+            made.progress = progress
+        return made
+
+    model, tokenizer = load_run(folder, say=say)
+    if folder.adapter.is_dir():
+        with model.disable_adapter():
+            before = copy.deepcopy(measure(job(model, tokenizer)))
+        after = measure(job(model, tokenizer))
+    else:
+        after = measure(job(model, tokenizer))
+        del model
+        model, tokenizer = load_base(folder, say=say)
+        before = measure(job(model, tokenizer))
+    comparison = compare(before, after, name)
+    write_json(folder.path / folder.EVALUATION, comparison)
+    write_report(folder.path)
+    return comparison

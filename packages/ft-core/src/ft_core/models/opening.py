@@ -1,0 +1,36 @@
+"""Opens what a command is pointed at, for inference: a run, or a model as a configuration names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ft_core.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["open_model"]
+
+
+def open_model(reference: str, *, say: Callable[[str], None] = print) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a run folder (adapter on its base, or full model), or of a folder or Hub name.
+
+    Raises:
+        RunError: the run isn't finished, or its method trains a model that writes no text.
+        ModelError: as :func:`ft_core.models.load`.
+    """
+    from ft_core.models.loading import load, load_run
+    from ft_core.plugins import MethodSpec, registry
+    from ft_core.runs import Run
+
+    run = Run(reference)
+    if not (run.path.is_dir() and run.is_run):
+        model, tokenizer = load(reference)
+        say(f"{reference} on {model.device}")
+        return model, tokenizer
+    run = Run.open(reference)
+    method = run.config.method
+    if registry().get(MethodSpec, method).head != "language-model":
+        raise RunError(f"{reference} was trained with {method}: its model gives scores and writes no text")
+    return load_run(run, say=say)

@@ -1,0 +1,173 @@
+"""From what a configuration calls a model to a folder that is known to hold one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft_core.errors import ModelError
+
+__all__ = ["ModelSource", "check_folder", "find_model"]
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found.
+
+    Attributes:
+        reference: what the configuration calls it.
+        path: the folder with its config, weights and tokenizer.
+        name: what to call it to people.
+    """
+
+    reference: str
+    path: Path
+    name: str
+    is_hub: bool = False
+
+    @property
+    def location(self) -> str:
+        """What transformers loads the model by, on this machine and (for a Hub name) on any other."""
+        return self.reference if self.is_hub else str(self.path)
+
+
+def find_model(reference: str) -> ModelSource:
+    """Find a model: a folder, a ``.gguf`` file, ``package:NAME`` (a GGUF inside an installed package) or a Hub name.
+
+    A folder on this machine goes before a Hub name. Downloads happen only for a Hub name, into Hugging Face's cache.
+
+    Raises:
+        ModelError: nothing is there, or what is there cannot be loaded safely; see :func:`check_folder`.
+    """
+    from ft_core.models import gguf
+
+    if reference.startswith("package:"):
+        path, name = gguf.from_package(reference.removeprefix("package:"))
+        return ModelSource(reference, path, name)
+    local = Path(reference).expanduser()
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise ModelError(f"model {reference} is a file: give a folder, a .gguf file or a Hub name")
+        return ModelSource(reference, gguf.from_file(local), local.stem)
+    if local.is_dir():
+        check_folder(local)
+        return ModelSource(reference, local.resolve(), local.resolve().name)
+    if not HUB_NAME.fullmatch(reference) or reference.endswith(".gguf"):
+        raise ModelError(f"no model folder {reference}{_nearest(local)}")
+    path = _download(reference, local)
+    check_folder(path, reference)
+    return ModelSource(reference, path, reference, is_hub=True)
+
+
+def _nearest(path: Path) -> str:
+    folder = path.parent
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f" (in {folder.resolve()} there is {close[0]!r})" if close else f" (looked in {folder.resolve()})"
+
+
+def _download(reference: str, local: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    hint = _nearest(local) if "/" not in reference else ""
+    try:
+        return Path(snapshot_download(reference, allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        raise ModelError(
+            f"model {reference!r} is gated: accept its terms on its Hub page and log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"no model {reference!r} on the Hub, and no such folder here{hint} (a private one needs `hf auth login`)"
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model {reference!r} is no folder here{hint}, is not in the Hub's cache, and the Hub cannot be reached "
+            f"({type(error).__name__}): check the name or the connection"
+        ) from None
+
+
+def check_folder(folder: Path, name: str | None = None) -> None:
+    """Check that a folder holds a whole model in safetensors, reading only headers.
+
+    Raises:
+        ModelError: it is empty or an adapter, ``config.json`` is missing or broken, weights are missing, pickled,
+            truncated or not all there.
+    """
+    shown = name or str(folder)
+    config = folder / "config.json"
+    if not config.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"model {shown} is an adapter, not a model: give the model that it was trained on")
+        if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
+            raise ModelError(
+                f"model {shown} is a run: give {shown}/model or {shown}/merged (ft merge {shown} makes it)"
+            )
+        raise ModelError(f"model {shown} has no config.json: it is no transformers model folder")
+    try:
+        parsed = json.loads(config.read_text(encoding="utf-8"))
+        assert isinstance(parsed, dict)
+    except (ValueError, AssertionError) as error:
+        raise ModelError(f"model {shown}: config.json is no valid JSON object ({error})") from None
+    for file in _weight_files(folder, shown):
+        _check_header(file, shown)
+
+
+def _weight_files(folder: Path, shown: str) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"model {shown}: {index.name} cannot be read ({error!r})") from None
+        bad = sorted(n for n in names if not isinstance(n, str) or Path(n).name != n)
+        if bad:
+            raise ModelError(f"model {shown}: {index.name} names a file outside its folder: {bad[0]!r}")
+        missing = sorted(n for n in names if not (folder / n).is_file())
+        if missing:
+            raise ModelError(
+                f"model {shown}: {len(missing)} of {len(names)} weight files are missing, {missing[0]} first: fetch it again"
+            )
+        return [folder / n for n in sorted(names)]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
+    if pickled:
+        raise ModelError(
+            f"model {shown} has only pickled weights ({pickled[0]}), which can run code when loaded: "
+            "ft takes safetensors only; convert it where you trust it, with save_pretrained of transformers"
+        )
+    raise ModelError(f"model {shown} has no weights: no .safetensors file is there")
+
+
+def _check_header(file: Path, shown: str) -> None:
+    """A safetensors file: eight bytes with the header's length, a JSON header, then exactly the data it describes."""
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(8)
+            if len(start) < 8:
+                raise ValueError("it ends within its header")
+            (length,) = struct.unpack("<Q", start)
+            if length > min(size - 8, 100_000_000):
+                raise ValueError("it ends within its header")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ModelError(f"model {shown}: {file.name} is no whole safetensors file ({error}): fetch it again") from None
+    expected = 8 + length + max(ends, default=0)
+    if size < expected:
+        raise ModelError(
+            f"model {shown}: {file.name} is truncated, {size} of {expected} bytes are there: fetch it again"
+        )

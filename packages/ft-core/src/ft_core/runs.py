@@ -1,0 +1,247 @@
+"""The run folder: its layout, how it is claimed and read, and how its files are written. docs/run-folder.md is its contract."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ft_core.errors import ConfigError, RunError
+
+__all__ = ["RUN_FORMAT", "Run", "write_json", "write_text"]
+
+RUN_FORMAT = 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that no reader and no crash sees half of it.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As :func:`write_text`, with ``value`` as JSON."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+class Run:
+    """One run folder, by the names of its parts."""
+
+    CONFIG = "config.yaml"
+    ENVIRONMENT = "environment.json"
+    METRICS = "metrics.jsonl"
+    SUMMARY = "summary.json"
+    HELD_OUT = "held_out.jsonl"
+    EVALUATION = "evaluation.json"
+    REPORT = "report.html"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def is_run(self) -> bool:
+        return (self.path / self.CONFIG).is_file() and (self.path / self.ENVIRONMENT).is_file()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run.
+
+        Raises:
+            RunError: no such folder, no run in it, or one written by a newer version.
+        """
+        run = cls(path)
+        if not run.path.is_dir():
+            raise RunError(f"no run folder {run.path}: give the folder that ft train wrote (its 'output')")
+        if not run.is_run:
+            raise RunError(f"{run.path} is no run folder: it has no {cls.CONFIG} and {cls.ENVIRONMENT}")
+        version = run.environment.get("run_format")
+        if version != RUN_FORMAT:
+            raise RunError(f"{run.path} has run format {version}, this ft-core reads {RUN_FORMAT}: upgrade ft-core")
+        return run
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return self._json(self.ENVIRONMENT) or {}
+
+    @property
+    def config(self) -> Any:
+        """The resolved configuration, validated again (a run may be older than this version)."""
+        from ft_core.config import load_config
+
+        try:
+            return load_config(self.path / self.CONFIG)
+        except ConfigError as error:
+            raise RunError(f"the configuration of {self.path} cannot be used: {error}") from error
+
+    def values(self) -> dict[str, Any]:
+        """The configuration as plain values, as it stands in the file."""
+        loaded = yaml.safe_load((self.path / self.CONFIG).read_text(encoding="utf-8"))
+        return loaded if isinstance(loaded, dict) else {}
+
+    def held_out(self) -> list[dict[str, Any]]:
+        """The rows kept from training; empty if there are none."""
+        path = self.path / self.HELD_OUT
+        if not path.is_file():
+            return []
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+
+    def evaluation(self) -> dict[str, Any] | None:
+        return self._json(self.EVALUATION)
+
+    def summary(self) -> dict[str, Any] | None:
+        return self._json(self.SUMMARY)
+
+    @property
+    def finished(self) -> bool:
+        return (self.summary() or {}).get("status") == "finished"
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read: {error}") from error
+        if not isinstance(value, dict):
+            raise RunError(f"{path} cannot be read: it holds no JSON object")
+        return value
+
+    # -- claiming a folder for a new run ------------------------------------------------------------------------
+
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse a folder that holds something else, or a run that nobody said what to do with. Changes nothing.
+
+        Raises:
+            RunError: one line that says what is there and which options there are.
+        """
+        if resume and overwrite:
+            raise RunError("--resume and --overwrite exclude each other: give one")
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not self.path.is_dir():
+            raise RunError(f"output {self.path} is a file: give a folder")
+        if not self.is_run:
+            names = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
+            raise RunError(f"output {self.path} holds other files ({names}, …): give an empty or a new folder")
+        if not (resume or overwrite):
+            raise RunError(
+                f"output {self.path} already holds a run: go on with --resume, or start anew with --overwrite"
+            )
+
+    def check_same(self, config: Any) -> None:
+        """Refuse to resume with another configuration, since the losses would be those of neither run.
+
+        How long to train and what to save may change.
+
+        Raises:
+            RunError: names the keys that differ.
+        """
+        from ft_core.config import to_yaml
+
+        mine, theirs = _flat(yaml.safe_load(to_yaml(config))), _flat(self.values())
+        free = {"output", "training.epochs", "training.max_steps", "training.save_every", "training.keep_checkpoints"}
+        free.add("training.eval_every")
+        differ = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key not in free]
+        if differ:
+            was = ", ".join(f"{key} was {theirs.get(key)!r} and is {mine.get(key)!r}" for key in differ[:3])
+            raise RunError(f"cannot resume {self.path} with another configuration: {was}")
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Make the folder empty for a new run. If the body fails, everything is as it was before: an old run is kept.
+
+        Raises:
+            RunError: the folder cannot be made.
+        """
+        old = self.path.with_name(f".{self.path.name}.old")
+        try:
+            if self.path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.path, old)
+            made = _first_missing(self.path)
+            self.checkpoints.mkdir(parents=True)
+        except OSError as error:
+            if old.exists() and not self.path.exists():
+                os.replace(old, self.path)
+            raise RunError(f"cannot make the run folder {self.path}: {error.strerror or error}") from error
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(made if not old.exists() else self.path, ignore_errors=True)
+            if old.exists():
+                os.replace(old, self.path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    # -- metrics ------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``; a line that a crash cut short is passed over."""
+        path = self.path / self.METRICS
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+        return rows
+
+    def seconds_until(self, step: int) -> float:
+        """How long the run had taken when it reached ``step``."""
+        return max((row.get("seconds") or 0.0 for row in self.metrics() if row.get("step", 0) <= step), default=0.0)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the metrics after ``step``, since a run that is resumed there writes them again."""
+        kept = [row for row in self.metrics() if row.get("step", 0) <= step]
+        write_text(self.path / self.METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _first_missing(path: Path) -> Path:
+    """The topmost folder that making ``path`` makes, so that undoing it leaves none of its parents behind."""
+    while not path.parent.exists():
+        path = path.parent
+    return path
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

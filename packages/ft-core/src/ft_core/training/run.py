@@ -1,0 +1,380 @@
+"""One training from a configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ft_core.config import TrainConfig, to_yaml
+from ft_core.config.load import check_config, method_settings
+from ft_core.errors import FtError, RunError
+from ft_core.evaluation import Evaluation, EvaluationJob, compare
+from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick_device
+from ft_core.models.device import peak_memory
+from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
+from ft_core.report import write_report
+from ft_core.runs import RUN_FORMAT, Run, write_json, write_text
+from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
+from ft_core.training.job import Job
+from ft_core.training.trainer import last_whole_checkpoint, storage_error
+
+__all__ = ["TrainResult", "train"]
+
+SAMPLES = 8
+"""How many held-out rows are answered before and after training, for the report."""
+
+EVALUATED = 200
+"""How many held-out rows are measured before and after; `ft eval` measures all."""
+
+PHASES = ("load", "train", "save", "evaluate")
+
+LIBRARIES = ("transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "bitsandbytes", "triton")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training made.
+
+    Attributes:
+        run: the run folder.
+        status: ``finished`` or ``interrupted``.
+        steps: optimizer steps done, over all sessions of the run.
+        train_loss: mean loss over the last tenth of the steps.
+        evaluation: the content of ``evaluation.json``, if there is held-out data.
+    """
+
+    run: Path
+    status: str
+    steps: int
+    train_loss: float | None
+    evaluation: dict[str, Any] | None
+
+
+def train(
+    config: TrainConfig | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> TrainResult:
+    """Train as the configuration says, and write the run folder (its layout: the documentation's page on run folders).
+
+    Args:
+        config: a :class:`ft_core.config.TrainConfig` or its values.
+        resume: go on from the newest whole checkpoint of the run in ``output``; a run that isn't there is begun.
+        overwrite: replace a run that is there.
+        say: prints one line.
+
+    Raises:
+        FtError: a subclass of it for every mistake that its user can mend; nothing is written or lost then.
+    """
+    config = check_config(config)
+    spec = registry().get(MethodSpec, config.method)
+    run = Run(str(config.output))
+    run.check_free(resume=resume, overwrite=overwrite)
+    resuming = resume and run.is_run
+    if resuming:
+        _check_resumable(run, config)
+
+    device = pick_device()
+    source = find_model(config.model)
+    say(f"{source.name}, {config.method}, on {device}")
+    tokenizer = load_tokenizer(source)
+    train_rows, held_out = _rows(config, spec)
+    fingerprint = _fingerprint(train_rows)
+    if resuming and run.environment.get("data_sha256") != fingerprint:
+        raise RunError(f"cannot resume {run.path}: the training data has changed since the run began")
+
+    with nullcontext() if resuming else run.claim():
+        model = _model(config, spec, source, device)
+        job = Job(
+            config=config,
+            settings=method_settings(config),
+            model=model,
+            tokenizer=tokenizer,
+            train_rows=train_rows,
+            eval_rows=held_out,
+            arguments=_arguments(config, run, device, bool(held_out)),
+            callbacks=[],
+            counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},
+            say=say,
+        )
+        session = _Session(run, spec, job, {"load": peak_memory()})
+        if not resuming:
+            write_text(run.path / run.CONFIG, to_yaml(config))
+            if held_out:
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
+                write_text(run.path / run.HELD_OUT, "".join(lines))
+            write_json(run.path / run.ENVIRONMENT, _environment(source, device, fingerprint))
+    return session.train()
+
+
+class _Session:
+    """The time from a built trainer to the end of the run, or to its interruption."""
+
+    def __init__(self, run: Run, spec: MethodSpec, job: Job, memory: dict[str, int]) -> None:
+        self.run, self.spec, self.job, self.memory = run, spec, job, memory
+        self.checkpoint = last_whole_checkpoint(run.checkpoints)
+        step = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
+        self.writer = MetricsWriter(run.path / run.METRICS, seconds=run.seconds_until(step))
+        self.interruption = Interruption(job.say)
+        job.callbacks += [self.writer, Progress(self.writer), self.interruption]
+        self.trainer: Any = resolve(spec.trainer)(job)
+        self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
+        self.step = step
+        _set_intervals(self.trainer, job.config)
+
+    def train(self) -> TrainResult:
+        from transformers import set_seed
+
+        run, job, trainer = self.run, self.job, self.trainer
+        comparison = self._before()
+        if self.checkpoint:
+            job.say(f"going on from step {self.step} ({self.checkpoint})")
+        run.truncate_metrics(self.step)
+        # What was measured before training must not change the training.
+        set_seed(job.config.training.seed)
+        try:
+            with self.interruption.listen():
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        except Exception as error:
+            reason = None if isinstance(error, FtError) else storage_error(error, run.path)
+            if reason:
+                raise RunError(f"cannot write in {run.path}: {reason}; free some space, go on with --resume") from error
+            raise
+        finally:
+            self.writer.close()
+        self.memory["train"] = peak_memory()
+        steps = int(trainer.state.global_step)
+        if self.interruption.asked and steps < trainer.state.max_steps:
+            return TrainResult(run.path, "interrupted", steps, self._loss(), comparison)
+        self._save()
+        comparison = self._after(comparison)
+        self._summary(steps)
+        write_report(run.path)
+        return TrainResult(run.path, "finished", steps, self._loss(), comparison)
+
+    def _measure(self, what: str) -> Evaluation:
+        job = self.job
+        rows = list((job.eval_rows or [])[:EVALUATED])
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model.eval()
+        job.say(f"measuring {what} training on {len(rows)} held-out rows")
+        measured: Evaluation = resolve(self.spec.evaluate)(
+            EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)
+        )
+        # Eight answers are for reading; a share of eight would not be a measurement.
+        measured.metrics.pop("exact_match", None)
+        return measured
+
+    def _before(self) -> dict[str, Any] | None:
+        """Measure the model as it is before the first step; a resumed run has done so already."""
+        if not self.job.eval_rows:
+            return None
+        path = self.run.path / self.run.EVALUATION
+        if not path.is_file():
+            write_json(path, compare(self._measure("before"), None, self.run.HELD_OUT))
+        return self.run.evaluation()
+
+    def _after(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
+        if before is None:
+            return None
+        comparison = compare(before, self._measure("after"), self.run.HELD_OUT)
+        write_json(self.run.path / self.run.EVALUATION, comparison)
+        self.memory["evaluate"] = peak_memory()
+        return comparison
+
+    def _save(self) -> None:
+        """Write the adapter or the model beside its place, and rename it."""
+        run, model = self.run, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        target = run.model if self.job.config.lora is None else run.adapter
+        beside = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            if self.job.config.lora is None:
+                _to_sixteen_bits(model, self.trainer.args)
+                model.config.use_cache = True
+                model.save_pretrained(beside)
+            else:
+                model.save_pretrained(beside)
+                _name_base(beside / "adapter_config.json", self.run.environment["base_model"]["path"])
+            self.job.tokenizer.save_pretrained(beside)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(beside, target)
+        except Exception as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            reason = storage_error(error, run.path)
+            if reason is None:
+                raise
+            last = last_whole_checkpoint(run.checkpoints)
+            kept = f"; the checkpoint {last.name} is whole" if last else ""
+            raise RunError(f"cannot save {target}: {reason}{kept}; free some space and go on with --resume") from error
+        self.memory["save"] = peak_memory()
+
+    def _loss(self) -> float | None:
+        losses = [
+            row["loss"] for row in self.run.metrics() if row.get("kind") == "train" and row.get("loss") is not None
+        ]
+        last = losses[-max(1, len(losses) // 10) :]
+        return sum(last) / len(last) if last else None
+
+    def _summary(self, steps: int) -> None:
+        rows = [row for row in self.run.metrics() if row.get("kind") == "train"]
+        model = self.trainer.model
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        summary = {
+            "status": "finished",
+            "steps": steps,
+            "tokens": rows[-1].get("tokens") if rows else 0,
+            "seconds": rows[-1].get("seconds") if rows else 0.0,
+            "train_loss": self._loss(),
+            "parameters": int(model.num_parameters()) if hasattr(model, "num_parameters") else _count(model),
+            "trainable_parameters": trainable,
+            "data": self.job.counts,
+            "memory": {phase: self.memory[phase] for phase in PHASES if phase in self.memory},
+        }
+        write_json(self.run.path / self.run.SUMMARY, summary)
+
+
+def _check_resumable(run: Run, config: TrainConfig) -> None:
+    run = Run.open(run.path)
+    run.check_same(config)
+    if run.finished:
+        steps = (run.summary() or {}).get("steps", 0)
+        wanted = config.training.max_steps
+        if not (wanted and wanted > steps):
+            raise RunError(f"{run.path} is finished, at step {steps}: nothing to resume (--overwrite starts anew)")
+
+
+def _rows(config: TrainConfig, spec: MethodSpec) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]] | None]:
+    """Training rows and held-out rows, or None where nothing is held out."""
+    from ft_core.data import read_rows, split
+
+    seed = config.training.seed
+    rows = read_rows(config.data, spec.formats, seed=seed)
+    if config.eval_data is not None:
+        return rows, read_rows(config.eval_data, spec.formats, seed=seed)
+    if config.eval_split is not None:
+        return split(rows, config.eval_split, seed=seed)
+    return rows, None
+
+
+def _fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _model(config: TrainConfig, spec: MethodSpec, source: ModelSource, device: Device) -> Any:
+    from transformers import set_seed
+
+    from ft_core.adapters import add_lora
+
+    load = resolve(str(registry().get(ModalitySpec, config.task).load))
+    set_seed(config.training.seed)  # the adapter, and a new head, start from random numbers
+    model = load(source, config, device, spec.head)
+    return model if config.lora is None else add_lora(model, **config.lora.model_dump())
+
+
+def _arguments(config: TrainConfig, run: Run, device: Device, evaluates: bool) -> dict[str, Any]:
+    """Keyword arguments for ``transformers.TrainingArguments`` and its subclasses."""
+    t = config.training
+    recompute = config.activations == "recompute" or (config.activations == "auto" and device.type == "cuda")
+    return {
+        "output_dir": str(run.checkpoints),
+        "per_device_train_batch_size": t.batch_size,
+        "per_device_eval_batch_size": t.batch_size,
+        "gradient_accumulation_steps": t.gradient_accumulation,
+        "num_train_epochs": t.epochs,
+        "max_steps": t.max_steps or -1,
+        "learning_rate": t.learning_rate,
+        "optim": t.optimizer,
+        "lr_scheduler_type": t.scheduler,
+        "warmup_steps": min(t.warmup_ratio, 0.999999),  # below one it is a share of the run
+        "weight_decay": t.weight_decay,
+        "max_grad_norm": t.max_grad_norm,
+        "seed": t.seed,
+        "data_seed": t.seed,
+        "bf16": device.dtype == "bfloat16",
+        "fp16": device.dtype == "float16",
+        "use_cpu": device.type == "cpu",
+        "gradient_checkpointing": recompute,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "all",
+        "save_strategy": "steps",
+        "eval_strategy": "steps" if evaluates and t.eval_every else "no",
+        "eval_steps": t.eval_every,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+
+
+def _set_intervals(trainer: Any, config: TrainConfig) -> None:
+    """Checkpoint every tenth of the run, between every 20 and every 500 steps, unless the configuration says when."""
+    t = config.training
+    total = t.max_steps
+    if total is None:
+        per_epoch = math.ceil(len(trainer.get_train_dataloader()) / t.gradient_accumulation)
+        total = math.ceil(per_epoch * t.epochs)
+    trainer.args.save_steps = t.save_every or min(500, max(20, total // 10))
+
+
+def _environment(source: ModelSource, device: Device, fingerprint: str) -> dict[str, Any]:
+    import torch
+
+    import ft_core
+
+    libraries = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            libraries[name] = version(name)
+    return {
+        "run_format": RUN_FORMAT,
+        "ft_core": ft_core.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "libraries": libraries,
+        "device": device.type,
+        "device_name": device.name,
+        "dtype": device.dtype,
+        "base_model": {"reference": source.reference, "path": source.location, "name": source.name},
+        "data_sha256": fingerprint,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _name_base(config: Path, location: str) -> None:
+    """Let the adapter name its base by the Hub's name rather than by this machine's cache, where it came from there."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["base_model_name_or_path"] = location
+    write_json(config, values)
+
+
+def _to_sixteen_bits(model: Any, arguments: Any) -> None:
+    """A model trained in full keeps float32 weights while it trains; it is saved in the format it was computed in."""
+    import torch
+
+    if arguments.bf16 or arguments.fp16:
+        model.to(torch.bfloat16 if arguments.bf16 else torch.float16)
+
+
+def _count(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,97 @@
+"""Supervised fine-tuning on TRL's SFTTrainer: rows tokenized, masked, packed and collated by ft_core.data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ft_core.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ft_core.training.job import Job
+
+__all__ = ["SftSettings", "build"]
+
+
+class SftSettings(BaseModel):
+    """The section ``sft`` of a configuration.
+
+    Attributes:
+        train_on: which tokens the loss is taken over: those of the answers, or all. Plain text is always trained whole.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    train_on: Literal["answers", "all"] = "answers"
+
+
+def build(job: Job) -> Trainer:
+    """The trainer of one run; see :class:`ft_core.training.Job`.
+
+    Raises:
+        DataError: no row has a token to train on.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    from ft_core.data import Collator
+    from ft_core.training.trainer import RunTrainerMixin
+
+    class SftTrainer(RunTrainerMixin, SFTTrainer):  # type: ignore[misc]
+        """TRL's trainer with whole checkpoints and no telemetry."""
+
+    train = _dataset(job, job.train_rows, "train")
+    held_out = _dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
+    # Rows come prepared: TRL neither tokenizes, packs nor pads.
+    arguments = SFTConfig(
+        **job.arguments,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return SftTrainer(
+        model=job.model,
+        args=arguments,
+        data_collator=Collator(job.tokenizer.pad_token_id),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=job.tokenizer,
+        callbacks=job.callbacks,
+    )
+
+
+def _dataset(job: Job, rows: Any, name: str) -> Any:
+    """Tokenized rows, packed into rows of up to ``max_length`` tokens where packing is on."""
+    from datasets import Dataset
+
+    from ft_core.data import pack, tokenize_rows
+
+    config = job.config
+    train_on = getattr(job.settings, "train_on", "answers")
+    tokens = tokenize_rows(rows, job.tokenizer, max_length=config.max_length, train_on=train_on)
+    if not tokens.input_ids:
+        raise DataError(
+            f"no {name.replace('_', '-')} row has a token to train on within max_length {config.max_length}"
+        )
+    job.counts |= {
+        f"{name}_rows": tokens.rows,
+        f"{name}_tokens": tokens.tokens,
+        f"{name}_trained_tokens": tokens.trained_tokens,
+        f"{name}_overlong_rows": tokens.overlong,
+    }
+    if tokens.overlong:
+        job.say(
+            f"{tokens.overlong} of {tokens.rows} {name.replace('_', '-')} rows are longer than max_length "
+            f"{config.max_length} and were cut"
+        )
+    lengths = [len(ids) for ids in tokens.input_ids]
+    bins = pack(lengths, config.max_length) if config.packing else [[i] for i in range(len(lengths))]
+    return Dataset.from_dict(
+        {
+            "input_ids": [[t for i in b for t in tokens.input_ids[i]] for b in bins],
+            "labels": [[t for i in b for t in tokens.labels[i]] for b in bins],
+            "seq_lengths": [[lengths[i] for i in b] for b in bins],
+        }
+    )

@@ -1,0 +1,140 @@
+"""What every ft trainer adds to the transformers or TRL trainer it derives from."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ft_core.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    _Base = Trainer
+else:
+    _Base = object
+
+__all__ = ["MANIFEST", "RunTrainerMixin", "last_whole_checkpoint", "storage_error"]
+
+MANIFEST = "checkpoint.json"
+PARTIAL = ".partial"
+
+
+class RunTrainerMixin(_Base):
+    """Checkpoints that are whole or not there, and nothing sent or written that was not asked for.
+
+    Put it before the trainer class: ``class SftTrainer(RunTrainerMixin, trl.SFTTrainer)``. transformers writes a
+    checkpoint in place, so one cut short would be resumed from; here it is written beside its place, flushed to the
+    disk, listed in a manifest with the sizes of its files, and renamed.
+    """
+
+    _staging: Path | None = None
+    keep_checkpoints: int = 2
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        staging = folder / PARTIAL
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            self._staging = staging
+            super()._save_checkpoint(model, trial)
+            _seal(staging / name, self.state.global_step)
+            target = folder / name
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(staging / name, target)
+            _sync(folder)
+        except Exception as error:
+            reason = storage_error(error, folder)
+            if reason is None:
+                raise
+            last = last_whole_checkpoint(folder)
+            kept = f"the last good checkpoint is {last.name}" if last else "there is no earlier checkpoint"
+            raise RunError(
+                f"cannot save the checkpoint of step {self.state.global_step} in {folder}: {reason}; {kept}; "
+                "free some space and go on with --resume"
+            ) from error
+        finally:
+            self._staging = None
+            shutil.rmtree(staging, ignore_errors=True)
+        for old in _checkpoints(folder)[: -self.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No model card in every checkpoint: the run's report says more."""
+
+    def _send_telemetry(self) -> None:
+        """TRL reports each trainer's construction to the Hub; ft sends nothing that was not asked for."""
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first."""
+    found = [(p.name.rpartition("-")[2], p) for p in folder.glob("checkpoint-*") if p.is_dir()]
+    return [path for _, path in sorted((int(step), path) for step, path in found if step.isdigit())]
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose manifest agrees with its files, or None. Remains of an unfinished one are passed over."""
+    for path in reversed(_checkpoints(folder)):
+        try:
+            sizes = json.loads((path / MANIFEST).read_text())["files"]
+            if all((path / name).stat().st_size == size for name, size in sizes.items()):
+                return path
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+def _seal(folder: Path, step: int) -> None:
+    """Flush a finished checkpoint to the disk and write its manifest."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for file in files:
+        _sync(file)
+    manifest = folder / MANIFEST
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    manifest.write_text(json.dumps({"step": step, "files": sizes}))
+    _sync(manifest)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder to flush it
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+WORDS = ("no space left", "file too large", "disk quota", "read-only file system", "os error 28", "os error 27")
+
+
+def storage_error(error: BaseException, folder: Path) -> str | None:
+    """Why the storage failed, if that is what ``error`` (or its cause) says; None for any other error.
+
+    safetensors and torch wrap the system's error in types of their own, and torch drops its number, so the text and
+    the space left are looked at too.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            return os.strerror(cause.errno)
+        text = str(cause).lower()
+        for word in WORDS:
+            if word in text:
+                return word[0].upper() + word[1:] if "os error" not in word else "no space left on device"
+        if "pytorchstreamwriter" in text or "unexpected pos" in text or "iostream" in text:
+            free = shutil.disk_usage(folder).free
+            return f"a file could not be written in full ({free / 2**20:.0f} MiB are free)"
+        cause = cause.__cause__ or cause.__context__
+    return None
