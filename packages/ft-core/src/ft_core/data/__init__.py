@@ -1,6 +1,6 @@
 """Training data: formats, reading, splitting, tokenizing with masked labels, packing and batching."""
 
-from ft_core.data.collating import Collator
+from ft_core.data.collating import Collator, keeps_documents_apart
 from ft_core.data.formats import FORMATS, Format, recognise
 from ft_core.data.packing import Packed, pack
 from ft_core.data.reading import read_rows
@@ -15,6 +15,7 @@ __all__ = [
     "Packed",
     "Rows",
     "Tokenized",
+    "keeps_documents_apart",
     "pack",
     "read_rows",
     "recognise",

@@ -8,7 +8,7 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from ft_core.data.collating import IGNORE
-from ft_core.data.rendering import Draft, draft
+from ft_core.data.rendering import Draft, Renderer
 from ft_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def tokenize_rows(
     max_length: int,
     train_on: Literal["answers", "all"] = "answers",
 ) -> Tokenized:
-    """Tokenize rows in normal form; see :func:`ft_core.data.rendering.draft` for what is trained.
+    """Tokenize rows in normal form; see :meth:`ft_core.data.rendering.Renderer.drafts` for what is trained.
 
     The end-of-sequence token follows a completion and a text, and a conversation's trained turn that the template ends
     with no special token; it is trained. A document longer than ``max_length`` keeps its beginning, as in TRL, and is
@@ -146,15 +146,15 @@ def tokenize_rows(
         raise DataError(f"max_length must be at least 2, not {max_length}: a token is predicted from another")
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token, so the model could not learn to stop")
-    result = Tokenized()
+    result, renderer = Tokenized(), Renderer(tokenizer)
     for numbered in _batches(enumerate(rows)):
         drafts = []
         for number, row in numbered:
             try:
-                drafts.append(draft(row, tokenizer))
+                drafts.append(renderer.drafts(row))
             except DataError as error:
                 raise DataError(f"row {number + 1}: {error}") from None
-        encoded = iter(_encode([one for several in drafts for one in several], tokenizer))
+        encoded = iter(_encode([one for several in drafts for one in several], tokenizer, renderer.special_ids))
         for (number, _), several in zip(numbered, drafts, strict=True):
             result.rows += 1
             overlong = False
@@ -184,7 +184,9 @@ def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-def _encode(drafts: list[Draft], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[bool]]]:
+def _encode(
+    drafts: list[Draft], tokenizer: PreTrainedTokenizerBase, special: frozenset[int]
+) -> list[tuple[list[int], list[bool]]]:
     """Ids and, for each, whether it is trained."""
     if not drafts:
         return []
@@ -193,7 +195,6 @@ def _encode(drafts: list[Draft], tokenizer: PreTrainedTokenizerBase) -> list[tup
     for one, edges in zip(drafts, cuts, strict=True):
         texts.extend(one.text[a:b] for a, b in pairwise(edges))
     ids = _tokens(texts, tokenizer)
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     result = []
     at = len(drafts)
     for one, edges, whole in zip(drafts, cuts, ids, strict=False):
