@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import warnings
@@ -17,10 +18,12 @@ def say(line: str) -> None:
 
 def quiet() -> None:
     """Silence the libraries' own chatter and progress bars. Only the command line calls this, for its own process."""
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "peft", "accelerate", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers
 
-    warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

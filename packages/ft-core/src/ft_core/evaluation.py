@@ -85,10 +85,11 @@ def evaluate_answers(job: EvaluationJob) -> Evaluation:
     train_on = getattr(job.settings, "train_on", "answers")
     tokenized = tokenize_rows(job.rows, job.tokenizer, max_length=job.config.max_length, train_on=train_on)
     total, tokens = 0.0, 0
-    batches = list(_by_tokens(tokenized.input_ids))
+    ids, labels = tokenized.input_ids, tokenized.labels
+    batches = list(_by_tokens(ids))
     for done, batch in enumerate(batches):
         job.progress(done, len(batches), "loss")
-        nll, count = _nll(job.model, [tokenized.input_ids[i] for i in batch], [tokenized.labels[i] for i in batch])
+        nll, count = _nll(job.model, [ids[i] for i in batch], [labels[i] for i in batch])
         total += nll
         tokens += count
     loss = total / tokens if tokens else None

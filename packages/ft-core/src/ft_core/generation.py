@@ -32,11 +32,8 @@ def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a rendered prompt, with the tokenizer's own beginning-of-text token, but never two of them."""
-    bos = tokenizer.bos_token
-    written = bool(bos) and text.startswith(str(bos))
-    is_chat = bool(tokenizer.chat_template) and not written
-    ids: list[int] = tokenizer(text, add_special_tokens=not (written or is_chat))["input_ids"]
+    """Token ids of a prompt that is whole: a rendered conversation, or a text begun by :func:`ft_core.data.opening`."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -160,9 +157,11 @@ def generate(
 
 
 def _render(prompt: str | Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, system: str | None) -> str:
+    from ft_core.data.rendering import opening
+
     if isinstance(prompt, str):
         if not tokenizer.chat_template:
-            return prompt
+            return opening(tokenizer) + prompt
         messages = [{"role": "user", "content": prompt}]
     else:
         messages = list(prompt)
@@ -193,7 +192,7 @@ def stream(
 
             return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device, dtype=torch.bool)
 
-    text = render_chat(messages, tokenizer) if tokenizer.chat_template else messages[-1]["content"]
+    text = _render(messages if tokenizer.chat_template else messages[-1]["content"], tokenizer, None)
     ids, mask = _left_padded([encode_prompt(text, tokenizer)], 0, model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failed: list[BaseException] = []

@@ -146,6 +146,7 @@ class Progress(TrainerCallback):
         self._shown = 0.0
         self._start = 0.0
         self._first = 0
+        self._step = -1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -158,9 +159,10 @@ class Progress(TrainerCallback):
         rows = self._writer.rows
         is_last = state.global_step >= state.max_steps
         live = self._stream.isatty()
-        if not rows or rows[-1]["kind"] != "train" or not (live or is_last or now - self._shown >= self._every):
+        is_new = bool(rows) and rows[-1]["kind"] == "train" and rows[-1]["step"] != self._step
+        if not is_new or not (live or is_last or now - self._shown >= self._every):
             return
-        self._shown = now
+        self._shown, self._step = now, state.global_step
         done = state.global_step - self._first
         left = (state.max_steps - state.global_step) * (now - self._start) / max(done, 1)
         row = rows[-1]

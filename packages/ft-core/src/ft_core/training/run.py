@@ -125,12 +125,15 @@ class _Session:
 
     def __init__(self, run: Run, spec: MethodSpec, job: Job, memory: dict[str, int]) -> None:
         self.run, self.spec, self.job, self.memory = run, spec, job, memory
+        from transformers import PrinterCallback
+
         self.checkpoint = last_whole_checkpoint(run.checkpoints)
         step = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
         self.writer = MetricsWriter(run.path / run.METRICS, seconds=run.seconds_until(step))
         self.interruption = Interruption(job.say)
         job.callbacks += [self.writer, Progress(self.writer), self.interruption]
         self.trainer: Any = resolve(spec.trainer)(job)
+        self.trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; Progress shows what matters
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
         self.step = step
         _set_intervals(self.trainer, job.config)
@@ -208,6 +211,7 @@ class _Session:
                 model.save_pretrained(beside)
             else:
                 model.save_pretrained(beside)
+                (beside / "README.md").unlink(missing_ok=True)  # PEFT's card is a form that nobody has filled in
                 _name_base(beside / "adapter_config.json", self.run.environment["base_model"]["path"])
             self.job.tokenizer.save_pretrained(beside)
             if target.exists():

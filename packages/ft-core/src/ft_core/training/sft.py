@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ft_core.errors import DataError
-
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -32,7 +30,7 @@ def build(job: Job) -> Trainer:
     """The trainer of one run; see :class:`ft_core.training.Job`.
 
     Raises:
-        DataError: no row has a token to train on.
+        DataError: no row has a token to train on within ``max_length``.
     """
     from trl import SFTConfig, SFTTrainer
 
@@ -64,34 +62,24 @@ def build(job: Job) -> Trainer:
 
 def _dataset(job: Job, rows: Any, name: str) -> Any:
     """Tokenized rows, packed into rows of up to ``max_length`` tokens where packing is on."""
-    from datasets import Dataset
-
-    from ft_core.data import pack, tokenize_rows
+    from ft_core.data import Packed, tokenize_rows
 
     config = job.config
+    what = name.replace("_", "-")
     train_on = getattr(job.settings, "train_on", "answers")
     tokens = tokenize_rows(rows, job.tokenizer, max_length=config.max_length, train_on=train_on)
-    if not tokens.input_ids:
-        raise DataError(
-            f"no {name.replace('_', '-')} row has a token to train on within max_length {config.max_length}"
-        )
-    job.counts |= {
-        f"{name}_rows": tokens.rows,
-        f"{name}_tokens": tokens.tokens,
-        f"{name}_trained_tokens": tokens.trained_tokens,
-        f"{name}_overlong_rows": tokens.overlong,
-    }
-    if tokens.overlong:
-        job.say(
-            f"{tokens.overlong} of {tokens.rows} {name.replace('_', '-')} rows are longer than max_length "
-            f"{config.max_length} and were cut"
-        )
-    lengths = [len(ids) for ids in tokens.input_ids]
-    bins = pack(lengths, config.max_length) if config.packing else [[i] for i in range(len(lengths))]
-    return Dataset.from_dict(
-        {
-            "input_ids": [[t for i in b for t in tokens.input_ids[i]] for b in bins],
-            "labels": [[t for i in b for t in tokens.labels[i]] for b in bins],
-            "seq_lengths": [[lengths[i] for i in b] for b in bins],
+    job.counts |= {f"{name}_tokens": tokens.tokens}
+    if name == "train":
+        job.counts |= {
+            "trained_tokens": tokens.trained_tokens,
+            "overlong_rows": tokens.overlong,
+            "dropped_rows": tokens.dropped,
         }
-    )
+    if tokens.overlong:
+        done = "split" if tokens.pieces else "cut"
+        job.say(
+            f"{tokens.overlong} of {tokens.rows} {what} rows are longer than max_length {config.max_length}: {done}"
+        )
+    if tokens.dropped:
+        job.say(f"{tokens.dropped} {what} rows were left out: no token of their answer is within max_length")
+    return Packed(tokens, config.max_length).dataset() if config.packing else tokens.dataset()

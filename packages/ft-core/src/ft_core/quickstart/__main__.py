@@ -1,0 +1,78 @@
+"""``python -m ft_core.quickstart``: the whole way, from no data to a file that llama.cpp runs, by the commands of ``ft``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from ft_core.cli import main as ft
+from ft_core.console import say
+from ft_core.errors import FtError
+from ft_core.quickstart.dates import make
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ft_core.quickstart", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("quickstart-run"), help="a folder for all of it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier quickstart in that folder")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
+    args = parser.parse_args(argv)
+    try:
+        return _run(args)
+    except FtError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    folder = args.out.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        known = {"data", "dates.yaml", "run"}
+        others = sorted(p.name for p in folder.iterdir() if p.name not in known)
+        if others:
+            raise FtError(f"{folder} holds other files ({others[0]}, …): give another folder with --out")
+        if not args.overwrite:
+            raise FtError(f"{folder} holds a quickstart already: give --overwrite, or another folder with --out")
+    say("making dates in eight languages")
+    make(folder / "data")
+    shutil.copyfile(Path(__file__).with_name("dates.yaml"), folder / "dates.yaml")
+    os.chdir(folder)
+    commands = [
+        ["train", "dates.yaml", f"training.max_steps={args.steps}", *(["--overwrite"] if args.overwrite else [])],
+        ["eval", "run"],
+        ["merge", "run"],
+        ["export", "run", "--to", "gguf"],
+    ]
+    for words in commands:
+        say(f"\n$ ft {' '.join(words)}")
+        code = ft(words)
+        if code:
+            return code
+    evaluation = json.loads((folder / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    exact = evaluation["metrics"]["exact_match"]
+    gguf = sorted((folder / "run" / "export" / "gguf").glob("*.gguf"))
+    rows = [
+        ("exact match", f"{100 * exact['before']:.0f} % before, {100 * exact['after']:.0f} % after"),
+        ("report", folder / "run" / "report.html"),
+        ("adapter", folder / "run" / "adapter"),
+        ("merged model", folder / "run" / "merged"),
+        ("GGUF", gguf[0] if gguf else "none"),
+        ("took", f"{time.monotonic() - start:.0f} s"),
+    ]
+    print()
+    for name, value in rows:
+        print(f"{name:<14}{value}")
+    print(f'next          ft chat "{folder / "run"}" --system "Write the date in ISO 8601 form."')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
