@@ -66,7 +66,7 @@ def add_lora(
 
 
 def _check_names(model: Any, key: str, names: list[str]) -> None:
-    modules = [name for name, _ in model.named_modules() if name]
+    modules = [name for name, module in model.named_modules() if name and not list(module.children())]
     lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
     lasts = [name for name in lasts if not name.isdigit()]
     for name in names:

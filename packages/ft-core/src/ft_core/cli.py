@@ -22,7 +22,13 @@ ORDER = ("doctor", "train", "eval", "chat", "generate", "report", "merge", "expo
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse prints the usage and then the error; one line is easier to read and to log."""
+    """Errors in one line, where argparse prints the usage too; and options may stand between ``key=value`` words."""
+
+    def parse(self, words: list[str]) -> argparse.Namespace:
+        try:
+            return self.parse_intermixed_args(words)
+        except TypeError:  # a third party's command with subcommands of its own, which cannot be intermixed
+            return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -61,7 +67,7 @@ def _run(name: str, words: list[str]) -> int:
         module.add_arguments(parser)
     except (ImportError, AttributeError) as error:
         raise PluginError(f"the command {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    code = module.run(parser.parse_args(words))
+    code = module.run(parser.parse(words))
     return int(code or 0)
 
 

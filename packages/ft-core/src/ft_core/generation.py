@@ -32,7 +32,7 @@ def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt that is whole: a rendered conversation, or a text begun by :func:`ft_core.data.opening`."""
+    """Token ids of a prompt that is whole: a rendered conversation, or a text that begins as the tokenizer has texts begin."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -157,11 +157,11 @@ def generate(
 
 
 def _render(prompt: str | Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, system: str | None) -> str:
-    from ft_core.data.rendering import opening
+    from ft_core.data import render_prompt
 
     if isinstance(prompt, str):
         if not tokenizer.chat_template:
-            return opening(tokenizer) + prompt
+            return render_prompt({"text": prompt}, tokenizer)[0]
         messages = [{"role": "user", "content": prompt}]
     else:
         messages = list(prompt)

@@ -34,12 +34,15 @@ def build(job: Job) -> Trainer:
     """
     from trl import SFTConfig, SFTTrainer
 
-    from ft_core.data import Collator
+    from ft_core.data import Collator, keeps_documents_apart
     from ft_core.training.trainer import RunTrainerMixin
 
     class SftTrainer(RunTrainerMixin, SFTTrainer):  # type: ignore[misc]
         """TRL's trainer with whole checkpoints and no telemetry."""
 
+    padding_free = keeps_documents_apart(job.model)
+    if not padding_free:
+        job.say("this model would mix the documents of a packed row: each is a padded row of its own")
     train = _dataset(job, job.train_rows, "train")
     held_out = _dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
     # Rows come prepared: TRL neither tokenizes, packs nor pads.
@@ -52,7 +55,7 @@ def build(job: Job) -> Trainer:
     return SftTrainer(
         model=job.model,
         args=arguments,
-        data_collator=Collator(job.tokenizer.pad_token_id),
+        data_collator=Collator(job.tokenizer.pad_token_id, padding_free=padding_free),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=job.tokenizer,
