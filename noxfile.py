@@ -131,8 +131,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["dev"])
 def types(session: nox.Session) -> None:
     """Check the packages' types, strictly."""
-    for package in PACKAGES:
-        dev_python(session, "-m", "mypy", f"packages/{package}/src/{module_of(package)}")
+    dev_python(session, "-m", "mypy", *(f"packages/{package}/src/{module_of(package)}" for package in PACKAGES))
 
 
 @nox.session(venv_backend="none", requires=["dev"])
