@@ -1,0 +1,211 @@
+"""Run by the nox session `alone` in an environment that holds one package's wheel and what it asks for, nothing else.
+
+It checks which of ft's packages came along, imports every module, uses the package once, and checks that all that was
+imported belongs to a declared dependency. Not a pytest file: pytest would be one more thing installed there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+import pkgutil
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from importlib.metadata import distributions, packages_distributions, requires
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = {"ft-core", "ft-kernels"}
+# What each requirement brings of ft, from the design's table of who may import whom.
+BRINGS = {
+    "ft-kernels": {"ft-kernels"},
+    "ft-core": CORE,
+    "ft-core[rl]": {*CORE, "ft-rl"},
+    "ft-rl": {*CORE, "ft-rl"},
+    "ft-vision": {*CORE, "ft-vision"},
+    "ft-speech": {*CORE, "ft-speech"},
+    "ft-export": {"ft-export"},
+}
+# Modules that may be imported only with something that the package does not depend on by itself.
+OPTIONAL = {"ft_export.plugin": "ft_core"}
+# Both come with every new environment of Python 3.11, and libraries look for setuptools.
+PRESENT = {"pip", "setuptools"}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(package: str) -> set[str]:
+    """A distribution and all that it depends on, extras left out save where one of ours names them."""
+    found: set[str] = set()
+    todo = [package]
+    while todo:
+        name = normal(todo.pop())
+        if name in found:
+            continue
+        found.add(name)
+        for requirement in requires(name) or ():
+            match = re.match(r"[A-Za-z0-9._-]+", requirement)
+            assert match, requirement
+            wanted = normal(match.group())
+            # Whether a marker holds is pip's business: what it left out is not installed, and so not imported either.
+            if "extra ==" not in requirement and any(normal(d.name) == wanted for d in distributions()):
+                todo.append(wanted)
+    return found
+
+
+def import_all(module: str) -> None:
+    package = importlib.import_module(module)
+    heavy = {"torch", "transformers", "trl", "peft"} & set(sys.modules)
+    assert module == "ft_kernels" or not heavy, f"import {module} brings {sorted(heavy)}"
+    for found in pkgutil.walk_packages(package.__path__, f"{module}."):
+        if found.name.endswith("__main__"):
+            continue
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            if error.name is None or OPTIONAL.get(found.name) != error.name.split(".")[0]:
+                raise
+
+
+def tiny_llama() -> object:
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def use_kernels() -> None:
+    import torch
+
+    import ft_kernels
+
+    # Equal logits: the loss is the logarithm of the number of classes, whatever the target.
+    loss = ft_kernels.cross_entropy(torch.zeros(3, 50), torch.tensor([0, 7, 49]))
+    assert abs(loss.item() - math.log(50)) < 1e-6, loss
+    assert ft_kernels.rms_norm(torch.full((2, 8), 3.0), torch.ones(8), eps=0.0).sub(1).abs().max() < 1e-6
+
+
+def ft(*words: str) -> str:
+    command = [Path(sysconfig.get_path("scripts")) / "ft", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def use_core() -> None:
+    import torch
+
+    import ft_core
+
+    assert ft_core.__version__ in ft("--version")
+    assert "cannot be used" not in ft("plugins")
+    model = ft_core.add_lora(tiny_llama(), r=4)
+    tokens = torch.arange(16)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    learning = {name for name, value in model.named_parameters() if value.grad is not None}
+    assert learning, "nothing learns"
+    assert all("lora_" in name for name in learning), learning
+
+
+def use_rl() -> None:
+    import torch
+
+    from ft_rl.objectives import bradley_terry
+
+    loss, _ = bradley_terry(torch.zeros(2), torch.zeros(2))
+    assert abs(loss.item() - math.log(2)) < 1e-6, loss
+    listed = ft("plugins")
+    assert " reward " in listed, listed
+    assert "cannot be used" not in listed, listed
+
+
+def use_vision() -> None:
+    from PIL import Image
+
+    from ft_vision import read_image
+
+    file = io.BytesIO()
+    Image.new("RGB", (5, 3), (200, 100, 50)).save(file, "PNG")
+    image = read_image(file.getvalue())
+    assert (image.size, image.getpixel((4, 2))) == ((5, 3), (200, 100, 50))
+
+
+def use_speech() -> None:
+    import numpy
+
+    from ft_speech import read_audio, write_audio
+
+    tone = numpy.sin(numpy.arange(1600) * 0.1).astype("float32") / 2
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tone.wav"
+        write_audio(file, tone, 16_000)
+        samples, rate = read_audio(file)
+    assert rate == 16_000
+    assert abs(samples - tone).max() < 2**-15, "more than one step of 16 bits"
+
+
+def use_export() -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from ft_export import merge
+
+    tokens = torch.arange(16)[None]
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter, merged = (Path(folder) / name for name in ("base", "adapter", "merged"))
+        tiny_llama().to(torch.bfloat16).save_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        model.save_pretrained(adapter)
+        merge(adapter, merged)
+        after = AutoModelForCausalLM.from_pretrained(merged)
+        assert after(tokens).logits.shape == (1, 16, 64)
+
+
+USES = {
+    "ft-kernels": use_kernels,
+    "ft-core": use_core,
+    "ft-core[rl]": use_rl,
+    "ft-rl": use_rl,
+    "ft-vision": use_vision,
+    "ft-speech": use_speech,
+    "ft-export": use_export,
+}
+
+
+def main(requirement: str) -> None:
+    ours = {normal(d.name) for d in distributions() if normal(d.name).startswith("ft-")}
+    assert ours == BRINGS[requirement], f"{requirement} brought {sorted(ours)}, not {sorted(BRINGS[requirement])}"
+    packages = BRINGS["ft-core[rl]"] if "[" in requirement else {requirement}
+    for package in sorted(packages):
+        import_all(package.replace("-", "_"))
+    USES[requirement]()
+
+    places = packages_distributions()
+    tops = {name.partition(".")[0] for name in sys.modules}
+    imported = {normal(distribution) for top in tops for distribution in places.get(top, ())}
+    allowed = set().union(*(declared(package) for package in packages)) | PRESENT
+    assert imported <= allowed, f"imported but not declared: {sorted(imported - allowed)}"
+    checkout = [
+        m.__file__ for m in sys.modules.values() if str(getattr(m, "__file__", "")).startswith(f"{ROOT}/packages")
+    ]
+    assert not checkout, f"imported from the checkout, not from the wheel: {checkout}"
+    print(f"{requirement} works alone; of ft there is {', '.join(sorted(ours))}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,1 @@
+"""A toy plugin package; see specs."""
