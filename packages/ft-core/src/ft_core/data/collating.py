@@ -80,9 +80,9 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     (state-space models and other linear attention) or that take no position ids fail; they are trained with
     ``Collator(padding_free=False)``. The model's mode and weights stay as they are.
 
-    With equal shapes the first comparison leaves no room for rounding, save where a mixture of experts regroups its
-    tokens: two units in the last place of the largest logit. The second compares different shapes, in which sums are
-    taken in another order and the error grows over the layers: 32 units; wrong positions change logits by their size.
+    The bounds are shares of the largest logit. Rows of equal shape leave no room for rounding, save where a mixture of
+    experts regroups its tokens (3e-7 measured in fp32), and leaking families moved by 4e-3 to 0.5: 1e-3. Different
+    shapes may sum in another order, whose error grows over the layers: 32 units in the last place where that is more.
     """
     import torch
 
@@ -103,6 +103,7 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
         for module, mode in modes.items():
             module.training = mode
     one_before, two_before, alone = results
-    unit = torch.finfo(alone.dtype).eps * alone.abs().max()
-    unmoved = (one_before - two_before).abs().max() <= 2 * unit
-    return bool(unmoved and (one_before - alone).abs().max() <= 32 * unit)
+    largest = alone.abs().max()
+    unmoved = (one_before - two_before).abs().max() <= 1e-3 * largest
+    rounding = max(1e-3, 32 * torch.finfo(alone.dtype).eps)
+    return bool(unmoved and (one_before - alone).abs().max() <= rounding * largest)
