@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     try:
-        values = yaml.load(text, _UniqueKeys)  # a SafeLoader
+        values = yaml.load(text, _UniqueKeys)  # noqa: S506  # a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -50,13 +50,17 @@ def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
                 raise ConfigError(f"{key}: this version of ft-core has no such setting yet; remove it")
         if values.get("quantization") == "fp8":
             raise ConfigError("quantization: 'fp8' is not available in this version (allowed: none, nf4, int8)")
+        # Before the rest, so that `modle: …` is not told that `model` is missing.
+        _check_top_level(values, values.get("method", TrainConfig.model_fields["method"].default))
         try:
             config = TrainConfig.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError(_one_line(error, TrainConfig, "")) from None
-    for key in config.sections:
-        _check_section_name(key, config.method)
-    modality = registry().get(ModalitySpec, config.task)
+    _check_top_level(config.sections, config.method)
+    try:
+        modality = registry().get(ModalitySpec, config.task)
+    except PluginError as error:
+        raise PluginError(f"task: {error}") from error
     if modality.load is None:
         raise PluginError(f"task: {config.task!r} cannot be trained by the installed version ({modality.summary})")
     method_settings(config)
@@ -68,7 +72,7 @@ def method_settings(config: TrainConfig) -> BaseModel:
     model: type[BaseModel] = resolve(registry().get(MethodSpec, config.method).settings)
     section = config.sections.get(config.method)
     if section is not None and not isinstance(section, Mapping):
-        raise ConfigError(f"{config.method}: must hold the method's settings, not {_kind(section)}")
+        raise ConfigError(f"{config.method}: {_shown(section)} is not allowed (allowed: keys with values)")
     try:
         return model.model_validate(dict(section or {}))
     except ValidationError as error:
@@ -132,14 +136,20 @@ def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _check_section_name(key: str, method: str) -> None:
-    """An extra top-level key must be the section of the method in use."""
+def _check_top_level(values: Iterable[Any], method: Any) -> None:
+    """A top-level key that the schema doesn't have must be the section of the method in use."""
     methods = {*registry().names("ft.methods"), *EXTRAS["ft.methods"]}
-    if key == method:
-        return
-    if key in methods:
-        raise ConfigError(f"{key}: these are settings of the method {key!r}, but the method is {method!r}")
-    raise ConfigError(_unknown(key, "", [*TrainConfig.model_fields, method]))
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"unknown key {key!r}: a key is a word (allowed: {', '.join(TrainConfig.model_fields)})")
+        if key in TrainConfig.model_fields or key == method:
+            continue
+        if key in methods and method not in methods:
+            continue  # what is wrong is the method
+        if key in methods:
+            raise ConfigError(f"{key}: these are settings of the method {key!r}, but the method is {method!r}")
+        section = [method] if isinstance(method, str) else []
+        raise ConfigError(_unknown(key, "", [*TrainConfig.model_fields, *section]))
 
 
 def _unknown(key: str, where: str, allowed: list[str]) -> str:
@@ -151,16 +161,17 @@ def _unknown(key: str, where: str, allowed: list[str]) -> str:
 def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
     """The first mistake of a validation error: key, value, what is allowed, and the nearest right spelling."""
     errors = error.errors()
-    # A union reports every branch that failed; an unknown key in the branch that was meant says more than the rest.
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    names = [str(part) for part in first["loc"] if not _is_branch(part)]
+    # A union reports every branch that failed: an unknown key says more than the rest, then what lies deepest.
+    same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), max(same, key=lambda e: len(_names(e))))
+    names = _names(first)
     key = ".".join(([prefix] if prefix else []) + names)
     others = len({e["loc"][0] for e in errors if e["loc"]}) - 1
     more = f" (and {others} more)" if others > 0 else ""
-    value = first.get("input")
+    value = _shown(first.get("input"))
     if first["type"] == "extra_forbidden":
         below = _model_at(model, names[:-1])
-        where = key.rpartition(".")[0]
+        where = ".".join(([prefix] if prefix else []) + names[:-1])
         return _unknown(names[-1], where + "." if where else "", list(below.model_fields) if below else []) + more
     if first["type"] == "missing":
         return f"{key}: is missing, and has no default{more}"
@@ -168,19 +179,51 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> st
         return first["msg"].removeprefix("Value error, ")
     if first["type"] == "literal_error":
         allowed = _literals(errors, names)
-        close = difflib.get_close_matches(str(value).lower(), allowed, 1, cutoff=0.5)
+        close = difflib.get_close_matches(value.strip("'\"").lower(), allowed, 1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{key}: {_shown(value)} is not allowed{hint} (allowed: {', '.join(allowed)}){more}"
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{key}: {_shown(value)} is not allowed (allowed: {reason}){more}"
+        return f"{key}: {value} is not allowed{hint} (allowed: {', '.join(allowed)}){more}"
+    reasons = dict.fromkeys(_reason(e) for e in errors if _names(e) == names)
+    return f"{key}: {value} is not allowed (allowed: {' or '.join(reasons)}){more}"
+
+
+REASONS = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "list_type": "a list",
+    "model_type": "keys with values",
+    "dict_type": "keys with values",
+    "model_attributes_type": "keys with values",
+}
+"""What is allowed, where pydantic's own words are about Python rather than about the configuration."""
+
+
+def _reason(error: Any) -> str:
+    text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+    return REASONS.get(error["type"], text)
+
+
+def _names(error: Any) -> list[str]:
+    """The keys that lead to a mistake, without pydantic's names for the branches of a union."""
+    if not error["loc"]:
+        return []
+    *above, last = error["loc"]
+    names = [str(part) for part in above if not _is_branch(part)]
+    # An unknown key is what the user wrote, whatever it looks like.
+    is_key = error["type"] in ("extra_forbidden", "missing") or not _is_branch(last)
+    return [*names, str(last)] if is_key else names
 
 
 def _literals(errors: list[Any], names: list[str]) -> list[str]:
     found: list[str] = []
     for e in errors:
-        if e["type"] == "literal_error" and [str(p) for p in e["loc"] if not _is_branch(p)] == names:
+        if e["type"] == "literal_error" and _names(e) == names:
             found += [w.strip().strip("'") for w in e["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        elif e["type"] == "list_type":
+        elif e["type"] == "list_type" and _names(e) == names:
             found.append("a list of names")
     return found
 

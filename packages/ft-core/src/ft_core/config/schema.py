@@ -23,8 +23,16 @@ def _only(value: Any) -> Any:
     raise ValueError("true or false")
 
 
+def _no_switch(value: Any) -> Any:
+    """And a switch is no number: `eval_split: true` would silently be one row."""
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
 Switch = Annotated[bool, BeforeValidator(_only)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_no_switch)]
 
 
 class Section(BaseModel):
@@ -49,7 +57,7 @@ def _sources(value: Any) -> Any:
     """A list may hold plain paths too."""
     if isinstance(value, list):
         if not value:
-            raise ValueError("an empty list holds no data")
+            raise ValueError("at least one source")
         return [{"path": item} if isinstance(item, str) else item for item in value]
     return value
 
@@ -72,7 +80,7 @@ class LoraSettings(Section):
         modules_to_save: modules trained whole and saved with the adapter, such as ``embed_tokens`` and ``lm_head``.
     """
 
-    r: int = Field(default=16, ge=1, le=4096)
+    r: Whole = Field(default=16, ge=1, le=4096)
     alpha: Number | None = Field(default=None, gt=0)
     dropout: Number = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | list[str] = "all-linear"
@@ -121,19 +129,19 @@ class TrainingSettings(Section):
     """
 
     epochs: Number = Field(default=1.0, gt=0)
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=2, ge=1)
-    gradient_accumulation: int = Field(default=4, ge=1)
+    max_steps: Whole | None = Field(default=None, ge=1)
+    batch_size: Whole = Field(default=2, ge=1)
+    gradient_accumulation: Whole = Field(default=4, ge=1)
     learning_rate: Number = Field(default=2.0e-4, gt=0)
     optimizer: Optimizer = "adamw_8bit"
     scheduler: Scheduler = "cosine"
     warmup_ratio: Number = Field(default=0.03, ge=0, le=1)
     weight_decay: Number = Field(default=0.0, ge=0)
     max_grad_norm: Number = Field(default=1.0, ge=0)
-    save_every: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    eval_every: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    save_every: Whole | None = Field(default=None, ge=1)
+    keep_checkpoints: Whole = Field(default=2, ge=1)
+    eval_every: Whole | None = Field(default=None, ge=1)
+    seed: Whole = Field(default=0, ge=0, lt=2**32)
 
 
 class TrainConfig(BaseModel):
@@ -152,10 +160,10 @@ class TrainConfig(BaseModel):
     model: str = Field(min_length=1)
     method: str = "sft"
     data: Sources
-    eval_split: Number | int | None = None
+    eval_split: Number | Whole | None = None
     eval_data: Sources | None = None
     quantization: Annotated[Literal["none", "nf4", "int8"], BeforeValidator(_no_null)] = "none"
-    max_length: int = Field(default=2048, ge=2)
+    max_length: Whole = Field(default=2048, ge=2)
     packing: Switch = True
     lora: LoraSettings | None = Field(default_factory=LoraSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
@@ -176,7 +184,9 @@ class TrainConfig(BaseModel):
         if self.eval_split is not None and self.eval_data is not None:
             raise ValueError("eval_split and eval_data exclude each other: give one")
         if self.eval_split is not None and not (0 < self.eval_split < 1 or self.eval_split == int(self.eval_split) > 0):
-            raise ValueError("eval_split is a share between 0 and 1, or a whole number of rows")
+            raise ValueError(
+                f"eval_split: {self.eval_split} is not allowed (allowed: a share between 0 and 1, or a number of rows)"
+            )
         if self.quantization != "none" and self.lora is None:
             raise ValueError(f"quantization: {self.quantization} needs lora (quantized weights cannot be trained)")
         if self.lora is not None and self.lora.targets == []:
