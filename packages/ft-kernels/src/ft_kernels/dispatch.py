@@ -1,0 +1,115 @@
+"""The one place that decides between a Triton kernel and the torch reference, and through which kernels are launched.
+
+Triton is imported when the first kernel is launched, never before: on a machine without a GPU it is not needed at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rows", "allocate", "interpreting", "launch", "launches", "use_triton"]
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+launches: Counter[str] = Counter()
+"""How often each kernel was launched in this process, by name; tests read it to know that a kernel really ran."""
+
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreting() -> bool:
+    """Whether triton's interpreter is on (its own switch, ``TRITON_INTERPRET=1``, set before this module is imported).
+
+    Kernels then run on CPU tensors, far too slowly for anything but testing.
+    """
+    return _INTERPRETING
+
+
+@cache
+def _device_is_able(device: torch.device) -> bool:
+    # Triton's code generator starts at compute capability 7.0; AMD's cards (no CUDA version) have other numbers.
+    return torch.version.cuda is None or torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def _kernels_run_on(device: torch.device) -> bool:
+    if not _TRITON_INSTALLED:
+        return False
+    if device.type == "cuda":
+        # torch.compile traces this function; it asks for the same capability as we do.
+        return _INTERPRETING or torch.compiler.is_compiling() or _device_is_able(device)
+    return device.type == "cpu" and _INTERPRETING
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """Whether a kernel computes this: True for fp16, bf16 and fp32 tensors on a CUDA (or ROCm) device with triton.
+
+    Anything else (float64, CPU, MPS, a card older than compute capability 7.0, no triton) is the reference's.
+    """
+    given = [t for t in tensors if t is not None]
+    if any(t.is_floating_point() and t.dtype not in KERNEL_DTYPES for t in given):
+        return False
+    return _kernels_run_on(given[0].device)
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialized memory for a kernel to write. Every output comes from here, so that tests can poison it."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def launch(name: str, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
+    """Launch a Triton kernel on the current stream of the tensors' device, current or not, and count it."""
+    launches[name] += 1
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **meta)
+
+
+class Rows:
+    """A tensor ``[..., n]`` as rows; row r starts at ``(r // inner) * outer_stride + (r % inner) * inner_stride``.
+
+    Two strides cover what models hand over without a copy (a slice of the sequence, of the last dimension or of packed
+    heads); a tensor that needs more, or whose last dimension is not contiguous, is copied.
+
+    Attributes:
+        tensor: the tensor, or its contiguous copy.
+        count: the number of rows.
+        layout: ``(inner, outer_stride, inner_stride)``, in elements.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        layout = _layout(tensor)
+        if layout is None:
+            tensor = tensor.contiguous()
+            layout = _layout(tensor)
+            assert layout is not None
+        self.tensor = tensor
+        self.layout = layout
+        self.count = tensor.numel() // tensor.shape[-1] if tensor.shape[-1] else 0
+
+
+def _layout(tensor: Tensor) -> tuple[int, int, int] | None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return None
+    merged: list[tuple[int, int]] = []  # (size, stride), innermost first
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if merged and stride == merged[-1][0] * merged[-1][1]:
+            merged[-1] = (merged[-1][0] * size, merged[-1][1])
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return None
+    inner, inner_stride = merged[0] if merged else (1, 0)
+    outer_stride = merged[1][1] if len(merged) == 2 else 0
+    return max(inner, 1), outer_stride, inner_stride

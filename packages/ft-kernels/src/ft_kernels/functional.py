@@ -1,0 +1,138 @@
+"""The operations as plain functions. Each takes torch tensors on any device and gives the same result everywhere."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ft_kernels.dispatch import use_triton
+from ft_kernels.ops.cross_entropy.autograd import cross_entropy_op
+from ft_kernels.ops.cross_entropy.reference import cross_entropy_rows
+from ft_kernels.ops.rms_norm import reference as rms_norm_reference
+from ft_kernels.ops.rms_norm.autograd import rms_norm_op
+
+__all__ = ["Reduction", "cross_entropy", "rms_norm"]
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0) -> Tensor:
+    """``x / sqrt(mean(x², last dimension) + eps) · (weight + offset)``, rounded once.
+
+    Root Mean Square Layer Normalization, equation 4 (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Args:
+        x: ``[..., H]``, floating point, any strides, possibly empty.
+        weight: ``[H]``, floating point, or None for no scale. Its dtype may differ from x's.
+        eps: added to the mean square.
+        offset: added to the weight; 1 for families that store it around zero (Gemma).
+
+    Returns:
+        ``[..., H]`` in x's dtype, whatever the weight's; contiguous where a kernel made it. Arithmetic is fp32 for
+        16-bit inputs, fp32 or wider for fp32, float64 for float64. Gradients come back for x and weight.
+
+    Raises:
+        TypeError: x or weight is not floating point.
+        ValueError: shapes or devices do not fit, or an offset is given without a weight.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"rms_norm: x has dtype {x.dtype}; use a floating-point dtype")
+    if x.dim() == 0:
+        raise ValueError("rms_norm: x has no dimension to normalize over; give it the shape [..., H]")
+    if weight is None:
+        if offset:
+            raise ValueError(f"rms_norm: offset={offset} is added to the weight, but weight is None; pass a weight")
+    elif not weight.is_floating_point():
+        raise TypeError(f"rms_norm: weight has dtype {weight.dtype}; use a floating-point dtype")
+    elif weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight has shape {list(weight.shape)}; x needs {list(x.shape[-1:])}")
+    elif weight.device != x.device:
+        raise ValueError(f"rms_norm: weight is on {weight.device}, x on {x.device}; move them to one device")
+    if use_triton(x, weight):
+        return rms_norm_op(x, weight, float(eps), float(offset))[0]
+    return rms_norm_reference.rms_norm(x, weight, float(eps), float(offset))
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Cross-entropy of logits against class numbers, the classes in the last dimension.
+
+    With ``z = softcap · tanh(logit_scale · logits / softcap)`` (without a softcap, ``z = logit_scale · logits``),
+    ``p = softmax(z)`` and V classes, the loss of a row with target t is
+
+        ``(1 − label_smoothing) · (−log p_t) − label_smoothing / V · Σ_j log p_j + z_loss · logsumexp(z)²``
+
+    Label smoothing: Szegedy et al. 2016, section 7 (arXiv:1512.00567). Softcap: Gemma 2, section 2 (arXiv:2408.00118).
+    z-loss: PaLM, section 5 (arXiv:2204.02311).
+
+    Args:
+        logits: ``[..., V]``, floating point, any strides. V is any number from 1.
+        targets: ``[...]``, integers from 0 to V − 1, or ``ignore_index``.
+        ignore_index: rows with this target give no loss and a gradient of zero, whatever their logits.
+        label_smoothing: from 0 to 1.
+        softcap: a positive bound on the logits, or None.
+        logit_scale: multiplies the logits, before the softcap.
+        z_loss: weight of the squared logsumexp, at least 0.
+        reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"`` for one loss a row.
+
+    Returns:
+        A scalar, or ``[...]`` for ``"none"``; in fp32, in float64 for float64 logits. Where every row is ignored or
+        there is none, the sum is 0 and the mean is nan, with zero gradients, as torch's own ``cross_entropy`` has it.
+
+    Raises:
+        TypeError: logits are not floating point, or targets not integers.
+        ValueError: shapes, devices or settings do not fit.
+        IndexError, RuntimeError: a target is outside the vocabulary, where torch computes; a kernel cannot raise
+            without stopping the GPU's queue, and makes that row's loss and gradient nan instead.
+    """
+    _check_cross_entropy(logits, targets, label_smoothing, softcap, z_loss, reduction)
+    targets = targets.long()
+    settings = (ignore_index, float(label_smoothing), float(softcap or 0.0), float(logit_scale), float(z_loss))
+    if use_triton(logits):
+        losses = cross_entropy_op(logits, targets, *settings)[0]
+    else:
+        losses = cross_entropy_rows(logits, targets, *settings)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if reduction == "none":
+        return losses.to(dtype)
+    total = losses.sum()
+    if reduction == "mean":
+        total = total / (targets != ignore_index).sum()
+    return total.to(dtype)
+
+
+def _check_cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float, softcap: float | None, z_loss: float, reduction: str
+) -> None:
+    if not logits.is_floating_point():
+        raise TypeError(f"cross_entropy: logits have dtype {logits.dtype}; use a floating-point dtype")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise TypeError(f"cross_entropy: targets have dtype {targets.dtype}; use class numbers of an integer dtype")
+    if logits.dim() == 0 or logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"cross_entropy: logits {list(logits.shape)} and targets {list(targets.shape)} do not fit; "
+            "targets need the shape of logits without the last dimension"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"cross_entropy: logits {list(logits.shape)} have no classes; the last dimension is V, from 1")
+    if logits.device != targets.device:
+        raise ValueError(f"cross_entropy: logits are on {logits.device}, targets on {targets.device}; use one device")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"cross_entropy: label_smoothing={label_smoothing}; allowed is 0 to 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"cross_entropy: softcap={softcap}; allowed is a positive number, or None for no cap")
+    if not z_loss >= 0:
+        raise ValueError(f"cross_entropy: z_loss={z_loss}; allowed is 0 or more")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"cross_entropy: reduction={reduction!r}; allowed are 'mean', 'sum' and 'none'")

@@ -1,0 +1,3 @@
+"""Cross-entropy from logits."""
+
+__all__: list[str] = []

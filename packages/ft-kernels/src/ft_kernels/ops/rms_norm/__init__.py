@@ -1,0 +1,3 @@
+"""Root mean square normalization."""
+
+__all__: list[str] = []

@@ -1,0 +1,21 @@
+"""The public names, spelt out: a change here is a change for users and belongs in the changelog."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+PUBLIC = {
+    "ft_kernels": ["__version__", "cross_entropy", "nn", "rms_norm"],
+    "ft_kernels.dispatch": ["Rows", "allocate", "interpreting", "launch", "launches", "use_triton"],
+    "ft_kernels.functional": ["Reduction", "cross_entropy", "rms_norm"],
+    "ft_kernels.nn": ["CrossEntropyLoss", "RMSNorm"],
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names(module):
+    imported = importlib.import_module(module)
+    assert sorted(imported.__all__) == PUBLIC[module]
+    assert all(hasattr(imported, name) for name in imported.__all__)
