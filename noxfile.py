@@ -174,11 +174,11 @@ def alone(session: nox.Session, package: str) -> None:
     """Install one wheel in a clean environment with its own dependencies only, import it and use it once."""
     # Siblings come from dist/, never from an index that may have something else by the name.
     siblings = Path(session.create_tmp()) / "siblings.txt"
-    lines = [f"{sibling} @ {wheel_of(sibling).as_uri()}\n" for sibling in PACKAGES]
+    lines = [f"{sibling} @ {wheel_of(sibling).as_uri()}\n" for sibling in PACKAGES if sibling != package]
     siblings.write_text("".join(lines))
     # A constraints file's name is cut at white space in an environment variable, not here; byte code is left to Python.
     options = ("-q", "--no-compile", "-c", "constraints.txt", "-c", str(siblings))
-    session.install(*options, package)
+    session.install(*options, str(wheel_of(package).relative_to(ROOT)))
     session.run("python", "-I", "integration_tests/alone.py", package)
     if package == "ft-core":
         session.install(*options, "ft-core[rl]")
@@ -190,7 +190,8 @@ def alone(session: nox.Session, package: str) -> None:
 @nox.session(venv_backend="none", requires=["dev"])
 def docs(session: nox.Session) -> None:
     """Build the documentation's site into site/, with warnings as errors."""
-    dev_python(session, "-m", "mkdocs", "--quiet", "build", "--strict", "--clean")
+    advert = {"NO_MKDOCS_2_WARNING": "1"}
+    dev_python(session, "-m", "mkdocs", "--quiet", "build", "--strict", "--clean", env=advert)
     for page in sorted((ROOT / "site").rglob("*.html")):
         finder = Fetches()
         finder.feed(page.read_text(encoding="utf-8"))

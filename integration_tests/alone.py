@@ -160,7 +160,10 @@ def use_speech() -> None:
 def use_export() -> None:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from ft_export import merge
 
@@ -168,6 +171,9 @@ def use_export() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base, adapter, merged = (Path(folder) / name for name in ("base", "adapter", "merged"))
         tiny_llama().to(torch.bfloat16).save_pretrained(base)
+        words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+        words.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
         model.save_pretrained(adapter)
