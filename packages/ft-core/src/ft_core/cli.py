@@ -1,6 +1,7 @@
 """The command line: finds the command among the plugins, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 2 something the user can mend, said in one line; 130 interrupted; 1 a fault of ours, with its traceback.
+Exit codes: 0 done; 2 something the user can mend, said in one line; 130 interrupted; 1 a fault of ours, with its
+traceback.
 """
 
 from __future__ import annotations
@@ -36,15 +37,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``ft`` with these words (the process's own where None) and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if words[0] in ("-V", "--version"):
-        print(f"ft {__version__}")
-        return 0
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        return _run(words[0], words[1:])
+        code = _run(words[0], words[1:])
+        sys.stdout.flush()  # a reader that has gone is noticed here rather than when Python ends
+        return code
     except FtError as error:
         print(f"ft {words[0]}: {error}", file=sys.stderr)
         return 2
@@ -58,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, words: list[str]) -> int:
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"ft {__version__}")
+        return 0
     if name.startswith("-"):
         raise PluginError(f"{name} is no option of ft: give a command first (see ft --help)")
     spec = registry().get(CommandSpec, name)
@@ -65,10 +68,15 @@ def _run(name: str, words: list[str]) -> int:
         module = importlib.import_module(spec.module)
         parser = _Parser(prog=f"ft {name}", description=spec.summary)
         module.add_arguments(parser)
-    except (ImportError, AttributeError) as error:
+    except FtError:
+        raise
+    except (Exception, SystemExit) as error:  # a third party's module may raise anything
         raise PluginError(f"the command {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    code = module.run(parser.parse(words))
-    return int(code or 0)
+    try:
+        args = parser.parse(words)
+    except SystemExit as stop:  # argparse has said what it had to say
+        return int(stop.code or 0)
+    return int(module.run(args) or 0)
 
 
 def _overview() -> str:

@@ -88,9 +88,8 @@ class Registry:
         if len(own) == 1:
             return own[0]
         if len(same) > 1:
-            raise PluginError(
-                f"{group} {name!r} is declared more than once, by {_join(e.source for e in same)}: uninstall all but one"
-            )
+            sources = " and ".join(e.source for e in same)
+            raise PluginError(f"{group} {name!r} is declared more than once, by {sources}: uninstall all but one")
         return same[0]
 
     def _unknown(self, group: str, name: str) -> str:
@@ -162,12 +161,10 @@ def _where(entry: Entry) -> str:
 
 
 def _entry(point: EntryPoint) -> Entry:
-    name = re.sub(r"[-_.]+", "-", point.dist.name).lower() if point.dist else "unknown"
-    return Entry(point.group, point.name, point.value, name, point.dist.version if point.dist else "?")
-
-
-def _join(words: Iterable[str]) -> str:
-    return " and ".join(words)
+    # An installation that was cut short has metadata without name and version.
+    name = (point.dist and point.dist.name) or "unknown"
+    version = (point.dist and point.dist.version) or "?"
+    return Entry(point.group, point.name, point.value, re.sub(r"[-_.]+", "-", name).lower(), version)
 
 
 @cache

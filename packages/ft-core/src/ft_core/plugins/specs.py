@@ -131,7 +131,7 @@ class ArchitectureSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSpec(Spec):
-    """A reward function: ``reward`` refers to ``f(prompts, completions, **columns) -> list[float]``, as TRL calls it."""
+    """A reward function: ``reward`` refers to ``f(prompts, completions, **columns) -> list[float]``, as in TRL."""
 
     group: ClassVar[str] = "ft.rewards"
     reward: str
