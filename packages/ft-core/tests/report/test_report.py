@@ -245,6 +245,18 @@ def test_many_samples_open_on_demand(make_run: MakeRun) -> None:
     assert "36 further samples are in evaluation.json" in text
 
 
+def test_what_is_still_wrong_is_in_plain_sight(make_run: MakeRun) -> None:
+    good = [{"prompt": f"good {i}", "expected": "yes", "before": "no", "after": "yes"} for i in range(100)]
+    bad = [{"prompt": f"bad {i}", "expected": "yes", "before": "no", "after": "no"} for i in range(3)]
+    page = Page(write_report(make_run(evaluation={"metrics": {}, "samples": [*good, *bad]})))
+    plain, _, folded = page.source.partition('class="more"')
+    assert [plain.count(f">bad {i}<") for i in range(3)] == [1, 1, 0]
+    assert folded.count(">bad 2<") == 1
+    said = re.findall(r">((?:good|bad) \d+)<", page.source)
+    assert len(said) == len(set(said)) == 64
+    assert said[:6] == [f"good {i}" for i in range(6)]
+
+
 def test_full_fine_tuning_has_nothing_to_merge(make_run: MakeRun) -> None:
     run = make_run(config={"model": "m", "method": "sft", "lora": None})
     (run / "adapter" / "adapter_model.safetensors").unlink()

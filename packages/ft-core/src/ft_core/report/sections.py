@@ -106,7 +106,7 @@ def samples(record: RunRecord) -> str:
     judged = "exact_match" in mapping(mapping(record.evaluation).get("metrics")) or all(
         answer is not None and len(answer) <= SHORT for answer in expected
     )
-    rows = [_sample(sample, judged) for sample in found[:MOST]]
+    rows = [_sample(sample, judged) for sample in (_failures_early(found) if judged else found)[:MOST]]
     out = _sample_table("Held-out prompts and the answers to them", rows[:SHOWN])
     if rows[SHOWN:]:
         out += (
@@ -120,6 +120,17 @@ def samples(record: RunRecord) -> str:
     if len(found) > MOST:
         said.append(f"{count(len(found) - MOST)} further samples are in evaluation.json.")
     return (f'<p class="note">{" ".join(said)}</p>' if said else "") + out
+
+
+def _failures_early(found: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The samples in their order, save that of those in plain sight up to two are still wrong, if there are any."""
+    first, rest = found[:SHOWN], found[SHOWN:]
+    have = sum(_right(sample, "after") is False for sample in first)
+    wrong = [sample for sample in rest if _right(sample, "after") is False]
+    keep = len(first) - min(max(0, 2 - have), len(wrong))
+    moved = SHOWN - keep
+    others = [*first[keep:], *wrong[moved:], *(s for s in rest if _right(s, "after") is not False)]
+    return [*first[:keep], *wrong[:moved], *others]
 
 
 def _right(sample: Mapping[str, Any], side: str) -> bool | None:
@@ -285,7 +296,7 @@ def commands(record: RunRecord) -> list[tuple[str, str]]:
         out.append((f"ft eval {run}", "measure it on held-out data"))
     if "adapter" in there and "merged" not in there:
         out.append((f"ft merge {run}", "adapter and base in one model"))
-    if there and generates(record):
+    if there and generates(record) and not (record.path / "export" / "gguf").is_dir():
         out.append((f"ft export {run} --to gguf", "a file for llama.cpp"))
     out.append((f"ft report {run}", "write this page again"))
     return out
