@@ -38,7 +38,7 @@ def progress(unit: str) -> Callable[[int, int], None]:
         nonlocal shown
         now = time.monotonic()
         live = sys.stderr.isatty()
-        if done < total and now - shown < (0.2 if live else 10.0):
+        if done == 0 or (done < total and now - shown < (0.2 if live else 10.0)):
             return
         shown = now
         rate = done / max(now - start, 1e-9)

@@ -88,10 +88,11 @@ def evaluate_answers(job: EvaluationJob) -> Evaluation:
     ids, labels = tokenized.input_ids, tokenized.labels
     batches = list(_by_tokens(ids))
     for done, batch in enumerate(batches):
-        job.progress(done, len(batches), "loss")
+        job.progress(done, len(batches), "batches of the loss")
         nll, count = _nll(job.model, [ids[i] for i in batch], [labels[i] for i in batch])
         total += nll
         tokens += count
+    job.progress(len(batches), len(batches), "batches of the loss")
     loss = total / tokens if tokens else None
     metrics: dict[str, float | None] = {
         "loss": loss,

@@ -92,6 +92,8 @@ def generate_ids(
     answers = [""] * len(prompts)
     was_training = model.training
     model.eval()
+    if progress:
+        progress(0, len(order))
     try:
         start = 0
         while start < len(order):

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     show = {}
 
     def shown(done: int, total: int, what: str) -> None:
-        if what not in show or done == 0:
+        if done == 0:
             show[what] = progress(what)
         show[what](done, total)
 

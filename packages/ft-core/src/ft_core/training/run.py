@@ -319,7 +319,6 @@ def _arguments(config: TrainConfig, run: Run, device: Device, evaluates: bool) -
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "include_num_input_tokens_seen": "all",
         "save_strategy": "steps",
         "eval_strategy": "steps" if evaluates and t.eval_every else "no",
         "eval_steps": t.eval_every,

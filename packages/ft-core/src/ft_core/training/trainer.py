@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ft_core.errors import RunError
 
 if TYPE_CHECKING:
@@ -68,6 +70,14 @@ class RunTrainerMixin(_Base):
             shutil.rmtree(staging, ignore_errors=True)
         for old in _checkpoints(folder)[: -self.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Counts tokens as well: padding is none, and transformers takes it for some where pad and end are one token."""
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        count = mask.sum() if mask is not None else None if ids is None else torch.tensor(ids.numel())
+        if count is not None:
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(count.to(self.args.device)))
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card in every checkpoint: the run's report says more."""
