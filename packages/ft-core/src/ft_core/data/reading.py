@@ -60,14 +60,15 @@ def read_rows(sources: Any, formats: Sequence[str], *, seed: int) -> Rows:
 def _source(source: Any) -> tuple[str, float, str | None]:
     if isinstance(source, (str, Path)):
         return str(source), 1.0, None
-    value = source.get if isinstance(source, Mapping) else lambda key: getattr(source, key, None)
-    path, weight = value("path"), value("weight")
+    keys = ("path", "weight", "format")
+    mapping = isinstance(source, Mapping)
+    path, weight, format = (source.get(key) if mapping else getattr(source, key, None) for key in keys)
     if path is None:
         raise DataError(f"a data source needs a 'path': {source!r}")
     weight = 1.0 if weight is None else weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (0 < weight < math.inf):
         raise DataError(f"{path}: weight must be a number above 0, not {weight!r}")
-    return str(path), float(weight), value("format")
+    return str(path), float(weight), format
 
 
 def _read_source(name: str, format: str | None, formats: Sequence[str]) -> Rows:
@@ -94,15 +95,27 @@ def _read_source(name: str, format: str | None, formats: Sequence[str]) -> Rows:
 
 def _read_hub(name: str, path: Path) -> Iterable[tuple[int, Any]]:
     import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
+    near = nearest(path) if path.parent.is_dir() else ""
+    missing = f"{name}: no such file or folder{near}, and it cannot be loaded as a Hub data set"
     try:
-        dataset = datasets.load_dataset(name, split="train")
-    except Exception as error:  # what the Hub's client raises has no common base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{name}: no such file or folder{nearest(path)}, and it cannot be loaded as a Hub data set: {reason}"
-        ) from error
-    return enumerate(dataset, start=1)
+        HfApi().dataset_info(name, timeout=20)
+    except HfHubHTTPError as error:
+        raise DataError(f"{missing}: {_first_line(error)}") from error
+    except Exception as error:  # the Hub is not reached; asked once, while load_dataset would retry for half a minute
+        cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+        if not cached.is_dir():
+            raise DataError(f"{missing}: the Hub is not reached ({_first_line(error)})") from error
+    try:
+        return enumerate(datasets.load_dataset(name, split="train"), start=1)
+    except Exception as error:  # what datasets raises has no common base
+        raise DataError(f"{name}: cannot be loaded from the Hub: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_one(name: str, numbered: Iterable[tuple[int, Any]], format: str | None, formats: Sequence[str]) -> Rows:
