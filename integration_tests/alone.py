@@ -60,8 +60,9 @@ def declared(package: str) -> set[str]:
 
 
 def import_all(module: str) -> None:
+    before = set(sys.modules)
     package = importlib.import_module(module)
-    heavy = {"torch", "transformers", "trl", "peft"} & set(sys.modules)
+    heavy = {"torch", "transformers", "trl", "peft"} & (set(sys.modules) - before)
     assert module == "ft_kernels" or not heavy, f"import {module} brings {sorted(heavy)}"
     for found in pkgutil.walk_packages(package.__path__, f"{module}."):
         if found.name.endswith("__main__"):
