@@ -1,0 +1,170 @@
+"""Reward modelling on TRL's RewardTrainer: a scalar head learns to rank the chosen answer above the rejected one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ft_core.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ft_core.evaluation import Evaluation, EvaluationJob
+    from ft_core.training import Job
+    from ft_rl.pairs import Pairs
+
+__all__ = ["RewardSettings", "build", "evaluate"]
+
+TOKENS_AT_ONCE = 4096
+"""An evaluation scores about this many tokens at a time, padding included."""
+
+
+class RewardSettings(BaseModel):
+    """The section ``reward`` of a configuration; the names are those of TRL's ``RewardConfig``.
+
+    Attributes:
+        center_rewards_coefficient: weight of the term that holds the mean reward at zero (Eisenstein et al. 2023,
+            arXiv:2312.09244, equation 2; 0.01 is recommended). None: no such term.
+        disable_dropout: whether to switch off every dropout in the model, the adapter's too. Both answers of a pair
+            are then scored by the same function.
+        pad_to_multiple_of: pad batches to a multiple of this many tokens. None: to the longest sequence.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    center_rewards_coefficient: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    disable_dropout: bool = True
+    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+
+
+def build(job: Job) -> Trainer:
+    """The trainer of one run; see :class:`ft_core.training.Job`.
+
+    Pairs are padded, not packed; the configuration's ``packing`` has no meaning here.
+
+    Raises:
+        DataError: the rows cannot be tokenized, or none is short enough for ``max_length``.
+    """
+    from trl import RewardConfig
+    from trl import RewardTrainer as TrlRewardTrainer
+
+    from ft_core.training.trainer import RunTrainerMixin
+
+    class RewardTrainer(RunTrainerMixin, TrlRewardTrainer):  # type: ignore[misc]
+        """TRL's trainer with whole checkpoints and no telemetry."""
+
+    settings = job.settings
+    assert isinstance(settings, RewardSettings)
+    if settings.disable_dropout and job.config.lora is not None and job.config.lora.dropout > 0:
+        job.say("reward.disable_dropout switches lora.dropout off too")
+    train = _dataset(job, job.train_rows, "train")
+    held_out = _dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
+    arguments = RewardConfig(
+        **job.arguments,
+        max_length=None,  # over-long rows are left out, and counted, by _dataset
+        **settings.model_dump(),
+    )
+    return RewardTrainer(
+        model=job.model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=job.tokenizer,
+        callbacks=job.callbacks,
+    )
+
+
+def evaluate(job: EvaluationJob) -> Evaluation:
+    """How well the model ranks held-out pairs.
+
+    The metrics are those of :func:`ft_rl.objectives.bradley_terry`: ``loss`` (without margin and centring),
+    ``accuracy`` (the share of pairs whose chosen answer scores higher) and ``margin`` (mean difference of the scores).
+    A sample's answer is the two scores. Rows longer than the configuration's ``max_length`` are left out.
+
+    Raises:
+        DataError: the rows cannot be tokenized, or none is short enough.
+    """
+    import torch
+
+    from ft_core.evaluation import Evaluation, Sample
+    from ft_rl.objectives import bradley_terry
+    from ft_rl.pairs import show, tokenize_pairs
+
+    pairs = tokenize_pairs(job.rows, job.tokenizer, max_length=job.config.max_length)
+    if not pairs.rows:
+        raise _too_long(len(job.rows), "held-out", job.config.max_length)
+    # As TRL does: the model finds the last token of a padded sequence by this id, which the base model may lack.
+    job.model.config.get_text_config().pad_token_id = job.tokenizer.pad_token_id
+    chosen, rejected = torch.empty(len(pairs.rows)), torch.empty(len(pairs.rows))
+    done = 0
+    for batch in _batches(pairs):
+        job.progress(done, len(pairs.rows), "scores")
+        sequences = [pairs.chosen_ids[i] for i in batch] + [pairs.rejected_ids[i] for i in batch]
+        scores = _scores(job.model, sequences, job.tokenizer.pad_token_id)
+        chosen[batch], rejected[batch] = scores.chunk(2)
+        done += len(batch)
+    loss, metrics = bradley_terry(chosen.double(), rejected.double())
+    samples: list[Sample] = []
+    for i, row in enumerate(pairs.rows[: 16 if job.answers is None else job.answers]):
+        prompt = show(job.rows[row].get("prompt"))
+        # Samples before and after are matched by their prompt, so it has to be there and one of a kind.
+        if not prompt or any(sample.prompt == prompt for sample in samples):
+            prompt = f"{prompt} (pair {row + 1})".lstrip()
+        answer = f"chosen {chosen[i]:+.3f}, rejected {rejected[i]:+.3f}"
+        samples.append(Sample(prompt, show(job.rows[row]["chosen"]), answer))
+    measured = {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
+    return Evaluation({name: float(value) for name, value in measured.items()}, samples, len(pairs.rows))
+
+
+def _dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
+    """Pairs as TRL's trainer takes them when they are tokenized already."""
+    from datasets import Dataset
+
+    from ft_rl.pairs import tokenize_pairs
+
+    what = name.replace("_", "-")
+    pairs = tokenize_pairs(rows, job.tokenizer, max_length=job.config.max_length)
+    job.counts |= {f"{name}_tokens": pairs.tokens}
+    if name == "train":
+        job.counts |= {"overlong_rows": pairs.overlong}
+    if not pairs.rows:
+        raise _too_long(len(rows), what, job.config.max_length)
+    if pairs.overlong:
+        job.say(
+            f"{pairs.overlong} of {len(rows)} {what} pairs are longer than max_length {job.config.max_length}: left out"
+        )
+    return Dataset.from_dict({"chosen_ids": pairs.chosen_ids, "rejected_ids": pairs.rejected_ids})
+
+
+def _too_long(count: int, what: str, max_length: int | None) -> DataError:
+    return DataError(f"all {count} {what} pairs are longer than max_length {max_length}: raise max_length")
+
+
+def _batches(pairs: Pairs) -> Iterator[list[int]]:
+    """Positions of pairs in batches of about TOKENS_AT_ONCE tokens, the longest first."""
+    lengths = [max(len(c), len(r)) for c, r in zip(pairs.chosen_ids, pairs.rejected_ids, strict=True)]
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and 2 * (len(batch) + 1) * lengths[batch[0]] > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
+
+
+def _scores(model: Any, sequences: list[list[int]], pad: int) -> Any:
+    """The model's score of each sequence, float32 of shape [sequences], on the CPU."""
+    import torch
+
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+        mask[i, : len(sequence)] = 1
+    with torch.inference_mode():
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    return logits[:, 0].float().cpu()

@@ -1,0 +1,92 @@
+"""A tiny random Llama with a tokenizer of its own, and a preference that it can learn in seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+KIND = ("please", "gladly", "thanks", "welcome", "sure")
+RUDE = ("never", "whatever", "nonsense", "boring", "no")
+PLAIN = ("the", "sun", "is", "round", "cats", "sleep", "a", "lot", "what", "do", "you", "know", "about", "tell", "me")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def rows(count: int, seed: int, *, messages: bool = False) -> list[dict[str, Any]]:
+    """Pairs that differ in the tone of one word among plain ones, at a random place."""
+    chance = random.Random(seed)
+    made = []
+    for _ in range(count):
+        prompt = " ".join(chance.choices(PLAIN, k=4)) + " "
+        answers = []
+        for tone in (KIND, RUDE):
+            words = chance.choices(PLAIN, k=chance.randint(2, 6))
+            words.insert(chance.randint(0, len(words)), chance.choice(tone))
+            answers.append(" ".join(words))
+        if messages:
+            turns = [[{"role": "assistant", "content": answer}] for answer in answers]
+            made.append({"prompt": [{"role": "user", "content": prompt}], "chosen": turns[0], "rejected": turns[1]})
+        else:
+            made.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+    return made
+
+
+def write_rows(path: Path, made: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def make_tokenizer(*, template: bool = True) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>", *PLAIN, *KIND, *RUDE]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    if template:
+        tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def toy() -> SimpleNamespace:
+    """The functions above, for tests."""
+    return SimpleNamespace(rows=rows, write_rows=write_rows, make_tokenizer=make_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a causal Llama of 25,000 weights; its configuration names no pad token."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
