@@ -1,0 +1,145 @@
+"""Finding the base model of an adapter and loading models, from safetensors only and without anyone's code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ft_export.errors import ExportError
+from ft_export.runs import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["copy_tokenizer", "find_base", "load_model", "load_tokenizer", "quantization_of", "same_folder"]
+
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+
+
+def find_base(reference: str) -> Path:
+    """The folder of a base model: the folder itself, or a Hub model in the cache, fetched if it is not there.
+
+    Raises:
+        ExportError: it is neither a folder nor a Hub name, or cannot be fetched.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ExportError(f"the base model's folder {path} has no config.json; name another with --base")
+        return path
+    if path.is_absolute() or reference.count("/") != 1:
+        raise ExportError(f"the base model {reference} is not there; name its folder or Hub name with --base")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(reference, allow_patterns=list(DOWNLOADED)))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ExportError(
+            f"the base model {reference} cannot be fetched: {reason}; name its folder with --base"
+        ) from error
+
+
+def quantization_of(folder: Path) -> str | None:
+    """How a base says in its own ``config.json`` that it is quantized: a method's name, or None."""
+    said = read_json(folder / "config.json").get("quantization_config")
+    return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else None
+
+
+def load_model(folder: Path, dtype: torch.dtype, *, labels: int | None = None, **options: Any) -> Any:
+    """A transformers model on the CPU, in evaluation mode.
+
+    Args:
+        labels: None for a language model; else the outputs of a score head, which may be missing from the files (an
+            adapter brings it).
+
+    Raises:
+        ExportError: transformers cannot load it, or the files lack a weight (which would be random).
+    """
+    import transformers
+
+    kind: Any = transformers.AutoModelForCausalLM
+    if labels is not None:
+        kind, options = transformers.AutoModelForSequenceClassification, {**options, "num_labels": labels}
+    try:
+        model, info = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ExportError(f"{folder} cannot be loaded: {error}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ExportError(f"{folder} has broken weights: {error}; get them again") from error
+    missing = sorted(name for name in info["missing_keys"] if labels is None or not name.startswith("score."))
+    if missing:
+        raise ExportError(f"{folder} has no weights for {missing[0]} ({len(missing)} missing): it is incomplete")
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model or adapter folder.
+
+    Raises:
+        ExportError: there is none, or transformers cannot load it.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ExportError(f"{folder} has no tokenizer that transformers loads: {error}") from error
+
+
+def copy_tokenizer(adapter: Path, base: Path, to: Path) -> Path:
+    """Copy the tokenizer's files, the adapter's if it brings any, else the base's, byte for byte; return the source.
+
+    Raises:
+        ExportError: neither has a tokenizer.
+    """
+    import shutil
+
+    for source in (adapter, base):
+        if (source / "tokenizer_config.json").is_file():
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, to / name)
+            extra = source / "additional_chat_templates"
+            if extra.is_dir():
+                shutil.copytree(extra, to / extra.name)
+            if source is adapter and not _has_template(to) and (base / "chat_template.jinja").is_file():
+                shutil.copyfile(base / "chat_template.jinja", to / "chat_template.jinja")
+            return source
+    raise ExportError(f"neither {adapter} nor {base} has a tokenizer (tokenizer_config.json)")
+
+
+def _has_template(folder: Path) -> bool:
+    return (folder / "chat_template.jinja").is_file() or bool(
+        read_json(folder / "tokenizer_config.json").get("chat_template")
+    )
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)

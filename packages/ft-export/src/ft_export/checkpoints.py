@@ -1,0 +1,144 @@
+"""Reading a folder of safetensors files tensor by tensor, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ft_export.errors import ExportError
+from ft_export.runs import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "read_header"]
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+LARGEST_HEADER = 100_000_000
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file: for each tensor its ``dtype``, ``shape`` and ``data_offsets``.
+
+    Raises:
+        ExportError: the file is missing, is not safetensors, or is shorter than its header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+                raise ExportError(f"{path} is not a whole safetensors file: get it again")
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise ExportError(f"{path} is missing: get the model's files again") from error
+    except ValueError as error:
+        raise ExportError(f"{path} is not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise ExportError(f"{path} is truncated: it has {size} bytes, its header says {end}; get it again")
+    return dict(header)
+
+
+class Checkpoint:
+    """The tensors of a folder, by name; nothing is read before it is asked for.
+
+    Args:
+        folder: a folder with one safetensors file or an index of several.
+        stem: how the files are called: ``model``, or ``adapter_model``.
+
+    Raises:
+        ExportError: there are no safetensors weights (pickle weights are named and refused), an index names a file
+            outside the folder, or a file is missing or truncated.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model") -> None:
+        self.folder = folder
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for path in self._find(folder, stem):
+            for name, entry in read_header(path).items():
+                self.entries[name] = entry
+                self._files[name] = path
+
+    @staticmethod
+    def _find(folder: Path, stem: str) -> list[Path]:
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            for shard in shards:
+                if Path(shard).name != shard:
+                    raise ExportError(f"{index} names {shard!r}, which is no plain file name: refused")
+            return [folder / shard for shard in shards]
+        pickles = sorted(path.name for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}"))
+        if pickles:
+            raise ExportError(
+                f"{folder} has its weights as pickle ({pickles[0]}), which can run code: convert them to safetensors"
+            )
+        raise ExportError(f"{folder} has no {single.name}: it holds no weights")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.entries[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        import torch
+
+        code = self.entries[name]["dtype"]
+        if code not in DTYPES:
+            raise ExportError(f"{self._files[name]}: tensor {name} has the type {code}, which is not known here")
+        dtype = getattr(torch, DTYPES[code])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored."""
+        from safetensors import safe_open
+
+        path = self._files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        tensor: torch.Tensor = self._open[path].get_tensor(name)
+        return tensor
+
+    def parameters(self) -> int:
+        """The number of values in all tensors."""
+        import math
+
+        return sum(math.prod(entry["shape"]) for entry in self.entries.values())
+
+    def widest_float(self) -> torch.dtype:
+        """The floating-point type that holds every floating-point tensor exactly; float32 where types are mixed."""
+        import torch
+
+        found = {self.dtype(name) for name in self}
+        floats = {dtype for dtype in found if dtype.is_floating_point}
+        if not floats:
+            raise ExportError(f"{self.folder} has no floating-point tensors")
+        return floats.pop() if len(floats) == 1 else torch.float32

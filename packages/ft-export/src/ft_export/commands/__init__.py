@@ -1,0 +1,3 @@
+"""The subcommands of ``ft`` that this package brings."""
+
+__all__: list[str] = []

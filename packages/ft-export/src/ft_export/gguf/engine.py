@@ -1,0 +1,136 @@
+"""llama.cpp itself, loaded into this process through xllamacpp, asked over its own HTTP interface on localhost."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft_export.errors import ExportError
+
+__all__ = ["Continuation", "LlamaCpp", "llama_cpp", "require_llama_cpp"]
+
+TIMEOUT = 600.0
+"""Seconds for one request; a large model on a CPU is slow."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A greedy continuation.
+
+    Attributes:
+        tokens: the ids chosen, with the one that ended it.
+        candidates: for each of ``tokens`` the likeliest ids with their log-probabilities.
+        text: the tokens as text, without the one that ended it.
+        stopped: whether the last token ended it.
+    """
+
+    tokens: tuple[int, ...]
+    candidates: tuple[dict[int, float], ...]
+    text: str
+    stopped: bool
+
+
+class LlamaCpp:
+    """A running llama.cpp server; made by :func:`llama_cpp`."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        # whatever proxy the machine uses has no business on localhost
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"})
+        try:
+            with self._opener.open(request, timeout=TIMEOUT) as answer:
+                return dict(json.load(answer))
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:300]
+            raise ExportError(f"llama.cpp answers {path} with {error.code}: {said}") from error
+        except OSError as error:
+            raise ExportError(f"llama.cpp does not answer {path}: {error}") from error
+
+    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
+        """Ids of a text; special tokens written in it are recognised, as transformers does."""
+        return list(
+            self._post("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})["tokens"]
+        )
+
+    def apply_template(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The conversation in the file's chat template, ending where the assistant speaks."""
+        return str(self._post("/apply-template", {"messages": list(messages)})["prompt"])
+
+    def greedy(self, ids: Sequence[int], count: int, candidates: int) -> Continuation:
+        """The likeliest token after ``ids``, ``count`` times over; samplers and the prompt cache are off."""
+        answer = self._post(
+            "/completion",
+            {
+                "prompt": list(ids),
+                "n_predict": count,
+                "temperature": 0,
+                "n_probs": candidates,
+                "samplers": ["temperature"],
+                "repeat_penalty": 1.0,
+                "cache_prompt": False,
+                "return_tokens": True,
+            },
+        )
+        steps = answer["completion_probabilities"]
+        tokens = tuple(int(token) for token in answer["tokens"])
+        if [int(step["id"]) for step in steps] != list(tokens):
+            raise ExportError("llama.cpp's answer has other tokens than log-probabilities: upgrade xllamacpp")
+        return Continuation(
+            tokens,
+            tuple({int(top["id"]): float(top["logprob"]) for top in step["top_logprobs"]} for step in steps),
+            answer["content"],
+            answer["stop_type"] == "eos",
+        )
+
+
+def require_llama_cpp() -> None:
+    """
+    Raises:
+        ExportError: xllamacpp is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("xllamacpp") is None:
+        raise ExportError('checking a GGUF file needs llama.cpp: pip install "ft-export[gguf]"')
+
+
+@contextmanager
+def llama_cpp(file: Path, context: int) -> Iterator[LlamaCpp]:
+    """Load a GGUF file on the CPU; it is unloaded at the end of the block.
+
+    Args:
+        context: how many tokens a prompt and its continuation may have.
+
+    Raises:
+        ExportError: xllamacpp is not installed, or llama.cpp cannot load the file.
+    """
+    require_llama_cpp()
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = context
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.warmup = False
+    params.use_jinja = True
+    params.verbosity = -1
+    params.port = 0
+    try:
+        server = xllamacpp.Server(params)
+    except Exception as error:
+        raise ExportError(f"llama.cpp cannot load {file.name}: {error}") from error
+    try:
+        yield LlamaCpp(server.listening_address)
+    finally:
+        del server

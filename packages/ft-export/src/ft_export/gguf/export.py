@@ -1,0 +1,200 @@
+"""The exporter ``gguf``: merge if need be, convert, check in llama.cpp, and only then put the file in its place."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft_export import __version__
+from ft_export.bases import load_model, load_tokenizer
+from ft_export.errors import ExportError, one_line
+from ft_export.folders import new_file
+from ft_export.gguf.convert import TYPES, Converted, convert, require_gguf
+from ft_export.gguf.engine import llama_cpp, require_llama_cpp
+from ft_export.gguf.proof import Comparison, Prompt, compare, stop_ids
+from ft_export.gguf.text_check import check_template, check_tokens
+from ft_export.merging import is_current, merge
+from ft_export.runs import Source, open_source, read_json
+from ft_export.samples import Row, prompt_text, read_rows
+
+__all__ = ["Exported", "export"]
+
+PROOF = "proof.json"
+OPTIONS = ("pre",)
+NEW_TOKENS = 24
+LONGEST_PROMPT = 256
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export` made.
+
+    Attributes:
+        file: the GGUF file.
+        proof: ``proof.json`` beside it, with an entry for each file.
+        lines: what was checked and found, for people.
+        next_command: a command that serves the file.
+    """
+
+    file: Path
+    proof: Path
+    lines: tuple[str, ...]
+    next_command: str
+
+
+@one_line
+def export(
+    path: Path | str,
+    out: Path | str | None = None,
+    *,
+    type: str = "f16",
+    overwrite: bool = False,
+    options: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write ``OUT/<name>-<type>.gguf`` and ``OUT/proof.json``.
+
+    An adapter is merged first, into ``merged/`` beside it; a merge of the same adapter that is there already is used.
+
+    Args:
+        path: a run folder, a PEFT adapter folder or a transformers model folder.
+        out: the folder to write to; ``path/export/gguf`` by default.
+        type: ``f16`` or ``q8_0``.
+        overwrite: whether an earlier file of the same name may be replaced.
+        options: ``pre``: llama.cpp's name of the tokenizer's splitting rules, where it is not recognised.
+
+    Raises:
+        ExportError: bad input, a missing extra, no space, or a check that failed; no file is left then.
+    """
+    source = open_source(Path(path))
+    folder = Path(out).expanduser() if out is not None else source.path / "export" / "gguf"
+    said = dict(options or {})
+    for key in said:
+        if key not in OPTIONS:
+            raise ExportError(f"option {key!r} is not known for gguf (allowed: {', '.join(OPTIONS)})")
+    if type not in TYPES:
+        raise ExportError(f"--type {type!r} is not known for gguf (allowed: {', '.join(TYPES)})")
+    require_gguf()
+    require_llama_cpp()
+    name = re.sub(r"[^\w.-]+", "-", source.name).strip("-") or "model"
+    file = folder / f"{name}-{type}.gguf"
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is no folder: choose another with --out")
+    if file.exists() and not overwrite:
+        raise ExportError(f"{file} is already there: pass --overwrite to replace it, or choose another with --out")
+
+    lines: list[str] = []
+    model = _model(source, lines)
+    with new_file(file) as partial:
+        made = convert(model, partial, type=type, pre=said.get("pre"), name=name)
+        result = _check(made, model, source, type, lines)
+        proof = _write_proof(folder, file, made, type, result, lines)
+    serve = f"llama-server -m {shlex.quote(str(file))} --jinja"
+    return Exported(file, proof, tuple(lines), serve)
+
+
+def _model(source: Source, lines: list[str]) -> Path:
+    """The folder of the whole model."""
+    if source.adapter is None:
+        assert source.model is not None
+        return source.model
+    merged = source.path / "merged"
+    if is_current(merged, source.adapter):
+        lines.append(f"used the merge in {merged}, made from this adapter")
+        return merged
+    # a merge of an adapter that is no longer there may be replaced; anything else in its place is refused by merge
+    lines.extend(merge(source.path, overwrite=True).lines)
+    return merged
+
+
+def _check(made: Converted, model: Path, source: Source, type: str, lines: list[str]) -> dict[str, Any]:
+    import torch
+
+    tokenizer = load_tokenizer(model)
+    rows = read_rows(source.held_out)
+    prompts = _prompts(rows, tokenizer)
+    vocabulary = made.vocabulary
+    with llama_cpp(made.file, max(len(prompt.ids) for prompt in prompts) + NEW_TOKENS + 8) as engine:
+        texts = check_tokens(engine, tokenizer, [prompt.text for prompt in prompts])
+        lines.append(f"llama.cpp splits {texts} texts into the same tokens (rules: {vocabulary.pre})")
+        conversations = 0
+        if vocabulary.templates:
+            bos = tokenizer.bos_token if vocabulary.add_bos else ""
+            conversations = check_template(engine, tokenizer, _conversations(rows), bos)
+            lines.append(f"llama.cpp renders {conversations} conversations in the chat template byte for byte alike")
+        else:
+            lines.append("the model has no chat template: none was written")
+        stops = stop_ids(vocabulary.special)
+        found = compare(engine, load_model(model, torch.float32), tokenizer, prompts, type, stops, NEW_TOKENS)
+    lines.extend(_told(found, prompts[0], type))
+    return {
+        "texts_with_equal_tokens": texts,
+        "conversations_with_equal_template": conversations,
+        "stop_tokens": sorted(stops),
+        "prompts": len(prompts),
+        "continuations": found.as_dict(),
+    }
+
+
+def _told(found: Comparison, prompt: Prompt, type: str) -> list[str]:
+    lines = [
+        f"greedy continuations: {found.equal} of {found.tokens} tokens are transformers' likeliest"
+        + (f", the others within {found.close:.2e} nats of it" if found.equal < found.tokens else ""),
+        f"log-probabilities against transformers in fp32: largest difference {found.error.largest:.2e} (bound "
+        f"{found.bound_largest:.2e} for {type}), mean {found.error.mean:.2e} (bound {found.bound_mean:.2e})",
+    ]
+    same = "equal to transformers'" if found.answer == found.generated else f"transformers says {found.generated!r}"
+    lines.append(f"llama.cpp's answer to {prompt.text[-80:]!r}: {found.answer!r}, {same}")
+    return lines
+
+
+def _prompts(rows: list[Row], tokenizer: Any) -> list[Prompt]:
+    prompts = []
+    for row in rows:
+        text, special = prompt_text(row, tokenizer)
+        ids = tokenizer(text, add_special_tokens=not special)["input_ids"][:LONGEST_PROMPT]
+        if ids:
+            prompts.append(Prompt(text, tuple(ids)))
+    return prompts
+
+
+def _conversations(rows: list[Row]) -> list[list[dict[str, Any]]]:
+    """Those held-out conversations that end with the user, where the assistant is to speak."""
+    found = []
+    for row in rows:
+        messages = list(row.get("messages") or [])
+        while messages and messages[-1].get("role") == "assistant":
+            messages.pop()
+        if messages:
+            found.append(messages)
+    return found[:3]
+
+
+def _write_proof(
+    folder: Path, file: Path, made: Converted, type: str, result: dict[str, Any], lines: list[str]
+) -> Path:
+    """Add the file's entry to ``proof.json``; entries of other files in the folder stay."""
+    from importlib.metadata import version
+
+    path = folder / PROOF
+    proof = read_json(path) if path.is_file() else {}
+    said = proof.get("files")
+    files: dict[str, Any] = said if isinstance(said, dict) else {}
+    files[file.name] = {
+        "type": type,
+        "architecture": made.architecture,
+        "pre_tokenizer": made.vocabulary.pre,
+        "ft_export": __version__,
+        "libraries": {name: version(name) for name in ("gguf", "xllamacpp", "transformers", "torch")},
+        **result,
+        "checks": lines,
+        "tensors": made.tensors,
+    }
+    text = json.dumps({"proof_format": 1, "files": files}, indent=1, ensure_ascii=False) + "\n"
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path

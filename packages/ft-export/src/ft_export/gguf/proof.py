@@ -1,0 +1,211 @@
+"""What llama.cpp computes from a GGUF file against what transformers computes from the model it came from.
+
+llama.cpp continues prompts greedily, and transformers, in
+fp32, is asked for its log-probabilities along the same tokens. Where llama.cpp took another token than transformers'
+likeliest, the two candidates must lie closer in transformers than twice the error measured at all other steps (or than
+twice the yardstick below, where that is larger): each of the two may be off by that much. So every token whose best two
+candidates are further apart is equal, for each type; how many that leaves is what the type costs.
+
+How large that error may be is measured too. llama.cpp multiplies with the file's rounded weights, and rounds the other
+factor of each product in the same way (to F16, or to Q8_0's blocks of 32 with one scale). The same two roundings are
+put on transformers' linear layers, and the error that they make, on the same tokens, is the yardstick: four times its
+largest and three times its mean are allowed, for what is rounded besides (the cache, attention) and for the spread of
+maxima.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ft_export.errors import ExportError
+from ft_export.gguf.engine import Continuation, LlamaCpp
+from ft_export.gguf.rounding import RoundedProducts
+from ft_export.gguf.text_check import shown
+from ft_export.logprobs import Difference, all_logprobs, evaluation_error
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Comparison", "Prompt", "compare", "stop_ids"]
+
+CANDIDATES = 5
+LARGEST_FACTOR, MEAN_FACTOR = 4.0, 3.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a continuation starts from."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Greedy continuations in both.
+
+    Attributes:
+        tokens: how many tokens llama.cpp chose.
+        equal: how many of them are transformers' likeliest too.
+        close: the largest distance (nats) of the two candidates where they differ, 0 if they never do.
+        error: llama.cpp's log-probabilities of the likeliest candidates against transformers'.
+        yardstick: the error that rounding weights and activations makes in transformers.
+        bound_largest, bound_mean: what ``error`` may be.
+        answer: llama.cpp's continuation of the first prompt.
+        generated: transformers' own continuation of the first prompt.
+    """
+
+    tokens: int
+    equal: int
+    close: float
+    error: Difference
+    yardstick: Difference
+    bound_largest: float
+    bound_mean: float
+    answer: str
+    generated: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "error": self.error.as_dict(), "yardstick": self.yardstick.as_dict()}
+
+
+def stop_ids(special: dict[str, int]) -> set[int]:
+    return {special[role] for role in ("eos", "eot") if role in special}
+
+
+@dataclass
+class _Errors:
+    """Distances of log-probabilities, with the place of the largest."""
+
+    values: list[float] = field(default_factory=list)
+    worst: tuple[float, int, int, int] = (-1.0, 0, 0, 0)
+
+    def add(self, value: float, prompt: int, step: int, token: int) -> None:
+        self.values.append(value)
+        if not value <= self.worst[0]:
+            self.worst = (value, prompt, step, token)
+
+    def summary(self) -> Difference:
+        if not self.values:
+            return Difference(0.0, 0.0, 0)
+        return Difference(self.worst[0], sum(self.values) / len(self.values), len(self.values))
+
+
+def compare(
+    engine: LlamaCpp, model: Any, tokenizer: Any, prompts: Sequence[Prompt], type: str, stops: set[int], count: int
+) -> Comparison:
+    """Continue ``prompts`` by up to ``count`` tokens in llama.cpp and compare with ``model``.
+
+    Args:
+        model: the transformers model in fp32; its weights are rounded in the course of this and stay so.
+        type: the GGUF file's type.
+        stops: the ids that must end a continuation.
+
+    Raises:
+        ExportError: a difference past its bound, or a continuation that ends where it should not or does not end where
+            it should. Names the prompt and the token.
+    """
+    continuations = [engine.greedy(prompt.ids, count, CANDIDATES) for prompt in prompts]
+    generated = _generate(model, prompts[0], stops, count)
+    exact = [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
+    with RoundedProducts(model, type):
+        coarse = [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
+
+    error, yardstick = _Errors(), _Errors()
+    differing: list[tuple[float, int, int, int, int]] = []
+    tokens = 0
+    for number, run in enumerate(continuations):
+        for step, (token, tops) in enumerate(zip(run.tokens, run.candidates, strict=True)):
+            row, near = exact[number][step], coarse[number][step]
+            best = int(row.argmax())
+            tokens += 1
+            if token in stops and not (run.stopped and step == len(run.tokens) - 1):
+                raise ExportError(
+                    f"llama.cpp goes on after the stop token {shown(tokenizer, token)} (prompt {number + 1})"
+                )
+            for candidate, value in tops.items():
+                yardstick.add(abs(near[candidate].item() - row[candidate].item()), number, step, candidate)
+                if token == best:
+                    error.add(abs(value - row[candidate].item()), number, step, candidate)
+            if token != best:
+                differing.append((row[best].item() - row[token].item(), number, step, token, best))
+
+    found, coarse_error = error.summary(), yardstick.summary()
+    floor = evaluation_error([rows for rows in exact if rows.numel()])
+    bound_largest = LARGEST_FACTOR * coarse_error.largest + floor
+    bound_mean = MEAN_FACTOR * coarse_error.mean + floor
+    if not (found.largest <= bound_largest and found.mean <= bound_mean):
+        value, number, step, token = error.worst
+        raise ExportError(
+            f"llama.cpp is not the model: at prompt {number + 1}, token {step + 1}, the log-probability of "
+            f"{shown(tokenizer, token)} is off by {value:.3g} (bound {bound_largest:.3g}; mean {found.mean:.3g}, "
+            f"bound {bound_mean:.3g})"
+        )
+    for gap, number, step, token, best in differing:
+        if not gap <= 2 * max(found.largest, coarse_error.largest):
+            raise ExportError(
+                f"llama.cpp is not the model: at prompt {number + 1}, token {step + 1}, it says "
+                f"{shown(tokenizer, token)} where transformers says {shown(tokenizer, best)}, which is likelier by "
+                f"{gap:.3g} nats (measured error {found.largest:.3g})"
+            )
+    _check_answer(generated, continuations[0], differing, stops, tokenizer)
+    return Comparison(
+        tokens=tokens,
+        equal=tokens - len(differing),
+        close=max((gap for gap, *_ in differing), default=0.0),
+        error=found,
+        yardstick=coarse_error,
+        bound_largest=bound_largest,
+        bound_mean=bound_mean,
+        answer=continuations[0].text,
+        generated=tokenizer.decode([token for token in generated if token not in stops]),
+    )
+
+
+def _along(model: Any, prompt: Prompt, run: Continuation) -> torch.Tensor:
+    """Log-probabilities from which each token of the continuation was chosen: ``(len(tokens), vocabulary)``."""
+    return all_logprobs(model, [*prompt.ids, *run.tokens[:-1]])[len(prompt.ids) - 1 :]
+
+
+def _generate(model: Any, prompt: Prompt, stops: set[int], count: int) -> list[int]:
+    """Transformers' own greedy continuation, token by token with its cache, with the token that ends it."""
+    import torch
+
+    ids = torch.tensor([prompt.ids])
+    chosen: list[int] = []
+    cache = None
+    with torch.inference_mode():
+        while len(chosen) < count:
+            answer = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, token = answer.past_key_values, int(answer.logits[0, -1].argmax())
+            chosen.append(token)
+            if token in stops:
+                break
+            ids = torch.tensor([[token]])
+    return chosen
+
+
+def _check_answer(
+    generated: list[int],
+    run: Continuation,
+    differing: Sequence[tuple[float, int, int, int, int]],
+    stops: set[int],
+    tokenizer: Any,
+) -> None:
+    """The first prompt's answers may part only where the two candidates were found too close to call."""
+    if list(run.tokens) == generated:
+        return
+    at = next(
+        (i for i, (a, b) in enumerate(zip(run.tokens, generated, strict=False)) if a != b),
+        min(len(run.tokens), len(generated)),
+    )
+    if at < len(run.tokens) and any(number == 0 and step == at for _, number, step, _, _ in differing):
+        return
+    if at == len(run.tokens) and run.stopped and run.tokens[-1] not in stops:
+        return  # llama.cpp ends at every token that looks like an end, transformers at the configured ones
+    raise ExportError(
+        f"llama.cpp's answer parts from transformers' at token {at + 1}: {run.text[-60:]!r} against "
+        f"{tokenizer.decode(generated)[-60:]!r}"
+    )

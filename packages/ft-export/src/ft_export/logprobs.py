@@ -1,0 +1,77 @@
+"""Log-probabilities of given tokens under teacher forcing, in fp32, and how two such measurements differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Difference", "all_logprobs", "difference", "evaluation_error", "token_logprobs"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models' log-probabilities (nats) of the same tokens lie apart."""
+
+    largest: float
+    mean: float
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def all_logprobs(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities of every possible next token after each of ``ids``: ``(len(ids), vocabulary)``, fp32."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1).cpu()
+
+
+def token_logprobs(model: Any, samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """For each sample the log-probabilities of its tokens but the first.
+
+    A model with a score head in place of a language-model head gives its scores instead.
+    """
+    import torch
+
+    results = []
+    model.eval()
+    for ids in samples:
+        if _is_classifier(model):
+            device = next(model.parameters()).device
+            with torch.inference_mode():
+                results.append(model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float().cpu())
+            continue
+        rows = all_logprobs(model, ids)[:-1]
+        results.append(rows.gather(1, torch.tensor(list(ids[1:])).unsqueeze(1)).squeeze(1))
+    return results
+
+
+def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
+    import torch
+
+    gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(one, other, strict=True)])
+    return Difference(gaps.max().item(), gaps.mean().item(), gaps.numel())
+
+
+def evaluation_error(samples: Sequence[torch.Tensor]) -> float:
+    """What two fp32 evaluations of one function may differ by because they add in another order.
+
+    64 units of fp32's rounding (2^-24 each), relative to the largest log-probability: sums of some thousand terms in
+    blocks, layer after layer, stay well below that, and both sides carry it.
+    """
+    largest = max(1.0, *(sample.abs().max().item() for sample in samples if sample.numel()))
+    return 2 * 64 * 2.0**-24 * largest
+
+
+def _is_classifier(model: Any) -> bool:
+    return getattr(model.config, "architectures", None) is not None and any(
+        name.endswith("ForSequenceClassification") for name in model.config.architectures
+    )

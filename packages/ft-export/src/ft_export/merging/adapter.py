@@ -1,0 +1,220 @@
+"""A LoRA adapter's files and the weights that they stand for, by our own formulas.
+
+This is the independent side of the merge's check: it reads ``adapter_config.json`` and ``adapter_model.safetensors``
+and never asks PEFT.
+
+- LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1): W' = W + (alpha / r) B A
+- rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732): alpha / sqrt(r) in place of alpha / r
+- DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353, equation 5): W' = m (W + s B A) / ||W + s B A||, the norm
+  over each output row
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ft_export.checkpoints import Checkpoint
+from ft_export.errors import ExportError
+from ft_export.runs import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Adapter", "LowRank", "Replacement"]
+
+UNIT = 2.0**-24
+"""Half the distance of 1 to the next fp32 number: the relative error of one fp32 operation."""
+
+BLOCK = 1 << 24
+"""How many values are computed at a time in float64 (128 MiB)."""
+
+
+@dataclass
+class LowRank:
+    """A weight that the adapter changes: the names of its tensors in the adapter's file, and its scale."""
+
+    module: str
+    scale: float
+    parts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tensor(self) -> str:
+        return f"{self.module}.weight"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor that the adapter holds whole (``modules_to_save``, trained biases)."""
+
+    tensor: str
+    key: str
+
+
+PARTS = {
+    "lora_A.weight": "A",
+    "lora_embedding_A": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_B": "B",
+    "lora_B.bias": "bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+
+
+class Adapter:
+    """A PEFT adapter of type LORA.
+
+    Attributes:
+        config: what ``adapter_config.json`` says.
+        changes: by the name of the base model's tensor, how it changes.
+
+    Raises:
+        ExportError: the files are missing or broken, or the adapter is of a kind that cannot be merged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "adapter_config.json")
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise ExportError(f"{folder} is a {kind} adapter: only LORA (with rsLoRA and DoRA) can be merged")
+        for key in ("target_parameters", "trainable_token_indices", "layer_replication", "megatron_config"):
+            if self.config.get(key):
+                raise ExportError(f"{folder} uses {key}, which cannot be merged here: merge it with PEFT itself")
+        self.files = Checkpoint(folder, "adapter_model")
+        self.changes: dict[str, LowRank | Replacement] = {}
+        for key in self.files:
+            self._add(key)
+        if not self.changes:
+            raise ExportError(f"{folder} holds no adapter tensors: nothing to merge")
+        self._complete()
+
+    @property
+    def base(self) -> str | None:
+        """The base model's folder or Hub name."""
+        base = self.config.get("base_model_name_or_path")
+        return str(base) if base else None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "adapter_model.safetensors"
+
+    def _add(self, key: str) -> None:
+        name = key.removeprefix("base_model.model.")
+        for ending, part in PARTS.items():
+            if name.endswith("." + ending):
+                module = name[: -len(ending) - 1]
+                change = self.changes.setdefault(f"{module}.weight", LowRank(module, 0.0))
+                if not isinstance(change, LowRank):
+                    raise ExportError(f"{self.path}: {module} is both adapted and saved whole, which cannot be merged")
+                change.parts[part] = key
+                return
+        if "lora_" in name:
+            raise ExportError(f"{self.path}: tensor {key} is of a LoRA variant that cannot be merged here")
+        tensor = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        self.changes[tensor] = Replacement(tensor, key)
+
+    def _complete(self) -> None:
+        for change in self.changes.values():
+            if isinstance(change, LowRank):
+                for part in ("A", "B"):
+                    if part not in change.parts:
+                        raise ExportError(f"{self.path} has no lora_{part} for {change.module}: it is incomplete")
+                rank = self.files.shape(change.parts["A"])[0]
+                change.scale = self._scale(change.module, rank)
+
+    def _scale(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own alpha and rank where a pattern gives them."""
+        said = int(_by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 0)))
+        if said != rank:
+            raise ExportError(f"{self.path}: {module} has rank {rank}, adapter_config.json says {said}")
+        alpha = float(_by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 0)))
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Compare with the base model's tensors.
+
+        Raises:
+            ExportError: the base lacks a tensor, or one has another shape: the adapter is for another base.
+        """
+        for name, change in self.changes.items():
+            if name not in shapes:
+                raise ExportError(f"{self.path} is for another base: it changes {name}, which the base does not have")
+            there = shapes[name]
+            if isinstance(change, Replacement):
+                mine = self.files.shape(change.key)
+                fits = mine == there
+            else:
+                mine = (self.files.shape(change.parts["B"])[0], self.files.shape(change.parts["A"])[1])
+                fits = there in (mine, mine[::-1])
+            if not fits:
+                raise ExportError(
+                    f"{self.path} is for another base: it changes {name} as {_times(mine)}, "
+                    f"the base has {_times(there)}"
+                )
+
+    def biases(self) -> dict[str, LowRank]:
+        """The changes that come with a bias (``lora_bias``), by the bias's tensor name."""
+        found = [c for c in self.changes.values() if isinstance(c, LowRank) and "bias" in c.parts]
+        return {f"{change.module}.bias": change for change in found}
+
+    def exact_bias(self, change: LowRank, base: torch.Tensor) -> torch.Tensor:
+        """The merged bias in float64."""
+        return base.double() + change.scale * self.files.tensor(change.parts["bias"]).double()
+
+    def exact(
+        self, change: LowRank, base: torch.Tensor, written: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The merged weight in float64, in blocks of output rows.
+
+        Args:
+            base: the base's weight, ``(out, in)``; ``(in, out)`` for embeddings and GPT-2's Conv1D.
+            written: the merged weight of the same shape.
+
+        Yields:
+            The exact values, the written values, both float64, and a bound of what an fp32 evaluation of the same
+            formula may be off: (r + 3) u (|W| + s |B| |A|) for the sum (Higham, Accuracy and Stability of Numerical
+            Algorithms, section 3.1), and a relative (in / 2 + r + 8) u more where DoRA's norm is taken.
+        """
+        low, high = self.files.tensor(change.parts["A"]), self.files.tensor(change.parts["B"])
+        rank, inner = low.shape
+        outer = high.shape[0]
+        flat = (outer, inner)
+        turned = tuple(base.shape) != flat or (outer == inner and self._is_turned(change))
+        if turned:
+            base, written = base.T, written.T
+        magnitude = self.files.tensor(change.parts["magnitude"]).double() if "magnitude" in change.parts else None
+        a = low.double()
+        step = max(1, BLOCK // inner)
+        for start in range(0, outer, step):
+            rows = slice(start, start + step)
+            b = high[rows].double()
+            weight = base[rows].double()
+            exact = weight + change.scale * (b @ a)
+            size = weight.abs() + abs(change.scale) * (b.abs() @ a.abs())
+            error = (rank + 3) * UNIT * size
+            if magnitude is not None:
+                factor = (magnitude.reshape(-1)[rows] / exact.norm(dim=1)).unsqueeze(1)
+                exact = factor * exact
+                error = factor.abs() * error + (inner / 2 + rank + 8) * UNIT * exact.abs()
+            yield exact, written[rows].double(), error
+
+    def _is_turned(self, change: LowRank) -> bool:
+        return "lora_embedding_A" in change.parts["A"] or bool(self.config.get("fan_in_fan_out"))
+
+
+def _by_pattern(pattern: Any, module: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches the whole module name or its end after a dot, as a regular expression."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

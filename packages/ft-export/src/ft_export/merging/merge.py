@@ -1,0 +1,258 @@
+"""Merge an adapter into its base: fp32 arithmetic, a 16-bit model, two checks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ft_export import __version__
+from ft_export.bases import copy_tokenizer, find_base, load_model, load_tokenizer, quantization_of, same_folder
+from ft_export.checkpoints import Checkpoint
+from ft_export.errors import ExportError, one_line
+from ft_export.folders import new_folder, refuse_existing_folder, require_space
+from ft_export.merging.adapter import Adapter, Replacement
+from ft_export.merging.layers import merge_layers, tied_names, untie
+from ft_export.merging.logprobs_check import LogprobsCheck, check_logprobs, gap_to_quantized
+from ft_export.merging.weights_check import WeightsCheck, check_weights
+from ft_export.runs import Source, open_source, read_json
+from ft_export.samples import read_rows, token_ids
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "MARKER", "MergeResult", "fingerprint", "is_current", "merge"]
+
+DTYPES = ("bfloat16", "float16")
+MARKER = "merge.json"
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What :func:`merge` made.
+
+    Attributes:
+        folder: the merged model, with ``merge.json``.
+        weights: the check of every tensor.
+        logprobs: the check of log-probabilities.
+        lines: what was done and found, for people.
+    """
+
+    folder: Path
+    weights: WeightsCheck
+    logprobs: LogprobsCheck
+    lines: tuple[str, ...]
+
+
+@one_line
+def merge(
+    path: Path | str,
+    out: Path | str | None = None,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> MergeResult:
+    """Merge a run's LoRA adapter into its 16-bit base and write a model that plain transformers loads.
+
+    The base is loaded in the type its files have; each adapted layer is brought to fp32, merged by PEFT, and rounded
+    once. Then every written tensor is compared with base and adapter by other code than PEFT's
+    (:func:`~ft_export.merging.weights_check.check_weights`), and log-probabilities of sample texts with those of the
+    adapter on the base (:func:`~ft_export.merging.logprobs_check.check_logprobs`). Past a bound nothing is left.
+
+    Args:
+        path: a run folder or a PEFT adapter folder.
+        out: the folder to write; ``path/merged`` by default.
+        base: a folder or Hub name to use in place of the one that the adapter names.
+        dtype: ``bfloat16`` or ``float16``; by default the base's own, bfloat16 for an fp32 base.
+        overwrite: whether an earlier merge in ``out`` may be replaced.
+        say: called with each line of progress.
+
+    Raises:
+        ExportError: bad input, no space, or a check that failed. Nothing is left behind.
+    """
+    source = open_source(Path(path))
+    if source.adapter is None:
+        raise ExportError(f"nothing is to be merged: {source.path} was trained in full, its model is {source.model}")
+    if dtype not in (None, *DTYPES):
+        raise ExportError(f"--dtype {dtype!r} is not known (allowed: {', '.join(DTYPES)})")
+    target = Path(out).expanduser() if out is not None else source.path / "merged"
+    refuse_existing_folder(target, MARKER, overwrite)
+    adapter = Adapter(source.adapter)
+    reference = base or adapter.base or source.base
+    if not reference:
+        raise ExportError(f"{adapter.folder / 'adapter_config.json'} names no base model: name it with --base")
+    folder = find_base(reference)
+    for taken in (source.path, source.adapter, folder):
+        if same_folder(target, taken):
+            raise ExportError(f"the merged model cannot be written over its own source {taken}: choose another --out")
+    return _Merge(source, adapter, folder, reference, dtype, target, say).run()
+
+
+class _Merge:
+    """One merge; the steps share what they found on the way."""
+
+    def __init__(
+        self,
+        source: Source,
+        adapter: Adapter,
+        base: Path,
+        reference: str,
+        dtype: str | None,
+        out: Path,
+        say: Callable[[str], None] | None,
+    ) -> None:
+        self.source, self.adapter, self.base, self.reference = source, adapter, base, reference
+        self.out = out
+        self.asked = dtype
+        self.lines: list[str] = []
+        self._say = say
+        self.labels = _labels(adapter)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+        if self._say:
+            self._say(line)
+
+    def run(self) -> MergeResult:
+        method = quantization_of(self.base)
+        stored = Checkpoint(self.base)  # checks the files before anything is loaded
+        # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
+        size = stored.parameters() * 2 if method is None else stored.parameters() * 16
+        require_space(self.out.parent, int(size * 1.02) + 50_000_000, "the merged model")
+        with new_folder(self.out) as partial:
+            if method is not None:
+                self._dequantize(partial / "base", method)
+                stored = Checkpoint(self.base)
+            report = self._into(partial, stored)
+            if method is not None:
+                _remove(partial / "base")
+            text = json.dumps(report.pop("json"), indent=2, ensure_ascii=False) + "\n"
+            (partial / MARKER).write_text(text, encoding="utf-8")
+        return MergeResult(self.out, report["weights"], report["logprobs"], tuple(self.lines))
+
+    def _dequantize(self, to: Path, method: str) -> None:
+        """Write the base without its quantization and go on with that."""
+        import torch
+
+        if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+            raise ExportError(f"the base {self.base} is quantized by {method}: name an unquantized base with --base")
+        if not _importable("bitsandbytes"):
+            raise ExportError(f'the base {self.base} is quantized: pip install "ft-export[bitsandbytes]"')
+        dtype = torch.float16 if self.asked == "float16" else torch.bfloat16
+        model = load_model(self.base, dtype, labels=self.labels).dequantize(dtype=dtype)
+        model.to(dtype).save_pretrained(to)
+        for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+            if (self.base / name).is_file():
+                (to / name).write_bytes((self.base / name).read_bytes())
+        self.say(f"the base {self.reference} is itself quantized ({method}): merged into its dequantized weights")
+        self.base = to
+
+    def _into(self, partial: Path, stored: Checkpoint) -> dict[str, Any]:
+        import torch
+
+        was = stored.widest_float()
+        dtype = getattr(torch, self.asked) if self.asked else (torch.bfloat16 if was == torch.float32 else was)
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ExportError(f"the base {self.base} has weights of type {was}: only 32- and 16-bit bases are merged")
+        model = load_model(self.base, was, labels=self.labels)
+        names = dict(model.named_parameters(remove_duplicate=False))
+        self.adapter.check_shapes({name: tuple(p.shape) for name, p in names.items()})
+        aliases = tied_names(names, stored)
+        untie(model, self.adapter)
+        merged = merge_layers(model, self.adapter, dtype)
+        merged.save_pretrained(partial)
+        del model, merged
+        tokenizer_from = copy_tokenizer(self.adapter.folder, self.base, partial)
+
+        weights = check_weights(Checkpoint(partial), stored, self.adapter, set(names), aliases)
+        self.say(
+            f"checked {weights.merged + weights.replaced + weights.untouched} tensors against base and adapter: "
+            f"{weights.merged} merged, {weights.replaced} replaced, {weights.untouched} untouched; "
+            f"largest error {weights.largest_error:.3f} of the rounding of {_name(dtype)}"
+        )
+        tokenizer = load_tokenizer(partial)
+        rows = read_rows(self.source.held_out)
+        samples = [ids for ids in (token_ids(row, tokenizer) for row in rows) if len(ids) > 1]
+        rounded = set(self.adapter.changes) if dtype == was else None
+        logprobs = check_logprobs(partial, self.base, self.adapter, samples, dtype, rounded, self.labels)
+        unit = "scores" if self.labels is not None else "log-probabilities"
+        self.say(
+            f"{unit} of {logprobs.merged.tokens} tokens, merged against adapter on its base: largest difference "
+            f"{logprobs.merged.largest:.2e} (bound {logprobs.bound_largest:.2e}), mean {logprobs.merged.mean:.2e} "
+            f"(bound {logprobs.bound_mean:.2e})"
+        )
+        gap = gap_to_quantized(self.source.quantization, self.base, self.adapter, samples, logprobs, self.labels)
+        if gap is not None:
+            self.say(
+                f"{unit} against the {self.source.quantization} run: "
+                + (f"largest {gap['largest']:.2e}, mean {gap['mean']:.2e}" if "mean" in gap else gap["not_measured"])
+            )
+        report = {
+            "merge_format": 1,
+            "ft_export": __version__,
+            "libraries": _versions(),
+            "base": self.reference,
+            "base_dtype": _name(was),
+            "dtype": _name(dtype),
+            "dequantized_base": partial in self.base.parents,
+            "adapter": str(self.adapter.folder),
+            "adapter_sha256": fingerprint(self.adapter.folder),
+            "tokenizer_from": "adapter" if tokenizer_from == self.adapter.folder else "base",
+            "samples": "held_out.jsonl" if self.source.held_out else "built in",
+            "weights": asdict(weights),
+            "logprobs": logprobs.as_dict(),
+            "quantized_run": gap,
+        }
+        return {"json": report, "weights": weights, "logprobs": logprobs}
+
+
+def _labels(adapter: Adapter) -> int | None:
+    if adapter.config.get("task_type") != "SEQ_CLS":
+        return None
+    for change in adapter.changes.values():
+        if isinstance(change, Replacement) and change.tensor == "score.weight":
+            return adapter.files.shape(change.key)[0]
+    raise ExportError(f"{adapter.path} is for a score head (SEQ_CLS) and does not hold score.weight: it is incomplete")
+
+
+def fingerprint(adapter: Path) -> str:
+    """The SHA-256 of an adapter: its configuration's bytes and its weights'."""
+    digest = hashlib.sha256((adapter / "adapter_config.json").read_bytes())
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_current(merged: Path, adapter: Path) -> bool:
+    """Whether ``merged`` was made from exactly this adapter."""
+    if not (merged / MARKER).is_file():
+        return False
+    return read_json(merged / MARKER).get("adapter_sha256") == fingerprint(adapter)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
+
+
+def _importable(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,60 @@
+"""What this package registers with ft; the only module that imports ft_core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from ft_core.errors import FtError
+from ft_core.plugins import CommandSpec, ExporterSpec, ExportRequest, ExportResult
+from ft_export.errors import ExportError
+
+__all__ = ["GGUF", "MERGE", "as_ft_error", "export_gguf"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MERGE = CommandSpec(
+    name="merge",
+    summary="merge a run's adapter into its 16-bit base and check the result",
+    module="ft_export.commands.merge",
+)
+
+GGUF = ExporterSpec(
+    name="gguf",
+    summary="a GGUF file for llama.cpp, checked in llama.cpp",
+    export="ft_export.plugin:export_gguf",
+    types=("f16", "q8_0"),
+)
+
+
+def as_ft_error(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, raising ft_core's error in place of this package's."""
+
+    @wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except ExportError as error:
+            raise FtError(str(error)) from error
+
+    return inner
+
+
+def export_gguf(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to gguf``.
+
+    Raises:
+        FtError: bad input, no space, a missing extra, or a check that failed; the file is not left behind.
+    """
+    from ft_export.gguf.export import export
+
+    made = as_ft_error(export)(
+        request.run,
+        request.out,
+        type=request.type or "f16",
+        overwrite=request.overwrite,
+        options=request.options,
+    )
+    return ExportResult(files=(made.file, made.proof), checks=made.lines, next_command=made.next_command)

@@ -1,0 +1,115 @@
+"""What there is to merge or export: a run folder (docs/run-folder.md), a PEFT adapter, or a transformers model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft_export.errors import ExportError
+
+__all__ = ["RUN_FORMAT", "Source", "open_source", "read_json"]
+
+RUN_FORMAT = 1
+"""The newest version of the run folder's layout that this package reads."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model, wherever it came from.
+
+    Attributes:
+        path: the folder that was named.
+        name: what to call the model in file names and to people.
+        is_run: whether ``path`` is a run folder.
+        adapter: the folder of its PEFT adapter, or None.
+        model: the folder of its whole transformers model, or None.
+        base: the base model's folder or Hub name that the run recorded, or None.
+        quantization: how the base was held while training: ``none``, ``nf4`` or ``int8``.
+        held_out: the file of held-out rows, or None.
+    """
+
+    path: Path
+    name: str
+    is_run: bool = False
+    adapter: Path | None = None
+    model: Path | None = None
+    base: str | None = None
+    quantization: str = "none"
+    held_out: Path | None = None
+
+
+def open_source(path: Path) -> Source:
+    """Find out what ``path`` is.
+
+    Raises:
+        ExportError: it does not exist, is a run folder of a newer format or without a trained model, or is none of the
+            three.
+    """
+    path = path.expanduser()
+    name = path.absolute().name
+    if not path.is_dir():
+        raise ExportError(f"{path} is not a folder: name a run folder, a PEFT adapter folder or a model folder")
+    if (path / "environment.json").is_file():
+        return _open_run(path, name)
+    if (path / "adapter_config.json").is_file():
+        return Source(path, name, adapter=path)
+    if (path / "config.json").is_file():
+        return Source(path, name, model=path)
+    raise ExportError(
+        f"{path} holds no environment.json (a run), adapter_config.json (a PEFT adapter) or config.json (a model)"
+    )
+
+
+def _open_run(path: Path, name: str) -> Source:
+    import yaml
+
+    environment = read_json(path / "environment.json")
+    version = environment.get("run_format")
+    if not isinstance(version, int) or not 1 <= version <= RUN_FORMAT:
+        raise ExportError(
+            f"{path} has run_format {version!r}, this ft-export reads up to {RUN_FORMAT}: upgrade ft-export"
+        )
+    config: Any = {}
+    if (path / "config.yaml").is_file():
+        try:
+            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ExportError(f"{path / 'config.yaml'} is not YAML: {error}") from error
+    quantization = config.get("quantization") if isinstance(config, dict) else None
+    base = environment.get("base_model")
+    adapter = path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else None
+    model = path / "model" if (path / "model" / "config.json").is_file() else None
+    if adapter is None and model is None:
+        raise ExportError(
+            f"{path} has neither adapter/ nor model/: the run has not finished; go on with ft train ... --resume"
+        )
+    held_out = path / "held_out.jsonl"
+    return Source(
+        path,
+        name,
+        is_run=True,
+        adapter=adapter,
+        model=None if adapter else model,
+        base=base.get("path") if isinstance(base, dict) else None,
+        quantization=quantization if isinstance(quantization, str) else "none",
+        held_out=held_out if held_out.is_file() else None,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ExportError: the file is missing, is not JSON, or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ExportError(f"{path} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path} holds no JSON object")
+    return value
