@@ -29,8 +29,11 @@ def run(args: argparse.Namespace) -> int:
     quiet()
     from ft_core.evaluation import table
     from ft_core.training import train
+    from ft_core.training.ranks import Ranks
 
     result = train(config, resume=args.resume, overwrite=args.overwrite, say=say)
+    if not Ranks().is_main:
+        return 0
     again = f"ft train {args.config} {' '.join(args.overrides)}".strip()
     if result.status == "interrupted":
         say(f"stopped at step {result.steps}; go on with: {again} --resume")

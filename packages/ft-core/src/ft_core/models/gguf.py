@@ -1,4 +1,4 @@
-"""Models that come as a GGUF file: dequantized once into a safetensors folder in the user's cache, loaded from there."""
+"""Models that come as a GGUF file: dequantized once into a safetensors folder in the user's cache and loaded from it."""
 
 from __future__ import annotations
 

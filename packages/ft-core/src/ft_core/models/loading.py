@@ -20,6 +20,8 @@ __all__ = ["Quantization", "load", "load_base", "load_for_training", "load_run",
 
 Quantization = Literal["none", "nf4", "int8"]
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
 
 def load(
     model: str | Path,
@@ -59,10 +61,14 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"the model {source.reference} has no tokenizer: neither of {', '.join(TOKENIZER_FILES)} is there"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer.json raises whatever the parser's language raises
-        raise ModelError(f"the tokenizer of {source.reference} cannot be loaded: {error}") from error
+        raise ModelError(f"the tokenizer of {source.reference} cannot be loaded: {_first_sentence(error)}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {source.reference} has neither a pad nor an end-of-text token")
@@ -88,12 +94,15 @@ def _load(
     source: ModelSource, device: Device, quantization: str, dtype: str, head: str, max_length: int | None
 ) -> PreTrainedModel:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForCausalLM if head == "language-model" else AutoModelForSequenceClassification
-    options: dict[str, Any] = {"num_labels": 1} if head == "score" else {}
+    options: dict[str, Any] = {}
     try:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(
+            source.path, trust_remote_code=False, **({"num_labels": 1} if head == "score" else {})
+        )
     except Exception as error:  # an unknown type, a key missing, or a field that the class refuses
         raise ModelError(f"the model {source.reference} cannot be used: {_first_sentence(error)}") from error
     _check_length(config, source, max_length)
@@ -106,13 +115,15 @@ def _load(
             "or give the model it was made from"
         )
     try:
-        model = auto.from_pretrained(
+        model, report = auto.from_pretrained(
             source.path,
             config=config,
             dtype=getattr(torch, dtype),
-            device_map={"": device.type},
+            device_map={"": torch.cuda.current_device() if device.type == "cuda" else device.type},
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
             **options,
         )
     except torch.OutOfMemoryError as error:
@@ -120,11 +131,32 @@ def _load(
             f"the model {source.reference} does not fit in {device.memory / 2**30:.0f} GiB of {device.name}: "
             "try quantization: nf4, or a smaller model"
         ) from error
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise ModelError(f"the model {source.reference} cannot be loaded: {_first_sentence(error)}") from error
+    _check_weights(model, report, source, head)
     if head == "score" and model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = model.config.get_text_config().eos_token_id
     return model
+
+
+def _check_weights(model: Any, report: dict[str, Any], source: ModelSource, head: str) -> None:
+    """Refuse weights that do not fill the model: transformers would go on with random numbers in their places.
+
+    Only a new score head begins with random numbers.
+    """
+    body = f"{model.base_model_prefix}."
+    missing = sorted(key for key in report["missing_keys"] if head != "score" or key.startswith(body))
+    if missing:
+        raise ModelError(
+            f"the model {source.reference} lacks {len(missing)} of its weights, {missing[0]} first: "
+            "its files are not all there, or are not those of its config.json"
+        )
+    others = sorted(entry for entry in report["mismatched_keys"] if head != "score" or entry[0].startswith(body))
+    if others:
+        key, stored, wanted = others[0]
+        raise ModelError(
+            f"the model {source.reference}: {key} has the shape {list(stored)}, its config.json says {list(wanted)}"
+        )
 
 
 def _quantization_config(quantization: str, dtype: str) -> Any:
@@ -161,6 +193,10 @@ def _check_length(config: Any, source: ModelSource, max_length: int | None) -> N
 
 def _first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text:
+        return "it needs Python code of its own (auto_map), which ft does not run; take a model that transformers knows"
+    if text.startswith("Unrecognized configuration class"):
+        return "it is no language model that goes on from a text"
     return text if len(text) <= 300 else text[:297] + "…"
 
 

@@ -124,31 +124,31 @@ def check_folder(folder: Path, name: str | None = None) -> None:
 
 
 def _weight_files(folder: Path, shown: str) -> list[Path]:
+    """The files that transformers will read, in its order of preference."""
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"model {shown}: {index.name} cannot be read ({error!r})") from None
         bad = sorted(n for n in names if not isinstance(n, str) or Path(n).name != n)
         if bad:
             raise ModelError(f"model {shown}: {index.name} names a file outside its folder: {bad[0]!r}")
         missing = sorted(n for n in names if not (folder / n).is_file())
         if missing:
-            raise ModelError(
-                f"model {shown}: {len(missing)} of {len(names)} weight files are missing, {missing[0]} first: fetch it again"
-            )
+            count = f"{len(missing)} of {len(names)}"
+            raise ModelError(f"model {shown}: {count} weight files are missing, {missing[0]} first: fetch it again")
         return [folder / n for n in sorted(names)]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
     if pickled:
         raise ModelError(
             f"model {shown} has only pickled weights ({pickled[0]}), which can run code when loaded: "
             "ft takes safetensors only; convert it where you trust it, with save_pretrained of transformers"
         )
-    raise ModelError(f"model {shown} has no weights: no .safetensors file is there")
+    raise ModelError(f"model {shown} has no weights: neither {whole.name} nor {index.name} is there")
 
 
 def _check_header(file: Path, shown: str) -> None:
@@ -163,11 +163,10 @@ def _check_header(file: Path, shown: str) -> None:
             if length > min(size - 8, 100_000_000):
                 raise ValueError("it ends within its header")
             header: dict[str, Any] = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ModelError(f"model {shown}: {file.name} is no whole safetensors file ({error}): fetch it again") from None
     expected = 8 + length + max(ends, default=0)
-    if size < expected:
-        raise ModelError(
-            f"model {shown}: {file.name} is truncated, {size} of {expected} bytes are there: fetch it again"
-        )
+    if size != expected:
+        what = "is truncated, " if size < expected else "is damaged, "
+        raise ModelError(f"model {shown}: {file.name} {what}{size} bytes are there of {expected}: fetch it again")

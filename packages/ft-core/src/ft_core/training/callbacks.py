@@ -28,13 +28,13 @@ class MetricsWriter(TrainerCallback):
     """Appends each step's numbers to ``metrics.jsonl``, and stops a run whose loss is no longer a number.
 
     Args:
-        path: the file.
+        path: the file; None writes none (a process beside the main one).
         seconds: how long the run has taken already, where it is resumed.
         on_row: called with each row written.
     """
 
     def __init__(
-        self, path: Path, seconds: float = 0.0, on_row: Callable[[dict[str, Any]], None] | None = None
+        self, path: Path | None, seconds: float = 0.0, on_row: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
@@ -49,7 +49,8 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         self._start = self._last = time.perf_counter()
         self._tokens = int(state.num_input_tokens_seen)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  # closed when training ends
+        if self.path:
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  # closed when training ends
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -186,11 +187,14 @@ def _clock(seconds: float) -> str:
 class Interruption(TrainerCallback):
     """Ends a run at the next step, with a checkpoint, when asked to; :meth:`listen` lets Ctrl-C and SIGTERM ask."""
 
-    def __init__(self, say: Callable[[str], None] = print) -> None:
+    def __init__(self, say: Callable[[str], None] = print, agree: Callable[[bool], bool] = bool) -> None:
         self.asked = False
         self._say = say
+        self._agree = agree
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # All processes stop at the same step, though the signal may have reached them at different ones.
+        self.asked = self._agree(self.asked)
         if self.asked:
             control.should_save = True
             control.should_training_stop = True

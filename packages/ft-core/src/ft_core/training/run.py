@@ -27,6 +27,7 @@ from ft_core.report import write_report
 from ft_core.runs import RUN_FORMAT, Run, write_json, write_text
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
 from ft_core.training.job import Job
+from ft_core.training.ranks import Ranks
 from ft_core.training.trainer import last_whole_checkpoint, storage_error
 
 __all__ = ["TrainResult", "train"]
@@ -79,6 +80,8 @@ def train(
     Raises:
         FtError: a subclass of it for every mistake that its user can mend; nothing is written or lost then.
     """
+    ranks = Ranks()
+    say = say if ranks.is_main else _silent
     config = check_config(config)
     spec = registry().get(MethodSpec, config.method)
     run = Run(str(config.output))
@@ -96,7 +99,9 @@ def train(
     if resuming and run.environment.get("data_sha256") != fingerprint:
         raise RunError(f"cannot resume {run.path}: the training data has changed since the run began")
 
-    with nullcontext() if resuming else run.claim():
+    ranks.wait()  # the others have checked the folder before the main process claims it
+    with run.claim() if ranks.is_main and not resuming else nullcontext():
+        ranks.wait()
         model = _model(config, spec, source, device)
         job = Job(
             config=config,
@@ -110,28 +115,30 @@ def train(
             counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},
             say=say,
         )
-        session = _Session(run, spec, job, {"load": peak_memory()})
-        if not resuming:
+        session = _Session(run, spec, job, ranks, {"load": peak_memory()})
+        if ranks.is_main and not resuming:
             write_text(run.path / run.CONFIG, to_yaml(config))
             if held_out:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
                 write_text(run.path / run.HELD_OUT, "".join(lines))
             write_json(run.path / run.ENVIRONMENT, _environment(source, device, fingerprint))
+    ranks.wait()
     return session.train()
 
 
 class _Session:
     """The time from a built trainer to the end of the run, or to its interruption."""
 
-    def __init__(self, run: Run, spec: MethodSpec, job: Job, memory: dict[str, int]) -> None:
-        self.run, self.spec, self.job, self.memory = run, spec, job, memory
+    def __init__(self, run: Run, spec: MethodSpec, job: Job, ranks: Ranks, memory: dict[str, int]) -> None:
+        self.run, self.spec, self.job, self.ranks, self.memory = run, spec, job, ranks, memory
         from transformers import PrinterCallback
 
         self.checkpoint = last_whole_checkpoint(run.checkpoints)
         step = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
-        self.writer = MetricsWriter(run.path / run.METRICS, seconds=run.seconds_until(step))
-        self.interruption = Interruption(job.say)
-        job.callbacks += [self.writer, Progress(self.writer), self.interruption]
+        metrics = run.path / run.METRICS if ranks.is_main else None
+        self.writer = MetricsWriter(metrics, seconds=run.seconds_until(step))
+        self.interruption = Interruption(job.say, ranks.any)
+        job.callbacks += [self.writer, *([Progress(self.writer)] if ranks.is_main else []), self.interruption]
         self.trainer: Any = resolve(spec.trainer)(job)
         self.trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; Progress shows what matters
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
@@ -145,7 +152,8 @@ class _Session:
         comparison = self._before()
         if self.checkpoint:
             job.say(f"going on from step {self.step} ({self.checkpoint})")
-        run.truncate_metrics(self.step)
+        if self.ranks.is_main:
+            run.truncate_metrics(self.step)
         # What was measured before training must not change the training.
         set_seed(job.config.training.seed)
         try:
@@ -162,10 +170,12 @@ class _Session:
         steps = int(trainer.state.global_step)
         if self.interruption.asked and steps < trainer.state.max_steps:
             return TrainResult(run.path, "interrupted", steps, self._loss(), comparison)
-        self._save()
-        comparison = self._after(comparison)
-        self._summary(steps)
-        write_report(run.path)
+        if self.ranks.is_main:
+            self._save()
+            comparison = self._after(comparison)
+            self._summary(steps)
+            write_report(run.path)
+        self.ranks.wait()
         return TrainResult(run.path, "finished", steps, self._loss(), comparison)
 
     def _measure(self, what: str) -> Evaluation:
@@ -186,8 +196,9 @@ class _Session:
         if not self.job.eval_rows:
             return None
         path = self.run.path / self.run.EVALUATION
-        if not path.is_file():
+        if self.ranks.is_main and not path.is_file():
             write_json(path, compare(self._measure("before"), None, self.run.HELD_OUT))
+        self.ranks.wait()
         return self.run.evaluation()
 
     def _after(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -250,6 +261,10 @@ class _Session:
             "memory": {phase: self.memory[phase] for phase in PHASES if phase in self.memory},
         }
         write_json(self.run.path / self.run.SUMMARY, summary)
+
+
+def _silent(line: str) -> None:
+    """What is said once is said by the main process."""
 
 
 def _check_resumable(run: Run, config: TrainConfig) -> None:

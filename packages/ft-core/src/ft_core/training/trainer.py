@@ -44,17 +44,18 @@ class RunTrainerMixin(_Base):
         folder = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         staging = folder / PARTIAL
+        is_main = self.accelerator.is_main_process
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            if is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
             self._staging = staging
             super()._save_checkpoint(model, trial)
-            _seal(staging / name, self.state.global_step)
-            target = folder / name
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(staging / name, target)
-            _sync(folder)
+            self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
+            if is_main:
+                _seal(staging / name, self.state.global_step)
+                _put(staging / name, folder / name)
         except Exception as error:
             reason = storage_error(error, folder)
             if reason is None:
@@ -67,9 +68,11 @@ class RunTrainerMixin(_Base):
             ) from error
         finally:
             self._staging = None
-            shutil.rmtree(staging, ignore_errors=True)
-        for old in _checkpoints(folder)[: -self.keep_checkpoints]:
-            shutil.rmtree(old, ignore_errors=True)
+            if is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+        if is_main:
+            for old in _checkpoints(folder)[: -self.keep_checkpoints]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Counts tokens as well: padding is none, and transformers takes it for some where pad and end are one token."""
@@ -106,6 +109,9 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 def _seal(folder: Path, step: int) -> None:
     """Flush a finished checkpoint to the disk and write its manifest."""
+    # A pickle that nothing reads, and a model card that nobody has filled in.
+    for name in ("training_args.bin", "README.md"):
+        (folder / name).unlink(missing_ok=True)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for file in files:
         _sync(file)
@@ -113,6 +119,14 @@ def _seal(folder: Path, step: int) -> None:
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     manifest.write_text(json.dumps({"step": step, "files": sizes}))
     _sync(manifest)
+
+
+def _put(made: Path, target: Path) -> None:
+    """Rename a sealed checkpoint into its place; one of the same step, from before an interruption, makes way."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(made, target)
+    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:
