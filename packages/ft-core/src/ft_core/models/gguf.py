@@ -1,4 +1,4 @@
-"""Models that come as a GGUF file: dequantized once into a safetensors folder in the user's cache and loaded from it."""
+"""Models that come as a GGUF file: dequantized once into a safetensors folder in the user's cache, loaded from it."""
 
 from __future__ import annotations
 
@@ -78,13 +78,16 @@ def _converted(file: Path, key: str) -> Path:
     try:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 str(file.parent),
                 gguf_file=file.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.bfloat16,
+                output_loading_info=True,
             )
-        except (ValueError, KeyError, NotImplementedError, OSError) as error:
+            if report["missing_keys"]:
+                raise ValueError(f"it lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first")
+        except Exception as error:  # the parser meets a damaged file with whatever it stumbles over
             raise ModelError(f"the GGUF model {file} cannot be converted: {error}") from error
         # A model loaded from GGUF refuses to be saved as what it now is, so its weights go into a plain copy's folder.
         if hasattr(model.config, "quantization_config"):

@@ -63,7 +63,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
     if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
-            f"the model {source.reference} has no tokenizer: neither of {', '.join(TOKENIZER_FILES)} is there"
+            f"the model {source.reference} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
