@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ft_kernels import nn, rms_norm
+from ft_kernels import dispatch, nn, rms_norm
 
 FORWARD, BACKWARD = "rms_norm_forward", "rms_norm_backward"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -46,8 +46,8 @@ def both(function, x, weight, dy, eps, offset):
     return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
-def judge(exact_enough, launched, x, weight, dy, eps, offset):
-    with launched(FORWARD, BACKWARD):
+def judge(exact_enough, launched, x, weight, dy, eps, offset, kernels=(FORWARD, BACKWARD)):
+    with launched(*kernels):
         actual = both(lambda x, w, eps, offset: rms_norm(x, w, eps, offset=offset), x, weight, dy, eps, offset)
     eager = both(plain, x, weight, dy, eps, offset)
     exact = both(plain, x.double(), None if weight is None else weight.double(), dy.double(), eps, offset)
@@ -103,6 +103,14 @@ def test_extreme_values(device, exact_enough, launched, value):
     x = torch.full((4, 96), value, device=device)
     x[::2, ::3] *= -0.5
     judge(exact_enough, launched, x, torch.ones(96, device=device), torch.ones_like(x).cumsum(-1), 1e-6, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reference_is_exact_too(exact_enough, launched, monkeypatch, dtype):
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
+    generator = torch.Generator().manual_seed(4)
+    x, dy = torch.randn(2, 256, 300, generator=generator).to(dtype).unbind()
+    judge(exact_enough, launched, x, torch.randn(300, generator=generator).to(dtype), dy, 1e-6, 1.0, kernels=())
 
 
 def test_weight_of_another_dtype(device, launched):

@@ -51,7 +51,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
     elif weight.device != x.device:
         raise ValueError(f"rms_norm: weight is on {weight.device}, x on {x.device}; move them to one device")
     if use_triton(x, weight):
-        return rms_norm_op(x, weight, float(eps), float(offset))[0]
+        y: Tensor = rms_norm_op(x, weight, float(eps), float(offset))[0]
+        return y
     return rms_norm_reference.rms_norm(x, weight, float(eps), float(offset))
 
 
@@ -100,7 +101,7 @@ def cross_entropy(
     targets = targets.long()
     settings = (ignore_index, float(label_smoothing), float(softcap or 0.0), float(logit_scale), float(z_loss))
     if use_triton(logits):
-        losses = cross_entropy_op(logits, targets, *settings)[0]
+        losses: Tensor = cross_entropy_op(logits, targets, *settings)[0]
     else:
         losses = cross_entropy_rows(logits, targets, *settings)
     dtype = torch.promote_types(logits.dtype, torch.float32)
