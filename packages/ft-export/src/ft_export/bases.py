@@ -12,7 +12,15 @@ from ft_export.runs import read_json
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["copy_tokenizer", "find_base", "load_model", "load_tokenizer", "quantization_of", "same_folder"]
+__all__ = [
+    "copy_tokenizer",
+    "find_base",
+    "load_model",
+    "load_tokenizer",
+    "quantization_of",
+    "same_folder",
+    "stop_tokens",
+]
 
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 TOKENIZER_FILES = (
@@ -133,6 +141,15 @@ def copy_tokenizer(adapter: Path, base: Path, to: Path) -> Path:
                 shutil.copyfile(base / "chat_template.jinja", to / "chat_template.jinja")
             return source
     raise ExportError(f"neither {adapter} nor {base} has a tokenizer (tokenizer_config.json)")
+
+
+def stop_tokens(tokenizer: Any, folder: Path) -> list[int]:
+    """The ids that end an answer: the tokenizer's end-of-sequence token and those that the configurations name."""
+    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    for name in ("generation_config.json", "config.json"):
+        said = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        found += [said] if isinstance(said, int) else list(said or [])
+    return list(dict.fromkeys(found))
 
 
 def _has_template(folder: Path) -> bool:

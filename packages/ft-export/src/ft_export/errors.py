@@ -31,9 +31,9 @@ def one_line(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            raise ExportError(
-                f"{error.strerror or error}{where}: nothing was written; free space or choose another folder"
-            ) from error
+            # numpy says only how much of an array it could write
+            reason = error.strerror or f"the disk is full or the file may not grow ({error})"
+            raise ExportError(f"{reason}{where}: nothing was written; free space or choose another folder") from error
         except Exception as error:
             if type(error).__name__ == "SafetensorError":
                 raise ExportError(f"safetensors: {error}: nothing was written") from error

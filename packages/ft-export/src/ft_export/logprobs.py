@@ -44,13 +44,14 @@ def token_logprobs(model: Any, samples: Sequence[Sequence[int]]) -> list[torch.T
     results = []
     model.eval()
     for ids in samples:
-        if _is_classifier(model):
-            device = next(model.parameters()).device
-            with torch.inference_mode():
-                results.append(model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float().cpu())
-            continue
-        rows = all_logprobs(model, ids)[:-1]
-        results.append(rows.gather(1, torch.tensor(list(ids[1:])).unsqueeze(1)).squeeze(1))
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float().cpu()
+        if logits.dim() == 1:
+            results.append(logits)
+        else:
+            chosen = torch.tensor(list(ids[1:])).unsqueeze(1)
+            results.append(torch.log_softmax(logits[:-1], dim=-1).gather(1, chosen).squeeze(1))
     return results
 
 
@@ -69,9 +70,3 @@ def evaluation_error(samples: Sequence[torch.Tensor]) -> float:
     """
     largest = max(1.0, *(sample.abs().max().item() for sample in samples if sample.numel()))
     return 2 * 64 * 2.0**-24 * largest
-
-
-def _is_classifier(model: Any) -> bool:
-    return getattr(model.config, "architectures", None) is not None and any(
-        name.endswith("ForSequenceClassification") for name in model.config.architectures
-    )

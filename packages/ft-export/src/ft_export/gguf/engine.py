@@ -25,7 +25,8 @@ class Continuation:
 
     Attributes:
         tokens: the ids chosen, with the one that ended it.
-        candidates: for each of ``tokens`` the likeliest ids with their log-probabilities.
+        candidates: for each of ``tokens`` the likeliest ids with their log-probabilities; empty where
+            llama.cpp gives none.
         text: the tokens as text, without the one that ended it.
         stopped: whether the last token ended it.
     """
@@ -81,16 +82,35 @@ class LlamaCpp:
                 "return_tokens": True,
             },
         )
-        steps = answer["completion_probabilities"]
         tokens = tuple(int(token) for token in answer["tokens"])
-        if [int(step["id"]) for step in steps] != list(tokens):
-            raise ExportError("llama.cpp's answer has other tokens than log-probabilities: upgrade xllamacpp")
-        return Continuation(
-            tokens,
-            tuple({int(top["id"]): float(top["logprob"]) for top in step["top_logprobs"]} for step in steps),
-            answer["content"],
-            answer["stop_type"] == "eos",
-        )
+        steps = answer["completion_probabilities"]
+        places = _places(tokens, [int(step["id"]) for step in steps])
+        candidates_at: list[dict[int, float]] = [{} for _ in tokens]
+        for step, place in zip(steps, places, strict=True):
+            if place is not None:
+                candidates_at[place] = {int(top["id"]): float(top["logprob"]) for top in step["top_logprobs"]}
+        return Continuation(tokens, tuple(candidates_at), answer["content"], answer["stop_type"] == "eos")
+
+
+def _places(tokens: Sequence[int], known: Sequence[int]) -> list[int | None]:
+    """Where in ``tokens`` each of ``known`` lies.
+
+    llama.cpp leaves out the log-probabilities of a token that ends in the middle of a character. What is left is a
+    subsequence; a place is certain where matching from the left and from the right agree, and None elsewhere.
+    """
+
+    def match(tokens: Sequence[int], known: Sequence[int]) -> list[int]:
+        found, at = [], 0
+        for token in known:
+            while at < len(tokens) and tokens[at] != token:
+                at += 1
+            found.append(at)
+            at += 1
+        return found
+
+    left = match(tokens, known)
+    right = [len(tokens) - 1 - place for place in match(tokens[::-1], known[::-1])][::-1]
+    return [one if one == other else None for one, other in zip(left, right, strict=True)]
 
 
 def require_llama_cpp() -> None:

@@ -6,17 +6,18 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ft_export import __version__
-from ft_export.bases import load_model, load_tokenizer
+from ft_export.bases import load_model, load_tokenizer, stop_tokens
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import new_file
-from ft_export.gguf.convert import TYPES, Converted, convert, require_gguf
+from ft_export.gguf.converter import TYPES, Converted, convert, require_gguf
 from ft_export.gguf.engine import llama_cpp, require_llama_cpp
-from ft_export.gguf.proof import Comparison, Prompt, compare, stop_ids
+from ft_export.gguf.proof import Comparison, Prompt, compare
 from ft_export.gguf.text_check import check_template, check_tokens
 from ft_export.merging import is_current, merge
 from ft_export.runs import Source, open_source, read_json
@@ -89,10 +90,17 @@ def export(
 
     lines: list[str] = []
     model = _model(source, lines)
-    with new_file(file) as partial:
-        made = convert(model, partial, type=type, pre=said.get("pre"), name=name)
-        result = _check(made, model, source, type, lines)
-        proof = _write_proof(folder, file, made, type, result, lines)
+    there = folder.exists()
+    try:
+        with new_file(file) as partial:
+            made = convert(model, partial, type=type, pre=said.get("pre"), name=name)
+            result = _check(made, model, source, type, lines)
+            proof = _write_proof(folder, file, made, type, result, lines)
+    except BaseException:
+        if not there:
+            with suppress(OSError):  # not empty: something else came in
+                folder.rmdir()
+        raise
     serve = f"llama-server -m {shlex.quote(str(file))} --jinja"
     return Exported(file, proof, tuple(lines), serve)
 
@@ -128,7 +136,7 @@ def _check(made: Converted, model: Path, source: Source, type: str, lines: list[
             lines.append(f"llama.cpp renders {conversations} conversations in the chat template byte for byte alike")
         else:
             lines.append("the model has no chat template: none was written")
-        stops = stop_ids(vocabulary.special)
+        stops = set(stop_tokens(tokenizer, model))
         found = compare(engine, load_model(model, torch.float32), tokenizer, prompts, type, stops, NEW_TOKENS)
     lines.extend(_told(found, prompts[0], type))
     return {
@@ -147,7 +155,7 @@ def _told(found: Comparison, prompt: Prompt, type: str) -> list[str]:
         f"log-probabilities against transformers in fp32: largest difference {found.error.largest:.2e} (bound "
         f"{found.bound_largest:.2e} for {type}), mean {found.error.mean:.2e} (bound {found.bound_mean:.2e})",
     ]
-    same = "equal to transformers'" if found.answer == found.generated else f"transformers says {found.generated!r}"
+    same = "equal to transformers'" if found.answers_equal else f"transformers says {found.generated!r}"
     lines.append(f"llama.cpp's answer to {prompt.text[-80:]!r}: {found.answer!r}, {same}")
     return lines
 

@@ -28,7 +28,7 @@ from ft_export.logprobs import Difference, all_logprobs, evaluation_error
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Comparison", "Prompt", "compare", "stop_ids"]
+__all__ = ["Comparison", "Prompt", "compare"]
 
 CANDIDATES = 5
 LARGEST_FACTOR, MEAN_FACTOR = 4.0, 3.0
@@ -55,6 +55,7 @@ class Comparison:
         bound_largest, bound_mean: what ``error`` may be.
         answer: llama.cpp's continuation of the first prompt.
         generated: transformers' own continuation of the first prompt.
+        answers_equal: whether the two have the same tokens.
     """
 
     tokens: int
@@ -66,13 +67,10 @@ class Comparison:
     bound_mean: float
     answer: str
     generated: str
+    answers_equal: bool
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "error": self.error.as_dict(), "yardstick": self.yardstick.as_dict()}
-
-
-def stop_ids(special: dict[str, int]) -> set[int]:
-    return {special[role] for role in ("eos", "eot") if role in special}
 
 
 @dataclass
@@ -109,6 +107,10 @@ def compare(
     """
     continuations = [engine.greedy(prompt.ids, count, CANDIDATES) for prompt in prompts]
     generated = _generate(model, prompts[0], stops, count)
+    first = continuations[0]
+    if first.stopped and first.tokens[-1] not in stops:
+        # llama.cpp ends at every token that looks like an end, transformers at the configured ones
+        generated = generated[: len(first.tokens)]
     exact = [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
     with RoundedProducts(model, type):
         coarse = [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
@@ -150,7 +152,7 @@ def compare(
                 f"{shown(tokenizer, token)} where transformers says {shown(tokenizer, best)}, which is likelier by "
                 f"{gap:.3g} nats (measured error {found.largest:.3g})"
             )
-    _check_answer(generated, continuations[0], differing, stops, tokenizer)
+    _check_answer(generated, continuations[0], differing, tokenizer)
     return Comparison(
         tokens=tokens,
         equal=tokens - len(differing),
@@ -161,6 +163,7 @@ def compare(
         bound_mean=bound_mean,
         answer=continuations[0].text,
         generated=tokenizer.decode([token for token in generated if token not in stops]),
+        answers_equal=list(continuations[0].tokens) == generated,
     )
 
 
@@ -191,7 +194,6 @@ def _check_answer(
     generated: list[int],
     run: Continuation,
     differing: Sequence[tuple[float, int, int, int, int]],
-    stops: set[int],
     tokenizer: Any,
 ) -> None:
     """The first prompt's answers may part only where the two candidates were found too close to call."""
@@ -203,8 +205,6 @@ def _check_answer(
     )
     if at < len(run.tokens) and any(number == 0 and step == at for _, number, step, _, _ in differing):
         return
-    if at == len(run.tokens) and run.stopped and run.tokens[-1] not in stops:
-        return  # llama.cpp ends at every token that looks like an end, transformers at the configured ones
     raise ExportError(
         f"llama.cpp's answer parts from transformers' at token {at + 1}: {run.text[-60:]!r} against "
         f"{tokenizer.decode(generated)[-60:]!r}"

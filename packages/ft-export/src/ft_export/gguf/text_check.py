@@ -48,7 +48,7 @@ def check_tokens(engine: LlamaCpp, tokenizer: Any, prompts: Sequence[str]) -> in
                 raise ExportError(
                     f"llama.cpp splits {text[:60]!r} otherwise than the tokenizer: token {at} is "
                     f"{_piece(tokenizer, found, at)}, not {_piece(tokenizer, expected, at)}; name the right rules "
-                    "with --pre"
+                    "with pre=NAME"
                 )
     return len(texts)
 

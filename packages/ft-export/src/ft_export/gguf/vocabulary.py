@@ -1,19 +1,19 @@
 """A byte-level BPE tokenizer as GGUF keys: tokens, merges, special tokens, chat template, pre-tokenizer name.
 
 llama.cpp has the splitting rules built in and the file only names them. Which name belongs to a tokenizer follows from
-the rules in its ``tokenizer.json``; the export proves the choice by tokenizing in llama.cpp.
+its rules; the export proves the choice by tokenizing in llama.cpp.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ft_export.bases import load_tokenizer
+from ft_export.bases import load_tokenizer, stop_tokens
 from ft_export.errors import ExportError
-from ft_export.runs import read_json
 
 __all__ = ["PRE_TOKENIZERS", "Vocabulary", "read_vocabulary", "write_vocabulary"]
 
@@ -49,7 +49,7 @@ class Vocabulary:
         tokens, types: by id, up to the embedding's rows; types are ``gguf.TokenType`` values.
         merges: pairs in their order, joined by a space.
         pre: llama.cpp's name of the splitting rules.
-        special: ids by role: ``bos``, ``eos``, ``eot``, ``unk``, ``pad``.
+        special: ids by role: ``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad``.
         add_bos, add_eos: whether tokenizing a text puts them around it.
         templates: chat templates by name; the default one is called ``default``.
     """
@@ -76,21 +76,23 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
     """
     import gguf
 
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ExportError(f"{folder} has no tokenizer.json: only byte-level BPE tokenizers can be converted here")
-    data = read_json(path)
+    tokenizer = load_tokenizer(folder)
+    # not the file: for some model types transformers puts splitting rules of its own in the place of the file's
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(f"{folder} has a tokenizer without rules (no tokenizer.json): it cannot be converted to GGUF")
+    data = json.loads(backend.to_str())
     model = data.get("model") or {}
     rules = _rules(data)
     if model.get("type") != "BPE" or model.get("byte_fallback") or not rules or not rules[-1].startswith("bytes"):
         raise ExportError(
-            f"{path} is no byte-level BPE tokenizer (SentencePiece and others cannot be converted to GGUF here)"
+            f"{folder} has no byte-level BPE tokenizer (SentencePiece and others cannot be converted to GGUF here)"
         )
     name = pre or PRE_TOKENIZERS.get(rules)
     if name is None:
         raise ExportError(
-            f"{path}: llama.cpp's name for its splitting rules is not known ({' + '.join(rules)}): "
-            f"name it with --pre NAME (known here: {', '.join(PRE_TOKENIZERS.values())})"
+            f"{folder}: llama.cpp's name for the tokenizer's splitting rules is not known ({' + '.join(rules)}): "
+            f"name it with pre=NAME (known here: {', '.join(PRE_TOKENIZERS.values())})"
         )
     tokens: dict[int, tuple[str, int]] = {
         index: (token, int(gguf.TokenType.NORMAL)) for token, index in model["vocab"].items()
@@ -100,10 +102,9 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
         kind = gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
         tokens[added["id"]] = (added["content"], int(kind))
     if tokens and max(tokens) >= rows:
-        raise ExportError(f"{path} has token ids up to {max(tokens)}, the model's embedding has {rows} rows")
+        raise ExportError(f"{folder} has token ids up to {max(tokens)}, the model's embedding has {rows} rows")
     filler = int(gguf.TokenType.UNUSED)
     whole = [tokens.get(index, (f"[PAD{index}]", filler)) for index in range(rows)]
-    tokenizer = load_tokenizer(folder)
     special = _special(tokenizer, folder)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a")["input_ids"]
@@ -138,7 +139,7 @@ def write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
 
 
 def _rules(data: dict[str, Any]) -> tuple[str, ...]:
-    """The splitting rules of a ``tokenizer.json``, one word or pattern a step."""
+    """The splitting rules of a tokenizer (as ``tokenizer.json`` has them), one word or pattern a step."""
     steps: list[str] = []
     normalizer = data.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
@@ -171,22 +172,13 @@ def _looks_special(token: str) -> bool:
 
 
 def _special(tokenizer: Any, folder: Path) -> dict[str, int]:
-    """Ids by role. A second stop token of the generation configuration becomes ``eot``: llama.cpp stops there too."""
+    """Ids by role. llama.cpp stops at three of them, ``eos``, ``eot`` and ``eom``, so further stop tokens go there."""
     found = {
         role: int(index)
-        for role in ("bos", "eos", "unk", "pad")
+        for role in ("bos", "unk", "pad")
         if (index := getattr(tokenizer, f"{role}_token_id")) is not None
     }
-    stops: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        said = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        stops += [said] if isinstance(said, int) else list(said or [])
-    if "eos" not in found and stops:
-        found["eos"] = stops[0]
-    others = [index for index in dict.fromkeys(stops) if index != found.get("eos")]
-    if others:
-        found["eot"] = others[0]
-    return found
+    return {**found, **dict(zip(("eos", "eot", "eom"), stop_tokens(tokenizer, folder), strict=False))}
 
 
 def _templates(tokenizer: Any) -> dict[str, str]:

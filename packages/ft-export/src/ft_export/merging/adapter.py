@@ -61,6 +61,7 @@ PARTS = {
     "lora_B.weight": "B",
     "lora_embedding_B": "B",
     "lora_B.bias": "bias",
+    "base_layer.weight": "base",  # PEFT saves adapted embeddings with the layer they sit on
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
@@ -182,6 +183,8 @@ class Adapter:
             Algorithms, section 3.1), and a relative (in / 2 + r + 8) u more where DoRA's norm is taken.
         """
         low, high = self.files.tensor(change.parts["A"]), self.files.tensor(change.parts["B"])
+        if "base" in change.parts:
+            base = self.files.tensor(change.parts["base"]).to(base.dtype)
         rank, inner = low.shape
         outer = high.shape[0]
         flat = (outer, inner)

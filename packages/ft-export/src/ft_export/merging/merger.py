@@ -144,8 +144,15 @@ class _Merge:
         if not _importable("bitsandbytes"):
             raise ExportError(f'the base {self.base} is quantized: pip install "ft-export[bitsandbytes]"')
         dtype = torch.float16 if self.asked == "float16" else torch.bfloat16
-        model = load_model(self.base, dtype, labels=self.labels).dequantize(dtype=dtype)
-        model.to(dtype).save_pretrained(to)
+        model = load_model(self.base, dtype, labels=self.labels).dequantize(dtype=dtype).to(dtype)
+        # a model that was loaded quantized cannot be saved as what it now is; a plain one of its class can
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        with torch.device("meta"):
+            plain = type(model)(model.config)
+        plain.load_state_dict(model.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.save_pretrained(to)
         for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
             if (self.base / name).is_file():
                 (to / name).write_bytes((self.base / name).read_bytes())

