@@ -31,7 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
 
     Returns:
         ``[..., H]`` in x's dtype, whatever the weight's; contiguous where a kernel made it. Arithmetic is fp32 for
-        16-bit inputs, fp32 or wider for fp32, float64 for float64. Gradients come back for x and weight.
+        16-bit inputs; for fp32 it is float64 in the kernel and fp32 in the reference. Gradients come back for x and
+        weight.
 
     Raises:
         TypeError: x or weight is not floating point.
