@@ -72,6 +72,17 @@ class Run:
     def is_run(self) -> bool:
         return (self.path / self.CONFIG).is_file() and (self.path / self.ENVIRONMENT).is_file()
 
+    @property
+    def _is_stub(self) -> bool:
+        """Whether this is all that a start leaves which was killed while the model was loaded: nothing of value."""
+        written = (self.CONFIG, self.HELD_OUT, self.ENVIRONMENT)
+        names = {self.checkpoints.name, self.CONFIG, self.HELD_OUT, *(f".{name}.partial" for name in written)}
+        return (
+            all(path.name in names for path in self.path.iterdir())
+            and self.checkpoints.is_dir()
+            and not any(self.checkpoints.iterdir())
+        )
+
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """An existing run.
@@ -152,10 +163,10 @@ class Run:
             return
         if not self.path.is_dir():
             raise RunError(f"output {self.path} is a file: give a folder")
-        if not self.is_run:
+        if not self.is_run and not self._is_stub:
             names = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
             raise RunError(f"output {self.path} holds other files ({names}, …): give an empty or a new folder")
-        if not (resume or overwrite):
+        if self.is_run and not (resume or overwrite):
             raise RunError(
                 f"output {self.path} already holds a run: go on with --resume, or start anew with --overwrite"
             )
@@ -188,6 +199,9 @@ class Run:
         old = self.path.with_name(f".{self.path.name}.old")
         try:
             if self.path.exists():
+                if old.exists() and not self.is_run:  # a start with --overwrite was killed: the old run is still there
+                    shutil.rmtree(self.path)
+                    os.replace(old, self.path)
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(self.path, old)
             made = _first_missing(self.path)

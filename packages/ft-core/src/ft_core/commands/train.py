@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 __all__ = ["add_arguments", "run"]
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     result = train(config, resume=args.resume, overwrite=args.overwrite, say=say)
     if not Ranks().is_main:
         return 0
-    again = f"ft train {args.config} {' '.join(args.overrides)}".strip()
+    again = shlex.join(["ft", "train", args.config, *args.overrides])
     if result.status == "interrupted":
         say(f"stopped at step {result.steps}; go on with: {again} --resume")
         return 130
@@ -43,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
     if result.evaluation:
         print(table(result.evaluation))
     print(f"report: {result.run / 'report.html'}")
-    print(f"next: ft eval {result.run}  |  ft chat {result.run}  |  ft merge {result.run}")
+    print("next: " + "  |  ".join(shlex.join(["ft", word, str(result.run)]) for word in ("eval", "chat", "merge")))
     return 0

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -58,9 +58,9 @@ class MetricsWriter(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file:
+            file.close()
 
     def on_log(
         self,
@@ -85,6 +85,8 @@ class MetricsWriter(TrainerCallback):
                 self._file.write(json.dumps({k: _json(v) for k, v in row.items()}) + "\n")
                 self._file.flush()
             except OSError as error:
+                with suppress(OSError):  # closing tries to write what could not be written
+                    self.close()
                 raise RunError(
                     f"cannot write {self.path}: {error.strerror}; free some space, go on with --resume"
                 ) from error

@@ -116,8 +116,9 @@ def train(
             say=say,
         )
         session = _Session(run, spec, job, ranks, {"load": peak_memory()})
+        if ranks.is_main:
+            write_text(run.path / run.CONFIG, to_yaml(config))  # on resuming too: its length may have changed
         if ranks.is_main and not resuming:
-            write_text(run.path / run.CONFIG, to_yaml(config))
             if held_out:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
                 write_text(run.path / run.HELD_OUT, "".join(lines))
