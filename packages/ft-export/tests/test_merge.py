@@ -199,6 +199,19 @@ def test_logprobs_check_catches(fault: str, base: Path, make_adapter: Any, tmp_p
         check_logprobs(out, base, mine, samples, torch.bfloat16, set(mine.changes), None)
 
 
+def test_a_base_without_one_tensor(base: Path, make_adapter: Any, tmp_path: Path, contents: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(tmp_path / "adapter", base)
+    with pytest.raises(ExportError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight \(1 missing\)"):
+        merge(adapter, tmp_path / "out", base=str(tmp_path / "base"))
+    assert contents(tmp_path) == ["adapter", "base"]
+
+
 # --- run folders
 
 
@@ -267,6 +280,23 @@ def test_a_score_head(base: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = wrapped.eval()(ids).logits
         assert (scorer(ids).logits - expected).abs().item() < 10 * 2**-8 * expected.abs().item() + 2**-6
+
+
+def test_other_rows(base: Path, make_run: Any, make_adapter: Any) -> None:
+    run = make_run()
+    make_adapter(run / "adapter", base)
+    rows = [
+        {"prompt": "One and", "completion": " two"},
+        {"text": "Plain text."},
+        {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Ho"}]},
+        {"unknown": 1},
+    ]
+    (run / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert merge(run).logprobs.samples == 3
+    (run / "held_out.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(ExportError, match=r"held_out\.jsonl, line 2 is not JSON"):
+        merge(run, overwrite=True)
+    assert (run / "merged" / "merge.json").is_file()  # the earlier merge is still there
 
 
 # --- bad input

@@ -36,9 +36,12 @@ def read_rows(held_out: Path | None, count: int = 8) -> list[Row]:
                     break
                 if line.strip():
                     try:
-                        rows.append(json.loads(line))
+                        row = json.loads(line)
                     except json.JSONDecodeError as error:
                         raise ExportError(f"{held_out}, line {number} is not JSON: {error}") from error
+                    if not isinstance(row, dict):
+                        raise ExportError(f"{held_out}, line {number} holds no JSON object")
+                    rows.append(row)
     return rows or [{"text": sentence} for sentence in SENTENCES[:count]]
 
 

@@ -124,7 +124,7 @@ def _check(made: Converted, model: Path, source: Source, type: str, lines: list[
 
     tokenizer = load_tokenizer(model)
     rows = read_rows(source.held_out)
-    prompts = _prompts(rows, tokenizer)
+    prompts = _prompts(rows, tokenizer) or _prompts(read_rows(None), tokenizer)
     vocabulary = made.vocabulary
     with llama_cpp(made.file, max(len(prompt.ids) for prompt in prompts) + NEW_TOKENS + 8) as engine:
         texts = check_tokens(engine, tokenizer, [prompt.text for prompt in prompts])

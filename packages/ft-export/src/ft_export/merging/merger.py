@@ -19,7 +19,7 @@ from ft_export.merging.layers import merge_layers, tied_names, untie
 from ft_export.merging.logprobs_check import LogprobsCheck, check_logprobs, gap_to_quantized
 from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.runs import Source, open_source, read_json
-from ft_export.samples import read_rows, token_ids
+from ft_export.samples import Row, read_rows, token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +184,7 @@ class _Merge:
         )
         tokenizer = load_tokenizer(partial)
         rows = read_rows(self.source.held_out)
-        samples = [ids for ids in (token_ids(row, tokenizer) for row in rows) if len(ids) > 1]
+        samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
         logprobs = check_logprobs(partial, self.base, self.adapter, samples, dtype, rounded, self.labels)
         unit = "scores" if self.labels is not None else "log-probabilities"
@@ -216,6 +216,10 @@ class _Merge:
             "quantized_run": gap,
         }
         return {"json": report, "weights": weights, "logprobs": logprobs}
+
+
+def _samples(rows: list[Row], tokenizer: Any) -> list[list[int]]:
+    return [ids for ids in (token_ids(row, tokenizer) for row in rows) if len(ids) > 1]
 
 
 def _labels(adapter: Adapter) -> int | None:
