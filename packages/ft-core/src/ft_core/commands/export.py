@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to; unset means RUN/export/TARGET")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="further settings of the target")
+    parser.add_argument("options", nargs="*", default=[], metavar="key=value", help="further settings of the target")
 
 
 def run(args: argparse.Namespace) -> int:

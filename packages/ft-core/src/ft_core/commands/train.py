@@ -11,7 +11,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="values to use instead: training.max_steps=100"
+        "overrides", nargs="*", default=[], metavar="key=value", help="values to use instead: training.max_steps=100"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run in 'output'")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in 'output'")

@@ -144,7 +144,9 @@ class _Session:
         self.trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; Progress shows what matters
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
         self.step = step
-        _set_intervals(self.trainer, job.config)
+        self.total = _total_steps(self.trainer, job.config)
+        # A checkpoint every tenth of the run, between every 20 and every 500 steps, unless the configuration says when.
+        self.trainer.args.save_steps = job.config.training.save_every or min(500, max(20, self.total // 10))
 
     def train(self) -> TrainResult:
         from transformers import set_seed
@@ -158,8 +160,11 @@ class _Session:
         # What was measured before training must not change the training.
         set_seed(job.config.training.seed)
         try:
-            with self.interruption.listen():
-                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            if self.checkpoint and self.step >= self.total:
+                self._load_last()
+            else:
+                with self.interruption.listen():
+                    trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         except Exception as error:
             reason = None if isinstance(error, FtError) else storage_error(error, run.path)
             if reason:
@@ -178,6 +183,13 @@ class _Session:
             write_report(run.path)
         self.ranks.wait()
         return TrainResult(run.path, "finished", steps, self._loss(), comparison)
+
+    def _load_last(self) -> None:
+        """What the last step left, where only saving was interrupted: transformers would train one step more."""
+        from transformers import TrainerState
+
+        self.trainer._load_from_checkpoint(str(self.checkpoint))
+        self.trainer.state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
 
     def _measure(self, what: str) -> Evaluation:
         job = self.job
@@ -345,14 +357,12 @@ def _arguments(config: TrainConfig, run: Run, device: Device, evaluates: bool) -
     }
 
 
-def _set_intervals(trainer: Any, config: TrainConfig) -> None:
-    """Checkpoint every tenth of the run, between every 20 and every 500 steps, unless the configuration says when."""
+def _total_steps(trainer: Any, config: TrainConfig) -> int:
     t = config.training
-    total = t.max_steps
-    if total is None:
-        per_epoch = math.ceil(len(trainer.get_train_dataloader()) / t.gradient_accumulation)
-        total = math.ceil(per_epoch * t.epochs)
-    trainer.args.save_steps = t.save_every or min(500, max(20, total // 10))
+    if t.max_steps is not None:
+        return t.max_steps
+    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / t.gradient_accumulation)
+    return math.ceil(per_epoch * t.epochs)
 
 
 def _environment(source: ModelSource, device: Device, fingerprint: str) -> dict[str, Any]:
