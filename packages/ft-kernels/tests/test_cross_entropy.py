@@ -70,7 +70,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=18)
 @given(
     vocabulary=st.integers(1, 3000), dtype=st.sampled_from(DTYPES), options=OPTIONS,
     layout=st.sampled_from(["contiguous", "shifted", "transposed"]), spread=st.sampled_from([0.1, 3.0, 20.0]),
