@@ -161,7 +161,7 @@ class _Session:
         set_seed(job.config.training.seed)
         try:
             if self.checkpoint and self.step >= self.total:
-                self._load_last()
+                self._load_last(self.checkpoint)
             else:
                 with self.interruption.listen():
                     trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -184,12 +184,12 @@ class _Session:
         self.ranks.wait()
         return TrainResult(run.path, "finished", steps, self._loss(), comparison)
 
-    def _load_last(self) -> None:
+    def _load_last(self, checkpoint: Path) -> None:
         """What the last step left, where only saving was interrupted: transformers would train one step more."""
         from transformers import TrainerState
 
-        self.trainer._load_from_checkpoint(str(self.checkpoint))
-        self.trainer.state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+        self.trainer._load_from_checkpoint(str(checkpoint))
+        self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _measure(self, what: str) -> Evaluation:
         job = self.job

@@ -82,6 +82,12 @@ class RunTrainerMixin(_Base):
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(count.to(self.args.device)))
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Draws from no random numbers of the training: how often one measures changes no loss."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card in every checkpoint: the run's report says more."""
 
