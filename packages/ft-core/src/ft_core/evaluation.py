@@ -75,7 +75,7 @@ class EvaluationJob:
 
 
 def evaluate_answers(job: EvaluationJob) -> Evaluation:
-    """Loss and perplexity over the trained tokens of ``job.rows``, and exact match of greedy answers where they're short.
+    """Loss and perplexity over the trained tokens of ``job.rows``, and exact match where answers are short.
 
     The loss is the mean negative log-likelihood per trained token (nats), accumulated in float64; perplexity is its
     exponential. Exact match compares the answer with the expected one, white space at both ends apart.
@@ -189,24 +189,27 @@ def compare(before: Evaluation | dict[str, Any] | None, after: Evaluation | None
     """The content of ``evaluation.json`` (see the page on run folders); ``before`` may be an earlier such content."""
     if isinstance(before, dict):
         old_metrics = {name: value.get("before") for name, value in before.get("metrics", {}).items()}
-        old_samples = {s["prompt"]: s.get("before") for s in before.get("samples", [])}
+        old_answers = [(s["prompt"], s.get("before")) for s in before.get("samples", [])]
         rows = before.get("rows", 0)
     elif before is not None:
         old_metrics, rows = dict(before.metrics), before.rows
-        old_samples = {s.prompt: s.answer for s in before.samples}
+        old_answers = [(s.prompt, s.answer) for s in before.samples]
     else:
-        old_metrics, old_samples, rows = {}, {}, 0
+        old_metrics, old_answers, rows = {}, [], 0
     new_metrics = dict(after.metrics) if after else {}
     shown = after.samples if after else (before.samples if isinstance(before, Evaluation) else [])
-    samples = [
-        {
-            "prompt": s.prompt,
-            "expected": s.expected,
-            "before": old_samples.get(s.prompt),
-            "after": s.answer if after else None,
-        }
-        for s in shown
-    ]
+    samples = []
+    for number, s in enumerate(shown):
+        # By place, since two rows may end with the same question; a look at the prompt for files of another order.
+        asked, old = old_answers[number] if number < len(old_answers) else (None, None)
+        samples.append(
+            {
+                "prompt": s.prompt,
+                "expected": s.expected,
+                "before": old if asked == s.prompt else dict(old_answers).get(s.prompt),
+                "after": s.answer if after else None,
+            }
+        )
     names = list(dict.fromkeys([*new_metrics, *old_metrics]))
     metrics = {n: {"before": _finite(old_metrics.get(n)), "after": _finite(new_metrics.get(n))} for n in names}
     return {"data": data, "rows": after.rows if after else rows, "metrics": metrics, "samples": samples}
@@ -287,7 +290,7 @@ def evaluate(
         return made
 
     model, tokenizer = load_run(folder, say=say)
-    if folder.adapter.is_dir():
+    if folder.adapter.is_dir() and config.lora.bias == "none":  # PEFT leaves trained biases on when it is disabled
         with model.disable_adapter():
             before = copy.deepcopy(measure(job(model, tokenizer)))
         after = measure(job(model, tokenizer))

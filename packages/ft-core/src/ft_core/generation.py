@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ft_core.errors import DataError
@@ -32,7 +32,7 @@ def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt that is whole: a rendered conversation, or a text that begins as the tokenizer has texts begin."""
+    """Token ids of a prompt that is whole: a rendered conversation, or a text with its beginning-of-sequence token."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -180,7 +180,7 @@ def stream(
     max_new_tokens: int = 1024,
     temperature: float = 0.0,
     top_p: float = 1.0,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Answer a conversation piece by piece, as the model writes it. Closing the iterator ends the generation."""
     from threading import Event, Thread
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ft_core.commands.arguments import count, share, temperature
+
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder, or a model as in a configuration")
     parser.add_argument("--system", help="a system message to begin with")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=count, default=1024, metavar="N")
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.0, help="0 (the default) takes the likeliest token"
+    )
+    parser.add_argument("--top-p", type=share, default=1.0)
 
 
 def run(args: argparse.Namespace) -> int:

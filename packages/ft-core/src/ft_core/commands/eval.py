@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 
+from ft_core.commands.arguments import count, count_or_none
+
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run folder")
     parser.add_argument("--data", metavar="FILE", help="rows to measure on, instead of those kept from training")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N rows")
-    parser.add_argument("--answers", type=int, metavar="N", help="generate at most N answers")
+    parser.add_argument("--limit", type=count, metavar="N", help="at most N rows")
+    parser.add_argument("--answers", type=count_or_none, metavar="N", help="generate at most N answers")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from ft_core.commands.arguments import count, share, temperature
 from ft_core.errors import DataError, RunError
+from ft_core.runs import write_text
 
 __all__ = ["add_arguments", "read_prompts", "run"]
 
@@ -21,9 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt (a prompt a line) or .jsonl")
     parser.add_argument("--out", required=True, metavar="FILE", help=".jsonl to write; what is there already is kept")
     parser.add_argument("--system", help="a system message for every prompt that has none")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=count, default=256, metavar="N")
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.0, help="0 (the default) takes the likeliest token"
+    )
+    parser.add_argument("--top-p", type=share, default=1.0)
     parser.add_argument("--overwrite", action="store_true", help="begin the output anew")
 
 
@@ -34,7 +37,7 @@ def read_prompts(path: Path) -> list[Any]:
         DataError: no such file, nothing in it, or a line that is no prompt; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other separators of lines
     except FileNotFoundError:
         raise DataError(f"no prompts file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -70,27 +73,31 @@ def _done(out: Path, prompts: list[Any]) -> int:
     """How many answers are there already; a last line that was cut short is removed.
 
     Raises:
-        RunError: the answers that are there belong to other prompts.
+        RunError: what is there are answers to other prompts, or no answers at all.
     """
     if not out.is_file():
         return 0
-    whole = []
-    for line in out.read_text(encoding="utf-8").splitlines(keepends=True):
+    foreign = f"{out} holds something else than answers"
+    advice = "give another --out, or --overwrite"
+    whole: list[bytes] = []
+    try:
+        *lines, last = out.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"cannot read {out}: {error.strerror}") from error
+    for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
-            break
-        if not line.endswith("\n"):
-            break
-        index = len(whole)
-        if not isinstance(row, dict) or index >= len(prompts) or row.get("prompt") != prompts[index]:
-            raise RunError(
-                f"{out} holds answers to other prompts (line {index + 1}): give another --out, or --overwrite"
-            )
-        whole.append(line)
-    beside = out.with_name(f".{out.name}.partial")
-    beside.write_text("".join(whole), encoding="utf-8")
-    os.replace(beside, out)
+            row = None
+        if not isinstance(row, dict) or set(row) != {"prompt", "answer"}:
+            raise RunError(f"{foreign} (line {len(whole) + 1}): {advice}")
+        if len(whole) >= len(prompts) or row["prompt"] != prompts[len(whole)]:
+            raise RunError(f"{out} holds answers to other prompts (line {len(whole) + 1}): {advice}")
+        whole.append(line + b"\n")
+    if not last.startswith(b'{"prompt": '[: len(last)]):
+        raise RunError(f"{foreign} (line {len(whole) + 1}): {advice}")
+    if last:
+        write_text(out, b"".join(whole).decode())
     return len(whole)
 
 
@@ -99,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if not out.parent.is_dir():
         raise RunError(f"no folder {out.parent} to write {out.name} to")
+    if out.is_dir():
+        raise RunError(f"--out {out} is a folder: give a .jsonl file")
     done = 0 if args.overwrite else _done(out, prompts)
     from ft_core.console import progress, quiet, say
 
