@@ -1,0 +1,145 @@
+"""The command line answers at once, with the right codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import ft_core
+
+HEAVY = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numpy", "pandas", "pyarrow")
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ft_core; ft_core.FtError; ft_core.__version__",
+        "from ft_core.cli import main; main(['--help'])",
+        "from ft_core.cli import main; main(['--version'])",
+        "from ft_core.cli import main; main(['plugins'])",
+        "from ft_core.cli import main; main(['train', '--help'])",
+        "from ft_core.cli import main; main(['train', 'nowhere.yaml'])",
+        "from ft_core.cli import main; main(['eval', 'nowhere'])",
+        "from ft_core.cli import main; main(['generate', 'x', '--prompts', 'nowhere', '--out', 'x'])",
+        "import ft_core.models, ft_core.training, ft_core.config, ft_core.plugins, ft_core.data, ft_core.runs",
+    ],
+)
+def test_nothing_heavy_is_imported(code: str) -> None:
+    loaded = python(f"{code}\nimport sys\nprint('\\nLOADED', *(m for m in {HEAVY!r} if m in sys.modules))")
+    assert loaded.splitlines()[-1] == "LOADED"
+
+
+def test_importing_has_no_side_effects() -> None:
+    code = """
+import os, sys, threading, warnings, logging
+before = dict(os.environ), list(warnings.filters), sys.excepthook, threading.active_count(), os.getcwd()
+import ft_core, ft_core.cli
+after = dict(os.environ), list(warnings.filters), sys.excepthook, threading.active_count(), os.getcwd()
+assert before == after
+assert not logging.getLogger().handlers
+"""
+    assert python(code) == ""
+
+
+def test_the_overview(ft: Any) -> None:
+    shown = ft("--help")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out.startswith("usage: ft COMMAND …\n")
+    for name in ("doctor", "train", "eval", "chat", "generate", "report", "export", "plugins"):
+        assert f"\n  {name:<10} " in shown.out
+    assert ft() == ft("-h") == ft("help") == shown
+
+
+def test_the_version(ft: Any) -> None:
+    assert ft("--version") == ft("-V") == (0, f"ft {ft_core.__version__}\n", "")
+
+
+def test_unknown_commands(ft: Any) -> None:
+    near = ft("tarin")
+    assert (near.code, near.out) == (2, "")
+    assert near.err.startswith("ft tarin: no command 'tarin'; did you mean 'train'? (allowed: ")
+    assert near.err.count("\n") == 1
+    assert ft("--nonsense") == (
+        2,
+        "",
+        "ft --nonsense: --nonsense is no option of ft: give a command first (see ft --help)\n",
+    )
+
+
+@pytest.mark.parametrize("name", ["doctor", "train", "eval", "chat", "generate", "report", "export", "plugins"])
+def test_every_command_explains_itself(ft: Any, name: str) -> None:
+    shown = ft(name, "--help")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out.startswith(f"usage: ft {name} ")
+
+
+def test_exporting_to_what_is_not_there(ft: Any, configure: Any, tmp_path: Any) -> None:
+    done = ft("export", tmp_path / "run", "--to", "ggfu")
+    assert done.code == 2
+    assert done.err.startswith("ft export: no exporter 'ggfu'; did you mean 'gguf'? (allowed: ")
+
+
+def test_the_doctor(ft: Any) -> None:
+    import json
+
+    told = ft("doctor")
+    assert (told.code, told.err) == (0, "")
+    for name in ("python", "system", "device", "disk", "libraries", "packages", "methods", "exporters"):
+        assert f"\n{name:<10} " in "\n" + told.out
+    report = json.loads(ft("doctor", "--json").out)
+    assert report["packages"]["ft-core"] == ft_core.__version__
+    assert report["libraries"]["torch"]
+    assert report["device"]["type"] in ("cpu", "cuda", "mps")
+    assert "sft" in report["methods"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes close otherwise there")
+@pytest.mark.parametrize("words", [["--help"], ["plugins"], ["train", "--help"]])
+def test_a_reader_that_has_gone(words: list[str]) -> None:
+    """As in `ft --help | true`: no traceback, and no complaint when Python ends."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ft_core", *words], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_interrupted_before_the_training_begins(
+    ft: Any, configure: Any, monkeypatch: Any, tree: Any, tmp_path: Any
+) -> None:
+    from ft_core.training import run
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = configure()
+    before = tree(tmp_path)
+    monkeypatch.setattr(run, "_model", interrupt)
+    done = ft("train", config)
+    assert (done.code, done.message) == (130, "interrupted")
+    assert tree(tmp_path) == before
+
+
+def test_a_fault_of_ours_keeps_its_traceback(configure: Any, monkeypatch: Any) -> None:
+    from ft_core.cli import main
+    from ft_core.training import run
+
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run, "_model", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", str(configure())])

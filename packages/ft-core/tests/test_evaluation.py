@@ -1,0 +1,171 @@
+"""Loss, perplexity and exact match are what they are by hand, before and after."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_core.evaluation import Evaluation, Sample, compare, table
+
+
+def nll_by_hand(model: Any, documents: Any) -> float:
+    """Mean negative log-likelihood of the trained tokens in float64, each document alone, token by token."""
+    import torch
+
+    total, count = 0.0, 0
+    for document in documents:
+        with torch.no_grad():
+            logits = model(torch.tensor([document["input_ids"]], device=model.device)).logits[0].double()
+        for place, label in enumerate(document["labels"]):
+            if label != -100:
+                row = logits[place - 1]
+                total += float(row.exp().sum().log() - row[label])
+                count += 1
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def taught(tiny: Path, tmp_path_factory: pytest.TempPathFactory, sums: Any, write_rows: Any) -> Path:
+    """A folder with `run`, a model trained in full until it knew the answers to eight rows, and those rows."""
+    from ft_core.training import train
+
+    folder = tmp_path_factory.mktemp("taught")
+    rows = write_rows(folder / "rows.jsonl", sums(8))
+    training = {
+        "max_steps": 60, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": 5e-3, "optimizer": "adamw_torch",
+    }  # fmt: skip
+    values = {
+        "model": str(tiny), "data": str(rows), "eval_data": str(rows), "max_length": 64, "lora": None,
+        "packing": False, "training": training, "output": str(folder / "run"),
+    }  # fmt: skip
+    train(values, say=lambda line: None)
+    return folder
+
+
+def test_a_model_that_knows_the_answers(taught: Path, ft: Any, sums: Any) -> None:
+    run = taught / "run"
+    done = ft("eval", run, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found == json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert found["metrics"]["exact_match"] == {"before": 0.0, "after": 1.0}
+    assert found["metrics"]["loss"]["after"] < 0.1 < found["metrics"]["loss"]["before"]
+    assert (found["data"], found["rows"]) == ("held_out.jsonl", 8)
+    for sample, row in zip(found["samples"], sums(8), strict=True):
+        question, answer = (message["content"] for message in row["messages"])
+        assert (sample["prompt"], sample["expected"], sample["after"]) == (question, answer, answer)
+        assert sample["before"] != answer
+
+
+def test_answers_that_are_wrong_lower_the_exact_match(
+    taught: Path, ft: Any, sums: Any, tmp_path: Path, write_rows: Any
+) -> None:
+    rows = sums(8)
+    for row in rows[:2]:
+        row["messages"][1]["content"] = "wrong"
+    rows[2]["messages"][1]["content"] += " \n"  # white space at the end is no mistake
+    data = write_rows(tmp_path / "other.jsonl", rows)
+    found = json.loads(ft("eval", taught / "run", "--data", data, "--json").out)
+    assert found["metrics"]["exact_match"]["after"] == 0.75
+    assert found["data"] == str(data)
+    some = json.loads(ft("eval", taught / "run", "--data", data, "--limit", 4, "--answers", 2, "--json").out)
+    assert (some["rows"], len(some["samples"]), some["metrics"]["exact_match"]["after"]) == (4, 2, 0.0)
+
+
+@pytest.mark.parametrize("lora", [{"r": 8}, {"r": 8, "modules_to_save": ["lm_head"]}, {"r": 8, "bias": "all"}, None])
+def test_loss_and_perplexity_are_those_computed_by_hand(
+    lora: Any, ft: Any, configure: Any, tmp_path: Path, tiny: Path, metrics: Any
+) -> None:
+    """Of the base before, of the result after.
+
+    Both sides see the same model in this machine's number format, whose logits may differ by one rounding where rows
+    are padded to a batch: with |logit| below 8, half a unit in the last place of bfloat16 is 2^-6.
+    """
+    from transformers import AutoTokenizer
+
+    from ft_core.data import tokenize_rows
+    from ft_core.models import load, load_run, pick_device
+    from ft_core.runs import Run
+
+    run = tmp_path / "run"
+    assert ft("train", configure(lora=lora, training={"max_steps": 8}), "eval_split=10").code == 0
+    done = ft("eval", run, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["metrics"]
+    held_out = [json.loads(line) for line in (run / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    documents = list(tokenize_rows(held_out, AutoTokenizer.from_pretrained(tiny), max_length=64))
+    tolerance = 2.0**-6 if pick_device().dtype != "float32" else 1e-4
+    base, _ = load(tiny)
+    after, _ = load_run(Run(run), say=lambda line: None)
+    assert found["loss"]["before"] == pytest.approx(nll_by_hand(base, documents), abs=tolerance)
+    assert found["loss"]["after"] == pytest.approx(nll_by_hand(after, documents), abs=tolerance)
+    assert abs(found["loss"]["after"] - found["loss"]["before"]) > 1e-3  # else the two sides could be mixed up unseen
+    for side in ("before", "after"):
+        assert found["perplexity"][side] == math.exp(found["loss"][side])
+
+
+def test_a_text_has_no_answer(ft: Any, configure: Any, tmp_path: Path, write_rows: Any) -> None:
+    data = write_rows(tmp_path / "text.jsonl", [{"text": f"a text with the number {n}"} for n in range(12)])
+    assert ft("train", configure(data=str(data)), "eval_split=4", "training.max_steps=1").code == 0
+    done = ft("eval", tmp_path / "run", "--json")
+    found = json.loads(done.out)
+    assert set(found["metrics"]) == {"loss", "perplexity"}
+    assert found["samples"] == []
+
+
+def test_long_answers_are_not_matched(ft: Any, configure: Any, tmp_path: Path, write_rows: Any) -> None:
+    rows = [{"prompt": f"{n}", "completion": " so it goes" * 15} for n in range(8)]
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    assert ft("train", configure(data=str(data), max_length=256), "eval_split=2", "training.max_steps=1").code == 0
+    found = json.loads(ft("eval", tmp_path / "run", "--json").out)
+    assert set(found["metrics"]) == {"loss", "perplexity"}
+    assert len(found["samples"]) == 2
+
+
+def test_runs_that_cannot_be_measured(ft: Any, configure: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert ft("eval", run).err == f"ft eval: no run folder {run}: give the folder that ft train wrote (its 'output')\n"
+    assert ft("eval", tmp_path).err == (
+        f"ft eval: {tmp_path} is no run folder: it has no config.yaml and environment.json\n"
+    )
+    assert ft("train", configure(), "training.max_steps=1").code == 0
+    assert ft("eval", run).message == (f"ft eval: {run} kept no rows for evaluation: give some with --data FILE")
+    nowhere = ft("eval", run, "--data", tmp_path / "nowhere.jsonl")
+    assert nowhere.code == 2
+    assert nowhere.message.startswith(f"ft eval: {tmp_path}/nowhere.jsonl: no such file or folder")
+    (run / "adapter").rename(tmp_path / "moved")
+    gone = ft("eval", run, "--data", tmp_path / "rows.jsonl")
+    assert gone.message == f"ft eval: {run} is finished, but its adapter/ or model/ is gone"
+
+
+def test_the_table() -> None:
+    before = Evaluation({"loss": 3.0, "perplexity": math.exp(3), "exact_match": 0.0}, [Sample("q", "a", "b")], 1)
+    after = Evaluation({"loss": 0.5, "perplexity": math.exp(0.5), "exact_match": 0.985}, [Sample("q", "a", "a")], 1)
+    found = compare(before, after, "held_out.jsonl")
+    assert table(found).splitlines() == [
+        "                      before       after",
+        "loss                       3         0.5",
+        "perplexity             20.09       1.649",
+        "exact match            0.0 %      98.5 %",
+        "over 1 rows of held_out.jsonl",
+    ]
+    assert found["samples"] == [{"prompt": "q", "expected": "a", "before": "b", "after": "a"}]
+    assert compare(compare(before, None, "x"), after, "x")["samples"] == found["samples"]
+
+
+def test_rows_that_end_with_the_same_question_keep_their_own_answers() -> None:
+    before = Evaluation({}, [Sample("why?", "a", "one"), Sample("why?", "b", "two")], 2)
+    after = Evaluation({}, [Sample("why?", "a", "three"), Sample("why?", "b", "four")], 2)
+    for first in (before, compare(before, None, "x")):
+        pairs = [(s["before"], s["after"]) for s in compare(first, after, "x")["samples"]]
+        assert pairs == [("one", "three"), ("two", "four")]
+
+
+def test_a_number_that_is_none_is_null() -> None:
+    found = compare(Evaluation({"loss": math.inf}, [], 1), Evaluation({"loss": None}, [], 1), "x")
+    assert found["metrics"] == {"loss": {"before": None, "after": None}}
+    assert "—" in table(found)

@@ -1,0 +1,290 @@
+"""Answers in batches are the answers one by one, and a file of answers that was cut is completed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_core.errors import DataError
+from ft_core.generation import encode_prompt, generate, generate_ids, render_chat, stop_ids, stream
+
+PROMPTS = ["add 3 and 4", "a", "please " * 20, "what is it that you want from me today?", "b c", "add 30 and 14"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path) -> tuple[Any, Any]:
+    from ft_core.models import load
+
+    return load(tiny, dtype="float32")
+
+
+def test_a_batch_gives_the_answers_of_its_prompts_alone(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    together = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
+    assert together == alone
+    assert len(set(alone)) == len(PROMPTS)  # so the order is seen
+    backwards = generate(model, tokenizer, PROMPTS[::-1], max_new_tokens=12)
+    assert backwards == alone[::-1]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 200])
+def test_batches_of_any_size(loaded: tuple[Any, Any], batch_tokens: int) -> None:
+    model, tokenizer = loaded
+    ids = [encode_prompt(prompt, tokenizer) for prompt in PROMPTS]
+    seen: list[tuple[int, int]] = []
+    answers = generate_ids(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens=5,
+        batch_tokens=batch_tokens,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert answers == generate_ids(model, tokenizer, ids, max_new_tokens=5)
+    assert seen[0] == (0, 6)
+    assert seen[-1] == (6, 6)
+    assert generate_ids(model, tokenizer, [], max_new_tokens=5) == []
+
+
+def test_greedy_answers_are_the_likeliest_tokens(loaded: tuple[Any, Any]) -> None:
+    import torch
+
+    model, tokenizer = loaded
+    ids = encode_prompt("add 3", tokenizer)
+    expected = list(ids)
+    for _ in range(5):
+        with torch.no_grad():
+            expected.append(int(model(torch.tensor([expected], device=model.device)).logits[0, -1].argmax()))
+    assert generate_ids(model, tokenizer, [ids], max_new_tokens=5) == [tokenizer.decode(expected[len(ids) :])]
+
+
+def test_sampling_follows_the_seed(loaded: tuple[Any, Any]) -> None:
+    import torch
+
+    model, tokenizer = loaded
+    answers = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        answers.append(generate(model, tokenizer, ["a"], max_new_tokens=20, temperature=1.5, top_p=0.9)[0])
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_an_answer_stops_at_its_end(loaded: tuple[Any, Any]) -> None:
+    """The first token of the greedy answer is made an end token."""
+    import copy
+
+    model, tokenizer = loaded
+    plain = generate(model, tokenizer, ["a"], max_new_tokens=4)[0]
+    first = tokenizer(plain, add_special_tokens=False)["input_ids"][0]
+    stopping = copy.copy(model)
+    stopping.generation_config = copy.deepcopy(model.generation_config)
+    stopping.generation_config.eos_token_id = [first]
+    assert stop_ids(stopping, tokenizer) == [first, tokenizer.eos_token_id]
+    assert len(generate(stopping, tokenizer, ["a"], max_new_tokens=4)[0]) < len(plain)
+
+
+def test_prompts_are_written_with_the_template(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    turn = {"role": "user", "content": "hello"}
+    assert render_chat([turn], tokenizer) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    plain, system, kept = generate(
+        model,
+        tokenizer,
+        ["hello", [{"role": "system", "content": "be brief"}, turn], [{"role": "system", "content": "x"}, turn]],
+        max_new_tokens=8,
+    )
+    assert generate(model, tokenizer, [[turn]], max_new_tokens=8) == [plain]
+    assert generate(model, tokenizer, ["hello"], system="be brief", max_new_tokens=8) == [system]
+    given = [{"role": "system", "content": "x"}, turn]
+    assert generate(model, tokenizer, [given], system="be brief", max_new_tokens=8) == [kept]
+    assert len({plain, system, kept}) == 3
+
+
+def test_without_a_template(tiny: Path) -> None:
+    from ft_core.models import load
+
+    model, tokenizer = load(tiny, dtype="float32")
+    tokenizer.chat_template = None
+    text = generate_ids(model, tokenizer, [encode_prompt("hello", tokenizer)], max_new_tokens=8)
+    assert generate(model, tokenizer, ["hello"], max_new_tokens=8) == text
+    with pytest.raises(DataError, match="has no chat template: give plain prompts, or use an instruct model"):
+        generate(model, tokenizer, [[{"role": "user", "content": "hello"}]])
+
+
+def test_a_template_that_refuses(loaded: tuple[Any, Any]) -> None:
+    import copy
+
+    model, tokenizer = loaded
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match=r"^the model's chat template refuses these messages: no system role$"):
+        generate(model, strict, ["a"])
+
+
+def test_a_stream_is_the_answer_in_pieces(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    turn = [{"role": "user", "content": "add 3 and 4"}]
+    pieces = list(stream(model, tokenizer, turn, max_new_tokens=30))
+    assert "".join(pieces) == generate(model, tokenizer, [turn], max_new_tokens=30)[0]
+    assert len(pieces) > 3
+
+
+def test_a_stream_that_is_closed_ends_the_generation(loaded: tuple[Any, Any]) -> None:
+    import threading
+
+    model, tokenizer = loaded
+    before = threading.active_count()
+    pieces = stream(model, tokenizer, [{"role": "user", "content": "a"}], max_new_tokens=400)
+    next(pieces)
+    assert threading.active_count() == before + 1
+    pieces.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_while_streaming_is_raised_where_it_is_read(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        list(stream(model, tokenizer, [{"role": "user", "content": "a"}], max_new_tokens=0))
+
+
+# -- ft generate
+
+Generate = Callable[..., Any]
+
+
+@pytest.fixture
+def generate_file(ft: Any, tiny: Path, tmp_path: Path) -> Generate:
+    def call(prompts: Path, *words: object, out: Path | None = None) -> Any:
+        given = ("--prompts", prompts, "--out", out or tmp_path / "out.jsonl", "--max-new-tokens", 4)
+        return ft("generate", tiny, *given, *words)
+
+    return call
+
+
+def test_a_file_of_prompts(generate_file: Generate, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows: list[Any] = [
+        "a plain string",
+        {"prompt": "two\u2028lines"},  # a separator of lines to str.splitlines, but not to JSON lines
+        {"messages": [{"role": "user", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "not read"}]},
+    ]
+    prompts.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    done = generate_file(prompts)
+    out = tmp_path / "out.jsonl"
+    assert (done.code, done.out) == (0, f"4 answers in {out}\n")
+    answers = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["prompt"] for row in answers] == [
+        "a plain string",
+        "two\u2028lines",
+        rows[2]["messages"],
+        rows[2]["messages"],
+    ]
+    assert answers[2]["answer"] == answers[3]["answer"]
+    again = generate_file(prompts)
+    assert (again.code, again.err) == (0, f"{out} is complete: 4 answers\n")
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "ü\u2028ü"])
+def test_a_file_cut_anywhere_is_completed(generate_file: Generate, tmp_path: Path, prompt: str) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = (json.dumps({"prompt": f"{prompt} {n}"}) for n in range(4))
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    assert generate_file(prompts).code == 0
+    whole = out.read_bytes()
+    first, second = whole.index(b"\n"), whole.index(b"\n", whole.index(b"\n") + 1)
+    for size in (0, 3, 14, first, first + 1, first + 14, second, len(whole) - 1):
+        out.write_bytes(whole[:size])
+        done = generate_file(prompts)
+        assert done.code == 0, done.err
+        assert out.read_bytes() == whole
+        there = whole[:size].count(b"\n")
+        assert (f"{there} of 4 are there already\n" in done.err) == (there > 0)
+    assert {p.name for p in tmp_path.iterdir()} == {"prompts.jsonl", "out.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("my notes\n", "OUT holds something else than answers (line 1): give another --out, or --overwrite"),
+        ("my notes", "OUT holds something else than answers (line 1): give another --out, or --overwrite"),
+        ("{}\n", "OUT holds something else than answers (line 1): give another --out, or --overwrite"),
+        (b"\xff\xfe", "OUT holds something else than answers (line 1): give another --out, or --overwrite"),
+        (
+            '{"prompt": "other", "answer": ""}\n',
+            "OUT holds answers to other prompts (line 1): give another --out, or --overwrite",
+        ),
+        (
+            '{"prompt": "a", "answer": ""}\n{"prompt": "b", "answer": ""}\n',
+            "OUT holds answers to other prompts (line 2): give another --out, or --overwrite",
+        ),
+    ],
+)
+def test_a_file_of_something_else_is_kept(
+    generate_file: Generate, tmp_path: Path, content: str | bytes, message: str
+) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "notes.jsonl"
+    prompts.write_text("a\n", encoding="utf-8")
+    out.write_bytes(content.encode() if isinstance(content, str) else content)
+    before = out.read_bytes()
+    done = generate_file(prompts, out=out)
+    assert (done.code, done.out, done.err) == (2, "", f"ft generate: {message.replace('OUT', str(out))}\n")
+    assert out.read_bytes() == before
+    assert generate_file(prompts, "--overwrite", out=out).code == 0
+    assert out.read_text(encoding="utf-8").startswith('{"prompt": "a", ')
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "no prompts file PATH"),
+        ("empty.txt", "\n\n", "PATH holds no prompts"),
+        ("p.jsonl", '"a"\n{"prompt": "b"\n', "PATH, line 2: no valid JSON (Expecting ',' delimiter"),
+        ("p.jsonl", '{"text": "b"}\n', "PATH, line 1: has neither 'prompt' nor 'messages'"),
+        ("p.jsonl", "7\n", "PATH, line 1: has neither 'prompt' nor 'messages'"),
+        ("p.jsonl", '{"messages": [{"role": "user"}]}\n', "PATH, line 1: a message is {'role': …, 'content': text}"),
+        ("p.txt", b"\xff", "cannot read the prompts PATH: "),
+    ],
+)
+def test_prompts_that_cannot_be_used(
+    generate_file: Generate, tmp_path: Path, name: str, content: str | bytes | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    done = generate_file(path)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"ft generate: {message.replace('PATH', str(path))}")
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_output_that_cannot_be_written(generate_file: Generate, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a", encoding="utf-8")
+    nowhere = tmp_path / "nowhere" / "out.jsonl"
+    assert generate_file(prompts, out=nowhere).err == (
+        f"ft generate: no folder {nowhere.parent} to write out.jsonl to\n"
+    )
+    assert (
+        generate_file(prompts, out=tmp_path).err == f"ft generate: --out {tmp_path} is a folder: give a .jsonl file\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens: '0' is not allowed (allowed: a whole number from 1)"),
+        (["--max-new-tokens", "many"], "--max-new-tokens: 'many' is not allowed (allowed: a whole number from 1)"),
+        (["--temperature", "nan"], "--temperature: 'nan' is not allowed (allowed: a number from 0)"),
+        (["--top-p", "1.5"], "--top-p: '1.5' is not allowed (allowed: a number above 0 and up to 1)"),
+    ],
+)
+def test_numbers_that_make_no_sense(generate_file: Generate, tmp_path: Path, words: list[str], message: str) -> None:
+    done = generate_file(tmp_path / "p.txt", *words)
+    assert (done.code, done.err) == (2, f"ft generate: argument {message} (see ft generate --help)\n")
