@@ -1,4 +1,4 @@
-"""How long the quickstart takes and how much memory. Run: python benchmarks/quickstart.py, in an environment that has it.
+"""How long the quickstart takes and how much memory: python benchmarks/quickstart.py, in an environment that has it.
 
 The model's conversion is kept in the user's cache; --cold gives the run an empty one. Writes a row to
 benchmarks/results/quickstart.jsonl.

@@ -1,6 +1,6 @@
 """How long `ft --help` and `import ft_core` take, as whole processes. Run: python benchmarks/startup.py [--runs 10]
 
-Prints the median, the smallest and the largest wall time of each, and what a bare interpreter takes, and writes a row to
+Prints the median, smallest and largest wall time of each, and what a bare interpreter takes, and writes a row to
 benchmarks/results/startup.jsonl.
 """
 

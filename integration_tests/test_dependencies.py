@@ -17,10 +17,11 @@ MAY = {
     "ft-kernels": {"torch", "triton"},
     "ft-core": {
         *("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "safetensors", "accelerate"),
+        "huggingface-hub",  # which transformers brings anyway: a model's files are looked up before it is loaded
         "gguf",  # by the extra `quickstart`: a model in a package may be a GGUF file
         *("ft-kernels", "ft-rl", "ft-vision", "ft-speech", "ft-export"),  # all but the first by extras
     },
-    "ft-rl": {"torch", "transformers", "peft", "trl", "ft-core", "ft-kernels"},
+    "ft-rl": {"torch", "transformers", "peft", "trl", "datasets", "ft-core", "ft-kernels"},
     "ft-vision": {"torch", "transformers", "pillow", "ft-core"},
     "ft-speech": {"torch", "transformers", "soundfile", "jiwer", "ft-core", "torchaudio"},
     "ft-export": {

@@ -231,10 +231,13 @@ def test_equal_seeds_equal_runs(ft: Any, configure: Any, tmp_path: Path, losses:
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
 
 
-def test_measuring_does_not_change_the_training(ft: Any, configure: Any, tmp_path: Path, losses: Any) -> None:
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])  # bitsandbytes repacks 4-bit weights on a CPU
+def test_measuring_does_not_change_the_training(
+    quantization: str, ft: Any, configure: Any, tmp_path: Path, losses: Any
+) -> None:
     held_out = tmp_path / "held.jsonl"
     held_out.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
-    config = configure(lora={"r": 4, "dropout": 0.1})
+    config = configure(lora={"r": 4, "dropout": 0.1}, quantization=quantization)
     assert ft("train", config, f"output={tmp_path / 'a'}").code == 0
     words = (f"eval_data={held_out}", "training.eval_every=1")
     assert ft("train", config, f"output={tmp_path / 'b'}", *words).code == 0

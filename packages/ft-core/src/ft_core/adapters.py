@@ -50,17 +50,17 @@ def add_lora(
     is_score = type(model).__name__.endswith("ForSequenceClassification")
     config = LoraConfig(
         r=r,
-        lora_alpha=2 * r if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        lora_alpha=2 * r if alpha is None else alpha,  # PEFT takes any number
         lora_dropout=dropout,
         target_modules=targets,
         use_rslora=rslora,
         use_dora=dora,
-        bias=bias,  # type: ignore[arg-type]
+        bias=bias,
         modules_to_save=modules_to_save,
         task_type=TaskType.SEQ_CLS if is_score else TaskType.CAUSAL_LM,
     )
     try:
-        return get_peft_model(model, config)  # type: ignore[return-value]
+        return get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora cannot be attached: {error}") from error
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ft_core.errors import RunError
 
@@ -82,7 +82,7 @@ def evaluate_answers(job: EvaluationJob) -> Evaluation:
     """
     from ft_core.data import tokenize_rows
 
-    train_on = getattr(job.settings, "train_on", "answers")
+    train_on: Literal["answers", "all"] = getattr(job.settings, "train_on", "answers")
     tokenized = tokenize_rows(job.rows, job.tokenizer, max_length=job.config.max_length, train_on=train_on)
     total, tokens = 0.0, 0
     ids, labels = tokenized.input_ids, tokenized.labels
@@ -135,10 +135,10 @@ def _nll(model: PreTrainedModel, ids: list[list[int]], labels: list[list[int]]) 
     with torch.inference_mode():
         logits = model(input_ids=x.to(device), attention_mask=mask.to(device), use_cache=False).logits
         keep = (y[:, 1:] != -100).to(device)
-        target = y[:, 1:].to(device)[keep]
+        wanted = y[:, 1:].to(device)[keep]
         # The few trained positions are taken first: a cast of all logits would double the peak.
         chosen = logits[:, :-1][keep].float()
-        nll = torch.nn.functional.cross_entropy(chosen, target, reduction="sum")
+        nll = torch.nn.functional.cross_entropy(chosen, wanted, reduction="sum")
     return float(nll.double()), int(keep.sum())
 
 

@@ -1,4 +1,4 @@
-"""The run folder: its layout, how it is claimed and read, and how its files are written. docs/run-folder.md is its contract."""
+"""The run folder: how it is claimed and read, how its files are written. docs/run-folder.md is its contract."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ft_export.errors import ExportError
+
 if TYPE_CHECKING:
     import torch
 
@@ -56,9 +58,16 @@ def token_logprobs(model: Any, samples: Sequence[Sequence[int]]) -> list[torch.T
 
 
 def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
+    """Over all samples.
+
+    Raises:
+        ExportError: no sample has a token to compare, so nothing would have been checked.
+    """
     import torch
 
-    gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(one, other, strict=True)])
+    gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(one, other, strict=True)] or [torch.empty(0)])
+    if not gaps.numel():
+        raise ExportError("no sample has two tokens, so the models cannot be compared: give longer held-out rows")
     return Difference(gaps.max().item(), gaps.mean().item(), gaps.numel())
 
 

@@ -53,7 +53,7 @@ def build(job: Job) -> Trainer:
 
     from ft_core.training.trainer import RunTrainerMixin
 
-    class RewardTrainer(RunTrainerMixin, TrlRewardTrainer):  # type: ignore[misc]
+    class RewardTrainer(RunTrainerMixin, TrlRewardTrainer):
         """TRL's trainer with whole checkpoints and no telemetry."""
 
     settings = job.settings

@@ -87,7 +87,20 @@ def load_for_training(
     dtype = "float32" if config.lora is None else device.dtype
     model = _load(source, device, config.quantization, dtype, head, config.max_length)
     model.config.use_cache = False
+    if device.type == "cpu":
+        _keep_trainable(model)
     return model
+
+
+def _keep_trainable(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights of this model for inference.
+
+    On processors with AVX512-BF16 its first forward pass without gradients does so for good, and from then on no
+    gradient reaches what lies before the layer: a loss measured before or during training would spoil the training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _load(
@@ -208,6 +221,10 @@ def load_base(run: Run, *, say: Callable[[str], None] = print) -> tuple[PreTrain
     source = find_model(config.model)
     device = pick_device()
     head = registry().get(MethodSpec, config.method).head
+    if head == "score":
+        from transformers import set_seed
+
+        set_seed(config.training.seed)  # a new head starts from random numbers: the same as when it was trained
     model = _load(source, device, config.quantization, device.dtype, head, None)
     say(f"{source.name} on {device}")
     return model.eval(), load_tokenizer(source)

@@ -1,3 +1,3 @@
-"""The quickstart: a small model learns to write dates in ISO form, from data made on the spot. `python -m ft_core.quickstart`."""
+"""The quickstart, `python -m ft_core.quickstart`: a small model learns to write dates in ISO form."""
 
 __all__: list[str] = []

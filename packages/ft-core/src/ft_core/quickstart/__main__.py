@@ -1,4 +1,4 @@
-"""``python -m ft_core.quickstart``: the whole way, from no data to a file that llama.cpp runs, by the commands of ``ft``."""
+"""``python -m ft_core.quickstart``: from no data to a file that llama.cpp runs, by the commands of ``ft``."""
 
 from __future__ import annotations
 

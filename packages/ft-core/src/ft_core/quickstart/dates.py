@@ -1,7 +1,7 @@
 """The quickstart's task: dates as people write them in eight languages, to be written as ISO 8601.
 
 The dates are written by Babel from the Unicode CLDR's patterns and names, so the data is generated from that source at
-will, and a held-out date is one that no training row has: the two sets are split by the day itself, not by its spelling.
+will, and a held-out date is one that no training row has: the sets are split by the day itself, not by its spelling.
 """
 
 from __future__ import annotations

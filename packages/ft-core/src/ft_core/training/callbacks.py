@@ -134,7 +134,7 @@ def _json(value: Any) -> Any:
 
 
 class Progress(TrainerCallback):
-    """Shows how far the run is, its rate, its end and its memory: a live line on a terminal, now and then a line elsewhere.
+    """Shows how far the run is, its rate, its end and its memory: a live line on a terminal, else a line now and then.
 
     Args:
         writer: the metrics, of which the newest row is shown.

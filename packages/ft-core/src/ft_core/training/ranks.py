@@ -1,4 +1,4 @@
-"""The processes of one training: the main one writes the run folder, the others compute. torchrun or accelerate starts them."""
+"""The processes of one training, started by torchrun or accelerate: the main one writes, the others compute."""
 
 from __future__ import annotations
 

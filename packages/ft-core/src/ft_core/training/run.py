@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -25,6 +24,7 @@ from ft_core.models.device import peak_memory
 from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
 from ft_core.report import write_report
 from ft_core.runs import RUN_FORMAT, Run, write_json, write_text
+from ft_core.training.arguments import total_steps, trainer_arguments
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
 from ft_core.training.job import Job
 from ft_core.training.ranks import Ranks
@@ -110,7 +110,7 @@ def train(
             tokenizer=tokenizer,
             train_rows=train_rows,
             eval_rows=held_out,
-            arguments=_arguments(config, run, device, bool(held_out)),
+            arguments=trainer_arguments(config, run, device, evaluates=bool(held_out)),
             callbacks=[],
             counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},
             say=say,
@@ -144,7 +144,7 @@ class _Session:
         self.trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; Progress shows what matters
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
         self.step = step
-        self.total = _total_steps(self.trainer, job.config)
+        self.total = total_steps(self.trainer, job.config)
         # A checkpoint every tenth of the run, between every 20 and every 500 steps, unless the configuration says when.
         self.trainer.args.save_steps = job.config.training.save_every or min(500, max(20, self.total // 10))
 
@@ -319,50 +319,6 @@ def _model(config: TrainConfig, spec: MethodSpec, source: ModelSource, device: D
     set_seed(config.training.seed)  # the adapter, and a new head, start from random numbers
     model = load(source, config, device, spec.head)
     return model if config.lora is None else add_lora(model, **config.lora.model_dump())
-
-
-def _arguments(config: TrainConfig, run: Run, device: Device, evaluates: bool) -> dict[str, Any]:
-    """Keyword arguments for ``transformers.TrainingArguments`` and its subclasses."""
-    t = config.training
-    recompute = config.activations == "recompute" or (config.activations == "auto" and device.type == "cuda")
-    return {
-        "output_dir": str(run.checkpoints),
-        "per_device_train_batch_size": t.batch_size,
-        "per_device_eval_batch_size": t.batch_size,
-        "gradient_accumulation_steps": t.gradient_accumulation,
-        "num_train_epochs": t.epochs,
-        "max_steps": t.max_steps or -1,
-        "learning_rate": t.learning_rate,
-        "optim": t.optimizer,
-        "lr_scheduler_type": t.scheduler,
-        "warmup_steps": min(t.warmup_ratio, 0.999999),  # below one it is a share of the run
-        "weight_decay": t.weight_decay,
-        "max_grad_norm": t.max_grad_norm,
-        "seed": t.seed,
-        "data_seed": t.seed,
-        "bf16": device.dtype == "bfloat16",
-        "fp16": device.dtype == "float16",
-        "use_cpu": device.type == "cpu",
-        "gradient_checkpointing": recompute,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "steps",
-        "eval_strategy": "steps" if evaluates and t.eval_every else "no",
-        "eval_steps": t.eval_every,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": device.type == "cuda",
-    }
-
-
-def _total_steps(trainer: Any, config: TrainConfig) -> int:
-    t = config.training
-    if t.max_steps is not None:
-        return t.max_steps
-    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / t.gradient_accumulation)
-    return math.ceil(per_epoch * t.epochs)
 
 
 def _environment(source: ModelSource, device: Device, fingerprint: str) -> dict[str, Any]:

@@ -42,13 +42,13 @@ def build(job: Job) -> Trainer:
     Raises:
         DataError: no row has a token to train on within ``max_length``.
     """
-    from ft_kernels.functional import cross_entropy
     from trl import SFTConfig, SFTTrainer
 
     from ft_core.data import keeps_documents_apart
     from ft_core.training.trainer import RunTrainerMixin
+    from ft_kernels.functional import cross_entropy
 
-    class SftTrainer(RunTrainerMixin, SFTTrainer):  # type: ignore[misc]
+    class SftTrainer(RunTrainerMixin, SFTTrainer):
         """TRL's trainer with whole checkpoints, no telemetry, and on a CPU a head that skips what is not trained."""
 
         def compute_loss(
@@ -134,7 +134,7 @@ def _dataset(job: Job, rows: Any, name: str) -> Any:
 
     config = job.config
     what = name.replace("_", "-")
-    train_on = getattr(job.settings, "train_on", "answers")
+    train_on: Literal["answers", "all"] = getattr(job.settings, "train_on", "answers")
     tokens = tokenize_rows(rows, job.tokenizer, max_length=config.max_length, train_on=train_on)
     job.counts |= {f"{name}_tokens": tokens.tokens}
     if name == "train":

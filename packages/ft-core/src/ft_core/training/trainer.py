@@ -14,9 +14,7 @@ import torch
 from ft_core.errors import RunError
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
@@ -75,7 +73,7 @@ class RunTrainerMixin(_Base):
                 shutil.rmtree(old, ignore_errors=True)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Counts tokens as well: padding is none, and transformers takes it for some where pad and end are one token."""
+        """Counts tokens too, all but padding, which transformers counts where pad and end are one token."""
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         count = mask.sum() if mask is not None else None if ids is None else torch.tensor(ids.numel())
         if count is not None:
@@ -102,7 +100,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest agrees with its files, or None. Remains of an unfinished one are passed over."""
+    """The newest checkpoint whose manifest agrees with its files, or None; what is unfinished is passed over."""
     for path in reversed(_checkpoints(folder)):
         try:
             sizes = json.loads((path / MANIFEST).read_text())["files"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import warnings
 from pathlib import Path
 
 __all__ = ["add_arguments", "run"]
@@ -25,8 +27,20 @@ def run(args: argparse.Namespace) -> int:
     from ft_export.merging import merge
     from ft_export.plugin import as_ft_error
 
+    _quiet()
     result = as_ft_error(merge)(
         args.run, args.out, base=args.base, dtype=args.dtype, overwrite=args.overwrite, say=print
     )
     print(f"merged model: {result.folder}")
     return 0
+
+
+def _quiet() -> None:
+    """Silence the libraries' own chatter in this process; what matters is said by the merge itself."""
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "peft", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
