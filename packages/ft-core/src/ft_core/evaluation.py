@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ft_core.data.collating import IGNORE
 from ft_core.errors import RunError
 
 if TYPE_CHECKING:
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluation", "EvaluationJob", "Sample", "compare", "evaluate", "evaluate_answers", "table"]
 
+EXACT = "exact_match"
+
 SHORT_ANSWER = 32
 """Exact match is measured where at least 95 % of the expected answers have at most this many tokens."""
 
 TOKENS_AT_ONCE = 2048
-"""Loss is measured over about this many tokens at a time: the logits are the largest tensor of an evaluation."""
+"""Loss is measured over so many tokens at a time, padding counted, or over one row: logits are the largest tensor."""
 
 
 @dataclass
@@ -79,72 +82,87 @@ def evaluate_answers(job: EvaluationJob) -> Evaluation:
 
     The loss is the mean negative log-likelihood per trained token (nats), accumulated in float64; perplexity is its
     exponential. Exact match compares the answer with the expected one, white space at both ends apart.
+
+    Raises:
+        RunError: the memory is too small for a row.
     """
     from ft_core.data import tokenize_rows
+    from ft_core.generation import enough_memory
 
     train_on: Literal["answers", "all"] = getattr(job.settings, "train_on", "answers")
     tokenized = tokenize_rows(job.rows, job.tokenizer, max_length=job.config.max_length, train_on=train_on)
-    total, tokens = 0.0, 0
     ids, labels = tokenized.input_ids, tokenized.labels
+    nll = [0.0] * len(ids)
     batches = list(_by_tokens(ids))
     for done, batch in enumerate(batches):
         job.progress(done, len(batches), "batches of the loss")
-        nll, count = _nll(job.model, [ids[i] for i in batch], [labels[i] for i in batch])
-        total += nll
-        tokens += count
+        longest = len(ids[batch[0]])
+        with enough_memory(f"the loss of rows of {longest} tokens", "lower max_length, or free memory others hold"):
+            sums = _nll(job.model, [ids[i] for i in batch], [labels[i] for i in batch])
+        for i, value in zip(batch, sums, strict=True):
+            nll[i] = value
     job.progress(len(batches), len(batches), "batches of the loss")
-    loss = total / tokens if tokens else None
+    tokens = tokenized.trained_tokens
+    loss = math.fsum(nll) / tokens if tokens else None
     metrics: dict[str, float | None] = {
         "loss": loss,
         "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
     }
     samples, exact = _answers(job)
     if exact is not None:
-        metrics["exact_match"] = exact
+        metrics[EXACT] = exact
     return Evaluation(metrics, samples, len(job.rows))
 
 
 def _by_tokens(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices in batches of about TOKENS_AT_ONCE tokens, in order."""
+    """Indices in batches of up to TOKENS_AT_ONCE tokens, padding counted, the longest rows first."""
     batch: list[int] = []
-    size = 0
-    for index, row in enumerate(ids):
-        if batch and size + len(row) > TOKENS_AT_ONCE:
+    for index in sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)):
+        if batch and (len(batch) + 1) * len(ids[batch[0]]) > TOKENS_AT_ONCE:
             yield batch
-            batch, size = [], 0
+            batch = []
         batch.append(index)
-        size += len(row)
     if batch:
         yield batch
 
 
-def _nll(model: PreTrainedModel, ids: list[list[int]], labels: list[list[int]]) -> tuple[float, int]:
-    """Sum of the negative log-likelihood of the trained tokens, and their number; rows padded on the right."""
+def _nll(model: PreTrainedModel, ids: list[list[int]], labels: list[list[int]]) -> list[float]:
+    """The sum of the negative log-likelihood of each row's trained tokens; rows are padded on the right."""
+    import inspect
+
     import torch
 
     longest = max(map(len, ids))
     device = model.device
     x = torch.zeros(len(ids), longest, dtype=torch.long)
     mask = torch.zeros_like(x)
-    y = torch.full_like(x, -100)
+    y = torch.full((len(ids), longest - 1), IGNORE)
     for i, (row, target) in enumerate(zip(ids, labels, strict=True)):
         x[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-        y[i, : len(row)] = torch.tensor(target)
-    y[:, 0] = -100
+        y[i, : len(row) - 1] = torch.tensor(target[1:])
+    columns = (y != IGNORE).any(0).nonzero()[:, 0]
+    y = y[:, columns].to(device)
+    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.inference_mode():
-        logits = model(input_ids=x.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        keep = (y[:, 1:] != -100).to(device)
-        wanted = y[:, 1:].to(device)[keep]
-        # The few trained positions are taken first: a cast of all logits would double the peak.
-        chosen = logits[:, :-1][keep].float()
-        nll = torch.nn.functional.cross_entropy(chosen, wanted, reduction="sum")
-    return float(nll.double()), int(keep.sum())
+        inputs = {"input_ids": x.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        if "logits_to_keep" in inspect.signature(plain.forward).parameters:
+            logits = model(**inputs, logits_to_keep=columns.to(device)).logits
+        else:
+            logits = model(**inputs).logits
+        if logits.shape[1] != len(columns):  # all of them, whether or not the model was told which are needed
+            logits = logits[:, columns.to(device)]
+        # Row by row: a cast of all logits to 32 bits would double the peak.
+        return [
+            float(torch.nn.functional.cross_entropy(row[kept].float(), target[kept], reduction="none").double().sum())
+            for row, target, kept in zip(logits, y, y != IGNORE, strict=True)
+        ]
 
 
 def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
     from ft_core.data import render_prompt
     from ft_core.generation import encode_prompt, generate_ids
+    from ft_core.models.loading import positions
 
     asked = []
     for row in job.rows:
@@ -158,13 +176,19 @@ def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
     limit = job.answers if job.answers is not None else (len(asked) if short else 16)
     asked = asked[:limit]
     longest = min(lengths[-1] + 8, 2 * SHORT_ANSWER) if short else job.max_new_tokens
-    answers = generate_ids(
+    # A prompt that fills the model's positions has no answer, which is not the expected one.
+    most = positions(job.model.config)
+    fitting = [i for i, (ids, _, _) in enumerate(asked) if ids and (most is None or len(ids) < most)]
+    answers = [""] * len(asked)
+    found = generate_ids(
         job.model,
         job.tokenizer,
-        [ids for ids, _, _ in asked],
+        [asked[i][0] for i in fitting],
         max_new_tokens=longest,
         progress=lambda done, total: job.progress(done, total, "answers"),
     )
+    for i, answer in zip(fitting, found, strict=True):
+        answers[i] = answer
     samples = [
         Sample(_last_turn(prompt, row), expected, answer)
         for (_, prompt, expected), answer, row in zip(asked, answers, _with_answers(job.rows), strict=False)
@@ -212,7 +236,10 @@ def compare(before: Evaluation | dict[str, Any] | None, after: Evaluation | None
         )
     names = list(dict.fromkeys([*new_metrics, *old_metrics]))
     metrics = {n: {"before": _finite(old_metrics.get(n)), "after": _finite(new_metrics.get(n))} for n in names}
-    return {"data": data, "rows": after.rows if after else rows, "metrics": metrics, "samples": samples}
+    found = {"data": data, "rows": after.rows if after else rows, "metrics": metrics, "samples": samples}
+    if EXACT in metrics:
+        found["answers"] = len(samples)
+    return found
 
 
 def _finite(value: float | None) -> float | None:
@@ -225,14 +252,16 @@ def table(comparison: dict[str, Any]) -> str:
     for name, values in comparison["metrics"].items():
         cells = "".join(f"{_cell(name, values.get(side)):>12}" for side in ("before", "after"))
         lines.append(f"{name.replace('_', ' '):<16}{cells}")
-    lines.append(f"over {comparison['rows']} rows of {comparison['data']}")
+    over = f"over {comparison['rows']} rows of {comparison['data']}"
+    answers = comparison.get("answers", comparison["rows"])
+    lines.append(over if answers == comparison["rows"] else f"{over}, exact match over {answers} answers")
     return "\n".join(lines)
 
 
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "—"
-    if name in ("exact_match", "accuracy"):
+    if name in (EXACT, "accuracy"):
         return f"{100 * value:.1f} %"
     return f"{value:.4g}" if value < 1e5 else f"{value:.3e}"
 

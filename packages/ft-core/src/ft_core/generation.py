@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from ft_core.errors import DataError
+from ft_core.errors import DataError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["encode_prompt", "generate", "generate_ids", "render_chat", "stop_ids", "stream"]
+__all__ = [
+    "encode_prompt",
+    "encode_prompts",
+    "enough_memory",
+    "generate",
+    "generate_ids",
+    "render_chat",
+    "stop_ids",
+    "stream",
+]
 
 BATCH_TOKENS = 8192
 """Prompts are batched up to about this many tokens, answer included, padding counted."""
+
+LESS_MEMORY = "shorten the prompts or the answers (--max-new-tokens), or free memory that other programs hold"
 
 
 def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -38,27 +51,86 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: those of the generation configuration and the tokenizer's own."""
+    """The tokens that end an answer: those of the generation configuration, the tokenizer's own, and the one with which
+    the chat template ends a turn (a base model's tokenizer may have another end-of-text token, Qwen2.5's has)."""
+    from ft_core.data.rendering import Renderer
+
     ids = model.generation_config.eos_token_id if model.generation_config else None
     known = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
-        known.append(tokenizer.eos_token_id)
-    return known
+    known += [tokenizer.eos_token_id, Renderer(tokenizer).end_of_turn()]
+    return [token for token in dict.fromkeys(known) if token is not None]
 
 
-def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float) -> Any:
+def _settings(tokenizer: Any, stops: list[int], max_new_tokens: int, temperature: float, top_p: float) -> Any:
     from transformers import GenerationConfig
 
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
+    # top_k 0 is none: transformers would take the likeliest 50 where nothing is said.
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids(model, tokenizer) or None,
+        eos_token_id=stops or None,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        **sampling,
+        **(sampling if temperature > 0 else {"do_sample": False}),
     )
+
+
+@contextmanager
+def _no_settings_of_its_own(model: Any) -> Iterator[None]:
+    """Take the model's generation configuration away for the time of a call.
+
+    transformers fills from it what a call leaves unset, so that a repetition penalty or a least length in a model's
+    generation_config.json would change greedy answers unseen.
+    """
+    from transformers import GenerationConfig
+
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holders = [one for one in (model, plain) if "generation_config" in vars(one)]
+    own = [one.generation_config for one in holders]
+    try:
+        for one in holders:
+            one.generation_config = GenerationConfig()
+        yield
+    finally:
+        for one, config in zip(holders, own, strict=True):
+            one.generation_config = config
+
+
+@contextmanager
+def enough_memory(doing: str, advice: str) -> Iterator[None]:
+    """Turn running out of memory into one line.
+
+    Args:
+        doing: what the memory is needed for, such as ``answering 8 prompts``.
+        advice: what to do about it.
+
+    Raises:
+        RunError: the body ran out of the GPU's memory, or of this computer's.
+    """
+    import torch
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error).lower()
+        signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(sign in said for sign in signs):
+            raise
+        raise RunError(f"{doing} takes more memory than is free: {advice}") from error
+
+
+def _room(model: PreTrainedModel, length: int, wanted: int, which: str = "the prompt") -> int:
+    """How many tokens an answer to a prompt of ``length`` tokens may have: ``wanted``, or the positions left."""
+    from ft_core.models.loading import positions
+
+    if not length:
+        raise DataError(f"{which} is empty")
+    limit = positions(model.config)
+    if limit is None:
+        return wanted
+    if length >= limit:
+        raise DataError(f"{which} has {length} tokens and leaves none of the model's {limit} positions: shorten it")
+    return min(wanted, limit - length)
 
 
 def generate_ids(
@@ -74,20 +146,27 @@ def generate_ids(
 ) -> list[str]:
     """Answer prompts given as token ids, in batches of similar length padded on the left.
 
+    These arguments alone decide; of the model's own generation configuration only the end tokens count.
+
     Args:
         prompts: token ids, a list per prompt.
-        max_new_tokens: the longest answer, in tokens.
-        temperature: 0 takes the likeliest token each time (greedy); above, samples.
+        max_new_tokens: the longest answer, in tokens; an answer also ends at the model's last position.
+        temperature: 0 takes the likeliest token each time (greedy); above, samples from all tokens.
         top_p: nucleus sampling's share, with a temperature.
         batch_tokens: the most tokens (prompt and answer, padded) in a batch.
         progress: called with (answered, all).
 
     Returns:
         The answers in the order of ``prompts``, without special tokens.
+
+    Raises:
+        DataError: a prompt is empty or fills the model's positions.
+        RunError: the memory is too small for a batch.
     """
     import torch
 
-    settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p)
+    stops = stop_ids(model, tokenizer)
+    room = [_room(model, len(ids), max_new_tokens, f"prompt {number}") for number, ids in enumerate(prompts, 1)]
     last = _last_position(model)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     answers = [""] * len(prompts)
@@ -98,15 +177,21 @@ def generate_ids(
     try:
         start = 0
         while start < len(order):
-            width = len(prompts[order[start]]) + max_new_tokens
-            batch = order[start : start + max(1, batch_tokens // width)]
+            new = room[order[start]]
+            batch = order[start : start + max(1, batch_tokens // (len(prompts[order[start]]) + new))]
+            batch = [
+                i for i in batch if room[i] == new
+            ]  # the first ones: where room is short, it grows along the order
             ids, mask = _left_padded([prompts[i] for i in batch], tokenizer.pad_token_id or 0, model.device)
-            with torch.inference_mode():
+            settings = _settings(tokenizer, stops, new, temperature, top_p)
+            memory = enough_memory(f"answering prompts of {ids.shape[1]} tokens with up to {new}", LESS_MEMORY)
+            with memory, _no_settings_of_its_own(model), torch.inference_mode():
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=tokenizer, **last
                 )
             for i, tokens in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+                said = list(takewhile(lambda token: token not in stops, tokens))
+                answers[i] = tokenizer.decode(said, skip_special_tokens=True)
             start += len(batch)
             if progress:
                 progress(start, len(order))
@@ -163,11 +248,10 @@ def generate(
     Returns:
         The answers, in order. The other arguments are :func:`generate_ids`'s.
     """
-    ids = [encode_prompt(_render(prompt, tokenizer, system), tokenizer) for prompt in prompts]
     return generate_ids(
         model,
         tokenizer,
-        ids,
+        encode_prompts(model, tokenizer, prompts, system=system),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -175,11 +259,32 @@ def generate(
     )
 
 
+def encode_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[dict[str, str]]],
+    *,
+    system: str | None = None,
+) -> list[list[int]]:
+    """The token ids of prompts as :func:`generate` takes them.
+
+    Raises:
+        DataError: a prompt is empty or fills the model's positions; conversations or a system message, but no chat
+            template; or messages that the template refuses.
+    """
+    ids = [encode_prompt(_render(prompt, tokenizer, system), tokenizer) for prompt in prompts]
+    for number, one in enumerate(ids, 1):
+        _room(model, len(one), 1, f"prompt {number}")
+    return ids
+
+
 def _render(prompt: str | Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, system: str | None) -> str:
     from ft_core.data import render_prompt
 
     if isinstance(prompt, str):
         if not tokenizer.chat_template:
+            if system:
+                raise DataError("the model's tokenizer has no chat template, so it knows no system message")
             return render_prompt({"text": prompt}, tokenizer)[0]
         messages = [{"role": "user", "content": prompt}]
     else:
@@ -198,7 +303,14 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Generator[str, None, None]:
-    """Answer a conversation piece by piece, as the model writes it. Closing the iterator ends the generation."""
+    """Answer a conversation piece by piece, as the model writes it. Closing the iterator ends the generation.
+
+    Without a chat template the last message alone is the text to go on from. The arguments are :func:`generate_ids`'s.
+
+    Raises:
+        DataError: the conversation fills the model's positions, or the chat template refuses it.
+        RunError: the memory is too small.
+    """
     from threading import Event, Thread
 
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
@@ -211,20 +323,32 @@ def stream(
 
             return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device, dtype=torch.bool)
 
+    class Streamer(TextIteratorStreamer):
+        def put(self, value: Any) -> None:
+            """A token that ends the answer may be none that decoding knows as special."""
+            if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in stops:
+                super().put(value)
+
     text = _render(messages if tokenizer.chat_template else messages[-1]["content"], tokenizer, None)
-    ids, mask = _left_padded([encode_prompt(text, tokenizer)], 0, model.device)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    prompt = encode_prompt(text, tokenizer)
+    stops = stop_ids(model, tokenizer)
+    new = _room(model, len(prompt), max_new_tokens, "the conversation")
+    settings = _settings(tokenizer, stops, new, temperature, top_p)
+    ids, mask = _left_padded([prompt], 0, model.device)
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    memory = enough_memory(f"answering {len(prompt)} tokens with up to {new}", LESS_MEMORY)
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=_settings(model, tokenizer, max_new_tokens, temperature, top_p),
-                stopping_criteria=StoppingCriteriaList([Closed()]),
-                streamer=streamer,
-            )
+            with memory, _no_settings_of_its_own(model):
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=settings,
+                    stopping_criteria=StoppingCriteriaList([Closed()]),
+                    streamer=streamer,
+                )
         except BaseException as error:  # handed to the caller's thread below
             failed.append(error)
             streamer.end()

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from ft_core.commands.arguments import count, share, temperature
+from ft_core.errors import DataError
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,7 +28,13 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.generation import stream
     from ft_core.models.opening import open_model
 
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 is a character not understood, no end
     model, tokenizer = open_model(args.run, say=say)
+    if not tokenizer.chat_template:
+        if args.system:
+            raise DataError("the model's tokenizer has no chat template, so it knows no system message: leave --system")
+        say("this model has no chat template: each line is a new text that it goes on from, nothing is remembered")
     first = [{"role": "system", "content": args.system}] if args.system else []
     history = list(first)
     say("Ctrl-C stops an answer, Ctrl-D (or Ctrl-C at the prompt) ends. /new starts over.")
@@ -58,6 +65,12 @@ def run(args: argparse.Namespace) -> int:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             say(" (stopped)")
+        except DataError as error:
+            if not sys.stdin.isatty():
+                raise
+            say(f"{error} (/new starts over)")
+            history.pop()
+            continue
         finally:
             answer.close()
         print()

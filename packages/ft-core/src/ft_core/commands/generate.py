@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ CHUNK = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder, or a model as in a configuration")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt (a prompt a line) or .jsonl")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt (a prompt a line), .jsonl or .json")
     parser.add_argument("--out", required=True, metavar="FILE", help=".jsonl to write; what is there already is kept")
     parser.add_argument("--system", help="a system message for every prompt that has none")
     parser.add_argument("--max-new-tokens", type=count, default=256, metavar="N")
@@ -31,42 +32,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_prompts(path: Path) -> list[Any]:
-    """Prompts of a text file (one a line) or of JSON lines (``{"prompt"}``, ``{"messages"}``, or a string).
+    """Prompts of a text file (one a line), or of a .jsonl file or a list in a .json file.
+
+    In the latter two a prompt is ``{"prompt"}``, ``{"messages"}`` or a string.
 
     Raises:
-        DataError: no such file, nothing in it, or a line that is no prompt; names the line.
+        DataError: no such file, another ending, nothing in it, or a line that is no prompt; names the line.
     """
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".jsonl", ".json", ""):
+        raise DataError(f"{path}: prompts are read from .txt (one a line), .jsonl and .json files, not {kind}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other separators of lines
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"no prompts file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the prompts {path}: {error}") from error
-    prompts: list[Any] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            prompts.append(line)
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: no valid JSON ({error})") from None
-        prompt = (
-            row if isinstance(row, str) else row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-        )
-        if not isinstance(prompt, str | list) or not prompt:
-            raise DataError(f"{path}, line {number}: has neither 'prompt' nor 'messages'")
-        if isinstance(prompt, list):
-            if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt):
-                raise DataError(f"{path}, line {number}: a message is {{'role': …, 'content': text}}")
-            # A conversation that ends with an answer is asked again for that answer.
-            prompt = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
-        prompts.append(prompt)
+    prompts = [_prompt(row, where) for where, row in _rows(text, kind, path)]
     if not prompts:
         raise DataError(f"{path} holds no prompts")
     return prompts
+
+
+def _rows(text: str, kind: str, path: Path) -> Iterator[tuple[str, Any]]:
+    if kind == ".json":
+        rows = _parsed(text, str(path)) if text.strip() else []
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: a .json file of prompts holds a list; one object a line is .jsonl")
+        yield from ((f"{path}, prompt {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other separators of lines
+        where = f"{path}, line {number}"
+        if line.strip():
+            yield where, _parsed(line, where) if kind == ".jsonl" else line
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: no valid JSON ({error})") from None
+
+
+def _prompt(row: Any, where: str) -> Any:
+    prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else row
+    if not isinstance(prompt, str | list) or not prompt:
+        raise DataError(f"{where}: has neither 'prompt' nor 'messages'")
+    if isinstance(prompt, str):
+        return prompt
+    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in prompt):
+        raise DataError(f"{where}: a message is {{'role': …, 'content': text}}")
+    # A conversation that ends with an answer is asked again for that answer.
+    return prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
 
 
 def _done(out: Path, prompts: list[Any]) -> int:
@@ -115,23 +132,24 @@ def run(args: argparse.Namespace) -> int:
         say(f"{out} is complete: {done} answers")
         return 0
     quiet()
-    from ft_core.generation import generate
+    from ft_core.generation import encode_prompts, generate_ids
     from ft_core.models.opening import open_model
 
     model, tokenizer = open_model(args.run, say=say)
     if done:
         say(f"{done} of {len(prompts)} are there already")
+    # Whatever is wrong with a prompt is said before the first is answered.
+    ids = encode_prompts(model, tokenizer, prompts, system=args.system)
     show = progress("answers")
     mode = "w" if args.overwrite else "a"
     try:
         with open(out, mode, encoding="utf-8") as file:
             for start in range(done, len(prompts), CHUNK):
                 batch = prompts[start : start + CHUNK]
-                answers = generate(
+                answers = generate_ids(
                     model,
                     tokenizer,
-                    batch,
-                    system=args.system,
+                    ids[start : start + CHUNK],
                     max_new_tokens=args.max_new_tokens,
                     temperature=args.temperature,
                     top_p=args.top_p,

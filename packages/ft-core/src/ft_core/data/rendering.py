@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from ft_core.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ALPACA_PROMPT", "ALPACA_PROMPT_WITH_INPUT", "Draft", "Renderer", "render_prompt"]
+__all__ = ["ALPACA_PROMPT", "ALPACA_PROMPT_WITH_INPUT", "Draft", "Renderer", "alpaca_template", "render_prompt"]
 
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -24,6 +24,17 @@ ALPACA_PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 """The prompts of Stanford Alpaca (Taori et al. 2023), for a tokenizer without a chat template."""
+
+_ALPACA_TEMPLATE = (
+    "{% if messages and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}{{ 'OPENING' }}"
+    "{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '\\n\\n### Instruction:\\n' + message['content'] }}{% elif message['role'] == 'assistant' %}"
+    "{{ '\\n\\n### Response:\\n' + message['content'] + eos_token }}"
+    "{% elif not loop.first or message['role'] != 'system' %}"
+    "{{ raise_exception('allowed are a system message at the beginning, user and assistant') }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+).replace("OPENING", ALPACA_PROMPT.partition("\n")[0])
+_ALPACA_TEMPLATES = (_ALPACA_TEMPLATE, "{{ bos_token }}" + _ALPACA_TEMPLATE)
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -49,6 +60,21 @@ class Draft:
     splittable: bool = False
 
 
+def alpaca_template(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """The chat template by which a model is asked as it was trained on these rows, where its tokenizer has none.
+
+    Rows in Alpaca's columns are trained as Alpaca's prompt and answer if there is no chat template. Saved with the
+    tokenizer, this template has whatever loads the model ask in the same words. A system message stands in the place
+    of the opening sentence; further turns follow the first, each answer with its end-of-sequence token.
+
+    Returns:
+        the template, or None: the tokenizer has one, or no row is in Alpaca's columns.
+    """
+    if tokenizer.chat_template is not None or not any("alpaca" in row for row in rows):
+        return None
+    return _ALPACA_TEMPLATES[bool(Renderer(tokenizer)._bos)]
+
+
 def render_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
     """What to give the model to have it answer a row, and the answer that the row expects.
 
@@ -56,8 +82,10 @@ def render_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     ``add_special_tokens=False``, and its tokens are then those that training has before the answer.
 
     Returns:
-        the prompt's text and the expected answer: the last assistant turn, the completion or the chosen answer. A text
-        row has no answer: (text, None).
+        the prompt's text and the expected answer: what follows the prompt in the text up to and with the last assistant
+        turn, without special tokens and white space around it; the completion; or the chosen answer. A text row has no
+        answer: (text, None). Where the template's generation prompt is not what stands before the finished turn (it
+        opens a thought that the row's answer does not have), the prompt is what stands before it: what was trained.
 
     Raises:
         DataError: messages without a chat template, or messages that the template refuses.
@@ -79,10 +107,14 @@ class Renderer:
         added = {**tokenizer.get_added_vocab(), **special}
         self.special = tuple(token for token in added if token.strip())
         self.special_ids = frozenset(added[token] for token in self.special)
+        self._ids = added
+        skipped = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(special)
+        self._skipped = re.compile("|".join(re.escape(token) for token in sorted(skipped, key=len, reverse=True)))
         body, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         adds_bos = tokenizer.bos_token_id is not None and whole[:1] == [tokenizer.bos_token_id] != body[:1]
         self._bos = str(tokenizer.bos_token) if adds_bos else ""
         self._has_template = tokenizer.chat_template is not None
+        self._asks_as_alpaca = tokenizer.chat_template in (None, *_ALPACA_TEMPLATES)
         # the mask of the template's markers needs character offsets, which only the fast tokenizers have
         self._has_markers = bool(_MARKER.search(str(tokenizer.chat_template))) and tokenizer.is_fast
 
@@ -130,7 +162,20 @@ class Renderer:
             return self._begin(row["prompt"]), row["completion"]
         messages = row["messages"]
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        return self._render(messages[:last], row.get("tools"), prompting=True), messages[last].get("content", "")
+        messages, tools = messages[: last + 1], row.get("tools")
+        start, text = self._turn(messages, last, tools, self._render(messages, tools))
+        return text[:start], self._skipped.sub("", text[start:]).strip()
+
+    def end_of_turn(self) -> int | None:
+        """The special token that the chat template writes after an assistant's turn; None if it writes none."""
+        answer = "An answer"
+        turns = ({"role": "user", "content": "A question"}, {"role": "assistant", "content": answer})
+        try:
+            after = self._render(turns, None).rpartition(answer) if self._has_template else ("", "", "")
+        except DataError:
+            return None
+        ends = [token for token in self.special if after[1] and after[2].lstrip().startswith(token)]
+        return self._ids[max(ends, key=len)] if ends else None
 
     def _begin(self, text: str) -> str:
         """The text with its one beginning-of-sequence token, if the tokenizer uses one."""
@@ -138,9 +183,11 @@ class Renderer:
 
     def _plain(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row, or its Alpaca prompt and completion where there is no chat template to write messages with."""
-        if self._has_template or "messages" not in row:
+        if "messages" not in row or not self._asks_as_alpaca:
             return row
         fields = row.get("alpaca")
+        if fields is None and self._has_template:
+            return row
         if fields is None:
             raise DataError(
                 "the tokenizer has no chat template, so messages cannot be written as text: take an instruction-tuned "

@@ -16,9 +16,21 @@ if TYPE_CHECKING:
     from ft_core.config import TrainConfig
     from ft_core.runs import Run
 
-__all__ = ["Quantization", "load", "load_base", "load_for_training", "load_run", "load_tokenizer"]
+__all__ = [
+    "Quantization",
+    "fitting_length",
+    "load",
+    "load_base",
+    "load_for_training",
+    "load_run",
+    "load_tokenizer",
+    "positions",
+]
 
 Quantization = Literal["none", "nf4", "int8"]
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""The fields of a generation configuration that mean something only if it samples."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
@@ -147,9 +159,35 @@ def _load(
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise ModelError(f"the model {source.reference} cannot be loaded: {_first_sentence(error)}") from error
     _check_weights(model, report, source, head)
+    _make_savable(model)
     if head == "score" and model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = model.config.get_text_config().eos_token_id
     return model
+
+
+def _make_savable(model: Any) -> None:
+    """Mend a generation configuration that transformers reads but refuses to write, which would end the first save.
+
+    Published models have a temperature without ``do_sample``, say. Such fields have no effect; the tokens that begin,
+    end and pad a text are kept in any case.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or _is_savable(config):
+        return
+    if config.do_sample is not True:
+        for name in SAMPLING:
+            setattr(config, name, None)
+    if not _is_savable(config):
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = type(config)(**{name: getattr(config, name) for name in tokens})
+
+
+def _is_savable(config: Any) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_weights(model: Any, report: dict[str, Any], source: ModelSource, head: str) -> None:
@@ -198,10 +236,32 @@ def _is_bitsandbytes(stored: Any, quantization: str) -> bool:
     return bool(values.get("load_in_4bit" if quantization == "nf4" else "load_in_8bit"))
 
 
+def positions(config: Any) -> int | None:
+    """The most tokens of a sequence that a model's configuration provides for; None if it sets no bound."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
 def _check_length(config: Any, source: ModelSource, max_length: int | None) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if max_length and positions and max_length > positions:
-        raise ModelError(f"max_length {max_length} is more than the {positions} positions of {source.reference}")
+    most = positions(config)
+    if max_length and most and max_length > most:
+        raise ModelError(f"max_length {max_length} is more than the {most} positions of {source.reference}")
+
+
+def fitting_length(config: TrainConfig, source: ModelSource, *, say: Callable[[str], None] = print) -> TrainConfig:
+    """The configuration with its default ``max_length`` lowered to the model's positions; one that was set stays."""
+    from transformers import AutoConfig
+
+    if "max_length" in config.model_fields_set:
+        return config
+    try:
+        most = positions(AutoConfig.from_pretrained(source.path, trust_remote_code=False))
+    except Exception:  # what is wrong with the model is said when it is loaded
+        return config
+    if not most or most >= config.max_length:
+        return config
+    say(f"max_length is {most}: {source.name} has no more positions")
+    return config.model_copy(update={"max_length": most})
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -17,10 +17,13 @@ from typing import Any
 
 from ft_core.config import TrainConfig, to_yaml
 from ft_core.config.load import check_config, method_settings
+from ft_core.data.rendering import alpaca_template
 from ft_core.errors import FtError, RunError
 from ft_core.evaluation import Evaluation, EvaluationJob, compare
+from ft_core.generation import stop_ids
 from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick_device
 from ft_core.models.device import peak_memory
+from ft_core.models.loading import fitting_length
 from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
 from ft_core.report import write_report
 from ft_core.runs import RUN_FORMAT, Run, write_json, write_text
@@ -86,12 +89,13 @@ def train(
     spec = registry().get(MethodSpec, config.method)
     run = Run(str(config.output))
     run.check_free(resume=resume, overwrite=overwrite)
+    source = find_model(config.model)
+    config = fitting_length(config, source, say=say)
     resuming = resume and run.is_run
     if resuming:
         _check_resumable(run, config)
 
     device = pick_device()
-    source = find_model(config.model)
     say(f"{source.name}, {config.method}, on {device}")
     tokenizer = load_tokenizer(source)
     train_rows, held_out = _rows(config, spec)
@@ -232,11 +236,17 @@ class _Session:
             if self.job.config.lora is None:
                 _to_sixteen_bits(model, self.trainer.args)
                 model.config.use_cache = True
+                if model.can_generate():  # whatever loads the model has to stop where it learnt to
+                    model.generation_config.eos_token_id = stop_ids(model, self.job.tokenizer)
                 model.save_pretrained(beside)
             else:
                 model.save_pretrained(beside)
                 (beside / "README.md").unlink(missing_ok=True)  # PEFT's card is a form that nobody has filled in
                 _name_base(beside / "adapter_config.json", self.run.environment["base_model"]["path"])
+            template = alpaca_template(self.job.tokenizer, self.job.train_rows)
+            if template is not None:
+                self.job.tokenizer.chat_template = template
+                self.job.say("the tokenizer is saved with Alpaca's prompt as its chat template: ask as was trained")
             self.job.tokenizer.save_pretrained(beside)
             if target.exists():
                 shutil.rmtree(target)
