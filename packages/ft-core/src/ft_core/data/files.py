@@ -18,6 +18,8 @@ Numbered = Iterator[tuple[int, Any]]
 _BOM = b"\xef\xbb\xbf"
 _NESTED = ("messages", "conversations")
 """Columns whose cells in a csv file are JSON."""
+_DELIMITERS = (";", "\t", "|")
+"""What other programs write between the cells of a csv file instead of commas."""
 
 
 def at(name: str, number: int) -> str:
@@ -54,8 +56,8 @@ def _jsonl(path: Path) -> Numbered:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = _decode(line.removeprefix(_BOM) if number == 1 else line, at(str(path), number))
-            if text.strip():
-                yield number, _parse(text, at(str(path), number))
+            if text.strip():  # without its end, so that what a line lacks is not said to be at the next one's beginning
+                yield number, _parse(text.rstrip("\r\n"), at(str(path), number))
 
 
 def _json(path: Path) -> Numbered:
@@ -97,6 +99,11 @@ def _csv(path: Path) -> Numbered:
                 continue
             if header is None:
                 header = cells
+                if len(cells) == 1 and (found := [mark for mark in _DELIMITERS if mark in cells[0]]):
+                    raise DataError(
+                        f"{at(str(path), number)}: the header {cells[0]!r} is one column, as if {found[0]!r} separated "
+                        "the cells: separate them by commas"
+                    )
                 if len(set(header)) < len(header):
                     raise DataError(f"{at(str(path), number)}: the header names a column twice: {', '.join(header)}")
                 continue

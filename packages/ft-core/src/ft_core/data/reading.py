@@ -15,16 +15,24 @@ from ft_core.errors import DataError
 
 __all__ = ["read_rows"]
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_NAME = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)((:(?P<config>[\w.-]+))?:(?P<split>\w[^/\\]*))?"
+)
 
 
 def read_rows(sources: Any, formats: Sequence[str], *, seed: int) -> Rows:
     """Read the data that a configuration names.
 
-    A source is a .jsonl, .json, .csv, .parquet or .txt file in UTF-8, a folder (all such files in it and below, in the
-    order of their names, hidden ones left out), or the name of a Hub data set, whose ``train`` split is read. A .json
-    file holds a list of objects, or one object a line; a .txt file is one row. The format is recognised by the columns
-    of a file's first row unless the source names it.
+    A source is one of:
+
+    * a .jsonl, .json, .csv, .parquet or .txt file in UTF-8; a .json file holds a list of objects, or one object a line;
+      a .txt file is one row;
+    * a folder: all such files in it and below, in the order of their names, save hidden ones and those of run folders;
+      .txt files only where there are no others (beside data, a text is a note about it);
+    * a Hub data set: ``name`` (its split ``train``), ``name:split`` or ``name:config:split``. A path that exists goes
+      before it.
+
+    The format is recognised by the columns of a file's first row unless the source names it.
 
     Args:
         sources: a path or name, or a list of them and of ``{path, weight, format}`` (mappings, or objects with these
@@ -74,13 +82,7 @@ def _source(source: Any) -> tuple[str, float, str | None]:
 def _read_source(name: str, format: str | None, formats: Sequence[str]) -> Rows:
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in EXTENSIONS
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
+        files = _files(path)
         if not files:
             raise DataError(f"{name}: the folder has no data files; {_extensions()} are read")
         return Rows.joined(_read_one(str(file), read_file(file), format, formats) for file in files)
@@ -88,12 +90,36 @@ def _read_source(name: str, format: str | None, formats: Sequence[str]) -> Rows:
         if path.suffix.lower() not in EXTENSIONS:
             raise DataError(f"{name}: data files end in {_extensions()}, not in {path.suffix or 'no extension'!r}")
         return _read_one(name, read_file(path), format, formats)
-    if path.suffix.lower() in EXTENSIONS or not _HUB_NAME.fullmatch(name) or path.is_symlink():
+    on_hub = _HUB_NAME.fullmatch(name)
+    if path.suffix.lower() in EXTENSIONS or on_hub is None or path.is_symlink():
         raise DataError(f"{name}: no such file or folder{nearest(path)}")
-    return _read_one(name, _read_hub(name, path), format, formats)
+    return _read_one(name, _read_hub(path, **on_hub.groupdict()), format, formats)
 
 
-def _read_hub(name: str, path: Path) -> Iterable[tuple[int, Any]]:
+def _files(folder: Path) -> list[Path]:
+    """The data files of a folder and those below, by name.
+
+    Raises:
+        DataError: the folder is a run's.
+    """
+    below = sorted(folder.rglob("*"))
+    runs = {
+        file.parent for file in below if file.name == "environment.json" and file.with_name("config.yaml").is_file()
+    }
+    if folder in runs:
+        raise DataError(f"{folder}: is a run folder; the rows that it kept from training are in its held_out.jsonl")
+    found = [
+        file
+        for file in below
+        if file.suffix.lower() in EXTENSIONS
+        and runs.isdisjoint(file.parents)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
+    return [file for file in found if file.suffix.lower() != ".txt"] or found
+
+
+def _read_hub(path: Path, name: str, config: str | None, split: str | None) -> Iterable[tuple[int, Any]]:
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -109,7 +135,7 @@ def _read_hub(name: str, path: Path) -> Iterable[tuple[int, Any]]:
         if not cached.is_dir():
             raise DataError(f"{missing}: the Hub is not reached ({_first_line(error)})") from error
     try:
-        return enumerate(datasets.load_dataset(name, split="train"), start=1)
+        return enumerate(datasets.load_dataset(name, config, split=split or "train"), start=1)
     except Exception as error:  # what datasets raises has no common base
         raise DataError(f"{name}: cannot be loaded from the Hub: {_first_line(error)}") from error
 

@@ -32,6 +32,7 @@ class Tokenized(Sequence[dict[str, list[int]]]):
         rows: rows read.
         overlong: rows with a document longer than ``max_length``, which was cut off or, plain text, split.
         dropped: documents left out for want of a trained token: the prompt fills ``max_length``, or the text is empty.
+        empty: those of them whose text is empty.
         pieces: documents that came from splitting overlong plain text.
         tokens: tokens in all.
         trained_tokens: labels that are not -100.
@@ -40,7 +41,7 @@ class Tokenized(Sequence[dict[str, list[int]]]):
     def __init__(self) -> None:
         self._ids, self._labels, self._starts = array("i"), array("i"), array("q", [0])
         self.lengths, self.row_of = array("i"), array("q")
-        self.rows = self.overlong = self.dropped = self.pieces = self.trained_tokens = 0
+        self.rows = self.overlong = self.dropped = self.empty = self.pieces = self.trained_tokens = 0
 
     @property
     def tokens(self) -> int:
@@ -169,11 +170,13 @@ def tokenize_rows(
                 else:
                     result._append(ids[:max_length], labels[:max_length], number)
             result.dropped += not several
+            result.empty += not several
             result.overlong += overlong
     if not len(result):
+        empty = f", {result.empty} have an empty text" if result.empty else ""
         raise DataError(
             f"none of {result.rows} rows has a trained token within max_length {max_length} "
-            f"({result.overlong} are longer): raise max_length or look at the data"
+            f"({result.overlong} are longer{empty}): raise max_length or look at the data"
         )
     return result
 

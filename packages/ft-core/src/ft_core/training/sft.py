@@ -148,6 +148,10 @@ def _dataset(job: Job, rows: Any, name: str) -> Any:
         job.say(
             f"{tokens.overlong} of {tokens.rows} {what} rows are longer than max_length {config.max_length}: {done}"
         )
-    if tokens.dropped:
-        job.say(f"{tokens.dropped} {what} rows were left out: no token of their answer is within max_length")
+    if tokens.empty:
+        job.say(f"{tokens.empty} {what} rows were left out: their text is empty")
+    if tokens.dropped > tokens.empty:
+        job.say(
+            f"{tokens.dropped - tokens.empty} {what} rows were left out: no token of their answer is within max_length"
+        )
     return Packed(tokens, config.max_length).dataset() if config.packing else tokens.dataset()
