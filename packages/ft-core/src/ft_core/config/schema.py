@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -43,7 +44,8 @@ class DataSource(Section):
     """One source of training data.
 
     Attributes:
-        path: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of such files, or a Hub dataset's name.
+        path: a file (.jsonl, .json, .csv, .parquet, .txt), a folder of such files, or a Hub data set: ``name`` (its
+            split ``train``), ``name:split`` or ``name:config:split``.
         weight: how often each row appears per epoch, on average (0.5: a seeded half of the rows; 2: each twice).
         format: the name of the row format, where the columns don't tell it.
     """
@@ -60,6 +62,12 @@ def _sources(value: Any) -> Any:
             raise ValueError("at least one source")
         return [{"path": item} if isinstance(item, str) else item for item in value]
     return value
+
+
+def _paths(sources: str | list[DataSource] | None) -> set[str]:
+    """What sources name, two spellings of a path being one."""
+    paths = [sources] if isinstance(sources, str) else [source.path for source in sources or ()]
+    return {os.path.normpath(os.path.expanduser(path.removesuffix(":train"))) for path in paths}
 
 
 Sources = Annotated[str | list[DataSource], BeforeValidator(_sources)]
@@ -183,6 +191,11 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> TrainConfig:
         if self.eval_split is not None and self.eval_data is not None:
             raise ValueError("eval_split and eval_data exclude each other: give one")
+        if shared := sorted(_paths(self.data) & _paths(self.eval_data)):
+            raise ValueError(
+                f"eval_data: {shared[0]!r} is trained on too, so it measures nothing: name other rows, another split "
+                "of a Hub data set (name:split), or give eval_split"
+            )
         if self.eval_split is not None and not (0 < self.eval_split < 1 or self.eval_split == int(self.eval_split) > 0):
             raise ValueError(
                 f"eval_split: {self.eval_split} is not allowed (allowed: a share between 0 and 1, or a number of rows)"
