@@ -6,6 +6,7 @@ import io
 import os
 import re
 import select
+import shutil
 import signal
 import sys
 import time
@@ -51,6 +52,52 @@ def test_the_history_is_kept(typed: Any, tiny: Path) -> None:
     assert (done.code, done.out) == (0, f"{first}\n{answer('be brief', opening, first, question)}\n\n")
     done = typed([opening, "/new", question], *words)
     assert done.out == f"{first}\n{answer('be brief', question)}\n\n"
+
+
+@pytest.fixture
+def bare(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny model without a chat template."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "bare"))
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+def test_without_a_chat_template_each_line_is_a_new_text(typed: Any, bare: Path) -> None:
+    from ft_core.generation import generate
+    from ft_core.models import load
+
+    model, tokenizer = load(bare)
+    done = typed(["add 1", "and 2"], bare, "--max-new-tokens", 9)
+    answers = generate(model, tokenizer, ["add 1", "and 2"], max_new_tokens=9)
+    assert (done.code, done.out) == (0, "".join(f"{answer}\n" for answer in answers) + "\n")
+    said = "this model has no chat template: each line is a new text that it goes on from, nothing is remembered\n"
+    assert done.err.count(said) == 1
+    refused = typed(["add 1"], bare, "--system", "be brief")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.message == (
+        "ft chat: the model's tokenizer has no chat template, so it knows no system message: leave --system"
+    )
+
+
+def test_a_byte_that_is_no_utf8_is_a_character_not_understood(
+    ft: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs = []
+    for typed in (b"caf\xe9\n", "caf\N{REPLACEMENT CHARACTER}\n".encode()):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+        done = ft("chat", tiny, "--max-new-tokens", 8)
+        assert done.code == 0, done.err
+        outs.append(done.out)
+    assert outs[0] == outs[1] != ""
+
+
+def test_a_conversation_that_fills_the_positions(typed: Any, tiny: Path) -> None:
+    done = typed(["a", "b" * 600], tiny, "--max-new-tokens", 4)
+    assert done.code == 2
+    assert re.fullmatch(
+        r"ft chat: the conversation has \d+ tokens and leaves none of the model's 512 positions: shorten it",
+        done.message,
+    )
 
 
 def test_a_model_that_is_not_there(typed: Any, tmp_path: Path) -> None:

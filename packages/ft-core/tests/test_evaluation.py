@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ft_core.evaluation import Evaluation, Sample, compare, table
+from ft_core.evaluation import TOKENS_AT_ONCE, Evaluation, Sample, _by_tokens, _nll, compare, table
 
 
 def nll_by_hand(model: Any, documents: Any) -> float:
@@ -34,12 +34,12 @@ def taught(tiny: Path, tmp_path_factory: pytest.TempPathFactory, sums: Any, writ
     from ft_core.training import train
 
     folder = tmp_path_factory.mktemp("taught")
-    rows = write_rows(folder / "rows.jsonl", sums(8))
+    rows, same = (write_rows(folder / name, sums(8)) for name in ("rows.jsonl", "same.jsonl"))
     training = {
         "max_steps": 60, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": 5e-3, "optimizer": "adamw_torch",
     }  # fmt: skip
     values = {
-        "model": str(tiny), "data": str(rows), "eval_data": str(rows), "max_length": 64, "lora": None,
+        "model": str(tiny), "data": str(rows), "eval_data": str(same), "max_length": 64, "lora": None,
         "packing": False, "training": training, "output": str(folder / "run"),
     }  # fmt: skip
     train(values, say=lambda line: None)
@@ -74,6 +74,58 @@ def test_answers_that_are_wrong_lower_the_exact_match(
     assert found["data"] == str(data)
     some = json.loads(ft("eval", taught / "run", "--data", data, "--limit", 4, "--answers", 2, "--json").out)
     assert (some["rows"], len(some["samples"]), some["metrics"]["exact_match"]["after"]) == (4, 2, 0.0)
+    assert (found["answers"], some["answers"]) == (8, 2)
+    shown = ft("eval", taught / "run", "--data", data, "--limit", 4, "--answers", 2)
+    assert f"\nover 4 rows of {data}, exact match over 2 answers\n" in shown.out
+
+
+def test_the_loss_is_measured_in_batches_of_bounded_size() -> None:
+    """Padding counts: one long row among short ones does not make them all long."""
+    ids = [[1] * length for length in (10, 1900, *[7, 300] * 40, 5000, 10)]
+    batches = list(_by_tokens(ids))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(ids)))
+    sizes = [len(batch) * max(len(ids[i]) for i in batch) for batch in batches]
+    assert all(size <= TOKENS_AT_ONCE or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
+    assert len(batches) < 12  # and short rows share batches: 82 rows
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_only_the_logits_that_are_needed_are_computed(tells: bool, tiny: Path) -> None:
+    """The loss of a batch is that of its rows alone, also by a model that cannot be told which logits are needed."""
+    import torch
+
+    from ft_core.models import load
+
+    model, _ = load(tiny, dtype="float32")
+    if not tells:
+        forward = model.forward
+        model.forward = lambda input_ids, attention_mask=None, use_cache=False: forward(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        )
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, given, out: shapes.append(out.shape[1]))
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(400, (length,), generator=generator).tolist() for length in (12, 5, 9)]
+    labels = [[-100] * (len(row) - 2) + row[-2:] for row in ids]
+    sums = _nll(model, ids, labels)
+    assert shapes == [6 if tells else 12]  # the last two of each row are scored from columns 2, 3, 6, 7, 9 and 10
+    for row, target, found in zip(ids, labels, sums, strict=True):
+        alone = nll_by_hand(model, [{"input_ids": row, "labels": target}])
+        # float32 through two layers of width 64: each logit is off by some 1e-6 at most, the loss by no more
+        assert found == pytest.approx(2 * alone, rel=1e-5)
+
+
+def test_a_prompt_that_fills_the_positions_counts_as_not_answered(
+    taught: Path, ft: Any, sums: Any, tmp_path: Path, write_rows: Any
+) -> None:
+    rows = sums(8)
+    rows[3]["messages"][0]["content"] = "b" * 600
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    done = ft("eval", taught / "run", "--data", data, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["metrics"]["exact_match"]["after"] == 7 / 8
+    assert found["samples"][3]["after"] == ""
 
 
 @pytest.mark.parametrize("lora", [{"r": 8}, {"r": 8, "modules_to_save": ["lm_head"]}, {"r": 8, "bias": "all"}, None])
@@ -155,6 +207,8 @@ def test_the_table() -> None:
     ]
     assert found["samples"] == [{"prompt": "q", "expected": "a", "before": "b", "after": "a"}]
     assert compare(compare(before, None, "x"), after, "x")["samples"] == found["samples"]
+    after.rows = 5
+    assert table(compare(before, after, "x")).splitlines()[-1] == "over 5 rows of x, exact match over 1 answers"
 
 
 def test_rows_that_end_with_the_same_question_keep_their_own_answers() -> None:

@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 
-from ft_core.errors import DataError
-from ft_core.generation import encode_prompt, generate, generate_ids, render_chat, stop_ids, stream
+from ft_core.errors import DataError, RunError
+from ft_core.generation import encode_prompt, enough_memory, generate, generate_ids, render_chat, stop_ids, stream
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 PROMPTS = ["add 3 and 4", "a", "please " * 20, "what is it that you want from me today?", "b c", "add 30 and 14"]
 
@@ -88,6 +93,132 @@ def test_an_answer_stops_at_its_end(loaded: tuple[Any, Any]) -> None:
     assert len(generate(stopping, tokenizer, ["a"], max_new_tokens=4)[0]) < len(plain)
 
 
+def test_the_chat_template_says_what_ends_a_turn(loaded: tuple[Any, Any]) -> None:
+    """Also where the tokenizer's end-of-text token is another, as in base models."""
+    import copy
+
+    import torch
+
+    model, tokenizer = copy.deepcopy(loaded)
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = 2
+    assert stop_ids(model, tokenizer) == [2, 1]
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "(over)")  # no special token
+    assert stop_ids(model, tokenizer) == [2]
+    tokenizer.chat_template = "{{ raise_exception('nobody is to talk to me') }}"
+    assert stop_ids(model, tokenizer) == [2]
+    # Phi-3's ends the conversation with the end-of-text token after the turn's own.
+    tokenizer.chat_template = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
+    assert stop_ids(model, tokenizer) == [2, 1]
+    with torch.no_grad():  # a head that answers <|im_end|> or a token of logit 0
+        ids = encode_prompt(render_chat([{"role": "user", "content": "a"}], tokenizer), tokenizer)
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[1] = hidden
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    assert generate(model, tokenizer, ["a"], max_new_tokens=9) == [""]
+    assert len(passes) == 1
+
+
+def test_a_token_that_ends_the_turn_is_no_part_of_the_answer(loaded: tuple[Any, Any]) -> None:
+    """Even if it is an added token that decoding does not know as special."""
+    import copy
+
+    model, tokenizer = copy.deepcopy(loaded)
+    turn = [{"role": "user", "content": "add 3 and 4"}]
+    plain = generate(model, tokenizer, [turn], max_new_tokens=6)[0]
+    tokens = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    last = next(i for i in range(1, len(tokens)) if tokens[i] not in tokens[:i])
+    model.generation_config.eos_token_id = tokens[last]
+    assert generate(model, tokenizer, [turn], max_new_tokens=6) == [tokenizer.decode(tokens[:last])]
+    assert "".join(stream(model, tokenizer, turn, max_new_tokens=6)) == tokenizer.decode(tokens[:last])
+
+
+def test_settings_of_the_model_do_not_change_answers(loaded: tuple[Any, Any]) -> None:
+    """What generation_config.json says beyond the end tokens is left out, with and without an adapter, and kept."""
+    import copy
+
+    import torch
+    from transformers import GenerationConfig
+
+    from ft_core import add_lora
+
+    model, tokenizer = loaded
+    turn = [{"role": "user", "content": "add 3 and 4"}]
+    plain = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    torch.manual_seed(5)
+    drawn = generate(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=1.5, top_p=0.99)
+    other = copy.deepcopy(model)
+    own = GenerationConfig(
+        repetition_penalty=5.0, min_new_tokens=12, no_repeat_ngram_size=2, do_sample=True, top_k=1, temperature=0.7,
+        top_p=0.5, eos_token_id=1, suppress_tokens=tokenizer(plain[0])["input_ids"],
+    )  # fmt: skip
+    other.generation_config = own
+    kept = own.to_dict()
+    with torch.no_grad():
+        ids = torch.tensor([encode_prompt(render_chat(turn, tokenizer), tokenizer)])
+        heeded = other.generate(ids, max_new_tokens=12)[0, ids.shape[1] :]
+    assert tokenizer.decode(heeded, skip_special_tokens=True) != plain[0]  # transformers alone would heed it
+    for asked in (other, add_lora(other, r=2)):
+        assert generate(asked, tokenizer, PROMPTS, max_new_tokens=12) == plain
+        assert "".join(stream(asked, tokenizer, turn, max_new_tokens=12)) == plain[0]
+        torch.manual_seed(5)
+        assert generate(asked, tokenizer, PROMPTS, max_new_tokens=12, temperature=1.5, top_p=0.99) == drawn
+        assert asked.generation_config is own
+        assert own.to_dict() == kept
+
+
+@pytest.fixture
+def learned_positions(loaded: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A GPT-2 of 64 positions: beyond them there is no embedding."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = loaded[1]
+    torch.manual_seed(0)
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64, **tokens)
+    return GPT2LMHeadModel(config).eval(), tokenizer
+
+
+def test_an_answer_ends_at_the_last_position(learned_positions: tuple[Any, Any]) -> None:
+    """Each by its own prompt's length, whatever it is batched with."""
+    model, tokenizer = learned_positions
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token, eos = None, tokenizer.eos_token
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        prompts = [[5, 6, 7] * 20, [5, 6] * 20, [7, 8] * 20, [5] * 63]
+        answers = generate_ids(model, tokenizer, prompts, max_new_tokens=30)
+        assert answers == [generate_ids(model, tokenizer, [one], max_new_tokens=30)[0] for one in prompts]
+        lengths = [len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
+        assert all(given <= most for given, most in zip(lengths, [4, 24, 24, 1], strict=True))
+        for length in (64, 70):
+            expected = rf"^prompt 2 has {length} tokens and leaves none of the model's 64 positions: shorten it$"
+            with pytest.raises(DataError, match=expected):
+                generate_ids(model, tokenizer, [[5], [5] * length], max_new_tokens=1)
+        text = tokenizer.decode([5] * 70)
+        with pytest.raises(DataError, match=r"^the conversation has \d+ tokens and leaves none"):
+            list(stream(model, tokenizer, [{"role": "user", "content": text}]))
+        with pytest.raises(DataError, match=r"^prompt 1 is empty$"):
+            generate(model, tokenizer, [""])
+    finally:
+        tokenizer.eos_token, tokenizer.chat_template = eos, template
+
+
+def test_too_little_memory_is_one_line() -> None:
+    import torch
+
+    with (
+        pytest.raises(RunError, match=r"^answering takes more memory than is free: ask less$"),
+        enough_memory("answering", "ask less"),
+    ):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), enough_memory("answering", "ask less"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
 def test_prompts_are_written_with_the_template(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     turn = {"role": "user", "content": "hello"}
@@ -114,6 +245,8 @@ def test_without_a_template(tiny: Path) -> None:
     assert generate(model, tokenizer, ["hello"], max_new_tokens=8) == text
     with pytest.raises(DataError, match="has no chat template: give plain prompts, or use an instruct model"):
         generate(model, tokenizer, [[{"role": "user", "content": "hello"}]])
+    with pytest.raises(DataError, match="has no chat template, so it knows no system message"):
+        generate(model, tokenizer, ["hello"], system="be brief")
 
 
 def test_a_template_that_refuses(loaded: tuple[Any, Any]) -> None:
@@ -190,6 +323,14 @@ def test_a_file_of_prompts(generate_file: Generate, tmp_path: Path) -> None:
     assert (again.code, again.err) == (0, f"{out} is complete: 4 answers\n")
 
 
+def test_prompts_in_a_list(generate_file: Generate, tmp_path: Path) -> None:
+    for name, text in (("p.json", json.dumps(["a", {"prompt": "b"}], indent=1)), ("p.JSONL", '"a"\n{"prompt": "b"}\n')):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert generate_file(tmp_path / name, "--overwrite").code == 0
+        answers = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["prompt"] for line in answers] == ["a", "b"]
+
+
 @pytest.mark.parametrize("prompt", ["prompt", "ü\u2028ü"])
 def test_a_file_cut_anywhere_is_completed(generate_file: Generate, tmp_path: Path, prompt: str) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
@@ -249,6 +390,11 @@ def test_a_file_of_something_else_is_kept(
         ("p.jsonl", "7\n", "PATH, line 1: has neither 'prompt' nor 'messages'"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}\n', "PATH, line 1: a message is {'role': …, 'content': text}"),
         ("p.txt", b"\xff", "cannot read the prompts PATH: "),
+        ("p.csv", "prompt\na\n", "PATH: prompts are read from .txt (one a line), .jsonl and .json files, not .csv\n"),
+        ("p.json", '{"prompt": "a"}', "PATH: a .json file of prompts holds a list; one object a line is .jsonl\n"),
+        ("p.json", '["a"', "PATH: no valid JSON (Expecting ',' delimiter"),
+        ("p.json", '["a", 7]', "PATH, prompt 2: has neither 'prompt' nor 'messages'"),
+        ("p.JSONL", "a\n", "PATH, line 1: no valid JSON ("),
     ],
 )
 def test_prompts_that_cannot_be_used(
@@ -261,6 +407,16 @@ def test_prompts_that_cannot_be_used(
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(f"ft generate: {message.replace('PATH', str(path))}")
     assert done.err.count("\n") == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_prompt_too_long_is_said_before_the_first_answer(generate_file: Generate, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\n" + "b" * 600, encoding="utf-8")
+    done = generate_file(tmp_path / "p.txt")
+    assert done.code == 2
+    assert done.message == (
+        "ft generate: prompt 2 has 608 tokens and leaves none of the model's 512 positions: shorten it"
+    )
     assert not (tmp_path / "out.jsonl").exists()
 
 
