@@ -194,6 +194,22 @@ def test_runs_that_cannot_be_measured(ft: Any, configure: Any, tmp_path: Path) -
     assert gone.message == f"ft eval: {run} is finished, but its adapter/ or model/ is gone"
 
 
+@pytest.mark.parametrize(
+    ("data", "eval_data"),
+    [
+        ("rows.jsonl", "rows.jsonl"),
+        ("rows.jsonl", "./rows.jsonl"),
+        (["other.jsonl", {"path": "rows.jsonl", "weight": 2}], "rows.jsonl"),
+        ("owner/name", "owner/name:train"),
+    ],
+)
+def test_rows_that_are_trained_on_are_no_held_out_rows(data: Any, eval_data: str, ft: Any, configure: Any) -> None:
+    done = ft("train", configure(data=data, eval_data=eval_data))
+    assert done.code == 2
+    assert "is trained on too, so it measures nothing: name other rows, another split" in done.message
+    assert ft("train", configure(data="owner/name", eval_data="owner/name:test"), "--print-config").code == 0
+
+
 def test_the_table() -> None:
     before = Evaluation({"loss": 3.0, "perplexity": math.exp(3), "exact_match": 0.0}, [Sample("q", "a", "b")], 1)
     after = Evaluation({"loss": 0.5, "perplexity": math.exp(0.5), "exact_match": 0.985}, [Sample("q", "a", "a")], 1)

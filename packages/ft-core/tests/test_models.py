@@ -404,3 +404,33 @@ def test_a_file_that_is_no_gguf(cache: Path, tmp_path: Path, content: bytes) -> 
     path.write_bytes(content)
     assert refused(path).startswith(f"the GGUF model {path} cannot be converted: ")
     assert not list((cache / "ft" / "models").glob("*broken*"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.6, "top_p": 0.9, "do_sample": False},
+        {"top_k": 20, "min_p": 0.1},
+        {"length_penalty": 2.0, "top_k": 5},
+    ],
+)
+def test_a_generation_configuration_that_transformers_refuses_to_write(
+    folder: Path, tmp_path: Path, configure: Any, ft: Any, values: dict[str, Any]
+) -> None:
+    """It is mended, so that a model trained in full can be saved; the end tokens stay."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], **values}), encoding="utf-8")
+    model, _ = load(folder)
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text(encoding="utf-8"))
+    assert saved["eos_token_id"] == [1, 2]
+    assert not {key for key in values if saved.get(key) is not None} - {"do_sample"}
+    words = ("lora=null", "training.max_steps=2", "training.save_every=1")
+    done = ft("train", configure(model=str(folder)), *words)
+    assert done.code == 0, done.err
+
+
+def test_a_generation_configuration_that_can_be_written_stays(folder: Path) -> None:
+    values = {"eos_token_id": 1, "temperature": 0.6, "top_p": 0.9, "do_sample": True, "repetition_penalty": 1.1}
+    (folder / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
+    config = load(folder)[0].generation_config.to_dict()
+    assert {key: config[key] for key in values} == values

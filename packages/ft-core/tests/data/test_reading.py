@@ -118,6 +118,29 @@ def test_a_folder_is_read_in_the_order_of_names_without_hidden_files(tmp_path: P
     assert list(rows) == [{"prompt": "p", "completion": "c"}, {"text": "b"}, {"text": "c"}]
 
 
+def test_a_text_beside_data_is_a_note_about_it(tmp_path: Path) -> None:
+    (tmp_path / "README.txt").write_text("about")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "LICENSE.TXT").write_text("mine")
+    assert [row["text"] for row in read_rows(tmp_path, SFT, seed=0)] == ["about", "mine"]  # texts alone are the data
+    jsonl(tmp_path / "b" / "a.jsonl", {"text": "a"})
+    assert list(read_rows(tmp_path, SFT, seed=0)) == [{"text": "a"}]
+
+
+def test_what_lies_in_a_run_folder_is_no_data(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    run = tmp_path / "runs" / "mine"
+    (run / "adapter").mkdir(parents=True)
+    for name in ("environment.json", "config.yaml", "held_out.jsonl", "metrics.jsonl", "adapter/tokenizer.json"):
+        (run / name).write_text('{"text": "not mine"}\n')
+    assert list(read_rows(tmp_path, SFT, seed=0)) == [{"text": "a"}]
+    with pytest.raises(DataError, match=r"mine: is a run folder; the rows that it kept from training are in its held_"):
+        read_rows(run, SFT, seed=0)
+    assert list(read_rows(run / "held_out.jsonl", SFT, seed=0)) == [{"text": "not mine"}]  # asked for by its name
+    (run / "config.yaml").unlink()  # then it is a folder like any other
+    assert len(read_rows(run, SFT, seed=0)) == 4
+
+
 def test_weights(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "a.jsonl", *({"text": str(i)} for i in range(100))))
 
@@ -183,7 +206,7 @@ def test_preferences_in_messages(tmp_path: Path, given: dict[str, Any]) -> None:
 
 
 BAD_LINES = {
-    "broken": ('{"text": "a"', r"line 3: broken JSON: .* at column \d+"),
+    "broken": ('{"text": "a"', r"line 3: broken JSON: Expecting ',' delimiter at column 13$"),
     "no object": ("[1]", r"line 3: a row must be a JSON object with columns, not list"),
     "missing column": ('{"txt": "a"}', r"line 3: lacks 'text', which the text format needs \(found 'txt'\)"),
     "wrong type": ('{"text": 5}', r"line 3: text must be a string, not a number"),
@@ -294,6 +317,12 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path) -> None:
         ("a.csv", "text,text\na,b\n", r"line 1: the header names a column twice: text, text"),
         ("a.csv", 'prompt,completion\n"a\nb",c\nd\n', r"line 4: has 1 cells where the header names 2 columns"),
         ("a.csv", 'text\n"a\n', r"line 2: broken csv"),
+        (
+            "a.csv",
+            "prompt;completion\na;b\n",
+            r"line 1: the header 'prompt;completion' is one column, as if ';' separated the cells: separate them by",
+        ),
+        ("a.csv", "prompt\tcompletion\na\tb\n", r"line 1: .* as if '\\t' separated the cells"),
         ("a.csv", "messages\nhello\n", r"line 2, column 'messages': broken JSON"),
         ("a.json", '{"rows":\n []}', r"must hold a list of rows or one row a line, not one object"),
         ("a.json", '[{"text": "a"},\n{"text" "b"}]', r"a\.json: broken JSON: .* at line 2 column 9"),
@@ -325,6 +354,38 @@ def test_a_hub_name_without_the_network_is_one_line(tmp_path: Path, monkeypatch:
     with pytest.raises(DataError, match=expected) as error:
         read_rows("nobody/nothing", SFT, seed=0)
     message(error)
+
+
+def test_a_split_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub itself is out of reach here: what it and the library are asked for is looked at."""
+    import datasets
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def loaded(name: str, config: str | None, *, split: str) -> Any:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"text": split}])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: asked.append(name))
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    for source, wanted in {
+        "owner/name": ("owner/name", None, "train"),
+        "owner/name:validation": ("owner/name", None, "validation"),
+        "name:en-1.0:test": ("name", "en-1.0", "test"),
+        "owner/name:train[:10%]": ("owner/name", None, "train[:10%]"),
+    }.items():
+        asked.clear()
+        assert list(read_rows(source, SFT, seed=0)) == [{"text": wanted[2]}]
+        assert asked == [wanted[0], wanted]
+    asked.clear()
+    for drive in ("C:\\data\\train", "C:/data/train", "C:train.jsonl", "name:", "owner/name::test"):
+        with pytest.raises(DataError, match=r"no such file or folder"):
+            read_rows(drive, SFT, seed=0)
+    jsonl(tmp_path / "name:test", {"text": "a"}).rename(tmp_path / "name:test.jsonl")
+    assert list(read_rows("name:test.jsonl", SFT, seed=0)) == [{"text": "a"}]
+    assert asked == []
 
 
 def test_rows_of_a_dataset_are_read_like_those_of_a_file(tmp_path: Path) -> None:

@@ -208,6 +208,42 @@ def test_the_prompt_for_generation_is_what_training_has_before_the_answer(make_t
         assert expected in ("no more", " Paris")
 
 
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and loop.last and "
+    "'</thought>' not in m['content'] %}{{ EMPTY }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + OPENED }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("opened", "empty", "answer", "begins", "expected"),
+    [
+        # the generation prompt opens a thought, which the answer goes on with
+        ("<thought>\n", "", "<thought>\nno\n</thought>\n\nyes", "<thought>\n", "no\n</thought>\n\nyes"),
+        # and a finished turn is written with an empty one, as by Qwen3's thinking models
+        ("<thought>\n", "<thought>\n\n</thought>\n\n", "yes", "<thought>\n", "</thought>\n\nyes"),
+        # the model itself writes the empty thought, as by Qwen3's
+        ("", "<thought>\n\n</thought>\n\n", "yes", "", "<thought>\n\n</thought>\n\nyes"),
+        # a finished turn has no thought at all: the model was trained without, so it is measured without
+        ("<thought>\n", "", "yes", "", "yes"),
+    ],
+)
+def test_the_expected_answer_is_what_follows_the_prompt(
+    make_tokenizer: Any, opened: str, empty: str, answer: str, begins: str, expected: str
+) -> None:
+    """The tokens of prompt and answer are those of training, so that a model that learnt them matches exactly."""
+    tokenizer = make_tokenizer(THINKING.replace("OPENED", repr(opened)).replace("EMPTY", repr(empty)))
+    row = {"messages": chat("is it?", answer)}
+    prompt, found = render_prompt(row, tokenizer)
+    assert prompt == f"<|im_start|>user\nis it?<|im_end|>\n<|im_start|>assistant\n{begins}"
+    assert found == expected
+    document = tokenize_rows([row], tokenizer, max_length=500)[-1]
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert document["input_ids"][: len(ids)] == ids
+    answered = tokenizer.decode(document["input_ids"][len(ids) :], skip_special_tokens=True)
+    assert answered.strip() == found
+
+
 def test_prompts_of_other_rows(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(CHATML, bos=True)
     assert render_prompt({"text": "the capital"}, tokenizer) == ("<s>the capital", None)
