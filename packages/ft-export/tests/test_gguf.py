@@ -63,6 +63,26 @@ def test_architectures_in_llama_cpp(kind: str, make_model: Any, tmp_path: Path) 
     assert proof["conversations_with_equal_template"] == 3
 
 
+def test_a_name_that_llama_cpp_takes_for_phi_3(make_model: Any, tmp_path: Path) -> None:
+    """It looks up <|endoftext|> in every model of such a name."""
+    model = make_model(tmp_path / "my-phi3-run")
+    for file in model.glob("tokenizer*.json"):
+        file.write_text(file.read_text().replace("<|endoftext|>", "<|nothing|>"))
+    assert export_gguf(model, tmp_path / "out").file.name == "my-phi3-run-f16.gguf"
+
+
+def test_nothing_is_merged_for_what_cannot_be_converted(
+    make_run: Any, make_model: Any, make_adapter: Any, tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other", "Olmo")
+    run = make_run(base=other)
+    make_adapter(run / "adapter", other)
+    with pytest.raises(ExportError, match="Olmo"):
+        export_gguf(run)
+    assert not (run / "merged").exists()
+    assert not (run / "export").exists()
+
+
 def test_q8_0(make_model: Any, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     small = export_gguf(model, tmp_path / "out", type="q8_0")
@@ -203,7 +223,7 @@ def test_unknown_rules_want_a_name_and_a_wrong_one_is_caught(make_model: Any, tm
         export_gguf(model, options={"pre": "gpt-2"})
     with pytest.raises(ExportError, match=r"llama\.cpp cannot load"):
         export_gguf(model, options={"pre": "no-such-rules"})
-    assert contents(model / "export") == []
+    assert not (model / "export").exists()
 
 
 def test_a_tokenizer_that_is_no_byte_level_bpe(make_model: Any, tmp_path: Path) -> None:

@@ -139,6 +139,36 @@ def test_out_of_range_for_float16(make_model: Any, make_adapter: Any, tmp_path: 
     assert contents(tmp_path) == ["adapter", "base"]
 
 
+def test_names_that_transformers_changes_on_loading(make_adapter: Any, tmp_path: Path, base: Path) -> None:
+    """GPT-NeoX's files say embed_out for what the model calls lm_head."""
+    import transformers
+
+    config = transformers.GPTNeoXConfig(
+        vocab_size=416, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    transformers.GPTNeoXForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "neox")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "neox")
+    assert "embed_out.weight" in Checkpoint(tmp_path / "neox")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "neox")
+    result = merge(adapter)
+    assert result.weights.merged == 8
+    assert "embed_out.weight" in Checkpoint(result.folder)
+
+
+def test_the_end_of_a_turn_ends_an_answer(make_model: Any, make_adapter: Any, tmp_path: Path) -> None:
+    """A base model's end-of-text token is not the one that ends a turn in its chat template."""
+    import transformers
+
+    model = make_model(tmp_path / "base", eos_token_id=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(model)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    merged = merge(make_adapter(tmp_path / "adapter", model)).folder
+    assert transformers.GenerationConfig.from_pretrained(merged).eos_token_id == [0, end]
+
+
 def test_half_ulp() -> None:
     values = torch.tensor([1.0, 1.5, 0.75, 3.0, 2.0**-14, 2.0**-20], dtype=torch.float64)
     for dtype in (torch.float16, torch.bfloat16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ __all__ = [
     "stop_tokens",
 ]
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+NOT_DOWNLOADED = ("consolidated*", "*/*")  # the same weights in another layout, and what lies in subfolders
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,12 +54,12 @@ def find_base(reference: str) -> Path:
         if not (path / "config.json").is_file():
             raise ExportError(f"the base model's folder {path} has no config.json; name another with --base")
         return path
-    if path.is_absolute() or reference.count("/") != 1:
+    if not HUB_NAME.fullmatch(reference):
         raise ExportError(f"the base model {reference} is not there; name its folder or Hub name with --base")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(reference, allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(reference, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ExportError(
@@ -144,12 +147,33 @@ def copy_tokenizer(adapter: Path, base: Path, to: Path) -> Path:
 
 
 def stop_tokens(tokenizer: Any, folder: Path) -> list[int]:
-    """The ids that end an answer: the tokenizer's end-of-sequence token and those that the configurations name."""
+    """The ids that end an answer.
+
+    The tokenizer's end-of-sequence token, those that the configurations name, and the one that ends a turn in the chat
+    template: a base model's end-of-text token is another one, and a model that was taught conversations never says it.
+    """
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for name in ("generation_config.json", "config.json"):
         said = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         found += [said] if isinstance(said, int) else list(said or [])
+    turn_end = _turn_end(tokenizer)
+    found += [] if turn_end is None else [turn_end]
     return list(dict.fromkeys(found))
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes right after an answer, or None."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "an answer"
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template is a program of the model's, its errors have no common type
+        return None
+    after = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return int(after[0]) if after and after[0] in special else None
 
 
 def _has_template(folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,7 @@ class Checkpoint:
         self.folder = folder
         self.entries: dict[str, dict[str, Any]] = {}
         self._files: dict[str, Path] = {}
+        self._keys: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
         for path in self._find(folder, stem):
             for name, entry in read_header(path).items():
@@ -97,6 +98,13 @@ class Checkpoint:
                 f"{folder} has its weights as pickle ({pickles[0]}), which can run code: convert them to safetensors"
             )
         raise ExportError(f"{folder} has no {single.name}: it holds no weights")
+
+    def rename(self, names: Mapping[str, str]) -> Checkpoint:
+        """Let the tensors go by other names, given by those of now; returns itself."""
+        self._keys = {names[name]: self._keys.get(name, name) for name in self.entries}
+        self._files = {names[name]: path for name, path in self._files.items()}
+        self.entries = {names[name]: entry for name, entry in self.entries.items()}
+        return self
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -124,7 +132,7 @@ class Checkpoint:
         path = self._files[name]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
-        tensor: torch.Tensor = self._open[path].get_tensor(name)
+        tensor: torch.Tensor = self._open[path].get_tensor(self._keys.get(name, name))
         return tensor
 
     def parameters(self) -> int:

@@ -17,6 +17,7 @@ __all__ = ["ModelSource", "check_folder", "find_model"]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*"]
+NOT_WANTED = ["consolidated*", "*/*"]  # the same weights in another layout, and what lies in subfolders
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _download(reference: str, local: Path) -> Path:
 
     hint = _nearest(local) if "/" not in reference else ""
     try:
-        return Path(snapshot_download(reference, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(reference, allow_patterns=HUB_FILES, ignore_patterns=NOT_WANTED))
     except GatedRepoError:
         raise ModelError(
             f"model {reference!r} is gated: accept its terms on its Hub page and log in with `hf auth login`"

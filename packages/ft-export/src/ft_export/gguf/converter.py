@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ft_export.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabul
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TYPES", "Converted", "convert", "require_gguf"]
+__all__ = ["TYPES", "Converted", "check_convertible", "convert", "require_gguf"]
 
 TYPES = ("f16", "q8_0")
 BLOCK = 32
@@ -51,6 +52,34 @@ def require_gguf() -> None:
         raise ExportError('writing GGUF needs the gguf package: pip install "ft-export[gguf]"')
 
 
+def check_convertible(model: Path, tokenizer: Path, pre: str | None = None) -> None:
+    """Look at a model's configuration and a tokenizer, before anything is computed for the sake of converting them.
+
+    Raises:
+        ExportError: the architecture or the tokenizer cannot be written to GGUF.
+    """
+    require_gguf()
+    config = _configuration(model)
+    find_architecture(config)
+    read_vocabulary(tokenizer, config.vocab_size, pre)
+
+
+def _configuration(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{folder} has no configuration that transformers loads: {error}") from error
+
+
+def _safe_name(name: str, vocabulary: Vocabulary) -> str:
+    """The name to write: llama.cpp looks up a token of Phi-3's where the name has "phi3" in it, and fails without."""
+    if "<|endoftext|>" in vocabulary.tokens:
+        return name
+    return re.sub(r"(phi)-?(3)", r"\1_\2", name, flags=re.IGNORECASE)
+
+
 @one_line
 def convert(
     model: Path | str, out: Path | str, *, type: str = "f16", pre: str | None = None, name: str | None = None
@@ -73,15 +102,11 @@ def convert(
     """
     require_gguf()
     import gguf
-    import transformers
 
     folder, target = Path(model), Path(out)
     if type not in TYPES:
         raise ExportError(f"--type {type!r} is not known for gguf (allowed: {', '.join(TYPES)})")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{folder} has no configuration that transformers loads: {error}") from error
+    config = _configuration(folder)
     architecture = find_architecture(config)
     weights = Checkpoint(folder)
     vocabulary = read_vocabulary(folder, config.vocab_size, pre)
@@ -98,7 +123,7 @@ def convert(
     writer = gguf.GGUFWriter(target, architecture.name)
     try:
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(name or folder.absolute().name)
+        writer.add_name(_safe_name(name or folder.absolute().name, vocabulary))
         for method, attribute in architecture.keys:
             getattr(writer, method)(getattr(config, attribute))
         if architecture.extra_keys:

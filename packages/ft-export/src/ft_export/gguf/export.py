@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ft_export import __version__
-from ft_export.bases import load_model, load_tokenizer, stop_tokens
+from ft_export.bases import find_base, load_model, load_tokenizer, stop_tokens
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import new_file
-from ft_export.gguf.converter import TYPES, Converted, convert, require_gguf
+from ft_export.gguf.converter import TYPES, Converted, check_convertible, convert, require_gguf
 from ft_export.gguf.engine import llama_cpp, require_llama_cpp
 from ft_export.gguf.proof import Comparison, Prompt, compare
 from ft_export.gguf.text_check import check_template, check_tokens
 from ft_export.merging import is_current, merge
+from ft_export.merging.adapter import Adapter
 from ft_export.runs import Source, open_source, read_json
 from ft_export.samples import Row, prompt_text, read_rows
 
@@ -89,24 +90,24 @@ def export(
         raise ExportError(f"{file} is already there: pass --overwrite to replace it, or choose another with --out")
 
     lines: list[str] = []
-    model = _model(source, lines)
-    there = folder.exists()
+    model = _model(source, lines, said.get("pre"))
+    made_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         with new_file(file) as partial:
             made = convert(model, partial, type=type, pre=said.get("pre"), name=name)
             result = _check(made, model, source, type, lines)
             proof = _write_proof(folder, file, made, type, result, lines)
     except BaseException:
-        if not there:
-            with suppress(OSError):  # not empty: something else came in
-                folder.rmdir()
+        with suppress(OSError):  # not empty: something else came in
+            for parent in made_folders:
+                parent.rmdir()
         raise
     serve = f"llama-server -m {shlex.quote(str(file))} --jinja"
     return Exported(file, proof, tuple(lines), serve)
 
 
-def _model(source: Source, lines: list[str]) -> Path:
-    """The folder of the whole model."""
+def _model(source: Source, lines: list[str], pre: str | None) -> Path:
+    """The folder of the whole model, merged if need be; what could not be converted is not merged first."""
     if source.adapter is None:
         assert source.model is not None
         return source.model
@@ -114,6 +115,12 @@ def _model(source: Source, lines: list[str]) -> Path:
     if is_current(merged, source.adapter):
         lines.append(f"used the merge in {merged}, made from this adapter")
         return merged
+    adapter = Adapter(source.adapter)
+    reference = adapter.base or source.base
+    if reference:
+        base = find_base(reference)
+        brings = (source.adapter / "tokenizer_config.json").is_file()
+        check_convertible(base, source.adapter if brings else base, pre)
     # a merge of an adapter that is no longer there may be replaced; anything else in its place is refused by merge
     lines.extend(merge(source.path, overwrite=True).lines)
     return merged

@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_export import __version__
-from ft_export.bases import copy_tokenizer, find_base, load_model, load_tokenizer, quantization_of, same_folder
+from ft_export.bases import (
+    copy_tokenizer,
+    find_base,
+    load_model,
+    load_tokenizer,
+    quantization_of,
+    same_folder,
+    stop_tokens,
+)
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import new_folder, refuse_existing_folder, require_space
 from ft_export.merging.adapter import Adapter, Replacement
 from ft_export.merging.layers import merge_layers, tied_names, untie
 from ft_export.merging.logprobs_check import LogprobsCheck, check_logprobs, gap_to_quantized
+from ft_export.merging.names import parameter_names
 from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.runs import Source, open_source, read_json
 from ft_export.samples import Row, read_rows, token_ids
@@ -168,21 +177,26 @@ class _Merge:
             raise ExportError(f"the base {self.base} has weights of type {was}: only 32- and 16-bit bases are merged")
         model = load_model(self.base, was, labels=self.labels)
         names = dict(model.named_parameters(remove_duplicate=False))
+        stored.rename(parameter_names(stored, model))
         self.adapter.check_shapes({name: tuple(p.shape) for name, p in names.items()})
         aliases = tied_names(names, stored)
         untie(model, self.adapter)
         merged = merge_layers(model, self.adapter, dtype)
         merged.save_pretrained(partial)
+        written = Checkpoint(partial)
+        written.rename(parameter_names(written, merged))
         del model, merged
         tokenizer_from = copy_tokenizer(self.adapter.folder, self.base, partial)
 
-        weights = check_weights(Checkpoint(partial), stored, self.adapter, set(names), aliases)
+        weights = check_weights(written, stored, self.adapter, set(names), aliases)
         self.say(
             f"checked {weights.merged + weights.replaced + weights.untouched} tensors against base and adapter: "
             f"{weights.merged} merged, {weights.replaced} replaced, {weights.untouched} untouched; "
             f"largest error {weights.largest_error:.3f} of the rounding of {_name(dtype)}"
         )
         tokenizer = load_tokenizer(partial)
+        if self.labels is None:
+            _name_stops(partial, stop_tokens(tokenizer, partial))
         rows = read_rows(self.source.held_out)
         samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
@@ -220,6 +234,16 @@ class _Merge:
 
 def _samples(rows: list[Row], tokenizer: Any) -> list[list[int]]:
     return [ids for ids in (token_ids(row, tokenizer) for row in rows) if len(ids) > 1]
+
+
+def _name_stops(folder: Path, stops: list[int]) -> None:
+    """Let the model's generation configuration name every token that ends an answer, where it names fewer."""
+    path = folder / "generation_config.json"
+    said: dict[str, Any] = read_json(path) if path.is_file() else {"_from_model_config": True}
+    known = said.get("eos_token_id")
+    if set(stops) - set([known] if isinstance(known, int) else known or []):
+        said["eos_token_id"] = stops
+        path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def _labels(adapter: Adapter) -> int | None:

@@ -51,6 +51,7 @@ def check_weights(
 
     Args:
         parameters: the names of the base model's parameters; its files may hold more, which are not looked at.
+            Names in ``written`` and ``base`` are the model's own (:func:`~ft_export.merging.names.parameter_names`).
         aliases: for each parameter that is tied to another one, the name under which the base stores their tensor.
 
     Raises:
@@ -88,7 +89,7 @@ def check_weights(
         if name not in seen and aliases.get(name) not in seen:
             raise ExportError(f"the merged model lacks {name}, which the adapter changes")
     for name in parameters:
-        if name not in written and aliases.get(name, "") not in written:
+        if name in base and name not in written and aliases.get(name, "") not in written:
             raise ExportError(f"the merged model lacks {name}, which the base has")
     return WeightsCheck(counts["merged"], counts["replaced"], counts["untouched"], largest)
 
