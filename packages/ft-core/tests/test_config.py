@@ -255,14 +255,26 @@ def test_an_override_that_is_no_yaml() -> None:
         ({"data": ["a", {"path": "b", "weight": 0}]}, "data.1.weight: 0 is not allowed (allowed: greater than 0)"),
         ({"data": [{"weight": 2}]}, "data.0.path: is missing, and has no default"),
         ({"model": ""}, "model: '' is not allowed (allowed: text that is not empty)"),
-        ({"method": "stf", "sft": {}}, "no method 'stf'; did you mean 'sft'? (allowed: {methods})"),
+        ({"method": "stf", "sft": {}}, "method: no method 'stf'; did you mean 'sft'? (allowed: {methods})"),
         ({"reward": {}}, "reward: these are settings of the method 'reward', but the method is 'sft'"),
         ({"task": "txet"}, "task: no modality 'txet'; did you mean 'text'? (allowed: {modalities})"),
         ({"memory": {}}, "memory: this version of ft-core has no such setting yet; remove it"),
         ({"eval_split": 0.1, "eval_data": "x"}, "eval_split and eval_data exclude each other: give one"),
         (
             {"eval_split": 1.5},
-            "eval_split: 1.5 is not allowed (allowed: a share between 0 and 1, or a number of rows)",
+            "eval_split: 1.5 is not allowed (allowed: a share below 1, or a whole number of rows)",
+        ),
+        ({"eval_split": 1.0}, "eval_split: 1.0 is not allowed (allowed: a share below 1, or a whole number of rows)"),
+        (
+            {"training": {"eval_every": 5}},
+            "training.eval_every: 5 needs held-out data: give eval_split or eval_data",
+        ),
+        *(
+            (
+                {"quantization": value},
+                f"quantization: {value!r} is not allowed; did you mean {meant!r}? (allowed: none, nf4, int8)",
+            )
+            for value, meant in (("4bit", "nf4"), (4, "nf4"), ("int4", "nf4"), ("QLoRA", "nf4"), ("8bit", "int8"))
         ),
         ({"eval_split": True}, "eval_split: True is not allowed (allowed: a number)"),
         (

@@ -68,8 +68,12 @@ def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
 
 
 def method_settings(config: TrainConfig) -> BaseModel:
-    """The method's own section, validated by the method's model."""
-    model: type[BaseModel] = resolve(registry().get(MethodSpec, config.method).settings)
+    """The method's own section, validated by the method's model; see :func:`load_config` for what it raises."""
+    try:
+        spec = registry().get(MethodSpec, config.method)
+    except PluginError as error:
+        raise PluginError(f"method: {error}") from error
+    model: type[BaseModel] = resolve(spec.settings)
     section = config.sections.get(config.method)
     if section is not None and not isinstance(section, Mapping):
         raise ConfigError(f"{config.method}: {_shown(section)} is not allowed (allowed: keys with values)")
@@ -179,12 +183,19 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> st
         return first["msg"].removeprefix("Value error, ")
     if first["type"] == "literal_error":
         allowed = _literals(errors, names)
-        close = difflib.get_close_matches(value.strip("'\"").lower(), allowed, 1, cutoff=0.5)
+        word = value.strip("'\"").lower()
+        close = [MEANT[word]] if MEANT.get(word) in allowed else difflib.get_close_matches(word, allowed, 1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"{key}: {value} is not allowed{hint} (allowed: {', '.join(allowed)}){more}"
     reasons = dict.fromkeys(_reason(e) for e in errors if _names(e) == names)
     return f"{key}: {value} is not allowed (allowed: {' or '.join(reasons)}){more}"
 
+
+MEANT = {
+    **dict.fromkeys(("4", "4bit", "4-bit", "int4", "fp4", "qlora"), "nf4"),
+    **dict.fromkeys(("8", "8bit", "8-bit", "llm.int8"), "int8"),
+}
+"""What others call a value, where the spelling would lead to another one: '4bit' is closer to int8 than to nf4."""
 
 REASONS = {
     "int_type": "a whole number",

@@ -196,9 +196,16 @@ class TrainConfig(BaseModel):
                 f"eval_data: {shared[0]!r} is trained on too, so it measures nothing: name other rows, another split "
                 "of a Hub data set (name:split), or give eval_split"
             )
-        if self.eval_split is not None and not (0 < self.eval_split < 1 or self.eval_split == int(self.eval_split) > 0):
+        # 1.0 is neither: who means all rows and who means one row must not be told apart by a dot.
+        if self.eval_split is not None and not (
+            0 < self.eval_split < 1 or (isinstance(self.eval_split, int) and self.eval_split > 0)
+        ):
             raise ValueError(
-                f"eval_split: {self.eval_split} is not allowed (allowed: a share between 0 and 1, or a number of rows)"
+                f"eval_split: {self.eval_split} is not allowed (allowed: a share below 1, or a whole number of rows)"
+            )
+        if self.training.eval_every is not None and self.eval_split is None and self.eval_data is None:
+            raise ValueError(
+                f"training.eval_every: {self.training.eval_every} needs held-out data: give eval_split or eval_data"
             )
         if self.quantization != "none" and self.lora is None:
             raise ValueError(f"quantization: {self.quantization} needs lora (quantized weights cannot be trained)")
