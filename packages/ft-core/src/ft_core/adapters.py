@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["add_lora"]
+__all__ = ["add_lora", "dense_targets"]
+
+EXPERT_PARTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+"""Names that PEFT reads as the router or parts of the experts where a model keeps its experts in stacked tensors."""
 
 
 def add_lora(
@@ -33,7 +37,8 @@ def add_lora(
         r: rank of the update.
         alpha: scaling numerator; unset means 2r.
         dropout: dropout on x.
-        targets: ``all-linear`` or names of linear modules, such as ``q_proj``.
+        targets: ``all-linear`` (every linear layer save the head; the experts of a mixture stay frozen, see
+            :func:`dense_targets`) or names of linear modules, such as ``q_proj``.
         rslora, dora, bias, modules_to_save: as in :class:`ft_core.config.LoraSettings`.
 
     Returns:
@@ -52,17 +57,59 @@ def add_lora(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,  # PEFT takes any number
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=(dense_targets(model) or targets) if targets == "all-linear" else targets,
         use_rslora=rslora,
         use_dora=dora,
         bias=bias,
         modules_to_save=modules_to_save,
         task_type=TaskType.SEQ_CLS if is_score else TaskType.CAUSAL_LM,
     )
+    if _adapts_experts(config, model):
+        parts = [name for name in targets if name.rpartition(".")[2] in EXPERT_PARTS]
+        raise ConfigError(
+            f"lora.targets: {', '.join(parts)} would adapt this model's experts or router, which cannot be merged "
+            "again; leave them out"
+        )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora cannot be attached: {error}") from error
+
+
+def dense_targets(model: PreTrainedModel) -> list[str] | None:
+    """The linear layers that ``all-linear`` adapts in a mixture of experts, by the last part of their names.
+
+    For some families (Qwen3-MoE, DeepSeek-V3) PEFT's own ``all-linear`` adds adapters to the stacked tensors of experts
+    and to the router, which are no layers; those cannot be merged into the model yet, so experts and router stay
+    frozen. So does a dense layer named like a part of an expert (``up_proj``), since PEFT takes its name for that part.
+
+    Returns:
+        None for any other model, where ``all-linear`` means what PEFT makes of it.
+    """
+    import torch
+    from peft import LoraConfig
+
+    if not _adapts_experts(LoraConfig(target_modules="all-linear"), model):
+        return None
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return sorted(names.difference(EXPERT_PARTS, ("score", "classifier")))
+
+
+def _adapts_experts(config: Any, model: Any) -> bool:
+    """Whether PEFT turns some of the targets into adapters on tensors, as it does when it attaches the adapter."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    converted = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(converted, model, None)
+    except ValueError:  # said when the adapter is attached
+        return False
+    return bool(converted.target_parameters)
 
 
 def _check_names(model: Any, key: str, names: list[str]) -> None:
