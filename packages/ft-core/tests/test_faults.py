@@ -49,9 +49,14 @@ def check_refused(ft: Any, tree: Any, tmp_path: Path) -> Callable[..., str]:
             "training.optimizer: 'adamw_8bits' is not allowed; did you mean 'adamw",
         ),
         (["quantization=fp8"], "quantization: 'fp8' is not available in this version (allowed: none, nf4, int8)"),
-        (["method=sfd"], "no method 'sfd'; did you mean 'sft'? (allowed: "),
+        (["method=sfd"], "method: no method 'sfd'; did you mean 'sft'? (allowed: "),
         (["max_length=1000"], "max_length 1000 is more than the 512 positions of "),
         (["lora.targets=[q_porj]"], "lora.targets: the model has no module 'q_porj'; did you mean 'q_proj'? (it has: "),
+        (
+            ["lora.targets=[lm_head,q_proj]"],
+            "lora.targets: an adapter on the head 'lm_head' would not be trained, the loss uses its weight directly; "
+            "to train it whole, take it out and set lora.modules_to_save: [lm_head]",
+        ),
         (["lora.modules_to_save=[head]"], "lora.modules_to_save: the model has no module 'head'"),
         (["eval_split=60"], "eval_split 60 of 60 distinct rows would hold out 60 and train on 0; both sides need"),
         (["eval_data=nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),

@@ -11,7 +11,7 @@ import ft_core
 
 EXPECTED: dict[str, list[str]] = {
     "ft_core": ["FtError", "TrainConfig", "__version__", "add_lora", "evaluate", "generate", "load", "train"],
-    "ft_core.adapters": ["add_lora"],
+    "ft_core.adapters": ["add_lora", "dense_targets"],
     "ft_core.cli": ["main"],
     "ft_core.commands": [],
     "ft_core.commands.arguments": ["count", "count_or_none", "share", "temperature"],
@@ -186,8 +186,19 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.report.write": ["write_report"],
     "ft_core.runs": ["RUN_FORMAT", "Run", "write_json", "write_text"],
     "ft_core.training": ["Job", "TrainResult", "train"],
+    "ft_core.training.arguments": ["total_steps", "trainer_arguments"],
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],
     "ft_core.training.job": ["Job"],
+    "ft_core.training.lock": ["held"],
+    "ft_core.training.memory": ["is_memory_error", "memory_errors_said"],
+    "ft_core.training.prepare": [
+        "check_resumable",
+        "check_unfinished",
+        "environment",
+        "fingerprint",
+        "prepare_model",
+        "prepare_rows",
+    ],
     "ft_core.training.ranks": ["Ranks"],
     "ft_core.training.run": ["TrainResult", "train"],
     "ft_core.training.sft": ["SftSettings", "build"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -143,23 +144,6 @@ def test_killed_while_the_model_is_loaded(words: list[object], tmp_path: Path, s
     assert done.code == 0, done.err
 
 
-def test_a_killed_overwriting_keeps_the_old_run(
-    words: list[object], tmp_path: Path, start_ft: Any, ft: Any, tree: Any
-) -> None:
-    run, old = tmp_path / "run", tmp_path / ".run.old"
-    assert ft(*words, "training.max_steps=1").code == 0
-    before = tree(run)
-    assert kill_when(start_ft(*words, "--overwrite"), old.is_dir)
-    assert old.is_dir()
-    assert tree(old) == before
-    # The next start fails, and puts back what was there before the killed one.
-    failed = ft(*words, "--overwrite", "lora.targets=[nothing]")
-    assert failed.code == 2
-    assert tree(run) == before
-    assert ft(*words, "--overwrite", "training.max_steps=1").code == 0
-    assert not old.exists()
-
-
 def test_interrupted_then_its_newest_checkpoint_is_damaged(
     setup: Path, words: list[object], tmp_path: Path, start_ft: Any, ft: Any, losses: Any, metrics: Any
 ) -> None:
@@ -235,6 +219,75 @@ def test_a_finished_run(ft: Any, words: list[object], tmp_path: Path, tree: Any,
     assert longer.code == 0, longer.err
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5]
     assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["training"]["max_steps"] == 5
+
+
+def test_a_finished_run_goes_on_by_epochs(
+    ft: Any, words: list[object], tmp_path: Path, tree: Any, metrics: Any
+) -> None:
+    """How many steps an epoch has is known only once the rows are packed."""
+    run = tmp_path / "run"
+    words = [*words, "training.gradient_accumulation=24"]
+    assert ft(*words, "training.max_steps=4").code == 0
+
+    def check_refused(epochs: float, steps: int) -> None:
+        before = tree(run)
+        refused = ft(*words, "training.max_steps=null", f"training.epochs={epochs}", "--resume")
+        assert refused.code == 2
+        assert refused.message.startswith(f"ft train: {run} is finished, at step {steps}: nothing to resume (")
+        assert tree(run) == before
+
+    check_refused(0.5, 4)  # of three steps, as packing has it
+    check_refused(1, 4)
+    longer = ft(*words, "training.max_steps=null", "training.epochs=3", "--resume")
+    assert longer.code == 0, longer.err
+    assert [row["step"] for row in metrics(run)] == list(range(1, 10))
+    assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["training"]["epochs"] == 3
+    check_refused(3, 9)
+
+
+def cut(run: Path, part: Path, step: int) -> None:
+    """Copy a finished run as it was after the checkpoint of `step`, as far as resuming looks at it."""
+    shutil.copytree(run, part)
+    for name in checkpoints(part):
+        if int(name.rpartition("-")[2]) > step:
+            shutil.rmtree(part / "checkpoints" / name)
+    shutil.rmtree(part / "adapter")
+    (part / "summary.json").unlink()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_run(words: list[object], tmp_path: Path, ft: Any, losses: Any, quantization: str) -> None:
+    """The adapter's float32 weights come back whole from a checkpoint."""
+    run, whole = tmp_path / "run", tmp_path / "finished"
+    words = [*words, f"quantization={quantization}", "training.max_steps=6"]
+    assert ft(*words, f"output={whole}").code == 0
+    cut(whole, run, 3)
+    done = ft(*words, "--resume")
+    assert done.code == 0, done.err
+    assert losses(run) == losses(whole)
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_held_out_data_that_has_changed(
+    words: list[object], tmp_path: Path, ft: Any, sums: Any, write_rows: Any, metrics: Any
+) -> None:
+    """The rows that were measured before training are measured after it, whatever has become of their file."""
+    run, whole = tmp_path / "run", tmp_path / "finished"
+    data = write_rows(tmp_path / "held_out.jsonl", sums(6, seed=1))
+    words = [*words, "eval_split=null", f"eval_data={data}", "training.max_steps=6", "training.eval_every=2"]
+    assert ft(*words, f"output={whole}").code == 0
+    cut(whole, run, 3)
+    write_rows(data, sums(9, seed=2))
+    done = ft(*words, "--resume")
+    assert done.code == 0, done.err
+    for name in ("held_out.jsonl", "evaluation.json"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert [(r["step"], r["loss"]) for r in metrics(run, "eval")] == [
+        (r["step"], r["loss"]) for r in metrics(whole, "eval")
+    ]
+    data.unlink()
+    assert ft(*words, "--resume", "training.max_steps=8").code == 0
 
 
 def test_resuming_what_is_not_there_begins_it(ft: Any, words: list[object], tmp_path: Path) -> None:

@@ -65,6 +65,13 @@ def test_the_steps_are_recorded(run: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["data"]["train_rows"] == 256
 
 
+def test_the_adapter_of_a_quantized_model_is_float32(toy: Any, tiny_model: Path, tmp_path: Path) -> None:
+    values = config(toy, tiny_model, tmp_path, quantization="nf4", training={"max_steps": 2})
+    train(values, say=lambda line: None)
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in weights.items() if "lora_" in name} == {torch.float32}
+
+
 def test_the_samples_show_both_scores(toy: Any, run: Path) -> None:
     sample = json.loads((run / "evaluation.json").read_text())["samples"][0]
     row = toy.rows(64, seed=2)[0]

@@ -35,6 +35,9 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    except BaseException:  # an interruption leaves nothing behind either
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,7 +57,14 @@ class Run:
     REPORT = "report.html"
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        try:
+            self.path = Path(path).expanduser()
+        except RuntimeError as error:
+            raise RunError(f"{path}: {error}") from error
+        if self.path.name in ("", ".."):  # `.` and `..`: what lies beside the folder takes its name
+            self.path = self.path.resolve()
+        if not self.path.name:
+            raise RunError(f"{path} cannot be a run folder: give a folder in it")
 
     @property
     def checkpoints(self) -> Path:
@@ -73,8 +83,19 @@ class Run:
         return (self.path / self.CONFIG).is_file() and (self.path / self.ENVIRONMENT).is_file()
 
     @property
+    def _old(self) -> Path:
+        """Where the run that is being overwritten waits until the new one stands."""
+        return self.path.with_name(f".{self.path.name}.old")
+
+    @property
+    def _is_empty(self) -> bool:
+        return self.path.is_dir() and not any(self.path.iterdir())
+
+    @property
     def _is_stub(self) -> bool:
         """Whether this is all that a start leaves which was killed while the model was loaded: nothing of value."""
+        if not self.path.is_dir():
+            return False
         written = (self.CONFIG, self.HELD_OUT, self.ENVIRONMENT)
         names = {self.checkpoints.name, self.CONFIG, self.HELD_OUT, *(f".{name}.partial" for name in written)}
         return (
@@ -159,7 +180,7 @@ class Run:
         """
         if resume and overwrite:
             raise RunError("--resume and --overwrite exclude each other: give one")
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists() or self._is_empty:
             return
         if not self.path.is_dir():
             raise RunError(f"output {self.path} is a file: give a folder")
@@ -170,11 +191,15 @@ class Run:
             raise RunError(
                 f"output {self.path} already holds a run: go on with --resume, or start anew with --overwrite"
             )
+        if (
+            overwrite and self.is_run and Path.cwd().is_relative_to(self.path.resolve())
+        ):  # it would be removed from under our feet
+            raise RunError(f"output {self.path} is the folder that you are in: overwrite it from another one")
 
     def check_same(self, config: Any) -> None:
         """Refuse to resume with another configuration, since the losses would be those of neither run.
 
-        How long to train and what to save may change.
+        How long to train, what to save and what to keep in memory may change.
 
         Raises:
             RunError: names the keys that differ.
@@ -182,27 +207,45 @@ class Run:
         from ft_core.config import to_yaml
 
         mine, theirs = _flat(yaml.safe_load(to_yaml(config))), _flat(self.values())
-        free = {"output", "training.epochs", "training.max_steps", "training.save_every", "training.keep_checkpoints"}
-        free.add("training.eval_every")
+        how_long = {"training.epochs", "training.max_steps"}
+        how_often = {"training.save_every", "training.keep_checkpoints", "training.eval_every"}
+        free = {"output", "activations", *how_long, *how_often}  # what is recomputed is computed alike
         differ = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key not in free]
         if differ:
             was = ", ".join(f"{key} was {theirs.get(key)!r} and is {mine.get(key)!r}" for key in differ[:3])
             raise RunError(f"cannot resume {self.path} with another configuration: {was}")
 
+    def recover(self) -> None:
+        """Put back the run that a killed start with ``overwrite`` had moved aside and not yet replaced.
+
+        Only whoever holds the folder may call it (:func:`ft_core.training.lock.held`).
+
+        Raises:
+            RunError: it cannot be put back.
+        """
+        nothing_there = not self.path.exists() or self._is_empty or self._is_stub
+        if not (self._old.is_dir() and nothing_there):
+            return
+        try:
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            os.replace(self._old, self.path)
+        except OSError as error:
+            raise RunError(f"cannot move {self._old} to {self.path}: {error.strerror or error}") from error
+
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Make the folder empty for a new run. If the body fails, everything is as it was before: an old run is kept.
+        """Make the folder empty for a new run. If the body fails, what was there of value is there again: an old run.
 
         Raises:
             RunError: the folder cannot be made.
         """
-        old = self.path.with_name(f".{self.path.name}.old")
+        old, in_place = self._old, self._is_empty or self._is_stub
         try:
-            if self.path.exists():
-                if old.exists() and not self.is_run:  # a start with --overwrite was killed: the old run is still there
-                    shutil.rmtree(self.path)
-                    os.replace(old, self.path)
-                shutil.rmtree(old, ignore_errors=True)
+            if in_place:  # it may be a mount or the folder that the user is in, which must not be moved
+                _remove_content(self.path)
+            elif self.path.exists():
+                shutil.rmtree(old, ignore_errors=True)  # recover() has put back what was worth it
                 os.replace(self.path, old)
             made = _first_missing(self.path)
             self.checkpoints.mkdir(parents=True)
@@ -213,9 +256,12 @@ class Run:
         try:
             yield
         except BaseException:
-            shutil.rmtree(made if not old.exists() else self.path, ignore_errors=True)
-            if old.exists():
-                os.replace(old, self.path)
+            if in_place:
+                _remove_content(self.path)
+            else:
+                shutil.rmtree(made if not old.exists() else self.path, ignore_errors=True)
+                if old.exists():
+                    os.replace(old, self.path)
             raise
         shutil.rmtree(old, ignore_errors=True)
 
@@ -249,6 +295,14 @@ def _first_missing(path: Path) -> Path:
     while not path.parent.exists():
         path = path.parent
     return path
+
+
+def _remove_content(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

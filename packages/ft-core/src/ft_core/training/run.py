@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +20,22 @@ from ft_core.generation import stop_ids
 from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick_device
 from ft_core.models.device import peak_memory
 from ft_core.models.loading import fitting_length
-from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
+from ft_core.plugins import MethodSpec, registry, resolve
 from ft_core.report import write_report
-from ft_core.runs import RUN_FORMAT, Run, write_json, write_text
+from ft_core.runs import Run, write_json, write_text
 from ft_core.training.arguments import total_steps, trainer_arguments
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
 from ft_core.training.job import Job
+from ft_core.training.lock import held
+from ft_core.training.memory import memory_errors_said
+from ft_core.training.prepare import (
+    check_resumable,
+    check_unfinished,
+    environment,
+    fingerprint,
+    prepare_model,
+    prepare_rows,
+)
 from ft_core.training.ranks import Ranks
 from ft_core.training.trainer import last_whole_checkpoint, storage_error
 
@@ -42,8 +48,6 @@ EVALUATED = 200
 """How many held-out rows are measured before and after; `ft eval` measures all."""
 
 PHASES = ("load", "train", "save", "evaluate")
-
-LIBRARIES = ("transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "bitsandbytes", "triton")
 
 
 @dataclass(frozen=True)
@@ -86,27 +90,41 @@ def train(
     ranks = Ranks()
     say = say if ranks.is_main else _silent
     config = check_config(config)
-    spec = registry().get(MethodSpec, config.method)
     run = Run(str(config.output))
-    run.check_free(resume=resume, overwrite=overwrite)
-    source = find_model(config.model)
-    config = fitting_length(config, source, say=say)
-    resuming = resume and run.is_run
-    if resuming:
-        _check_resumable(run, config)
+    with ExitStack() as stack:
+        _hold(run, ranks, stack)
+        run.check_free(resume=resume, overwrite=overwrite)
+        source = find_model(config.model)
+        config = fitting_length(config, source, say=say)
+        with memory_errors_said(run, config):
+            return _train(config, source, run, ranks, resuming=resume and run.is_run, say=say)
 
+
+def _train(
+    config: TrainConfig,
+    source: ModelSource,
+    run: Run,
+    ranks: Ranks,
+    *,
+    resuming: bool,
+    say: Callable[[str], None],
+) -> TrainResult:
+    spec = registry().get(MethodSpec, config.method)
+    if resuming:
+        check_resumable(run, config)
     device = pick_device()
     say(f"{source.name}, {config.method}, on {device}")
+    _say_other_gpus(device, ranks, say)
     tokenizer = load_tokenizer(source)
-    train_rows, held_out = _rows(config, spec)
-    fingerprint = _fingerprint(train_rows)
-    if resuming and run.environment.get("data_sha256") != fingerprint:
+    train_rows, held_out = prepare_rows(config, spec, run.held_out() if resuming else ())
+    data_sha256 = fingerprint(train_rows)
+    if resuming and run.environment.get("data_sha256") != data_sha256:
         raise RunError(f"cannot resume {run.path}: the training data has changed since the run began")
 
     ranks.wait()  # the others have checked the folder before the main process claims it
     with run.claim() if ranks.is_main and not resuming else nullcontext():
         ranks.wait()
-        model = _model(config, spec, source, device)
+        model = prepare_model(config, spec, source, device, say)
         job = Job(
             config=config,
             settings=method_settings(config),
@@ -120,13 +138,15 @@ def train(
             say=say,
         )
         session = _Session(run, spec, job, ranks, {"load": peak_memory()})
+        if resuming:
+            check_unfinished(run, session.total)
         if ranks.is_main:
             write_text(run.path / run.CONFIG, to_yaml(config))  # on resuming too: its length may have changed
         if ranks.is_main and not resuming:
             if held_out:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
                 write_text(run.path / run.HELD_OUT, "".join(lines))
-            write_json(run.path / run.ENVIRONMENT, _environment(source, device, fingerprint))
+            write_json(run.path / run.ENVIRONMENT, environment(source, device, data_sha256))
     ranks.wait()
     return session.train()
 
@@ -144,7 +164,7 @@ class _Session:
         self.writer = MetricsWriter(metrics, seconds=run.seconds_until(step))
         self.interruption = Interruption(job.say, ranks.any)
         job.callbacks += [self.writer, *([Progress(self.writer)] if ranks.is_main else []), self.interruption]
-        self.trainer: Any = resolve(spec.trainer)(job)
+        self.trainer: Any = _build(resolve(spec.trainer), job)
         self.trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; Progress shows what matters
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
         self.step = step
@@ -251,7 +271,7 @@ class _Session:
             if target.exists():
                 shutil.rmtree(target)
             os.replace(beside, target)
-        except Exception as error:
+        except BaseException as error:  # an interruption leaves nothing behind either
             shutil.rmtree(beside, ignore_errors=True)
             reason = storage_error(error, run.path)
             if reason is None:
@@ -286,74 +306,42 @@ class _Session:
         write_json(self.run.path / self.run.SUMMARY, summary)
 
 
+def _build(build: Callable[[Job], Any], job: Job) -> Any:
+    """The method's trainer, the adapter's weights as they were: TRL's trainers round those of a quantized model.
+
+    They hold them in bfloat16 (Dettmers et al. 2023 did), where most updates of a usual learning rate are lost.
+    """
+    trained = [(p, p.data) for p in job.model.parameters() if p.requires_grad]
+    trainer = build(job)
+    for parameter, data in trained:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
+    return trainer
+
+
 def _silent(line: str) -> None:
     """What is said once is said by the main process."""
 
 
-def _check_resumable(run: Run, config: TrainConfig) -> None:
-    run = Run.open(run.path)
-    run.check_same(config)
-    if run.finished:
-        steps = (run.summary() or {}).get("steps", 0)
-        wanted = config.training.max_steps
-        if not (wanted and wanted > steps):
-            raise RunError(f"{run.path} is finished, at step {steps}: nothing to resume (--overwrite starts anew)")
+def _hold(run: Run, ranks: Ranks, stack: ExitStack) -> None:
+    """Let the main process hold the folder until the stack is unwound; every process fails if it cannot."""
+    failure: FtError | None = None
+    if ranks.is_main:
+        try:
+            stack.enter_context(held(run.path))
+            run.recover()
+        except FtError as error:
+            failure = error
+    if ranks.any(failure is not None):
+        raise failure or RunError(f"the main process cannot have {run.path}")
 
 
-def _rows(config: TrainConfig, spec: MethodSpec) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]] | None]:
-    """Training rows and held-out rows, or None where nothing is held out."""
-    from ft_core.data import read_rows, split
-
-    seed = config.training.seed
-    rows = read_rows(config.data, spec.formats, seed=seed)
-    if config.eval_data is not None:
-        return rows, read_rows(config.eval_data, spec.formats, seed=seed)
-    if config.eval_split is not None:
-        return split(rows, config.eval_split, seed=seed)
-    return rows, None
-
-
-def _fingerprint(rows: Sequence[dict[str, Any]]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _model(config: TrainConfig, spec: MethodSpec, source: ModelSource, device: Device) -> Any:
-    from transformers import set_seed
-
-    from ft_core.adapters import add_lora
-
-    load = resolve(str(registry().get(ModalitySpec, config.task).load))
-    set_seed(config.training.seed)  # the adapter, and a new head, start from random numbers
-    model = load(source, config, device, spec.head)
-    return model if config.lora is None else add_lora(model, **config.lora.model_dump())
-
-
-def _environment(source: ModelSource, device: Device, fingerprint: str) -> dict[str, Any]:
+def _say_other_gpus(device: Device, ranks: Ranks, say: Callable[[str], None]) -> None:
     import torch
 
-    import ft_core
-
-    libraries = {}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            libraries[name] = version(name)
-    return {
-        "run_format": RUN_FORMAT,
-        "ft_core": ft_core.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "libraries": libraries,
-        "device": device.type,
-        "device_name": device.name,
-        "dtype": device.dtype,
-        "base_model": {"reference": source.reference, "path": source.location, "name": source.name},
-        "data_sha256": fingerprint,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if ranks.count == 1 and count > 1:
+        say(f"one of {count} GPUs is used; for all of them: torchrun --nproc-per-node {count} -m ft_core train …")
 
 
 def _name_base(config: Path, location: str) -> None:

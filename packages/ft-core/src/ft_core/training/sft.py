@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ft_core.errors import ConfigError
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -40,6 +42,7 @@ def build(job: Job) -> Trainer:
     """The trainer of one run; see :class:`ft_core.training.Job`.
 
     Raises:
+        ConfigError: an adapter on the head.
         DataError: no row has a token to train on within ``max_length``.
     """
     from trl import SFTConfig, SFTTrainer
@@ -70,6 +73,7 @@ def build(job: Job) -> Trainer:
             self._metrics[mode]["mean_token_accuracy"].append(right)
             return loss
 
+    _check_head(job.model)
     padding_free = keeps_documents_apart(job.model)
     if not padding_free:
         job.say("this model would mix the documents of a packed row: each is a padded row of its own")
@@ -91,6 +95,19 @@ def build(job: Job) -> Trainer:
         processing_class=job.tokenizer,
         callbacks=job.callbacks,
     )
+
+
+def _check_head(model: Any) -> None:
+    """TRL's loss multiplies by the head's weight itself, so that an adapter on the head would never be trained."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        name = next(name for name, module in model.named_modules() if module is head).rpartition(".")[2]
+        raise ConfigError(
+            f"lora.targets: an adapter on the head {name!r} would not be trained, the loss uses its weight directly; "
+            f"to train it whole, take it out and set lora.modules_to_save: [{name}]"
+        )
 
 
 def _kept_positions(inputs: dict[str, Any], vocabulary: int) -> Any | None:

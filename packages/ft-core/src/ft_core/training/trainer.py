@@ -35,6 +35,14 @@ class RunTrainerMixin(_Base):
     _staging: Path | None = None
     keep_checkpoints: int = 2
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        arguments = kwargs.get("args")
+        if arguments is not None and arguments.n_gpu > 1:
+            # On several GPUs and in one process transformers would wrap the model in nn.DataParallel, which multiplies
+            # the batch and is slower than torchrun's processes. TrainingArguments has no public setting against it.
+            arguments._n_gpu = 1
+        super().__init__(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 

@@ -1,0 +1,121 @@
+"""What stands between a configuration and its training: rows, model, the facts about them, and whether to go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ft_core.config import TrainConfig
+from ft_core.errors import RunError
+from ft_core.models import Device, ModelSource
+from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
+from ft_core.runs import RUN_FORMAT, Run
+
+__all__ = ["check_resumable", "check_unfinished", "environment", "fingerprint", "prepare_model", "prepare_rows"]
+
+LIBRARIES = ("transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "bitsandbytes", "triton")
+
+Rows = Sequence[dict[str, Any]]
+
+
+def check_resumable(run: Run, config: TrainConfig) -> None:
+    """Refuse to go on with a run of another version or configuration, or one that is seen to be finished.
+
+    Raises:
+        RunError: one line that says why.
+    """
+    run = Run.open(run.path)
+    run.check_same(config)
+    if config.training.max_steps is not None:
+        check_unfinished(run, config.training.max_steps)
+    elif run.finished:  # epochs are steps once the rows are packed, but no more epochs are no more steps
+        was = run.values()["training"]
+        if was.get("max_steps") is None and config.training.epochs <= was["epochs"]:
+            check_unfinished(run, 0)
+
+
+def check_unfinished(run: Run, total: int) -> None:
+    """Refuse to go on with a finished run that already has the ``total`` steps that are asked for.
+
+    Raises:
+        RunError: it has.
+    """
+    steps = (run.summary() or {}).get("steps", 0)
+    if run.finished and total <= steps:
+        raise RunError(f"{run.path} is finished, at step {steps}: nothing to resume (--overwrite starts anew)")
+
+
+def prepare_rows(config: TrainConfig, spec: MethodSpec, held_out: Rows = ()) -> tuple[Rows, Rows | None]:
+    """Training rows and held-out rows, or None where nothing is held out.
+
+    Args:
+        held_out: the held-out rows of the run that is resumed. What was measured before training was measured on
+            them, so they are not read again from ``eval_data``, which may have changed.
+    """
+    from ft_core.data import read_rows, split
+
+    seed = config.training.seed
+    rows = read_rows(config.data, spec.formats, seed=seed)
+    if config.eval_data is not None:
+        return rows, held_out or read_rows(config.eval_data, spec.formats, seed=seed)
+    if config.eval_split is not None:
+        return split(rows, config.eval_split, seed=seed)
+    return rows, None
+
+
+def fingerprint(rows: Rows) -> str:
+    """SHA-256 of the rows, in hexadecimal."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def prepare_model(
+    config: TrainConfig, spec: MethodSpec, source: ModelSource, device: Device, say: Callable[[str], None]
+) -> Any:
+    """The model to train, its adapter attached where the configuration has one."""
+    from transformers import set_seed
+
+    from ft_core.adapters import add_lora, dense_targets
+
+    load = resolve(str(registry().get(ModalitySpec, config.task).load))
+    set_seed(config.training.seed)  # the adapter, and a new head, start from random numbers
+    model = load(source, config, device, spec.head)
+    if config.lora is None:
+        return model
+    if config.lora.targets == "all-linear" and (targets := dense_targets(model)) is not None:
+        say(f"the experts of this model stay frozen (adapters on them cannot be merged); trained: {', '.join(targets)}")
+    return add_lora(model, **config.lora.model_dump())
+
+
+def environment(source: ModelSource, device: Device, data_sha256: str) -> dict[str, Any]:
+    """The content of ``environment.json``."""
+    import torch
+
+    import ft_core
+
+    libraries = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            libraries[name] = version(name)
+    return {
+        "run_format": RUN_FORMAT,
+        "ft_core": ft_core.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "libraries": libraries,
+        "device": device.type,
+        "device_name": device.name,
+        "dtype": device.dtype,
+        "base_model": {"reference": source.reference, "path": source.location, "name": source.name},
+        "data_sha256": data_sha256,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
