@@ -34,13 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     folder = args.out.resolve()
-    if folder.exists() and any(folder.iterdir()):
-        known = {"data", "dates.yaml", "run"}
-        others = sorted(p.name for p in folder.iterdir() if p.name not in known)
-        if others:
-            raise FtError(f"{folder} holds other files ({others[0]}, …): give another folder with --out")
-        if not args.overwrite:
-            raise FtError(f"{folder} holds a quickstart already: give --overwrite, or another folder with --out")
+    _check(folder, overwrite=args.overwrite)
     say("making dates in eight languages")
     make(folder / "data")
     shutil.copyfile(Path(__file__).with_name("dates.yaml"), folder / "dates.yaml")
@@ -72,6 +66,18 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{name:<14}{value}")
     print(f'next          ft chat "{folder / "run"}" --system "Write the date in ISO 8601 form."')
     return 0
+
+
+def _check(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds other files, or an earlier quickstart that is not to be replaced."""
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    # Of hidden files only a run that a killed --overwrite moved aside counts: systems and ft leave others (.DS_Store).
+    found = {name for name in found if not name.startswith(".") or name == ".run.old"}
+    others = sorted(found - {"data", "dates.yaml", "run", ".run.old"})
+    if others:
+        raise FtError(f"{folder} holds other files ({others[0]}, …): give another folder with --out")
+    if found and not overwrite:
+        raise FtError(f"{folder} holds a quickstart already: give --overwrite, or another folder with --out")
 
 
 if __name__ == "__main__":
