@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from ft_core.errors import DataError, RunError
-from ft_core.generation import encode_prompt, enough_memory, generate, generate_ids, render_chat, stop_ids, stream
+from ft_core.generation import encode_prompt, generate, generate_ids, render_chat, stop_ids, stream
+from ft_core.memory import enough_memory
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

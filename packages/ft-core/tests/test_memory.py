@@ -34,7 +34,7 @@ def test_no_memory_left(configure: Any, tmp_path: Path, start_ft: Any, ft: Any, 
 def test_what_is_a_want_of_memory() -> None:
     import torch
 
-    from ft_core.training.memory import is_memory_error
+    from ft_core.memory import is_memory_error
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)

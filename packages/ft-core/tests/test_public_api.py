@@ -35,6 +35,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.config.load": ["check_config", "load_config", "method_settings", "parse_overrides", "to_yaml"],
     "ft_core.config.schema": ["DataSource", "LATER", "LoraSettings", "TrainConfig", "TrainingSettings"],
     "ft_core.console": ["progress", "quiet", "say"],
+    "ft_core.memory": ["enough_memory", "is_memory_error"],
     "ft_core.data": [
         "Collator",
         "FORMATS",
@@ -70,7 +71,6 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.generation": [
         "encode_prompt",
         "encode_prompts",
-        "enough_memory",
         "generate",
         "generate_ids",
         "render_chat",
@@ -190,7 +190,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],
     "ft_core.training.job": ["Job"],
     "ft_core.training.lock": ["held"],
-    "ft_core.training.memory": ["is_memory_error", "memory_errors_said"],
+    "ft_core.training.memory": ["memory_errors_said"],
     "ft_core.training.prepare": [
         "check_resumable",
         "check_unfinished",

@@ -87,7 +87,7 @@ def evaluate_answers(job: EvaluationJob) -> Evaluation:
         RunError: the memory is too small for a row.
     """
     from ft_core.data import tokenize_rows
-    from ft_core.generation import enough_memory
+    from ft_core.memory import enough_memory
 
     train_on: Literal["answers", "all"] = getattr(job.settings, "train_on", "answers")
     tokenized = tokenize_rows(job.rows, job.tokenizer, max_length=job.config.max_length, train_on=train_on)

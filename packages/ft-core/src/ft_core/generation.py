@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from ft_core.errors import DataError, RunError
+from ft_core.errors import DataError
+from ft_core.memory import enough_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = [
     "encode_prompt",
     "encode_prompts",
-    "enough_memory",
     "generate",
     "generate_ids",
     "render_chat",
@@ -94,29 +94,6 @@ def _no_settings_of_its_own(model: Any) -> Iterator[None]:
     finally:
         for one, config in zip(holders, own, strict=True):
             one.generation_config = config
-
-
-@contextmanager
-def enough_memory(doing: str, advice: str) -> Iterator[None]:
-    """Turn running out of memory into one line.
-
-    Args:
-        doing: what the memory is needed for, such as ``answering 8 prompts``.
-        advice: what to do about it.
-
-    Raises:
-        RunError: the body ran out of the GPU's memory, or of this computer's.
-    """
-    import torch
-
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        said = str(error).lower()
-        signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(sign in said for sign in signs):
-            raise
-        raise RunError(f"{doing} takes more memory than is free: {advice}") from error
 
 
 def _room(model: PreTrainedModel, length: int, wanted: int, which: str = "the prompt") -> int:

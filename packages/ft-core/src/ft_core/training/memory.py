@@ -1,4 +1,4 @@
-"""Running out of memory, said in one line with what helps."""
+"""Running out of memory while training, said in one line with the keys that help."""
 
 from __future__ import annotations
 
@@ -7,22 +7,11 @@ from contextlib import contextmanager
 
 from ft_core.config import TrainConfig
 from ft_core.errors import RunError
+from ft_core.memory import is_memory_error
 from ft_core.runs import Run
 from ft_core.training.trainer import last_whole_checkpoint
 
-__all__ = ["is_memory_error", "memory_errors_said"]
-
-WORDS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
-"""torch has a class for a full GPU only; a full host, Apple's GPU and a library's own memory are told by the text."""
-
-
-def is_memory_error(error: BaseException) -> bool:
-    """Whether an error says that the GPU or the host has no memory left."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in WORDS)
+__all__ = ["memory_errors_said"]
 
 
 @contextmanager

@@ -1,0 +1,41 @@
+"""Running out of memory, told from other errors and said in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ft_core.errors import RunError
+
+__all__ = ["enough_memory", "is_memory_error"]
+
+WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+"""torch has a class for a full GPU only; a full host, Apple's GPU and a library's own memory are told by the text."""
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an error says that the GPU or the host has no memory left."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in WORDS)
+
+
+@contextmanager
+def enough_memory(doing: str, advice: str) -> Iterator[None]:
+    """Turn running out of memory into one line.
+
+    Args:
+        doing: what the memory is needed for, such as ``answering 8 prompts``.
+        advice: what to do about it.
+
+    Raises:
+        RunError: the body ran out of the GPU's memory, or of this computer's.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory_error(error):
+            raise
+        raise RunError(f"{doing} takes more memory than is free: {advice}") from error
