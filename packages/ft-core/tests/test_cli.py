@@ -127,7 +127,7 @@ def test_interrupted_before_the_training_begins(
 
     config = configure()
     before = tree(tmp_path)
-    monkeypatch.setattr(run, "_model", interrupt)
+    monkeypatch.setattr(run, "prepare_model", interrupt)
     done = ft("train", config)
     assert (done.code, done.message) == (130, "interrupted")
     assert tree(tmp_path) == before
@@ -140,6 +140,6 @@ def test_a_fault_of_ours_keeps_its_traceback(configure: Any, monkeypatch: Any) -
     def fail(*args: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(run, "_model", fail)
+    monkeypatch.setattr(run, "prepare_model", fail)
     with pytest.raises(ZeroDivisionError):
         main(["train", str(configure())])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from ft_core.errors import DataError
@@ -279,26 +280,28 @@ def stream(
     max_new_tokens: int = 1024,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    stopped: Event | None = None,
 ) -> Generator[str, None, None]:
-    """Answer a conversation piece by piece, as the model writes it. Closing the iterator ends the generation.
+    """Answer a conversation piece by piece, as the model writes it.
 
-    Without a chat template the last message alone is the text to go on from. The arguments are :func:`generate_ids`'s.
+    Setting ``stopped``, from any thread or a signal's handler, ends the answer at the next token; so does closing the
+    iterator. Without a chat template the last message alone is the text to go on from. The other arguments are
+    :func:`generate_ids`'s.
 
     Raises:
         DataError: the conversation fills the model's positions, or the chat template refuses it.
         RunError: the memory is too small.
     """
-    from threading import Event, Thread
-
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-    stopped = Event()
+    ended = Event()
 
     class Closed(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
             import torch
 
-            return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device, dtype=torch.bool)
+            over = ended.is_set() or (stopped is not None and stopped.is_set())
+            return torch.full((input_ids.shape[0],), over, device=input_ids.device, dtype=torch.bool)
 
     class Streamer(TextIteratorStreamer):
         def put(self, value: Any) -> None:
@@ -335,7 +338,7 @@ def stream(
     try:
         yield from (piece for piece in streamer if piece)
     finally:
-        stopped.set()
+        ended.set()
         thread.join()
     if failed:
         raise failed[0]

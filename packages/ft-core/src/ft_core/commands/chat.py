@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, current_thread, main_thread
+from types import FrameType
 
 from ft_core.commands.arguments import count, share, temperature
 from ft_core.errors import DataError
@@ -58,11 +63,15 @@ def run(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
+            stopped=(stopped := Event()),
         )
         try:
-            for piece in answer:
-                pieces.append(piece)
-                print(piece, end="", flush=True)
+            with _interrupting(stopped):
+                for piece in answer:
+                    pieces.append(piece)
+                    print(piece, end="", flush=True)
+            if stopped.is_set():
+                say(" (stopped)")
         except KeyboardInterrupt:
             say(" (stopped)")
         except DataError as error:
@@ -75,3 +84,22 @@ def run(args: argparse.Namespace) -> int:
             answer.close()
         print()
         history.append({"role": "assistant", "content": "".join(pieces)})
+
+
+@contextmanager
+def _interrupting(stopped: Event) -> Iterator[None]:
+    """Let Ctrl-C set the event: an exception in the midst of whatever runs could be lost. A second one raises."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    if current_thread() is not main_thread():  # Python hands signals to the main thread only
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
