@@ -1,0 +1,6 @@
+"""The operations as layers, which hold their settings and weights and nothing else: no state between calls."""
+
+from ft_kernels.nn.losses import CrossEntropyLoss
+from ft_kernels.nn.norms import RMSNorm
+
+__all__ = ["CrossEntropyLoss", "RMSNorm"]
