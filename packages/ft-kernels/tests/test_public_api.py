@@ -7,10 +7,18 @@ import importlib
 import pytest
 
 PUBLIC = {
-    "ft_kernels": ["__version__", "cross_entropy", "nn", "rms_norm"],
+    "ft_kernels": ["__version__", "add_rms_norm", "cross_entropy", "layer_norm", "nn", "rms_norm", "rope"],
     "ft_kernels.dispatch": ["Rows", "allocate", "interpreting", "launch", "launches", "use_triton"],
-    "ft_kernels.functional": ["Reduction", "cross_entropy", "rms_norm"],
-    "ft_kernels.nn": ["CrossEntropyLoss", "RMSNorm"],
+    "ft_kernels.functional": [
+        "Reduction",
+        "RopeLayout",
+        "add_rms_norm",
+        "cross_entropy",
+        "layer_norm",
+        "rms_norm",
+        "rope",
+    ],
+    "ft_kernels.nn": ["AddRMSNorm", "CrossEntropyLoss", "LayerNorm", "RMSNorm", "RotaryEmbedding"],
 }
 
 

@@ -1,6 +1,7 @@
 """The operations as layers, which hold their settings and weights and nothing else: no state between calls."""
 
 from ft_kernels.nn.losses import CrossEntropyLoss
-from ft_kernels.nn.norms import RMSNorm
+from ft_kernels.nn.norms import AddRMSNorm, LayerNorm, RMSNorm
+from ft_kernels.nn.rope import RotaryEmbedding
 
-__all__ = ["CrossEntropyLoss", "RMSNorm"]
+__all__ = ["AddRMSNorm", "CrossEntropyLoss", "LayerNorm", "RMSNorm", "RotaryEmbedding"]
