@@ -287,7 +287,8 @@ def backward_tiling(h: int, wide: torch.dtype, device: torch.device, loop_bytes:
     stages = 1
     if loop_bytes and tiling["WHOLE"] and tuning.capability(device) >= (8, 0):
         loop_bytes += 0 if hoist else 4  # the scale is then loaded with each tile
-        stages = min(3, 1 + tuning.shared_memory(device) // 2 // (elements * loop_bytes))
+        most = 2 if wide == torch.float64 else 3  # registers run out
+        stages = min(most, 1 + tuning.shared_memory(device) // 2 // (elements * loop_bytes))
     return tiling | {"STAGES": stages, "HOIST": hoist, "PER_SM": 2 if warps <= 8 else 1, "num_warps": warps}
 
 
