@@ -1,0 +1,324 @@
+"""Linear products with low-rank updates (LoRA) of a frozen weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ft_kernels.ops.lora import reference
+from ft_kernels.ops.lora.autograd import lora_linear_op, lora_row_norms_op
+from ft_kernels.ops.lora.operands import Base, padded
+from ft_kernels.ops.lora.weights import WideWeight, base_of, widen
+
+__all__ = ["BaseWeight", "WideWeight", "lora_linear", "lora_qkv", "widen"]
+
+BaseWeight = Tensor | WideWeight
+"""What may be a product's frozen weight."""
+
+
+def lora_linear(
+    x: Tensor,
+    weight: BaseWeight,
+    a: Tensor | Sequence[Tensor],
+    b: Tensor | Sequence[Tensor],
+    *,
+    scaling: float | Sequence[float] = 1.0,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    magnitude: Tensor | None = None,
+    training: bool = True,
+) -> Tensor:
+    """``x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias`` with W frozen.
+
+    LoRA: Low-Rank Adaptation of Large Language Models, equation 3 (Hu et al. 2021, arXiv:2106.09685). rsLoRA
+    (Kalajdzievski 2023, arXiv:2312.03732) is a scaling of alpha / sqrt(r). With ``magnitude``, DoRA's equation 5 (Liu
+    et al. 2024, arXiv:2402.09353) as PEFT has it, each row's norm taken as a constant:
+    ``magnitude / ‖W + scaling · B A‖ ⊙ (x Wᵀ + scaling · x Aᵀ Bᵀ) + bias``.
+
+    From a :class:`WideWeight` (see :func:`widen`) this is one matrix product over K + r numbers, rounded once. From a
+    plain tensor it is two products and a sum.
+
+    Args:
+        x: ``[..., K]`` in the weight's dtype (any dtype under autocast), any strides. For a WideWeight also a whole row
+            buffer ``[..., width]`` with x in its left part, whose tail is filled here; that gets no gradient.
+        weight: ``[N, K]``, frozen: a tensor or a WideWeight.
+        a: ``[r, K]``, any dtype and rank. b: ``[N, r]``, of a's dtype. Several adapters that are on at the same time
+            are given as sequences.
+        scaling: of the update; one number, or one for each adapter.
+        bias: ``[N]`` or None.
+        dropout: from 0 to below 1, of the adapters' input, each adapter with its own random numbers.
+        magnitude: ``[N]`` for DoRA, or None.
+        training: whether dropout is on.
+
+    Returns:
+        ``[..., N]`` in the weight's dtype. The products run in the weight's dtype, whatever the adapters'; gradients
+        come back for x, a, b, bias and magnitude in the dtype of each. Rows of x's gradient may have a gap between.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: shapes, devices or settings do not fit, or the weight requires a gradient.
+    """
+    base = base_of("lora_linear", weight)
+    downs, ups = _listed(a), _listed(b)
+    starts = [0] * len(downs)
+    outputs = [base.n] * len(downs)
+    adapters = _Adapters("lora_linear", downs, ups, starts, _numbers("lora_linear", scaling, len(downs)), outputs)
+    if magnitude is not None and len(downs) != 1:
+        raise ValueError(
+            f"lora_linear: magnitude is for one adapter, but there are {len(downs)}; give it to one call each"
+        )
+    return _product("lora_linear", x, base, adapters, bias, dropout if training else 0.0, [magnitude])
+
+
+def lora_qkv(
+    x: Tensor,
+    weight: BaseWeight | Sequence[Tensor],
+    a: Sequence[Tensor | None],
+    b: Sequence[Tensor | None],
+    *,
+    scaling: float | Sequence[float] = 1.0,
+    sizes: Sequence[int] | None = None,
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    dropout: float = 0.0,
+    magnitude: Sequence[Tensor | None] | None = None,
+    training: bool = True,
+) -> tuple[Tensor, ...]:
+    """Several :func:`lora_linear` of the same input (q, k and v; or gate and up) as one product.
+
+    Args:
+        x: as for :func:`lora_linear`.
+        weight: the projections' weights one below the other, ``[N_q + N_k + N_v, K]``, as a tensor or a WideWeight, or
+            a sequence of tensors.
+        a, b: a tensor, or None where a projection has no adapter, for each projection.
+        scaling: one number, or one for each projection.
+        sizes: N_q, N_k and N_v. Needed only where neither the weight nor b tells.
+        bias: ``[N_q + N_k + N_v]``, or for each projection one or None.
+        dropout, training: as for :func:`lora_linear`; each projection has its own random numbers. (With a magnitude,
+            all have the same.)
+        magnitude: for each projection one or None.
+
+    Returns:
+        Each projection's ``[..., N_i]``, views of one tensor. Gradients that lie side by side in the same way are used
+        as they are; others are copied together.
+
+    Raises:
+        TypeError, ValueError: as :func:`lora_linear`.
+    """
+    base = base_of("lora_qkv", weight)
+    count = len(a)
+    if len(b) != count:
+        raise ValueError(
+            f"lora_qkv: there are {count} a and {len(b)} b; give one of each, or None, for each projection"
+        )
+    sizes = _sizes("lora_qkv", base, b, sizes)
+    factors = _numbers("lora_qkv", scaling, count)
+    kept = [i for i in range(count) if a[i] is not None]
+    if any((a[i] is None) != (b[i] is None) for i in range(count)):
+        raise ValueError("lora_qkv: a projection has only one of a and b; give both, or None for both")
+    starts = [sum(sizes[:i]) for i in range(count)]
+    adapters = _Adapters(
+        "lora_qkv", [t for t in a if t is not None], [t for t in b if t is not None],
+        [starts[i] for i in kept], [factors[i] for i in kept], [sizes[i] for i in kept],
+    )  # fmt: skip
+    magnitudes = [None] * count if magnitude is None else list(magnitude)
+    if len(magnitudes) != count or any(m is not None and i not in kept for i, m in enumerate(magnitudes)):
+        raise ValueError(
+            "lora_qkv: magnitude needs one vector, or None, for each projection, and only where an adapter is"
+        )
+    whole = _joined_bias(bias, sizes)
+    y = _product("lora_qkv", x, base, adapters, whole, dropout if training else 0.0, [magnitudes[i] for i in kept])
+    if torch.compiler.is_compiling() or not y.requires_grad:
+        return tuple(y.split(list(sizes), -1))
+    parts: tuple[Tensor, ...] = _Split.apply(y, tuple(sizes))  # type: ignore[no-untyped-call]
+    return parts
+
+
+class _Split(torch.autograd.Function):
+    """``split`` along the last dimension, whose backward takes gradients that already lie side by side as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.sizes = sizes
+        return tuple(part.view_as(part) for part in y.split(list(sizes), -1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return join(grads), None
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """``cat`` along the last dimension, without a copy where the parts are neighbours in one tensor."""
+    first, offset = parts[0], 0
+    for part in parts:
+        beside = (
+            part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and part.storage_offset() == first.storage_offset() + offset
+            and part.stride() == first.stride()
+            and part.shape[:-1] == first.shape[:-1]
+        )
+        if not beside or part.stride(-1) != 1 or part.dim() < 2:
+            return torch.cat(list(parts), -1)
+        offset += part.shape[-1]
+    if offset > first.stride(-2):
+        return torch.cat(list(parts), -1)
+    return first.as_strided((*first.shape[:-1], offset), first.stride())
+
+
+class _Adapters:
+    """Checked adapters of one product."""
+
+    def __init__(
+        self,
+        name: str,
+        a: list[Tensor],
+        b: list[Tensor],
+        starts: list[int],
+        scaling: list[float],
+        outputs: list[int],
+    ) -> None:
+        if len(a) != len(b):
+            raise ValueError(f"{name}: there are {len(a)} a and {len(b)} b; each adapter needs both")
+        self.a, self.b, self.starts, self.scaling = a, b, starts, scaling
+        for down, up, n in zip(a, b, outputs, strict=True):
+            if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or up.shape[0] != n:
+                raise ValueError(
+                    f"{name}: a {list(down.shape)} and b {list(up.shape)} do not fit; a needs [r, K] and b [{n}, r]"
+                )
+        dtypes = {t.dtype for t in (*a, *b)}
+        if len(dtypes) > 1 or any(not dtype.is_floating_point for dtype in dtypes):
+            raise TypeError(
+                f"{name}: adapters have dtypes {sorted(map(str, dtypes))}; use one floating-point dtype for all"
+            )
+
+
+def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _numbers(name: str, scaling: float | Sequence[float], count: int) -> list[float]:
+    numbers = [float(s) for s in scaling] if isinstance(scaling, Sequence) else [float(scaling)] * count
+    if len(numbers) != count:
+        raise ValueError(
+            f"{name}: scaling has {len(numbers)} numbers for {count} adapters; give one number, or one for each"
+        )
+    return numbers
+
+
+def _sizes(name: str, base: Base, b: Sequence[Tensor | None], sizes: Sequence[int] | None) -> list[int]:
+    if sizes is None:
+        known = [None if up is None else up.shape[0] for up in b]
+        sizes = base.sizes if len(base.sizes) == len(b) else [n for n in known if n is not None]
+    if len(sizes) != len(b) or sum(sizes) != base.n:
+        raise ValueError(
+            f"{name}: projections of {list(sizes)} outputs do not make up the weight's {base.n} for {len(b)} adapters; "
+            "give sizes, the outputs of each projection"
+        )
+    return list(sizes)
+
+
+def _joined_bias(bias: Tensor | Sequence[Tensor | None] | None, sizes: Sequence[int]) -> Tensor | None:
+    if bias is None or isinstance(bias, Tensor):
+        return bias
+    some = next((t for t in bias if t is not None), None)
+    if some is None:
+        return None
+    return torch.cat([some.new_zeros(n) if t is None else t for t, n in zip(bias, sizes, strict=True)])
+
+
+def _input(name: str, x: Tensor, base: Base, dtype: torch.dtype | None) -> Tensor:
+    """x as the product takes it, in the weight's dtype."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x has dtype {x.dtype}; use a floating-point dtype")
+    if dtype is not None and x.dtype != dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name}: x has dtype {x.dtype}, the weight {dtype}; use one dtype, or autocast")
+        x = x.to(dtype)
+    length = x.shape[-1] if x.dim() else 0
+    if length != base.k:
+        wide = base.kind == "wide" and length == base.tensors[0].shape[1]
+        if not wide:
+            raise ValueError(f"{name}: x has shape {list(x.shape)}; the weight needs [..., {base.k}]")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: x is a whole row buffer, which gets no gradient; give x without the tail, or detach it"
+            )
+        if x.stride(-1) != 1 or not _rows_in_place(x):
+            raise ValueError(
+                f"{name}: the row buffer has strides {list(x.stride())}; it needs rows one after the other"
+            )
+    return x
+
+
+def _rows_in_place(x: Tensor) -> bool:
+    return x.reshape(-1, x.shape[-1]).data_ptr() == x.data_ptr()
+
+
+def _product(
+    name: str, x: Tensor, base: Base, adapters: _Adapters, bias: Tensor | None, dropout: float,
+    magnitudes: list[Tensor | None],
+) -> Tensor:  # fmt: skip
+    given = base.tensors[0]
+    dtype = given.dtype if base.kind in ("wide", "plain") else None
+    rank = sum(t.shape[0] for t in adapters.a)
+    x = _input(name, x, base, dtype)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{name}: dropout={dropout}; allowed is 0 to below 1")
+    if any(t.shape[1] != base.k for t in adapters.a):
+        raise ValueError(f"{name}: a has shape {[list(t.shape) for t in adapters.a]}; the weight needs [r, {base.k}]")
+    room = given.shape[1] - base.k
+    if base.kind == "wide" and padded(rank) > room:
+        raise ValueError(
+            f"{name}: the wide weight has room for {room} ranks, the adapters have {rank}; widen it for more"
+        )
+    others = [*adapters.a, *adapters.b, *(t for t in (bias, *magnitudes) if t is not None), *base.tensors]
+    if any(t.device != x.device for t in others):
+        raise ValueError(f"{name}: tensors are on {sorted({str(t.device) for t in [x, *others]})}; use one device")
+    if bias is not None and bias.shape != (base.n,):
+        raise ValueError(f"{name}: bias has shape {list(bias.shape)}; the weight needs [{base.n}]")
+    if any(m is not None for m in magnitudes):
+        return _weight_decomposed(x, base, adapters, bias, dropout, magnitudes)
+    return _linear(x, base, adapters, bias, dropout)
+
+
+def _linear(x: Tensor, base: Base, adapters: _Adapters, bias: Tensor | None, dropout: float) -> Tensor:
+    seed = None
+    if dropout and adapters.a:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    settings = (adapters.a, adapters.b, adapters.starts, adapters.scaling, bias, dropout, seed)
+    if x.dtype == torch.float64:
+        weight = torch.cat(base.dense(x.dtype))
+        return reference.lora_linear(x[..., : base.k], weight, *settings)
+    y: Tensor = lora_linear_op(x, base.tensors, base.kind, base.k, base.sizes, base.meta, *settings)[0]
+    return y
+
+
+def _weight_decomposed(
+    x: Tensor, base: Base, adapters: _Adapters, bias: Tensor | None, dropout: float, magnitudes: list[Tensor | None]
+) -> Tensor:
+    """DoRA. With dropout PEFT drops the input of the base's rescaled share too, not that of the base itself."""
+    form = (base.tensors, base.kind, base.k, base.sizes, base.meta)
+    adapter = ([t.detach() for t in adapters.a], [t.detach() for t in adapters.b], adapters.starts, adapters.scaling)
+    norms: Tensor = lora_row_norms_op(*form, *adapter, x.dtype)
+    ends = {s: (n.shape[0], m) for s, n, m in zip(adapters.starts, adapters.b, magnitudes, strict=True)}
+    factors, place = [], 0
+    for start in sorted(ends):
+        n, magnitude = ends[start]
+        factors.append(norms.new_ones(start - place))
+        place = start + n
+        factors.append(norms.new_ones(n) if magnitude is None else magnitude.to(norms.dtype) / norms[start:place])
+    factor = torch.cat([*factors, norms.new_ones(base.n - place)])
+    x = x[..., : base.k]
+    dropped = F.dropout(x, dropout) if dropout else x
+    y = _linear(dropped, base, adapters, None, 0.0) * factor
+    if dropout:
+        nothing = _Adapters("lora_linear", [], [], [], [], [])
+        y = y + _linear(x - dropped, base, nothing, None, 0.0)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
