@@ -42,12 +42,19 @@ def rows_of(
     rows = []
     for which in (*case.passes, "both") if len(case.passes) > 1 else case.passes:
         milliseconds = _pass_time(ours, which)
-        row = {**base, "pass": which, "ms": milliseconds, "spread": ours.spread, "first_s": ours.first}
+        row = {
+            **base,
+            "pass": which,
+            "ms": milliseconds,
+            "spread": ours.spread,
+            "first_s": ours.first,
+            "split": case.split,
+        }
         moved = sum(case.moved.get(p, 0) for p in case.passes) if which == "both" else case.moved.get(which, 0)
         flop = sum(case.flop.get(p, 0) for p in case.passes) if which == "both" else case.flop.get(which, 0)
         if moved:
             row |= {"TB/s": moved / milliseconds / 1e9, "share": moved / milliseconds / 1e9 / roof["copy"]}
-        if flop:
+        if flop and (case.split or which == "both"):
             row |= {"TFLOP/s": flop / milliseconds / 1e9, "share": flop / milliseconds / 1e9 / roof["product"]}
         if which == case.passes[-1] or which == "both":
             row["peak_GiB"] = ours.peak
