@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import ft_kernels as ft
+from ft_kernels.functional.lora import lora_linear, lora_qkv, widen
 from ft_kernels.functional.quantization import Fp8Scaling
 
 H, INTERMEDIATE, VOCABULARY = 4096, 14336, 128256  # Llama 3.1 8B's
@@ -87,8 +88,7 @@ def packed_attention(make: Make) -> None:
         return make(2 * ROWS, count, d)
 
     documents = {"lengths": [ROWS - 3, ROWS + 3], "backend": "triton"}
-    for d in (64, 128, 256):
-        backward(ft.packed_attention(heads(4, d), heads(2, d), heads(2, d), **documents))
+    backward(ft.packed_attention(heads(4, 128), heads(2, 128), heads(2, 128), **documents))
     backward(ft.packed_attention(heads(4, 256), heads(2, 256), heads(2, 256), softcap=50.0, **documents))
     sinks = make(4)
     backward(ft.packed_attention(heads(4, 64), heads(2, 64), heads(2, 64), sinks=sinks, window=8, **documents))
@@ -96,7 +96,7 @@ def packed_attention(make: Make) -> None:
 
 def linear_heads(make: Make) -> None:
     """The kernels take the logits' width in blocks, so a smaller head than a model's does for them."""
-    rows, h, v = 64, 1024, 16384
+    rows, h, v = 64, 256, 8192
     targets = make.classes(v, rows)
     backward(ft.linear_cross_entropy(make(rows, h), make.frozen(v, h), targets))
     backward(ft.linear_cross_entropy(make(rows, h), make(v, h), targets, bias=make(v), softcap=30.0))
@@ -130,6 +130,28 @@ def fp8(make: Make) -> None:
         ft.fp8_quantize(make.frozen(128, H), scaling)
 
 
+def lora(make: Make) -> None:
+    """Rows from which products are widened; adapters in fp32, as PEFT has them."""
+    if make.dtype == torch.float32:
+        return  # torch's products alone
+    full = Make(torch.float32, make.device)
+    rows, k, sizes = 128, 1024, (1024, 256, 256)
+
+    def adapters(rank: int, *outputs: int) -> tuple[list[Tensor], list[Tensor]]:
+        return [full(rank, k) for _ in outputs], [full(n, rank) for n in outputs]
+
+    wide = widen([make.frozen(n, k) for n in sizes], 3 * 20)
+    for rank, dropout in ((16, 0.0), (16, 0.1), (20, 0.0)):
+        a, b = adapters(rank, *sizes)
+        backward(*lora_qkv(make(rows, k), wide, a, b, dropout=dropout))
+    wide = widen(make.frozen(1024, k), 128)
+    for rank in (16, 128):
+        a, b = adapters(rank, 1024)
+        backward(lora_linear(make(rows, k), wide, a, b))
+    a, b = adapters(16, 1024)
+    backward(lora_linear(make(rows, k), wide, a, b, magnitude=full(1024)))
+
+
 CASES: list[Callable[[Make], None]] = [
-    rms_norm, layer_norm, rope, glu, cross_entropy, linear_heads, nf4, int8, fp8, packed_attention,
+    rms_norm, layer_norm, rope, glu, cross_entropy, linear_heads, nf4, int8, fp8, lora, packed_attention,
 ]  # fmt: skip

@@ -166,7 +166,7 @@ def main() -> None:
     wanted = options.ops.split(",") if options.ops else [case.__name__ for case in CASES]
     tasks = [
         (target, index)
-        for index, case in enumerate(CASES)
+        for index, case in reversed(list(enumerate(CASES)))  # the last ones take longest
         if case.__name__ in wanted
         for target in targets
         if not reasons[target]

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated, of 1b, 8b, 70b")
     parser.add_argument("--tokens", type=int, default=16384, help="rows of the bandwidth-bound operations")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
-    parser.add_argument("--quick", action="store_true", help="8b only, fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="8b only, fewer repetitions and variants")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes seconds a line")
     return parser
 
@@ -77,7 +77,9 @@ def _cases(options: argparse.Namespace, models: list[str]) -> Iterator[Case | st
         except Exception as error:
             yield f"{group}: {_words(error)}"
             continue
-        yield from (case for case in listed if not wanted or wanted & {group, case.op})
+        for case in listed:
+            if wanted & {group, case.op} or (not wanted and (case.quick or not options.quick)):
+                yield case
 
 
 def _words(error: Exception) -> str:

@@ -43,6 +43,7 @@ def cases(models: list[str], tokens: int) -> Iterator[Case]:
                         "backward": 5 * heads * d * sum(n * n for n in lengths),
                     },
                     compiled=False,
+                    quick=len(set(lengths)) > 1 or length == 2048,
                 )  # fmt: skip
 
 

@@ -110,6 +110,7 @@ def _gated(
         make=lambda: (leaf(tokens, wide), leaf(tokens, wide)),
         variants=_with_liger(variants, liger) if liger else variants,
         moved={"forward": 3 * one, "backward": 5 * one},
+        quick=what != ", exact",
     )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class Case:
         split: whether the work of the two passes is comparable between variants; it is not where one of them makes the
             gradient in its forward pass. Then only their sum is compared.
         compiled: whether to time ``torch.compile`` of ``eager`` too.
+        quick: whether ``--quick`` has it.
 
     Two names among the variants are special: ``floor`` is work that the operation cannot do without, to which its time
     is compared; ``left out`` is subtracted from ours before that.
@@ -79,6 +80,7 @@ class Case:
     passes: tuple[str, ...] = ("forward", "backward")
     split: bool = True
     compiled: bool = True
+    quick: bool = True
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def measure(
         if events:
             _empty_cache()
             events[2].record()
-        grads = torch.autograd.grad(outputs, leaves, upstream)
+        grads = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)  # a floor has no use for adapters
         if events:
             events[3].record()
         del outputs, grads

@@ -52,6 +52,7 @@ def _linear_cross_entropy(name: str, model: Model, *, trained: bool) -> Case:
         variants=variants,
         flop={"forward": product, "backward": (2 if trained else 1) * product},
         split=False,
+        quick=not trained,
     )  # fmt: skip
 
 
