@@ -16,6 +16,7 @@ Nothing but the inputs is kept for the backward pass. It may write over them: ea
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -168,6 +169,7 @@ def _backward(
         tl.store(_starts(h, rows, h_inner, h_outer, h_stride, SPLIT) + cols, _rounded(active * u, h), mask=mask)
 
 
+@cache
 def _tiling(width: int, wide: torch.dtype, tile: int = TILE) -> dict[str, Any]:
     """A tile of whole or part rows; the widest block that wastes little on the last one of a row."""
     block = min(triton.next_power_of_2(max(width, 1)), tile)
@@ -177,13 +179,17 @@ def _tiling(width: int, wide: torch.dtype, tile: int = TILE) -> dict[str, Any]:
     return {"BLOCK": block, "ROWS": max(1, tile // block), "num_warps": min(16, max(1, warps))}
 
 
+@cache
+def _candidates(width: int, wide: torch.dtype) -> list[dict[str, Any]]:
+    return [_tiling(width, wide, tile) | {"num_warps": w} for tile in (1024, 2048, 4096) for w in (4, 8, 16)]
+
+
 def _settings(name: str, rows: list[Rows], kind: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and everything about a launch but the tensors."""
     device, width = rows[0].tensor.device, rows[0].tensor.shape[-1]
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     settings = tuning.settings(
-        name, device, (kind, width, dtype), default=_tiling(width, wide),
-        candidates=[_tiling(width, wide, tile) | {"num_warps": w} for tile in (1024, 2048, 4096) for w in (4, 8, 16)],
+        name, device, (kind, width, dtype), default=_tiling(width, wide), candidates=_candidates(width, wide)
     )  # fmt: skip
     grid = triton.cdiv(rows[0].count, settings["ROWS"]) * triton.cdiv(width, settings["BLOCK"])
     return (grid,), {
