@@ -7,18 +7,40 @@ import importlib
 import pytest
 
 PUBLIC = {
-    "ft_kernels": ["__version__", "add_rms_norm", "cross_entropy", "layer_norm", "nn", "rms_norm", "rope"],
+    "ft_kernels": [
+        "NestedScales",
+        "__version__",
+        "add_rms_norm",
+        "cross_entropy",
+        "fp8_quantize",
+        "geglu",
+        "int8_dequantize",
+        "layer_norm",
+        "nf4_dequantize",
+        "nf4_quantize",
+        "nn",
+        "rms_norm",
+        "rope",
+        "swiglu",
+    ],
     "ft_kernels.dispatch": ["Rows", "allocate", "interpreting", "launch", "launches", "use_triton"],
     "ft_kernels.functional": [
+        "NestedScales",
         "Reduction",
         "RopeLayout",
         "add_rms_norm",
         "cross_entropy",
+        "fp8_quantize",
+        "geglu",
+        "int8_dequantize",
         "layer_norm",
+        "nf4_dequantize",
+        "nf4_quantize",
         "rms_norm",
         "rope",
+        "swiglu",
     ],
-    "ft_kernels.nn": ["AddRMSNorm", "CrossEntropyLoss", "LayerNorm", "RMSNorm", "RotaryEmbedding"],
+    "ft_kernels.nn": ["AddRMSNorm", "CrossEntropyLoss", "GEGLU", "LayerNorm", "RMSNorm", "RotaryEmbedding", "SwiGLU"],
 }
 
 

@@ -1,7 +1,24 @@
 """The operations as plain functions. Each takes torch tensors on any device and gives the same result everywhere."""
 
+from ft_kernels.functional.activations import geglu, swiglu
 from ft_kernels.functional.losses import Reduction, cross_entropy
 from ft_kernels.functional.norms import add_rms_norm, layer_norm, rms_norm
+from ft_kernels.functional.quantization import NestedScales, fp8_quantize, int8_dequantize, nf4_dequantize, nf4_quantize
 from ft_kernels.functional.rope import RopeLayout, rope
 
-__all__ = ["Reduction", "RopeLayout", "add_rms_norm", "cross_entropy", "layer_norm", "rms_norm", "rope"]
+__all__ = [
+    "NestedScales",
+    "Reduction",
+    "RopeLayout",
+    "add_rms_norm",
+    "cross_entropy",
+    "fp8_quantize",
+    "geglu",
+    "int8_dequantize",
+    "layer_norm",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]
