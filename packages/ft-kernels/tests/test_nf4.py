@@ -159,7 +159,7 @@ def test_special_scales(device, launched):
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_quantized_as_by_bitsandbytes(bnb, device, launched, blocksize, dtype, storage):
     generator = torch.Generator().manual_seed(blocksize)
-    x = torch.randn(20, 4100, generator=generator).to(device, dtype)
+    x = torch.randn(8, 4100, generator=generator).to(device, dtype)
     if device == "cuda":
         x[:2] = 0  # bitsandbytes takes another number for zeros on a CPU
         x[3, :40] *= 1e-38
@@ -178,7 +178,10 @@ def test_quantized_as_by_bitsandbytes(bnb, device, launched, blocksize, dtype, s
         assert torch.equal(numbers, state.absmax)
     else:  # bitsandbytes on a CPU sometimes takes the second nearest of the 8-bit numbers
         assert (numbers.int() - state.absmax.int()).abs().max() <= 1
-        assert (numbers == state.absmax).float().mean() > 0.9
+        fractions = reference.quantize(x, blocksize, False)[1] - nested.offset
+        fractions /= nested.absmax.repeat_interleave(256)[: len(fractions)]
+        ours_off, theirs_off = ((nested.code[n.int()] - fractions).abs() for n in (numbers, state.absmax))
+        assert (ours_off <= theirs_off + 1e-6).all()
     plain, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type="nf4", quant_storage=storage)
     with launched(QUANTIZE):
         again, absmax, nothing = nf4_quantize(x, blocksize, nested=False, storage=storage)
