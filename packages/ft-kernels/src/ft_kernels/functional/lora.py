@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ft_kernels.ops.lora import reference
+from ft_kernels.ops.lora.arguments import Adapters, check_product, draw_seed, numbers
 from ft_kernels.ops.lora.autograd import lora_linear_op, lora_row_norms_op
-from ft_kernels.ops.lora.operands import Base, padded
+from ft_kernels.ops.lora.operands import Base
 from ft_kernels.ops.lora.weights import WideWeight, base_of, widen
 
 __all__ = ["BaseWeight", "WideWeight", "lora_linear", "lora_qkv", "widen"]
@@ -66,12 +67,13 @@ def lora_linear(
     downs, ups = _listed(a), _listed(b)
     starts = [0] * len(downs)
     outputs = [base.n] * len(downs)
-    adapters = _Adapters("lora_linear", downs, ups, starts, _numbers("lora_linear", scaling, len(downs)), outputs)
+    adapters = Adapters("lora_linear", downs, ups, starts, numbers("lora_linear", scaling, len(downs)), outputs)
     if magnitude is not None and len(downs) != 1:
         raise ValueError(
             f"lora_linear: magnitude is for one adapter, but there are {len(downs)}; give it to one call each"
         )
-    return _product("lora_linear", x, base, adapters, bias, dropout if training else 0.0, [magnitude])
+    magnitudes = [magnitude] * len(downs)
+    return _product("lora_linear", x, base, adapters, bias, dropout if training else 0.0, magnitudes)
 
 
 def lora_qkv(
@@ -115,15 +117,9 @@ def lora_qkv(
             f"lora_qkv: there are {count} a and {len(b)} b; give one of each, or None, for each projection"
         )
     sizes = _sizes("lora_qkv", base, b, sizes)
-    factors = _numbers("lora_qkv", scaling, count)
+    factors = numbers("lora_qkv", scaling, count)
     kept = [i for i in range(count) if a[i] is not None]
-    if any((a[i] is None) != (b[i] is None) for i in range(count)):
-        raise ValueError("lora_qkv: a projection has only one of a and b; give both, or None for both")
-    starts = [sum(sizes[:i]) for i in range(count)]
-    adapters = _Adapters(
-        "lora_qkv", [t for t in a if t is not None], [t for t in b if t is not None],
-        [starts[i] for i in kept], [factors[i] for i in kept], [sizes[i] for i in kept],
-    )  # fmt: skip
+    adapters = Adapters.some("lora_qkv", a, b, sizes, factors)
     magnitudes = [None] * count if magnitude is None else list(magnitude)
     if len(magnitudes) != count or any(m is not None and i not in kept for i, m in enumerate(magnitudes)):
         raise ValueError(
@@ -147,10 +143,10 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return join(grads), None
+        return _join(grads), None
 
 
-def join(parts: Sequence[Tensor]) -> Tensor:
+def _join(parts: Sequence[Tensor]) -> Tensor:
     """``cat`` along the last dimension, without a copy where the parts are neighbours in one tensor."""
     first, offset = parts[0], 0
     for part in parts:
@@ -168,44 +164,8 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((*first.shape[:-1], offset), first.stride())
 
 
-class _Adapters:
-    """Checked adapters of one product."""
-
-    def __init__(
-        self,
-        name: str,
-        a: list[Tensor],
-        b: list[Tensor],
-        starts: list[int],
-        scaling: list[float],
-        outputs: list[int],
-    ) -> None:
-        if len(a) != len(b):
-            raise ValueError(f"{name}: there are {len(a)} a and {len(b)} b; each adapter needs both")
-        self.a, self.b, self.starts, self.scaling = a, b, starts, scaling
-        for down, up, n in zip(a, b, outputs, strict=True):
-            if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or up.shape[0] != n:
-                raise ValueError(
-                    f"{name}: a {list(down.shape)} and b {list(up.shape)} do not fit; a needs [r, K] and b [{n}, r]"
-                )
-        dtypes = {t.dtype for t in (*a, *b)}
-        if len(dtypes) > 1 or any(not dtype.is_floating_point for dtype in dtypes):
-            raise TypeError(
-                f"{name}: adapters have dtypes {sorted(map(str, dtypes))}; use one floating-point dtype for all"
-            )
-
-
 def _listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def _numbers(name: str, scaling: float | Sequence[float], count: int) -> list[float]:
-    numbers = [float(s) for s in scaling] if isinstance(scaling, Sequence) else [float(scaling)] * count
-    if len(numbers) != count:
-        raise ValueError(
-            f"{name}: scaling has {len(numbers)} numbers for {count} adapters; give one number, or one for each"
-        )
-    return numbers
 
 
 def _sizes(name: str, base: Base, b: Sequence[Tensor | None], sizes: Sequence[int] | None) -> list[int]:
@@ -229,65 +189,24 @@ def _joined_bias(bias: Tensor | Sequence[Tensor | None] | None, sizes: Sequence[
     return torch.cat([some.new_zeros(n) if t is None else t for t, n in zip(bias, sizes, strict=True)])
 
 
-def _input(name: str, x: Tensor, base: Base, dtype: torch.dtype | None) -> Tensor:
-    """x as the product takes it, in the weight's dtype."""
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x has dtype {x.dtype}; use a floating-point dtype")
-    if dtype is not None and x.dtype != dtype:
-        if not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{name}: x has dtype {x.dtype}, the weight {dtype}; use one dtype, or autocast")
-        x = x.to(dtype)
-    length = x.shape[-1] if x.dim() else 0
-    if length != base.k:
-        wide = base.kind == "wide" and length == base.tensors[0].shape[1]
-        if not wide:
-            raise ValueError(f"{name}: x has shape {list(x.shape)}; the weight needs [..., {base.k}]")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name}: x is a whole row buffer, which gets no gradient; give x without the tail, or detach it"
-            )
-        if x.stride(-1) != 1 or not _rows_in_place(x):
-            raise ValueError(
-                f"{name}: the row buffer has strides {list(x.stride())}; it needs rows one after the other"
-            )
-    return x
-
-
-def _rows_in_place(x: Tensor) -> bool:
-    return x.reshape(-1, x.shape[-1]).data_ptr() == x.data_ptr()
-
-
 def _product(
-    name: str, x: Tensor, base: Base, adapters: _Adapters, bias: Tensor | None, dropout: float,
+    name: str, x: Tensor, base: Base, adapters: Adapters, bias: Tensor | None, dropout: float,
     magnitudes: list[Tensor | None],
 ) -> Tensor:  # fmt: skip
-    given = base.tensors[0]
-    dtype = given.dtype if base.kind in ("wide", "plain") else None
-    rank = sum(t.shape[0] for t in adapters.a)
-    x = _input(name, x, base, dtype)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{name}: dropout={dropout}; allowed is 0 to below 1")
-    if any(t.shape[1] != base.k for t in adapters.a):
-        raise ValueError(f"{name}: a has shape {[list(t.shape) for t in adapters.a]}; the weight needs [r, {base.k}]")
-    room = given.shape[1] - base.k
-    if base.kind == "wide" and padded(rank) > room:
-        raise ValueError(
-            f"{name}: the wide weight has room for {room} ranks, the adapters have {rank}; widen it for more"
-        )
-    others = [*adapters.a, *adapters.b, *(t for t in (bias, *magnitudes) if t is not None), *base.tensors]
-    if any(t.device != x.device for t in others):
-        raise ValueError(f"{name}: tensors are on {sorted({str(t.device) for t in [x, *others]})}; use one device")
-    if bias is not None and bias.shape != (base.n,):
-        raise ValueError(f"{name}: bias has shape {list(bias.shape)}; the weight needs [{base.n}]")
+    x = check_product(name, x, base, adapters, bias, dropout)
+    for magnitude, up in zip(magnitudes, adapters.b, strict=True):
+        if magnitude is not None and (magnitude.shape != up.shape[:1] or magnitude.device != x.device):
+            raise ValueError(
+                f"{name}: magnitude {list(magnitude.shape)} on {magnitude.device} does not fit; "
+                f"it needs [{up.shape[0]}] on {x.device}"
+            )
     if any(m is not None for m in magnitudes):
         return _weight_decomposed(x, base, adapters, bias, dropout, magnitudes)
     return _linear(x, base, adapters, bias, dropout)
 
 
-def _linear(x: Tensor, base: Base, adapters: _Adapters, bias: Tensor | None, dropout: float) -> Tensor:
-    seed = None
-    if dropout and adapters.a:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+def _linear(x: Tensor, base: Base, adapters: Adapters, bias: Tensor | None, dropout: float) -> Tensor:
+    seed = draw_seed(x, dropout) if adapters.a else None
     if bias is not None:
         bias = bias.to(x.dtype)
     settings = (adapters.a, adapters.b, adapters.starts, adapters.scaling, bias, dropout, seed)
@@ -299,7 +218,7 @@ def _linear(x: Tensor, base: Base, adapters: _Adapters, bias: Tensor | None, dro
 
 
 def _weight_decomposed(
-    x: Tensor, base: Base, adapters: _Adapters, bias: Tensor | None, dropout: float, magnitudes: list[Tensor | None]
+    x: Tensor, base: Base, adapters: Adapters, bias: Tensor | None, dropout: float, magnitudes: list[Tensor | None]
 ) -> Tensor:
     """DoRA. With dropout PEFT drops the input of the base's rescaled share too, not that of the base itself."""
     form = (base.tensors, base.kind, base.k, base.sizes, base.meta)
@@ -317,7 +236,7 @@ def _weight_decomposed(
     dropped = F.dropout(x, dropout) if dropout else x
     y = _linear(dropped, base, adapters, None, 0.0) * factor
     if dropout:
-        nothing = _Adapters("lora_linear", [], [], [], [], [])
+        nothing = Adapters("lora_linear", [], [], [], [], [])
         y = y + _linear(x - dropped, base, nothing, None, 0.0)
     if bias is not None:
         y = y + bias

@@ -7,7 +7,6 @@ in its own rows (zeros elsewhere):
     rows          [x | x·Aᵀ] from x, which is read once
     b_gradient    dB = scaling · dYᵀ·(x·Aᵀ), each adapter's block alone
     a_gradient    dA = d(xA)ᵀ·x, and in the same pass dX += d(xA)·A
-    row_norms     ‖W + S·A‖ of each row
 
 All are bound by memory. The sums over rows are split among programs that write partial sums; these are added in a fixed
 order, so that every result is the same bit for bit each time.
@@ -25,7 +24,21 @@ from torch import Tensor
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import interpreting, launch
 
-__all__ = ["a_gradient", "b_gradient", "pack", "rounds_by_hand", "row_norms", "rows", "splits"]
+__all__ = [
+    "a_gradient",
+    "b_gradient",
+    "kept",
+    "loads_ahead",
+    "operand",
+    "pack",
+    "ranks_block",
+    "rounded",
+    "rounds_by_hand",
+    "row_tile",
+    "rows",
+    "share",
+    "splits",
+]
 
 
 def rounds_by_hand(dtype: torch.dtype) -> bool:
@@ -80,20 +93,18 @@ def _pack(
             value += tl.load(a2 + (row - r0 - r1) * K + cols, mask=mine, other=0.0).to(tl.float32)
         tl.store(packed + row * K + cols, rounded(value, packed, BY_HAND), mask=there)
     else:
-        row = ((pid - a_programs) * ROWS + tl.arange(0, ROWS))[:, None]
+        n = ((pid - a_programs) * ROWS + tl.arange(0, ROWS))[:, None]
         rank = tl.arange(0, RP)[None, :]
-        mine = (row >= start0) & (row < start0 + n0) & (rank < r0)
-        value = tl.load(b0 + (row - start0) * r0 + rank, mask=mine, other=0.0).to(tl.float32) * s0
+        its = (n >= start0) & (n < start0 + n0) & (rank < r0)
+        number = tl.load(b0 + (n - start0) * r0 + rank, mask=its, other=0.0).to(tl.float32) * s0
         if COUNT > 1:
-            here = rank - r0
-            mine = (row >= start1) & (row < start1 + n1) & (here >= 0) & (here < r1)
-            value += tl.load(b1 + (row - start1) * r1 + here, mask=mine, other=0.0).to(tl.float32) * s1
+            its = (n >= start1) & (n < start1 + n1) & (rank >= r0) & (rank < r0 + r1)
+            number += tl.load(b1 + (n - start1) * r1 + rank - r0, mask=its, other=0.0).to(tl.float32) * s1
         if COUNT > 2:
-            here = rank - r0 - r1
-            mine = (row >= start2) & (row < start2 + n2) & (here >= 0) & (here < r2)
-            value += tl.load(b2 + (row - start2) * r2 + here, mask=mine, other=0.0).to(tl.float32) * s2
-        target = columns + row.to(tl.int64) * column_stride + rank
-        tl.store(target, rounded(value, columns, BY_HAND), mask=(row < N) & (rank < R))
+            its = (n >= start2) & (n < start2 + n2) & (rank >= r0 + r1) & (rank < r0 + r1 + r2)
+            number += tl.load(b2 + (n - start2) * r2 + rank - r0 - r1, mask=its, other=0.0).to(tl.float32) * s2
+        slot = columns + n.to(tl.int64) * column_stride + rank
+        tl.store(slot, rounded(number, columns, BY_HAND), mask=(n < N) & (rank < R))
 
 
 @triton.jit
@@ -220,44 +231,25 @@ def _a_gradient(
         tl.store(slot, total, mask=(cols < K)[:, None] & (ranks < ranks_given)[None, :])
 
 
-@triton.jit
-def _row_norms(
-    weight, weight_stride, columns, column_stride, packed, norms, N, K, R,
-    BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    ranks = tl.arange(0, RP)
-    there = (rows < N)[:, None]
-    here = columns + rows[:, None] * column_stride + ranks[None, :]
-    up = operand(tl.load(here, mask=there & (ranks < R)[None, :], other=0.0), INTERPRETED)
-    squares = tl.zeros((BN, BK), tl.float32)
-    for start in range(0, K, BK):
-        cols = start + tl.arange(0, BK)
-        here = weight + rows[:, None] * weight_stride + cols[None, :]
-        base = tl.load(here, mask=there & (cols < K)[None, :], other=0.0)
-        inside = (ranks < R)[:, None] & (cols < K)[None, :]
-        low = tl.load(packed + ranks[:, None] * K + cols[None, :], mask=inside, other=0.0)
-        value = tl.dot(up, operand(low, INTERPRETED), base.to(tl.float32))
-        squares += value * value
-    tl.store(norms + rows, tl.sqrt(tl.sum(squares, 1)), mask=rows < N)
-
-
 def _three(values: Any, other: Any) -> list[Any]:
     return [*values, *[other] * (3 - len(values))]
 
 
-def _ranks(r: int) -> int:
+def ranks_block(r: int) -> int:
+    """The number of ranks that a tile has: a power of two, at least what a matrix instruction takes."""
     return max(16, 1 << (r - 1).bit_length())
 
 
-def _row_tile(m: int, device: torch.device) -> int:
+def row_tile(m: int, device: torch.device) -> int:
     """Rows a program: many, so that A is read seldom, but with a program for nearly every multiprocessor."""
     programs = 0.9 * tuning.multiprocessors(device)
     return next((tile for tile in (64, 32) if triton.cdiv(m, tile) >= programs), 16)
 
 
-def _stages(bytes_a_stage: int, most: int, device: torch.device) -> int:
+def loads_ahead(bytes_a_stage: int, most: int, device: torch.device) -> int:
     """How many tiles can be on their way at once, with some shared memory left for what is in work."""
+    if tuning.family(device) == "turing":
+        return 1  # loads go by way of registers there, of which there are too few for more
     return max(1, min(most, tuning.shared_memory(device) * 3 // 4 // bytes_a_stage))
 
 
@@ -268,7 +260,7 @@ def pack(low: Any, k: int, columns: Tensor) -> Tensor:
     b = [t.contiguous() for t in low.b]
     plain = len(a) == 1 and low.r == r and a[0].dtype == columns.dtype
     packed = a[0] if plain else dispatch.allocate((r, k), columns.dtype, device)
-    rp, block = _ranks(r), 2048
+    rp, block = ranks_block(r), 2048
     tile = max(1, 4096 // rp)
     a_programs = 0 if plain else r * triton.cdiv(k, block)
     launch(
@@ -285,14 +277,17 @@ def rows(x: Tensor, k: int, packed: Tensor, low: Any, wide: Tensor | None, drop:
     m, r, device = x.shape[0], low.padded, x.device
     tail = dispatch.allocate((m, r), x.dtype, device)
     copy = wide is not None and wide.data_ptr() != x.data_ptr()
-    rp, bm, bk = _ranks(r), _row_tile(m, device), 128
-    stages = _stages((bm + rp) * bk * 2, 5, device)
+    old = tuning.family(device) == "turing"
+    rp, bm, bk = ranks_block(r), 16 if old else row_tile(m, device), 64 if old else 128
+    stages = loads_ahead((bm + rp) * bk * 2, 5, device)
     default = {"BM": bm, "BK": bk, "num_warps": 4, "num_stages": stages}
     more = [
-        {"BM": bm, "BK": wide_bk, "num_warps": warps, "num_stages": _stages((bm + rp) * wide_bk * 2, 5, device)}
+        {"BM": bm, "BK": wide_bk, "num_warps": warps, "num_stages": loads_ahead((bm + rp) * wide_bk * 2, 5, device)}
         for wide_bk in (128, 256) for warps in (4, 8)
     ]  # fmt: skip
-    tiling = tuning.settings("lora_rows", device, (k, r, copy, drop.p > 0), default=default, candidates=more)
+    tiling = tuning.settings(
+        "lora_rows", device, (k, r, copy, drop.p > 0), default=default, candidates=[] if old else more
+    )
     out = tail if wide is None else wide
     launch(
         "lora_rows", _rows, (triton.cdiv(m, tiling["BM"]),), device,
@@ -311,30 +306,31 @@ def splits(m: int, k: int, device: torch.device) -> int:
     return max(1, min(wanted, -(-m // 256)))
 
 
-def _share(m: int, parts: int, tile: int) -> int:
+def share(m: int, parts: int, tile: int) -> int:
+    """How many rows each part gets, in whole tiles."""
     return -(-m // (tile * parts)) * tile
 
 
-def _sum_tiling(name: str, rp: int, key: Any, tiles: int, device: torch.device) -> dict[str, Any]:
-    """Settings of the sums over rows; `tiles` large tiles are read at once."""
-
-    def option(bm: int, bc: int, warps: int, most: int) -> dict[str, Any]:
-        stages = _stages((tiles * bc + rp) * bm * 2, most, device)
-        return {"BM": bm, "BC": bc, "num_warps": warps, "num_stages": stages}
-
-    more = [option(64, 64, 4, 5), option(32, 128, 4, 5), option(64, 128, 8, 4), option(128, 64, 4, 4)]
-    return tuning.settings(name, device, key, default=option(64, 128, 4, 4), candidates=more)
+def _option(bm: int, bc: int, warps: int, tiles: int, rp: int, device: torch.device) -> dict[str, Any]:
+    stages = loads_ahead((tiles * bc + rp) * bm * 2, 4, device)
+    return {"BM": bm, "BC": bc, "num_warps": warps, "num_stages": stages}
 
 
 def b_gradient(dy: Tensor, tail: Tensor, low: Any, partial: Tensor, offset: int) -> None:
     """Each part's dB (scaled), one adapter after the other, into ``partial [parts, ...]`` from ``offset`` on."""
     m, parts, device = dy.shape[0], partial.shape[0], dy.device
-    rp = _ranks(max(low.ranks))
-    tiling = _sum_tiling("lora_b_gradient", rp, (tuple(low.sizes), rp), 1, device)
+    rp = ranks_block(max(low.ranks))
+    options = [(64, 128, 4), (64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 4)]
+    if tuning.family(device) == "turing":
+        options = [(32, 64, 4)]
+    default, *more = [_option(*option, 1, rp, device) for option in options]
+    tiling = tuning.settings(
+        "lora_b_gradient", device, (*low.sizes, rp), default=default, candidates=more if rp <= 64 else []
+    )
     tiles = [triton.cdiv(n, tiling["BC"]) for n in low.sizes]
     launch(
         "lora_b_gradient", _b_gradient, (sum(tiles), parts), device,
-        dy, dy.stride(0), tail, partial, partial.stride(0), m, low.padded, _share(m, parts, tiling["BM"]),
+        dy, dy.stride(0), tail, partial, partial.stride(0), m, low.padded, share(m, parts, tiling["BM"]),
         *_three(tiles, 0)[:2], *_three(low.starts, 0), *_three(low.sizes, 0), *_three(low.ranks, 0),
         *_three(low.scaling, 0.0), offset, COUNT=len(tiles), RP=rp, INTERPRETED=interpreting(), **tiling,
     )  # fmt: skip
@@ -346,28 +342,21 @@ def a_gradient(
 ) -> None:  # fmt: skip
     """Each part's dA ``[R, K]`` to the start of ``partial [parts, ...]``, and ``dx += dlow A``; either may be None."""
     m, device = dlow.shape[0], x.device
-    rp = _ranks(low.padded)
+    rp = ranks_block(low.padded)
+    # Two tiles, their sum and, with dropout, the state of the random numbers share the registers.
+    options = [(64, 128, 8), (64, 64, 4), (32, 128, 8), (32, 64, 4)]
+    if drop.p or rp > 32 or tuning.capability(device) < (9, 0):
+        options = [(32, 64, 8)] if drop.p or rp > 64 else [(32, 128, 8), (32, 64, 4)]
+    if tuning.family(device) == "turing":
+        options = [(32, 64, 8)]
+    default, *more = [_option(*option, 2, rp, device) for option in options]
     key = (k, rp, dx is not None, partial is not None, drop.p > 0)
-    tiling = _sum_tiling("lora_a_gradient", rp, key, 2, device)
+    tiling = tuning.settings("lora_a_gradient", device, key, default=default, candidates=more)
     target, out = x if dx is None else dx, dlow if partial is None else partial
     launch(
         "lora_a_gradient", _a_gradient, (triton.cdiv(k, tiling["BC"]), parts), device,
         x, x.stride(0), dlow, dlow.stride(0), packed, target, target.stride(0), out, out.stride(0),
-        *drop.arguments(x), m, k, low.padded, low.r, _share(m, parts, tiling["BM"]), *low.ends(),
+        *drop.arguments(x), m, k, low.padded, low.r, share(m, parts, tiling["BM"]), *low.ends(),
         UPDATE=dx is not None, SUM=partial is not None, DROPS=len(low.a) if drop.p else 0, RP=rp,
         BY_HAND=rounds_by_hand(x.dtype), INTERPRETED=interpreting(), **tiling,
     )  # fmt: skip
-
-
-def row_norms(weight: Tensor, columns: Tensor, packed: Tensor) -> Tensor:
-    """``‖W + S A‖`` of each row in fp32."""
-    n, k = weight.shape
-    r, device = packed.shape[0], weight.device
-    norms = dispatch.allocate((n,), torch.float32, device)
-    tile = 16
-    launch(
-        "lora_row_norms", _row_norms, (triton.cdiv(n, tile),), device,
-        weight, weight.stride(0), columns, columns.stride(0), packed, norms, n, k, r,
-        BN=tile, BK=128, RP=_ranks(r), INTERPRETED=interpreting(), num_warps=4, num_stages=_stages(96 * 256, 4, device),
-    )  # fmt: skip
-    return norms

@@ -32,6 +32,7 @@ __all__ = [
     "row_norms",
     "sum_parts",
     "uses_kernels",
+    "widened_weight",
 ]
 
 SMALL = 128
@@ -42,9 +43,11 @@ MOST_RANKS = 128
 
 def uses_kernels(x: Tensor, rank: int) -> bool:
     """Whether the kernels do the passes over memory: in 16 bits, where the card multiplies them, for usual ranks."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or rank > MOST_RANKS or not dispatch.use_triton(x):
+    if x.dtype not in (torch.float16, torch.bfloat16) or not dispatch.use_triton(x):
         return False
-    return x.dtype == torch.float16 or tuning.capability(x.device)[0] not in (7,)
+    if tuning.family(x.device) == "turing":
+        return x.dtype == torch.float16 and rank <= MOST_RANKS // 4
+    return rank <= MOST_RANKS
 
 
 def pack(low: Low, k: int, columns: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ def fill_tail(x: Tensor, packed: Tensor, low: Low, row: Tensor | None = None, dr
     return tail
 
 
-def _widened(base: Base, r: int, m: int, dtype: torch.dtype) -> Tensor | None:
+def widened_weight(base: Base, r: int, m: int, dtype: torch.dtype) -> Tensor | None:
     """``[N, ≥ K + r]`` with the weight in its left part, where a widened product is better than two."""
     # In fp32 the sum over K numbers is what rounds; a longer one rounds more than the sum of two.
     if dtype.itemsize > 2 or m < SMALL:
@@ -134,7 +137,7 @@ def forward(
     x = x[:, :k]
     if not r or not x.numel():
         return _dense_product(x, base, bias), x.new_zeros(m, r)
-    widened = _widened(base, r, m, x.dtype)
+    widened = widened_weight(base, r, m, x.dtype)
     if widened is None:
         columns = dispatch.allocate((base.n, r), x.dtype, x.device)
         packed = pack(low, k, columns)
@@ -193,7 +196,7 @@ def input_gradient(
         return None, None, None
     out = row_buffer(m, k, r, dy.dtype, dy.device) if need_x else dispatch.allocate((m, k + r), dy.dtype, dy.device)
     dx, dlow = out[:, :k], out[:, k : k + r]
-    widened = _widened(base, r, m, dy.dtype) if r and need_x else None
+    widened = widened_weight(base, r, m, dy.dtype) if r and need_x else None
     if widened is not None:
         packed = pack(low, k, widened[:, k : k + r])
         torch.mm(dy, widened[:, : k + r], out=out[:, : k + r])
@@ -299,7 +302,7 @@ def row_norms(base: Base, low: Low, dtype: torch.dtype) -> Tensor:
     norms = []
     for weight, up in zip(weights, columns.split([w.shape[0] for w in weights]), strict=True):
         if uses_kernels(weight, low.padded) and weight.stride(-1) == 1 and weight.numel():
-            from ft_kernels.ops.lora import kernels
+            from ft_kernels.ops.row_norms import kernels
 
             norms.append(kernels.row_norms(weight, up, packed))
         else:
