@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -363,6 +364,7 @@ def test_compile(device, launched):
 
 PACKED, ABSMAX = torch.zeros(64, dtype=torch.uint8), torch.ones(2)
 NESTED = NestedScales(torch.ones(1), torch.ones(256), torch.ones(()))
+TWO, THREE = replace(NESTED, absmax=torch.ones(2)), replace(NESTED, blocksize=3)
 NUMBERS = ABSMAX.to(torch.uint8)
 
 
@@ -376,14 +378,8 @@ NUMBERS = ABSMAX.to(torch.uint8)
         ({"absmax": NUMBERS}, TypeError, "absmax has dtype torch.uint8, expected torch.float32; uint8 scales need"),
         ({"absmax": ABSMAX.to("meta")}, ValueError, "absmax is on meta, packed on cpu"),
         ({"nested": NESTED}, TypeError, "absmax has dtype torch.float32, expected torch.uint8"),
-        (
-            {"absmax": NUMBERS, "nested": NestedScales(torch.ones(2), torch.ones(256), torch.ones(()))}, ValueError,
-            "nested.absmax has 2 elements, expected 1",
-        ),
-        (
-            {"absmax": NUMBERS, "nested": NestedScales(torch.ones(1), torch.ones(256), torch.ones(()), 3)}, ValueError,
-            "nested.blocksize=3; allowed are powers of two",
-        ),
+        ({"absmax": NUMBERS, "nested": TWO}, ValueError, "nested.absmax has 2 elements, expected 1"),
+        ({"absmax": NUMBERS, "nested": THREE}, ValueError, "nested.blocksize=3; allowed are powers of two"),
         ({"out": torch.zeros(64, 2)}, ValueError, r"out has shape \[64, 2\], the result \[2, 64\]"),
         ({"out": torch.zeros(2, 64).half()}, TypeError, "out has dtype torch.float16, the result torch.float32"),
         ({"out": torch.zeros(1, 64).expand(2, 64)}, ValueError, "out repeats elements"),
