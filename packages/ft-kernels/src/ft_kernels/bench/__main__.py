@@ -12,6 +12,7 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -117,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("ft_kernels.bench: no CUDA device here, so there is nothing to time", file=sys.stderr)
         return 2
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it names each backend that it did not find
     machine = _machine()
     roof = harness.roofline(torch.device("cuda", torch.cuda.current_device()))
     print(

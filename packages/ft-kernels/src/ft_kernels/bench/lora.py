@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ft_kernels as ft
-from ft_kernels.bench.harness import MODELS, Case, Model, Variants, frozen, leaf
-from ft_kernels.functional import lora
+from ft_kernels.bench.harness import MODELS, Case, Model, frozen, leaf
+from ft_kernels.functional.lora import lora_linear, lora_qkv, widen
+from ft_kernels.functional.lora_mlp import lora_mlp
 
 __all__ = ["cases"]
 
@@ -20,28 +21,37 @@ TOKENS = 4096
 RANK = 16
 SCALING = 2.0
 
+Product = Callable[..., Sequence[Tensor]]
+
 
 @dataclass(frozen=True)
 class Linear:
-    """Some projections of one input: how many outputs each has."""
+    """Projections of one input, with the outputs of each."""
 
     inputs: int
     sizes: tuple[int, ...]
 
-    def weights(self) -> list[Tensor]:
-        return [frozen(n, self.inputs).mul_(self.inputs**-0.5) for n in self.sizes]
+    def weights(self) -> Weights:
+        parts = [frozen(n, self.inputs).mul_(self.inputs**-0.5) for n in self.sizes]
+        return Weights(parts, torch.cat(parts), widen(parts, RANK * len(parts)))
 
-    def adapters(self) -> list[Tensor]:
-        """A and B of each projection."""
-        return [t for n in self.sizes for t in (_small(RANK, self.inputs), _small(n, RANK))]
+    def adapters(self, dtype: torch.dtype) -> list[Tensor]:
+        """A and B of each projection, one after the other."""
+        shapes = [shape for n in self.sizes for shape in ((RANK, self.inputs), (n, RANK))]
+        return [frozen(*shape).mul_(shape[1] ** -0.5).to(dtype).requires_grad_() for shape in shapes]
 
     @property
     def flop(self) -> int:
         return 2 * TOKENS * self.inputs * sum(self.sizes)
 
 
-def _small(rows: int, columns: int) -> Tensor:
-    return leaf(rows, columns).detach().mul_(columns**-0.5).requires_grad_()
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The weights of a :class:`Linear`, as each variant wants them."""
+
+    parts: list[Tensor]
+    whole: Tensor
+    wide: Any
 
 
 def cases(models: list[str], tokens: int) -> Iterator[Case]:
@@ -51,93 +61,82 @@ def cases(models: list[str], tokens: int) -> Iterator[Case]:
         h, kv = model.hidden, model.kv_heads * model.head_dim
         yield _products("lora_linear", name, Linear(h, (h,)))
         yield _products("lora_qkv", name, Linear(h, (model.heads * model.head_dim, kv, kv)))
-        yield _layer(name, model)
+        yield _layer("lora_layer", name, model, torch.bfloat16)
+        yield _layer("lora_layer_fp32_adapters", name, model, torch.float32)
 
 
-def _ours(base: Any, x: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
+def _ours(w: Weights, x: Tensor, *adapters: Tensor) -> Sequence[Tensor]:
     if len(adapters) == 2:
-        return (lora.lora_linear(x, base, *adapters, scaling=SCALING),)
-    return lora.lora_qkv(x, base, adapters[::2], adapters[1::2], scaling=SCALING)
+        return (lora_linear(x, w.wide, *adapters, scaling=SCALING),)
+    return lora_qkv(x, w.wide, adapters[::2], adapters[1::2], scaling=SCALING)
 
 
-def _plain(weights: list[Tensor], x: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
-    """What PEFT computes."""
-    return tuple(
-        F.linear(x, w) + SCALING * F.linear(F.linear(x, a), b)
-        for w, a, b in zip(weights, adapters[::2], adapters[1::2], strict=True)
-    )
+def _plain(w: Weights, x: Tensor, *adapters: Tensor) -> Sequence[Tensor]:
+    """What PEFT computes under autocast."""
+    low = [adapter.to(x.dtype) for adapter in adapters]
+    return [
+        F.linear(x, part) + SCALING * F.linear(F.linear(x, a), b)
+        for part, a, b in zip(w.parts, low[::2], low[1::2], strict=True)
+    ]
 
 
-def _bare(weights: list[Tensor], whole: Tensor, x: Tensor) -> Sequence[Tensor]:
-    """No low-rank part: one product, as ours."""
-    parts: Sequence[Tensor] = F.linear(x, whole).split([w.shape[0] for w in weights], -1)
+def _bare(w: Weights, x: Tensor, *_: Tensor) -> Sequence[Tensor]:
+    """No low-rank part, and one product, as ours."""
+    parts: Sequence[Tensor] = F.linear(x, w.whole).split([part.shape[0] for part in w.parts], -1)
     return parts
 
 
 def _products(op: str, name: str, linear: Linear) -> Case:
-    def make() -> tuple[Any, ...]:
-        weights = linear.weights()
-        wide = lora.widen(weights, RANK * len(linear.sizes))
-        return leaf(TOKENS, linear.inputs), *linear.adapters(), weights, torch.cat(weights), wide
-
-    def with_base(function: Callable[..., Any], place: int) -> Callable[..., Any]:
-        return lambda x, *rest: function(rest[place], x, *rest[:-3])
-
-    variants: Variants = {
-        "ours": with_base(_ours, -1),
-        "eager": with_base(_plain, -3),
-        "floor": lambda x, *rest: _bare(rest[-3], rest[-2], x),
-    }
     return Case(
         op, name, f"{TOKENS} x {linear.inputs} x {' + '.join(map(str, linear.sizes))}, rank {RANK}",
-        make=make, variants=variants, flop={"forward": linear.flop, "backward": linear.flop},
+        make=lambda: (linear.weights(), leaf(TOKENS, linear.inputs), *linear.adapters(torch.bfloat16)),
+        variants={"ours": _ours, "eager": _plain, "floor": _bare},
+        flop={"forward": linear.flop, "backward": linear.flop},
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A decoder layer's products: q, k and v; o; gate and up; down."""
-
-    parts: tuple[Linear, ...]
-
-    @classmethod
-    def of(cls, model: Model) -> Layer:
-        h, wide = model.hidden, model.intermediate
-        q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        return cls((Linear(h, (q, kv, kv)), Linear(q, (h,)), Linear(h, (wide, wide)), Linear(wide, (h,))))
-
-    def run(
-        self, product: Callable[..., Sequence[Tensor]], inputs: tuple[Tensor, ...], bases: Any, adapters: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """All of them, the activation between the last two too; the first three have inputs of their own."""
-        given = iter(adapters)
-        mine = [[next(given) for _ in range(2 * len(part.sizes))] for part in self.parts]
-        first = [product(base, x, *own) for base, x, own in zip(bases[:3], inputs, mine[:3], strict=True)]
-        gate, up = first.pop()
-        return *first[0], *first[1], *product(bases[3], ft.swiglu(gate, up), *mine[3])
+def _mlp_ours(gate_up: Weights, down: Weights, x: Tensor, *adapters: Tensor) -> Tensor:
+    return lora_mlp(x, gate_up.wide, down.wide, adapters[::2], adapters[1::2], scaling=SCALING)
 
 
-def _layer(name: str, model: Model) -> Case:
-    layer = Layer.of(model)
+def _mlp_plain(gate_up: Weights, down: Weights, x: Tensor, *adapters: Tensor) -> Tensor:
+    gate, up = _plain(gate_up, x, *adapters[:4])
+    return _plain(down, F.silu(gate) * up, *adapters[4:])[0]
+
+
+def _mlp_bare(gate_up: Weights, down: Weights, x: Tensor, *_: Tensor) -> Tensor:
+    """With our own activation, which is none of the low-rank part's cost."""
+    return F.linear(ft.swiglu(F.linear(x, gate_up.whole)), down.whole)
+
+
+def _layer(op: str, name: str, model: Model, dtype: torch.dtype) -> Case:
+    """q, k and v; o; gate, up and down. The inputs of the first two and of the third are their own."""
+    h, wide = model.hidden, model.intermediate
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    linears = [Linear(h, (q, kv, kv)), Linear(q, (h,)), Linear(h, (wide, wide)), Linear(wide, (h,))]
 
     def make() -> tuple[Any, ...]:
-        weights = [part.weights() for part in layer.parts]
-        whole = [(own, torch.cat(own)) for own in weights]
-        wide = [lora.widen(own, RANK * len(own)) for own in weights]
-        inputs = [leaf(TOKENS, part.inputs) for part in layer.parts[:3]]
-        return *inputs, *(t for part in layer.parts for t in part.adapters()), weights, whole, wide
+        inputs = [leaf(TOKENS, linear.inputs) for linear in linears[:3]]
+        weights = [linear.weights() for linear in linears]
+        return *weights, *inputs, *(t for linear in linears for t in linear.adapters(dtype))
 
-    def running(product: Callable[..., Sequence[Tensor]], place: int) -> Callable[..., Any]:
-        return lambda *given: layer.run(product, given[:3], given[place], list(given[3:-3]))
+    def layer(product: Product, mlp: Callable[..., Tensor]) -> Callable[..., Sequence[Tensor]]:
+        def run(qkv: Weights, o: Weights, gate_up: Weights, down: Weights, *given: Tensor) -> Sequence[Tensor]:
+            x, attended, y, *adapters = given
+            first = (*product(qkv, x, *adapters[:6]), *product(o, attended, *adapters[6:8]))
+            return *first, mlp(gate_up, down, y, *adapters[8:])
 
-    flop = sum(part.flop for part in layer.parts)
+        return run
+
+    flop = sum(linear.flop for linear in linears)
     return Case(
-        "lora_layer", name, f"{TOKENS} tokens, rank {RANK}",
+        op, name, f"{TOKENS} tokens, rank {RANK}",
         make=make,
         variants={
-            "ours": running(_ours, -1),
-            "eager": running(_plain, -3),
-            "floor": running(lambda both, x, *_: _bare(both[0], both[1], x), -2),
+            "ours": layer(_ours, _mlp_ours),
+            "eager": layer(_plain, _mlp_plain),
+            "floor": layer(_bare, _mlp_bare),
         },
         flop={"forward": flop, "backward": flop},
+        quick=dtype == torch.bfloat16,
     )  # fmt: skip
