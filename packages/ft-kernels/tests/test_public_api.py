@@ -8,6 +8,7 @@ import pytest
 
 PUBLIC = {
     "ft_kernels": [
+        "AttentionPlan",
         "NestedScales",
         "__version__",
         "add_rms_norm",
@@ -19,12 +20,15 @@ PUBLIC = {
         "nf4_dequantize",
         "nf4_quantize",
         "nn",
+        "packed_attention",
+        "plan_attention",
         "rms_norm",
         "rope",
         "swiglu",
     ],
     "ft_kernels.dispatch": ["Rows", "allocate", "interpreting", "launch", "launches", "use_triton"],
     "ft_kernels.functional": [
+        "AttentionPlan",
         "NestedScales",
         "Reduction",
         "RopeLayout",
@@ -36,11 +40,22 @@ PUBLIC = {
         "layer_norm",
         "nf4_dequantize",
         "nf4_quantize",
+        "packed_attention",
+        "plan_attention",
         "rms_norm",
         "rope",
         "swiglu",
     ],
-    "ft_kernels.nn": ["AddRMSNorm", "CrossEntropyLoss", "GEGLU", "LayerNorm", "RMSNorm", "RotaryEmbedding", "SwiGLU"],
+    "ft_kernels.nn": [
+        "AddRMSNorm",
+        "CrossEntropyLoss",
+        "GEGLU",
+        "LayerNorm",
+        "PackedAttention",
+        "RMSNorm",
+        "RotaryEmbedding",
+        "SwiGLU",
+    ],
 }
 
 

@@ -2,6 +2,7 @@
 
 from ft_kernels import nn
 from ft_kernels.functional import (
+    AttentionPlan,
     NestedScales,
     add_rms_norm,
     cross_entropy,
@@ -11,12 +12,15 @@ from ft_kernels.functional import (
     layer_norm,
     nf4_dequantize,
     nf4_quantize,
+    packed_attention,
+    plan_attention,
     rms_norm,
     rope,
     swiglu,
 )
 
 __all__ = [
+    "AttentionPlan",
     "NestedScales",
     "__version__",
     "add_rms_norm",
@@ -28,6 +32,8 @@ __all__ = [
     "nf4_dequantize",
     "nf4_quantize",
     "nn",
+    "packed_attention",
+    "plan_attention",
     "rms_norm",
     "rope",
     "swiglu",

@@ -1,12 +1,14 @@
 """The operations as plain functions. Each takes torch tensors on any device and gives the same result everywhere."""
 
 from ft_kernels.functional.activations import geglu, swiglu
+from ft_kernels.functional.attention import AttentionPlan, packed_attention, plan_attention
 from ft_kernels.functional.losses import Reduction, cross_entropy
 from ft_kernels.functional.norms import add_rms_norm, layer_norm, rms_norm
 from ft_kernels.functional.quantization import NestedScales, fp8_quantize, int8_dequantize, nf4_dequantize, nf4_quantize
 from ft_kernels.functional.rope import RopeLayout, rope
 
 __all__ = [
+    "AttentionPlan",
     "NestedScales",
     "Reduction",
     "RopeLayout",
@@ -18,6 +20,8 @@ __all__ = [
     "layer_norm",
     "nf4_dequantize",
     "nf4_quantize",
+    "packed_attention",
+    "plan_attention",
     "rms_norm",
     "rope",
     "swiglu",

@@ -1,8 +1,18 @@
 """The operations as layers, which hold their settings and weights and nothing else: no state between calls."""
 
 from ft_kernels.nn.activations import GEGLU, SwiGLU
+from ft_kernels.nn.attention import PackedAttention
 from ft_kernels.nn.losses import CrossEntropyLoss
 from ft_kernels.nn.norms import AddRMSNorm, LayerNorm, RMSNorm
 from ft_kernels.nn.rope import RotaryEmbedding
 
-__all__ = ["GEGLU", "AddRMSNorm", "CrossEntropyLoss", "LayerNorm", "RMSNorm", "RotaryEmbedding", "SwiGLU"]
+__all__ = [
+    "GEGLU",
+    "AddRMSNorm",
+    "CrossEntropyLoss",
+    "LayerNorm",
+    "PackedAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLU",
+]
