@@ -102,9 +102,18 @@ def test_rows_longer_than_a_block(device, exact_enough, launched, monkeypatch, d
     from ft_kernels.ops.cross_entropy import kernels
 
     monkeypatch.setattr(kernels, "MAX_BLOCK", 64)
+    monkeypatch.setattr(kernels, "READING", (1, 1))  # tiles of 256 elements
+    monkeypatch.setattr(kernels, "IN_FP64", (1, 2))
     generator = torch.Generator().manual_seed(1)
-    logits = (torch.randn(12, 1100, generator=generator) * 4).to(device, dtype)
-    judge(exact_enough, launched, logits, torch.randint(1100, (12,), generator=generator).to(device), options)
+    logits = (torch.randn(8, 1100, generator=generator) * 4).to(device, dtype)
+    targets = torch.randint(1100, (8,), generator=generator)
+    targets[:3] = torch.tensor([0, 600, 1099])  # in the first, an inner and the unfilled tile
+    judge(exact_enough, launched, logits, targets.to(device), options)
+    if options:
+        return
+    # As many columns as tiles fill, and rows that no 16-byte load can start at.
+    judge(exact_enough, launched, logits[:, :1024].contiguous(), targets.clamp(max=1023).to(device), options)
+    judge(exact_enough, launched, logits[:, 1:1000], targets.clamp(max=998).to(device), options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ft_kernels.dispatch import use_triton
 from ft_kernels.ops.cross_entropy.autograd import cross_entropy_op
-from ft_kernels.ops.cross_entropy.reference import cross_entropy_rows
+from ft_kernels.ops.cross_entropy.reference import Settings, cross_entropy_rows
 
 __all__ = ["Reduction", "cross_entropy"]
 
@@ -59,11 +59,11 @@ def cross_entropy(
     """
     _check_cross_entropy(logits, targets, label_smoothing, softcap, z_loss, reduction)
     targets = targets.long()
-    settings = (ignore_index, float(label_smoothing), float(softcap or 0.0), float(logit_scale), float(z_loss))
+    settings = Settings(ignore_index, float(label_smoothing), float(softcap or 0.0), float(logit_scale), float(z_loss))
     if use_triton(logits):
-        losses: Tensor = cross_entropy_op(logits, targets, *settings)[0]
+        losses: Tensor = cross_entropy_op(logits, targets, *settings[:5])[0]
     else:
-        losses = cross_entropy_rows(logits, targets, *settings)
+        losses = cross_entropy_rows(logits, targets, settings)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if reduction == "none":
         return losses.to(dtype)
