@@ -2,6 +2,7 @@
 
 from ft_kernels.functional.activations import geglu, swiglu
 from ft_kernels.functional.attention import AttentionPlan, packed_attention, plan_attention
+from ft_kernels.functional.heads import Lora, TokenLogProbs, linear_cross_entropy, linear_logprob
 from ft_kernels.functional.losses import Reduction, cross_entropy
 from ft_kernels.functional.norms import add_rms_norm, layer_norm, rms_norm
 from ft_kernels.functional.quantization import NestedScales, fp8_quantize, int8_dequantize, nf4_dequantize, nf4_quantize
@@ -9,15 +10,19 @@ from ft_kernels.functional.rope import RopeLayout, rope
 
 __all__ = [
     "AttentionPlan",
+    "Lora",
     "NestedScales",
     "Reduction",
     "RopeLayout",
+    "TokenLogProbs",
     "add_rms_norm",
     "cross_entropy",
     "fp8_quantize",
     "geglu",
     "int8_dequantize",
     "layer_norm",
+    "linear_cross_entropy",
+    "linear_logprob",
     "nf4_dequantize",
     "nf4_quantize",
     "packed_attention",

@@ -2,7 +2,7 @@
 
 from ft_kernels.nn.activations import GEGLU, SwiGLU
 from ft_kernels.nn.attention import PackedAttention
-from ft_kernels.nn.losses import CrossEntropyLoss
+from ft_kernels.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from ft_kernels.nn.norms import AddRMSNorm, LayerNorm, RMSNorm
 from ft_kernels.nn.rope import RotaryEmbedding
 
@@ -11,6 +11,7 @@ __all__ = [
     "AddRMSNorm",
     "CrossEntropyLoss",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "PackedAttention",
     "RMSNorm",
     "RotaryEmbedding",
