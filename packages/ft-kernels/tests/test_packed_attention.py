@@ -83,7 +83,7 @@ def judge(exact_enough, backend, tensors, yardstick=eager, **keywords):
         exact_enough(f"{backend}: {name}", *three)
 
 
-lengths_of = st.lists(st.integers(1, 18), min_size=1, max_size=4)
+lengths_of = st.lists(st.integers(1, 16), min_size=1, max_size=3)
 settings_of = st.fixed_dictionaries(
     {
         "causal": st.booleans(),
@@ -371,6 +371,8 @@ CPU = Case("cpu", (0, 0), torch.float32, 64, 2048, equal=False)
         (HOPPER, {"equal": True, "window": True}, "flex"),
         (HOPPER, {"counted": False}, "flex"),
         (HOPPER, {"head_dim": 100}, "flex"),
+        (HOPPER, {"head_dim": 8}, "flash"),
+        (HOPPER, {"head_dim": 4}, "triton"),
         (AMPERE, {"equal": True}, "dense"),
         (AMPERE, {"equal": True, "sinks": True}, "flash"),
         (AMPERE, {}, "flash"),
@@ -528,6 +530,8 @@ GPU_SETTINGS = {
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("backend", ["triton", "flash", "cudnn", "flex", "dense", "flash_attn", "chunked", "sdpa"])
 def test_backends_on_a_gpu(exact_enough, backend, d, name, dtype):
+    if backend == "flex" and (d != 128 or dtype != torch.bfloat16):
+        pytest.skip("flex is compiled for one width and dtype, which takes long enough")
     lengths = [512] * 4 if backend == "dense" else LONG
     sinks = name in ("sinks", "all")
     tensors = draw(lengths, 4, 2, d, dtype, "cuda", sinks=sinks)

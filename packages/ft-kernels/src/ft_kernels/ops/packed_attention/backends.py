@@ -140,12 +140,19 @@ def _flash_attn(
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
+def _compiled_flex(*combination: Any) -> Callable[..., Any]:
+    """flex attention for one combination of heads, dtype and settings; a second length makes the length dynamic."""
+    from torch.nn.attention import flex_attention as module
 
-    # A second length makes the length dynamic. fullgraph: past dynamo's limit of compilations an error is better than
-    # the eager version, which would hold every score.
-    return torch.compile(flex_attention, fullgraph=True)
+    flex_attention: Callable[..., Any] = module.flex_attention
+
+    def attend(*tensors: Tensor, **keywords: Any) -> Any:
+        return flex_attention(*tensors, **keywords)
+
+    # Dynamo counts compilations by code object and gives up after a few, so each combination has a code object of its
+    # own. fullgraph: an error is better than the eager version, which would hold every score.
+    attend.__code__ = attend.__code__.replace(co_name=f"attend_{abs(hash(combination))}")
+    return torch.compile(attend, fullgraph=True)
 
 
 @cache
@@ -179,7 +186,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Attention
 
     attend: Callable[..., Any] = flex_attention
     if q.device.type == "cuda" and not torch.compiler.is_compiling():
-        attend = _compiled_flex()
+        heads = (q.shape[1], *k.shape[1:], q.dtype, q.device)
+        attend = _compiled_flex(*heads, settings.softcap, settings.scale, sinks is None)
     keywords: dict[str, Any] = {
         "block_mask": block_mask(plan, settings, q.shape[0], q.device),
         "score_mod": None if settings.softcap is None else _capped(settings.softcap),

@@ -94,7 +94,9 @@ def why_not(backend: str, case: Case) -> str | None:
     if backend in ("chunked", "reference"):
         return None
     if backend == "sdpa":
-        if case.device == "cuda" and not (case.dtype == torch.float16 or (sixteen and case.capability >= (8, 0))):
+        if case.device == "cuda" and not (
+            case.dtype == torch.float16 or (sixteen and (case.hip or case.capability >= (8, 0)))
+        ):
             return "it takes fp16 there, and bf16 from compute capability 8.0 on"
         return lacks("a window", "a softcap", "sinks")
     if backend == "dense":
@@ -112,7 +114,8 @@ def why_not(backend: str, case: Case) -> str | None:
             return "it needs triton and heads of at most 256"
         return None if case.hip or case.capability >= (8, 0) else "it needs compute capability 8.0"
     if backend == "flex":
-        return None if case.device == "cpu" or case.capability >= (8, 0) else "it needs compute capability 8.0"
+        able = case.device == "cpu" or (case.capability >= (8, 0) and case.head_dim >= 16)
+        return None if able else "it needs compute capability 8.0 and heads of at least 16"
     if not nvidia or case.capability < (8, 0):
         return "it needs compute capability 8.0"
     if backend in ("flash", "flash_attn") and (case.head_dim % 8 or case.head_dim > 256):

@@ -78,7 +78,7 @@ def _forward_blocks(
     return acc, m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     q, q_stride, q_head, k, k_stride, k_head, v, v_stride, v_head, out, lse, intervals, sinks, T, HEADS, GROUP,
     factor, softcap,
@@ -130,7 +130,7 @@ def _forward(
     tl.store(lse + head.to(tl.int64) * T + rows, (m + tl.log2(total)) * LN2, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _delta(
     grad, grad_stride, grad_head, out, out_stride, out_head, delta, T, HEADS, D,
     M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -188,7 +188,7 @@ def _key_blocks(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_keys(
     q, q_stride, q_head, k, k_stride, k_head, v, v_stride, v_head, grad, grad_stride, grad_head, lse, delta, intervals,
     dk, dv, T, KEY_HEADS, GROUP, scale, factor, softcap,
@@ -253,7 +253,7 @@ def _query_blocks(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_queries(
     q, q_stride, q_head, k, k_stride, k_head, v, v_stride, v_head, grad, grad_stride, grad_head, lse, delta, intervals,
     dq, T, HEADS, GROUP, scale, factor, softcap,
