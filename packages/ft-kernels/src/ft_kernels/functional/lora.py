@@ -9,16 +9,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ft_kernels.functional.lora_weights import (
+    BaseWeight,
+    Fp8Weight,
+    Int8Weight,
+    NF4Weight,
+    Part,
+    WideWeight,
+    base_of,
+    widen,
+)
 from ft_kernels.ops.lora import reference
 from ft_kernels.ops.lora.arguments import Adapters, check_product, draw_seed, numbers
 from ft_kernels.ops.lora.autograd import lora_linear_op, lora_row_norms_op
 from ft_kernels.ops.lora.operands import Base
-from ft_kernels.ops.lora.weights import WideWeight, base_of, widen
 
-__all__ = ["BaseWeight", "WideWeight", "lora_linear", "lora_qkv", "widen"]
-
-BaseWeight = Tensor | WideWeight
-"""What may be a product's frozen weight."""
+__all__ = [
+    "BaseWeight",
+    "Fp8Weight",
+    "Int8Weight",
+    "NF4Weight",
+    "WideWeight",
+    "lora_linear",
+    "lora_qkv",
+    "widen",
+]
 
 
 def lora_linear(
@@ -78,7 +93,7 @@ def lora_linear(
 
 def lora_qkv(
     x: Tensor,
-    weight: BaseWeight | Sequence[Tensor],
+    weight: BaseWeight | Sequence[Part],
     a: Sequence[Tensor | None],
     b: Sequence[Tensor | None],
     *,

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ft_kernels.dispatch import use_triton
-from ft_kernels.functional.lora import BaseWeight, lora_linear, lora_qkv
+from ft_kernels.functional.lora import lora_linear, lora_qkv
+from ft_kernels.functional.lora_weights import BaseWeight, Part, base_of
 from ft_kernels.ops.glu import reference as glu
 from ft_kernels.ops.glu.autograd import glu_op
 from ft_kernels.ops.lora.arguments import Adapters, check_product, draw_seed, numbers
 from ft_kernels.ops.lora.operands import Base
-from ft_kernels.ops.lora.weights import base_of
 from ft_kernels.ops.lora_mlp.autograd import lora_mlp_op
 
 __all__ = ["Activation", "lora_mlp"]
@@ -24,7 +24,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 def lora_mlp(
     x: Tensor,
-    gate_up: BaseWeight | Sequence[Tensor],
+    gate_up: BaseWeight | Sequence[Part],
     down: BaseWeight,
     a: Sequence[Tensor | None],
     b: Sequence[Tensor | None],
@@ -100,7 +100,7 @@ def _side(base: Base, adapters: Adapters) -> tuple[object, ...]:
 
 
 def _in_parts(
-    x: Tensor, gate_up: BaseWeight | Sequence[Tensor], down: BaseWeight, a: Sequence[Tensor | None],
+    x: Tensor, gate_up: BaseWeight | Sequence[Part], down: BaseWeight, a: Sequence[Tensor | None],
     b: Sequence[Tensor | None], scaling: list[float], kind: int, width: int, bias: Sequence[Tensor | None] | None,
     dropout: float, magnitude: Sequence[Tensor | None] | None, training: bool,
 ) -> Tensor:  # fmt: skip

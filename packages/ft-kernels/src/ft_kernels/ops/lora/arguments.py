@@ -70,6 +70,8 @@ def _input(name: str, x: Tensor, base: Base, dtype: torch.dtype | None) -> Tenso
     """x as the product takes it, in the weight's dtype."""
     if not x.is_floating_point():
         raise TypeError(f"{name}: x has dtype {x.dtype}; use a floating-point dtype")
+    if dtype is None and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     if dtype is not None and x.dtype != dtype:
         if not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{name}: x has dtype {x.dtype}, the weight {dtype}; use one dtype, or autocast")

@@ -194,7 +194,7 @@ def _a_gradient(
     x, x_stride, low, low_stride, packed, dx, dx_stride, partial, split_stride, seed, threshold, inverse,
     M, K, R, ranks_given, share, end0, end1,
     UPDATE: tl.constexpr, SUM: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
-    BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -202,7 +202,9 @@ def _a_gradient(
     total = tl.zeros((BC, RP), tl.float32)
     inside = (ranks < R)[:, None] & (cols < K)[None, :]
     a = operand(tl.load(packed + ranks[:, None] * K + cols[None, :], mask=inside, other=0.0), INTERPRETED)
-    for first in range(split * share, tl.minimum(split * share + share, M), BM):
+    # Told by tl.range, the compiler loads ahead what no product takes as it is, too.
+    last = tl.minimum(split * share + share, M)
+    for first in tl.range(split * share, last, BM, num_stages=STAGES):
         rows = first + tl.arange(0, BM).to(tl.int64)
         mask = (rows < M)[:, None] & (cols < K)[None, :]
         low_mask = (rows < M)[:, None] & (ranks < R)[None, :]
@@ -311,9 +313,10 @@ def share(m: int, parts: int, tile: int) -> int:
     return -(-m // (tile * parts)) * tile
 
 
-def _option(bm: int, bc: int, warps: int, tiles: int, rp: int, device: torch.device) -> dict[str, Any]:
-    stages = loads_ahead((tiles * bc + rp) * bm * 2, 4, device)
-    return {"BM": bm, "BC": bc, "num_warps": warps, "num_stages": stages}
+def _option(
+    bm: int, bc: int, warps: int, tiles: int, rp: int, device: torch.device, stages: str = "num_stages"
+) -> dict[str, Any]:
+    return {"BM": bm, "BC": bc, "num_warps": warps, stages: loads_ahead((tiles * bc + rp) * bm * 2, 4, device)}
 
 
 def b_gradient(dy: Tensor, tail: Tensor, low: Any, partial: Tensor, offset: int) -> None:
@@ -349,7 +352,7 @@ def a_gradient(
         options = [(32, 64, 8)] if drop.p or rp > 64 else [(32, 128, 8), (32, 64, 4)]
     if tuning.family(device) == "turing":
         options = [(32, 64, 8)]
-    default, *more = [_option(*option, 2, rp, device) for option in options]
+    default, *more = [_option(*option, 2, rp, device, "STAGES") for option in options]
     key = (k, rp, dx is not None, partial is not None, drop.p > 0)
     tiling = tuning.settings("lora_a_gradient", device, key, default=default, candidates=more)
     target, out = x if dx is None else dx, dlow if partial is None else partial

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ft_kernels import dispatch
+from ft_kernels.ops.int8 import reference as int8
+from ft_kernels.ops.nf4 import reference as nf4
 
 __all__ = ["Base", "Drop", "Low", "padded", "row_buffer", "width"]
 
@@ -85,9 +87,11 @@ class Base:
 
     Attributes:
         kind: ``"wide"`` (one tensor ``[N, ≥ K + R]``, whose further columns are the product's scratch memory),
-            ``"plain"`` (``[N_i, K]`` each), or a quantized form.
+            ``"plain"`` (``[N_i, K]`` each); of each part ``"nf4"`` (bytes, scales, and with scales in 8 bits three more
+            tensors), ``"int8"`` (numbers, scales) or ``"fp8"`` (numbers, scales, maybe both of the transposed part).
         sizes: N_i.
-        meta: numbers that a quantized form needs.
+        meta: for nf4 each part's block size and that of its scales (0: they are fp32), for fp8 whether there are
+            transposed parts.
     """
 
     kind: str
@@ -100,14 +104,71 @@ class Base:
     def n(self) -> int:
         return sum(self.sizes)
 
+    @property
+    def quantized(self) -> bool:
+        return self.kind in ("nf4", "int8", "fp8")
+
     def widened(self, r: int, dtype: torch.dtype) -> Tensor | None:
-        """``[N, ≥ K + r]`` whose left part holds the weight, or None if that took a copy of a 16-bit weight."""
+        """``[N, ≥ K + r]`` whose left part holds the weight, or None if that took a copy of a plain one.
+
+        A quantized weight is expanded into memory that lives as long as the product; the allocator gives the same to
+        the next one on this stream.
+        """
         if self.kind == "wide":
             return self.tensors[0] if self.tensors[0].shape[1] >= self.k + r else None
+        if self.kind in ("nf4", "int8"):
+            return self._expanded(row_buffer(self.n, self.k, r, dtype, self.tensors[0].device))
         return None
 
     def dense(self, dtype: torch.dtype) -> list[Tensor]:
         """The weight as ``[n, K]`` each, one below the other."""
         if self.kind == "wide":
             return [self.tensors[0][:, : self.k]]
+        if self.quantized:
+            return [self._expanded(dispatch.allocate((self.n, self.k), dtype, self.tensors[0].device))[:, : self.k]]
         return list(self.tensors)
+
+    def _expanded(self, target: Tensor) -> Tensor:
+        """A quantized weight in the left part of ``[N, ≥ K]``."""
+        tensors, numbers = iter(self.tensors), iter(self.meta)
+        for part in target[:, : self.k].split(list(self.sizes)):
+            if self.kind == "nf4":
+                packed, absmax = next(tensors), next(tensors)
+                blocksize, nested_blocksize = next(numbers), next(numbers)
+                nested = [next(tensors) if nested_blocksize else None for _ in range(3)]
+                _expand_nf4(packed, absmax, nested, blocksize, nested_blocksize, part)
+            elif self.kind == "int8":
+                _expand_int8(next(tensors), next(tensors), part)
+            else:
+                codes, scales = next(tensors), next(tensors)
+                part.copy_(codes.float() * scales)
+                for _ in range(2 if self.meta[0] else 0):  # those of the transposed weight
+                    next(tensors)
+        return target
+
+
+def _expand_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Sequence[Tensor | None],
+    blocksize: int,
+    nested_blocksize: int,
+    out: Tensor,
+) -> None:
+    first, code, offset = nested
+    if dispatch.use_triton(out):
+        from ft_kernels.ops.nf4 import kernels
+
+        kernels.dequantize(packed, absmax, first, code, offset, blocksize, nested_blocksize, out)
+    else:
+        scales = (absmax, first, code, offset)
+        out.copy_(nf4.dequantize(packed, *scales, out.shape, out.dtype, blocksize, nested_blocksize))
+
+
+def _expand_int8(quantized: Tensor, scales: Tensor, out: Tensor) -> None:
+    if dispatch.use_triton(out):
+        from ft_kernels.ops.int8 import kernels
+
+        kernels.dequantize(quantized, scales, out)
+    else:
+        out.copy_(int8.dequantize(quantized, scales, out.dtype))

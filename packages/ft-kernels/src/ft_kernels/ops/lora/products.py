@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ft_kernels import dispatch, tuning
+from ft_kernels.ops.lora import scaled
 from ft_kernels.ops.lora.operands import Base, Drop, Low, row_buffer
 from ft_kernels.ops.lora.reference import keep_mask
 from ft_kernels.ops.lora.reference import row_norms as reference_norms
@@ -154,6 +155,8 @@ def forward(
 
 
 def _dense_product(x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
+    if base.kind == "fp8":
+        return scaled.forward(x, base, bias)
     weights = base.dense(x.dtype)
     if len(weights) == 1:
         return F.linear(x, weights[0], bias)
@@ -201,7 +204,7 @@ def input_gradient(
         packed = pack(low, k, widened[:, k : k + r])
         torch.mm(dy, widened[:, : k + r], out=out[:, : k + r])
         return dx, dlow, packed
-    if need_x:
+    if need_x and not (base.kind == "fp8" and scaled.input_gradient(dy, base, dx)):
         start = 0
         for i, weight in enumerate(base.dense(dy.dtype)):
             part = dy[:, start : start + weight.shape[0]]

@@ -69,7 +69,7 @@ def _middle(
     a_slot, gate_slot, up_slot, seed, threshold, inverse, M, WIDTH, R,
     a_ranks, gate_ranks, up_ranks, gate_first, up_first, gate_scaling, up_scaling, rows_each,
     KIND: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    RP: tl.constexpr, RT: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
+    RP: tl.constexpr, RT: tl.constexpr, STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -79,7 +79,9 @@ def _middle(
     a_total = tl.zeros((BC, RP), tl.float32)
     gate_total = tl.zeros((BC, RT), tl.float32)
     up_total = tl.zeros((BC, RT), tl.float32)
-    for first in range(split * rows_each, tl.minimum(split * rows_each + rows_each, M), BM):
+    # Told by tl.range, the compiler loads ahead what no product takes as it is, too.
+    last = tl.minimum(split * rows_each + rows_each, M)
+    for first in tl.range(split * rows_each, last, BM, num_stages=STAGES):
         rows = first + tl.arange(0, BM).to(tl.int64)
         there = (rows < M)[:, None]
         mask = there & (cols < WIDTH)[None, :]
@@ -161,7 +163,7 @@ def middle(
     if max(rp, rt) > 32 or drop.p:
         options = [(32, 64, 8), (16, 64, 4)]
     default, *more = [
-        {"BM": bm, "BC": bc, "num_warps": w, "num_stages": loads_ahead((3 * bc + rp + 2 * rt) * bm * 2, 4, device)}
+        {"BM": bm, "BC": bc, "num_warps": w, "STAGES": loads_ahead((3 * bc + rp + 2 * rt) * bm * 2, 4, device)}
         for bm, bc, w in options
     ]
     key = (i, rp, rt, kind, drop.p > 0)
