@@ -58,9 +58,9 @@ def linear_cross_entropy(
     Whatever needs a gradient gets one: hidden, weight, bias and the low-rank update. A frozen head costs nothing
     beyond hidden's gradient. Sums over rows are kept in fp32 and rounded once.
 
-    With ``reduction="none"`` and anything but hidden to train, backward makes the logits again. So it does, for the
-    weight's gradient alone, if the head is trained in 16 bit, the gradient's fp32 sum (4 bytes an element) does not fit
-    ``max_memory`` and one of the fp32 sum's parts at a time must do: one matrix product more.
+    With ``reduction="none"`` and anything but hidden to train, backward makes the logits again: one matrix product
+    more. So it does for the gradient of a weight trained in 16 bit if ``max_memory`` has room neither for all logits'
+    gradient (2 bytes an element), which is fastest, nor for an fp32 sum as large as the weight (4 bytes an element).
 
     Args:
         hidden: ``[..., H]``, floating point.

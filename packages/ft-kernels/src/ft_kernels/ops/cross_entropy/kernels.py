@@ -27,10 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import Rows, interpreting, launch
+from ft_kernels.dispatch import Rows, launch
 from ft_kernels.ops.cross_entropy.reference import Settings
+from ft_kernels.ops.row_softmax.kernels import changed, exp_wide, fold, narrowed, plain_gradient, slope
 
-__all__ = ["backward", "backward_into", "forward", "forward_into", "narrowed", "wide_dtype"]
+__all__ = ["backward", "backward_into", "forward", "forward_into", "wide_dtype"]
 
 READING = (8, 2)
 """Warps on a long row, and 16-byte loads that each thread has under way, where a row is only read."""
@@ -42,83 +43,11 @@ WORTH_TRYING = {False: [(4, 2), (4, 4), (8, 2), (8, 4), (16, 2)], True: [(8, 2),
 """What autotune tries, without and with a gradient."""
 MAX_BLOCK = 4096
 """Elements of a row that a program of the backward pass computes."""
-_BY_HAND = tl.constexpr(interpreting())
 
 
 def wide_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of per-row results for logits like these."""
     return torch.float64 if logits.dtype == torch.float32 else torch.float32
-
-
-@triton.jit
-def _changed(x, scale, softcap, height, CAPPED: tl.constexpr):
-    """height·tanh(scale·x / softcap); without a cap, scale·x."""
-    x = x * scale
-    if CAPPED:
-        # tanh|a| = (1 − e)/(1 + e) with e = exp(−2|a|), which cannot overflow.
-        e = tl.exp(tl.abs(x) * (-2.0 / softcap))
-        x = height * tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
-    return x
-
-
-@triton.jit
-def _slope(x, scale, softcap, height, CAPPED: tl.constexpr):
-    """The derivative of ``_changed``: scale·(1 − tanh²) = scale·4e/(1 + e)², which does not cancel near the cap."""
-    slope = scale
-    if CAPPED:
-        e = tl.exp(tl.abs(x * scale) * (-2.0 / softcap))
-        slope = scale * (height / softcap) * 4.0 * e / ((1.0 + e) * (1.0 + e))
-    return slope
-
-
-@triton.jit
-def _exp_wide(d):
-    """exp of d ≤ 0 in fp64, right to about 1e-8, a sixth of fp32's rounding, for a third of a full exp's cost:
-
-    d = n·ln 2 + f with |f| ≤ 0.35, and exp f = 1 + f + f²·q(f), whose last and small part is computed in fp32. An fp32
-    exp, with its error of an ulp or two, would be the largest error of all.
-    """
-    near = tl.where(d < -200.0, -200.0, d)
-    n = tl.floor(near.to(tl.float32) * 1.44269504 + 0.5)
-    f = near - n.to(tl.float64) * 0.6931471805599453
-    h = f.to(tl.float32)
-    q = h * (1.0 / 40320) + 1.0 / 5040
-    q = h * q + 1.0 / 720
-    q = h * q + 1.0 / 120
-    q = h * q + 1.0 / 24
-    q = h * q + 1.0 / 6
-    q = h * q + 0.5
-    power = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)  # 2 to the n, by its bits
-    return tl.where(d < -200.0, 0.0, ((h * h * q).to(tl.float64) + f + 1.0) * power)
-
-
-@triton.jit
-def narrowed(value, like):
-    """The value in the dtype of what ``like`` points to, rounded to nearest; triton's interpreter cuts bf16 off."""
-    value = value.to(tl.float32)
-    if _BY_HAND:  # noqa: SIM102 - two compile-time conditions
-        if like.dtype.element_ty == tl.bfloat16:
-            bits = value.to(tl.uint32, bitcast=True)
-            bits += 0x7FFF + ((bits >> 16) & 1)
-            value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return value.to(like.dtype.element_ty)
-
-
-@triton.jit
-def _fold(z, maximum, sums, weighted, WIDE: tl.constexpr, ENTROPY: tl.constexpr):
-    """Take a tile of z into each lane's maximum, Σ exp(z − maximum) and Σ exp(z − maximum)·(z − maximum)."""
-    higher = tl.maximum(maximum, tl.max(tl.max(z, 2), 0))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
-    d = z - shift[None, :, None]
-    e = _exp_wide(d) if tl.float64 == WIDE else tl.exp(d)
-    before = tl.exp(maximum - shift)
-    if ENTROPY:
-        # A sum that is 0 stands beside an infinite distance, as does an exponential that is 0.
-        moved = tl.where(sums == 0.0, 0.0, (maximum - shift) * sums)
-        now = tl.where(e == 0.0, 0.0, e * d)
-        weighted = (weighted + moved) * before + tl.sum(tl.sum(now, 2), 0)
-    sums = sums * before + tl.sum(tl.sum(e, 2), 0)
-    return higher, sums, weighted
 
 
 @triton.jit
@@ -158,7 +87,7 @@ def _forward(
     own = tl.where(valid, own, float("nan"))  # a target outside the vocabulary: loud, and no stray read
     picked = own
     if CHANGED:
-        picked = _changed(own, scale, softcap, height, CAPPED)
+        picked = changed(own, scale, softcap, height, CAPPED)
 
     maximum = tl.full((LANES,), float("-inf"), WIDE)
     sums = tl.full((LANES,), 0.0, WIDE)
@@ -170,19 +99,19 @@ def _forward(
     for i in range(unmasked):
         z = tl.load(source + tl.where(i < home, i, i + 1) * BLOCK + at).to(WIDE)
         if CHANGED:
-            z = _changed(z, scale, softcap, height, CAPPED)
+            z = changed(z, scale, softcap, height, CAPPED)
         if SMOOTHED:
             total += tl.sum(tl.sum(z, 2), 0)
-        maximum, sums, weighted = _fold(z, maximum, sums, weighted, WIDE, ENTROPY)
+        maximum, sums, weighted = fold(z, maximum, sums, weighted, WIDE, ENTROPY)
     for i in range(unmasked, (V + BLOCK - 1) // BLOCK):
         cols = tl.where(i == unmasked, home, whole) * BLOCK + at
         z = tl.load(source + cols, mask=cols < V, other=0.0).to(WIDE)
         if CHANGED:
-            z = _changed(z, scale, softcap, height, CAPPED)
+            z = changed(z, scale, softcap, height, CAPPED)
         if SMOOTHED:
             total += tl.sum(tl.sum(tl.where(cols < V, z, 0.0), 2), 0)
         z = tl.where((cols < V) & (cols != column), z, float("-inf"))
-        maximum, sums, weighted = _fold(z, maximum, sums, weighted, WIDE, ENTROPY)
+        maximum, sums, weighted = fold(z, maximum, sums, weighted, WIDE, ENTROPY)
 
     top = tl.max(maximum, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -229,35 +158,18 @@ def _forward(
         shared = g * share
         for i in range(whole):
             x = tl.load(source + i * BLOCK + at).to(WIDE)
-            dz = _gradient(x, lse, factor, shared, scale, softcap, height, SMOOTHED, CHANGED, CAPPED, WIDE)
+            dz = plain_gradient(x, lse, factor, shared, scale, softcap, height, SMOOTHED, CHANGED, CAPPED, WIDE)
             tl.store(result + i * BLOCK + at, narrowed(dz, out))
         if whole * BLOCK < V:
             cols = whole * BLOCK + at
             x = tl.load(source + cols, mask=cols < V, other=0.0).to(WIDE)
-            dz = _gradient(x, lse, factor, shared, scale, softcap, height, SMOOTHED, CHANGED, CAPPED, WIDE)
+            dz = plain_gradient(x, lse, factor, shared, scale, softcap, height, SMOOTHED, CHANGED, CAPPED, WIDE)
             tl.store(result + cols, narrowed(dz, out), mask=cols < V)
         tl.debug_barrier()  # the target's own is written over what was written there
         dz = g * (extra * (1.0 - rest) - rest + smoothing - share)
         if CHANGED:
-            dz *= _slope(own, scale, softcap, height, CAPPED)
+            dz *= slope(own, scale, softcap, height, CAPPED)
         tl.store(result + column, narrowed(dz, out))
-
-
-@triton.jit
-def _gradient(
-    x, lse, factor, shared, scale, softcap, height,
-    SMOOTHED: tl.constexpr, CHANGED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The gradient of logits none of which is the target."""
-    z = x
-    if CHANGED:
-        z = _changed(x, scale, softcap, height, CAPPED)
-    dz = (_exp_wide(z - lse) if tl.float64 == WIDE else tl.exp(z - lse)) * factor
-    if SMOOTHED:
-        dz -= shared
-    if CHANGED:
-        dz *= _slope(x, scale, softcap, height, CAPPED)
-    return dz
 
 
 @triton.jit
@@ -287,8 +199,8 @@ def _backward(
     x = tl.load(source + cols, mask=there, other=0.0).to(WIDE)
     z = x
     if CHANGED:
-        z = _changed(x, scale, softcap, height, CAPPED)
-    p = _exp_wide(z - lse) if tl.float64 == WIDE else tl.exp(z - lse)
+        z = changed(x, scale, softcap, height, CAPPED)
+    p = exp_wide(z - lse) if tl.float64 == WIDE else tl.exp(z - lse)
     extra = 2.0 * tl.full((), z_loss, WIDE) * lse
     own = extra * (1.0 - rest) - rest
     dz = p * (1.0 + extra)
@@ -301,7 +213,7 @@ def _backward(
         entropy = tl.load(entropies + row)
         dz -= entropy_grad * tl.where(p == 0.0, 0.0, p * (z - lse + entropy))
     if CHANGED:
-        dz *= _slope(x, scale, softcap, height, CAPPED)
+        dz *= slope(x, scale, softcap, height, CAPPED)
     tl.store(result, narrowed(dz, out), mask=there)
 
 

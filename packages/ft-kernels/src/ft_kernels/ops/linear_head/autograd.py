@@ -3,8 +3,7 @@
 Two ways lead to the gradients. Where the rows' losses are only added up (``linear_head_sum``), or only the hidden
 states need a gradient, it is made in the forward pass, while the logits are at hand, and backward multiplies it by
 what comes from above. Otherwise each row has a factor of its own inside the sums over rows, so that backward makes the
-logits again. The weight's gradient is added up in fp32; where that sum doesn't fit, backward makes it in a pass of its
-own, some columns of the vocabulary at a time.
+logits again. How the weight's gradient is made depends on the memory: see ``plan.weight_way``.
 """
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ft_kernels.dispatch import use_triton
 from ft_kernels.ops.cross_entropy.reference import Settings
 from ft_kernels.ops.linear_head import chunks
-from ft_kernels.ops.linear_head.plan import Needs, held_dtype, keeps_weight_sum
+from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, row_stride, weight_way
 from ft_kernels.ops.linear_head.products import wide_of
 from ft_kernels.ops.linear_head.reference import Head
 from ft_kernels.ops.linear_head.steps import scaled, step_dtype
 
-__all__ = ["linear_head_backward_op", "linear_head_op", "linear_head_sum_op", "scaled_op"]
+__all__ = ["linear_head_backward_op", "linear_head_kept_op", "linear_head_op", "linear_head_sum_op", "scaled_op"]
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor targets"
 _NUMBERS = (
@@ -186,7 +186,7 @@ def _(grads: Tensor, entropy_grads: Tensor | None, *rest: Any) -> tuple[Tensor, 
     "ft_kernels::linear_head_sum",
     mutates_args=(),
     schema=f"({_TENSORS}, {_NUMBERS}, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_head_sum_op(
     hidden: Tensor,
@@ -207,12 +207,13 @@ def linear_head_sum_op(
 ) -> tuple[Tensor, ...]:
     """The sum of the losses, each row's logsumexp and 1 − p(target), and what will be the gradients.
 
-    These are of hidden states, weight, bias, A and B, times ``gradient_scale``, in fp32; empty where not needed.
+    These are of hidden states, weight, bias, A and B, times ``gradient_scale``, in fp32; empty where not needed. The
+    last is the gradient of all logits if the weight's is made of that.
     """
     settings = Settings(ignore_index, label_smoothing, softcap, logit_scale, z_loss, temperature)
     with _plainly(hidden.device):
         r = chunks.forward_rows(hidden, Head(weight, bias, a, b, scaling), targets, settings, Needs(*needs), max_memory)
-    return _or_empty(hidden, (r.losses.sum(), r.lses, r.rests, *r.sums))
+    return _or_empty(hidden, (r.losses.sum(), r.lses, r.rests, *r.sums, r.kept))
 
 
 @linear_head_sum_op.register_fake
@@ -225,41 +226,70 @@ def _(
     shape, needs = chunks.shape_of(hidden, head), Needs(*flags)
     row = targets.new_empty(targets.shape, dtype=step_dtype(hidden))
     dtypes = [held_dtype(shape, max_memory), *[wide_of(hidden.dtype)] * 4]
-    wanted = [needs.hidden, keeps_weight_sum(shape, needs, max_memory), needs.bias, needs.a, needs.b]
+    way = weight_way(shape, needs, max_memory)
+    wanted = [needs.hidden, way == "sum", needs.bias, needs.a, needs.b]
     sums = tuple(
         hidden.new_empty(t.shape, dtype=dtype) if want and t is not None else None
         for t, dtype, want in zip((hidden, weight, bias, a, b), dtypes, wanted, strict=True)
     )
-    return _or_empty(hidden, (row.new_empty(()), row, torch.empty_like(row), *sums))
+    kept = hidden.new_empty(shape.rows, row_stride(shape)) if way == "kept" else None
+    return _or_empty(hidden, (row.new_empty(()), row, torch.empty_like(row), *sums, kept))
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, a, b, targets, *numbers, needs = inputs
-    _, lses, rests, *sums = output
-    ctx.mark_non_differentiable(lses, rests, *sums)
+    _, lses, rests, *sums, kept = output
+    ctx.mark_non_differentiable(lses, rests, *sums, kept)
     ctx.numbers, ctx.needs = numbers, needs
     ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, a, b)]
-    ctx.later = bool(needs[1]) and sums[1].shape != weight.shape
-    again = (hidden, weight, bias, a, b, targets, lses, rests) if ctx.later else ()
-    ctx.save_for_backward(*sums, *again)
+    head, _, max_memory = _unpack(weight, bias, a, b, numbers)
+    ctx.way = weight_way(chunks.shape_of(hidden, head), Needs(*needs), max_memory)
+    ctx.kept_for = (weight.shape[0], 0 if a is None else a.shape[0], max_memory, needs)
+    more: dict[str | None, tuple[Tensor | None, ...]] = {
+        "kept": (kept, hidden),
+        "later": (hidden, weight, bias, a, b, targets, lses, rests),
+    }
+    ctx.save_for_backward(*sums, *more.get(ctx.way, ()))
 
 
 def _backward_sum(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    sums, again = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    sums, more = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     settings = Settings(*ctx.numbers[1:-1])
     factor = grad / chunks.gradient_scale(ctx.dtypes[0], settings)
     gradients: list[Tensor | None] = [
-        _finish(total, factor, dtype) if need else None
-        for total, dtype, need in zip(sums, ctx.dtypes, ctx.needs, strict=True)
+        _finish(total, factor, dtype) if need and (i != 1 or ctx.way == "sum") else None
+        for i, (total, dtype, need) in enumerate(zip(sums, ctx.dtypes, ctx.needs, strict=True))
     ]
-    if ctx.later:
-        *inputs, lses, rests = again
+    if ctx.way == "kept":
+        gradients[1] = linear_head_kept_op(*more, factor, *ctx.kept_for)
+    elif ctx.way == "later":
+        *inputs, lses, rests = more
         only_weight = [False, True, False, False, False]
         made = linear_head_backward_op(
             grad.expand(lses.shape), None, *inputs, lses, rests, lses.new_empty(0), *ctx.numbers, only_weight
         )
         gradients[1] = made[1]
     return *gradients, None, *(None,) * 9
+
+
+@torch.library.custom_op(
+    "ft_kernels::linear_head_kept",
+    mutates_args=(),
+    schema="(Tensor kept, Tensor hidden, Tensor factor, int vocabulary, int rank, int max_memory, bool[] needs)"
+    " -> Tensor",
+)
+def linear_head_kept_op(
+    kept: Tensor, hidden: Tensor, factor: Tensor, vocabulary: int, rank: int, max_memory: int, needs: list[bool]
+) -> Tensor:
+    """The weight's gradient from that of all logits."""
+    rows, width = hidden.shape
+    shape = Shape(rows, width, vocabulary, rank, hidden.dtype, use_triton(hidden))
+    return chunks.weight_from_kept(kept, hidden, factor, Needs(*needs), max_memory, shape)
+
+
+@linear_head_kept_op.register_fake
+def _(kept: Tensor, hidden: Tensor, factor: Tensor, vocabulary: int, *_: Any) -> Tensor:
+    return hidden.new_empty(vocabulary, hidden.shape[1])
 
 
 linear_head_sum_op.register_autograd(_backward_sum, setup_context=_setup_sum)
@@ -269,8 +299,6 @@ def _finish(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum times the factor; in its own place if it has the dtype already and no other backward is to come."""
     # A tensor that is being traced is not plain.
     if total.dtype == dtype and type(total) is Tensor and not _graph_is_kept():
-        from ft_kernels.dispatch import use_triton
-
         return scaled(total, factor, dtype, use_triton(total), out=total)
     made: Tensor = scaled_op(total, factor, dtype)
     return made
@@ -286,8 +314,6 @@ def _graph_is_kept() -> bool:
 )
 def scaled_op(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x times one factor, or one for each row, in that dtype."""
-    from ft_kernels.dispatch import use_triton
-
     return scaled(x, factor, dtype, use_triton(x))
 
 

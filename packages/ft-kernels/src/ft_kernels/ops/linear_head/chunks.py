@@ -18,17 +18,19 @@ from ft_kernels.ops.cross_entropy.reference import Settings
 from ft_kernels.ops.linear_head.plan import (
     Needs,
     Shape,
+    WeightWay,
     held_dtype,
-    keeps_weight_sum,
+    plan_kept,
     plan_rows,
     plan_tiles,
     row_stride,
+    weight_way,
 )
 from ft_kernels.ops.linear_head.products import addmm_into, mm_into, wide_of
 from ft_kernels.ops.linear_head.reference import Head
 from ft_kernels.ops.linear_head.steps import gradient_step, loss_step, scaled, step_dtype
 
-__all__ = ["Results", "Sums", "backward_rows", "forward_rows", "gradient_scale", "shape_of"]
+__all__ = ["Results", "Sums", "backward_rows", "forward_rows", "gradient_scale", "shape_of", "weight_from_kept"]
 
 
 class Sums(NamedTuple):
@@ -42,7 +44,10 @@ class Sums(NamedTuple):
 
 
 class Results(NamedTuple):
-    """For each row its loss, logsumexp, 1 − p(target) and, if asked, entropy and most likely class; gradients."""
+    """For each row its loss, logsumexp, 1 − p(target) and, if asked, entropy and most likely class; gradients.
+
+    ``kept`` is the gradient of all logits, ``[N, row_stride]``, if that is the weight's way.
+    """
 
     losses: Tensor
     lses: Tensor
@@ -50,6 +55,7 @@ class Results(NamedTuple):
     entropies: Tensor | None
     best: Tensor | None
     sums: Sums
+    kept: Tensor | None
 
 
 def shape_of(hidden: Tensor, head: Head) -> Shape:
@@ -96,20 +102,22 @@ def _logits_into(buffer: Tensor, h: Tensor, low: Tensor | None, head: Head, colu
         buffer.addmm_(low, head.b[columns].t())
 
 
-def _empty_sums(shape: Shape, needs: Needs, weight: bool, held: Tensor | None, device: torch.device) -> Sums:
+def _empty_sums(shape: Shape, needs: Needs, way: WeightWay | None, held: Tensor | None, device: torch.device) -> Sums:
     sizes = {
-        "weight": (shape.vocabulary, shape.width) if weight else None,
+        "weight": (shape.vocabulary, shape.width) if way == "sum" else None,
         "bias": (shape.vocabulary,) if needs.bias else None,
         "a": (shape.rank, shape.width) if needs.a else None,
         "b": (shape.vocabulary, shape.rank) if needs.b else None,
     }
-    dtype = wide_of(shape.dtype)
-    made = {k: None if v is None else torch.zeros(v, dtype=dtype, device=device) for k, v in sizes.items()}
+    # The first rows are written, the others added; without rows it is zero.
+    make, dtype = torch.empty if shape.rows else torch.zeros, wide_of(shape.dtype)
+    made = {k: None if v is None else make(v, dtype=dtype, device=device) for k, v in sizes.items()}
     return Sums(held, **made)
 
 
-def _add(sums: Sums, dz: Tensor, h: Tensor, low: Tensor | None, head: Head, into: Tensor | None) -> None:
+def _add(sums: Sums, dz: Tensor, h: Tensor, low: Tensor | None, head: Head, into: Tensor | None, first: bool) -> None:
     """What follows from the gradient of some rows' logits: added to the sums, or for the rows' own written to into."""
+    add = mm_into if first else addmm_into
     down = None
     if head.a is not None and head.b is not None and (into is not None or sums.a is not None):
         down = torch.empty(dz.shape[0], head.b.shape[1], dtype=wide_of(dz.dtype), device=dz.device)
@@ -120,13 +128,27 @@ def _add(sums: Sums, dz: Tensor, h: Tensor, low: Tensor | None, head: Head, into
         if down is not None and head.a is not None:
             addmm_into(into, down, head.a)
     if sums.a is not None and down is not None:
-        addmm_into(sums.a, down.t(), h)
+        add(sums.a, down.t(), h)
     if sums.b is not None and low is not None:
-        addmm_into(sums.b, dz.t(), low)
+        add(sums.b, dz.t(), low)
     if sums.bias is not None:
-        sums.bias.add_(dz.sum(0, dtype=sums.bias.dtype))
+        torch.sum(dz, 0, dtype=sums.bias.dtype, out=sums.bias) if first else sums.bias.add_(
+            dz.sum(0, dtype=sums.bias.dtype)
+        )
     if sums.weight is not None:
-        addmm_into(sums.weight, dz.t(), h)
+        add(sums.weight, dz.t(), h)
+
+
+def weight_from_kept(dz: Tensor, hidden: Tensor, factor: Tensor, needs: Needs, max_memory: int, shape: Shape) -> Tensor:
+    """The weight's gradient from that of all logits, in the dtype of hidden."""
+    dweight = torch.empty(shape.vocabulary, shape.width, dtype=hidden.dtype, device=hidden.device)
+    columns = plan_kept(shape, needs, max_memory)
+    product = torch.empty(columns, shape.width, dtype=wide_of(hidden.dtype), device=hidden.device)
+    for tile in _spans(shape.vocabulary, columns):
+        part = product[: tile.stop - tile.start]
+        mm_into(part, dz[:, tile].t(), hidden)
+        scaled(part, factor, hidden.dtype, shape.kernels, out=dweight[tile])
+    return dweight
 
 
 def forward_rows(
@@ -142,31 +164,28 @@ def forward_rows(
 ) -> Results:
     """Losses of ``[N, H]`` hidden states and, in the same go, gradients of their sum times ``gradient_scale``.
 
-    The weight's is left out where its sum does not fit ``max_memory``; :func:`backward_rows` makes it then.
+    The weight's is left out if ``weight_way`` says so; :func:`weight_from_kept` or :func:`backward_rows` makes it then.
     """
     shape, device = shape_of(hidden, head), hidden.device
     head = _in_dtype(head, hidden.dtype)
     dtype = step_dtype(hidden)
     losses, lses, rests = (dispatch.allocate((shape.rows,), dtype, device) for _ in range(3))
+    way, rows = weight_way(shape, needs, max_memory), plan_rows(shape, needs, max_memory)
+    held = torch.empty(hidden.shape, dtype=held_dtype(shape, max_memory), device=device) if needs.hidden else None
+    buffer = torch.empty(rows, row_stride(shape), dtype=hidden.dtype, device=device)
     results = Results(
         losses,
         lses,
         rests,
         entropies=dispatch.allocate((shape.rows,), dtype, device) if entropy else None,
         best=torch.empty(shape.rows, dtype=torch.long, device=device) if best else None,
-        sums=_empty_sums(
-            shape,
-            needs,
-            keeps_weight_sum(shape, needs, max_memory),
-            torch.empty(hidden.shape, dtype=held_dtype(shape, max_memory), device=device) if needs.hidden else None,
-            device,
-        ),
+        sums=_empty_sums(shape, needs, way, held, device),
+        kept=buffer if way == "kept" else None,
     )
-    rows = plan_rows(shape, needs, max_memory)
-    buffer = torch.empty(rows, row_stride(shape), dtype=hidden.dtype, device=device)[:, : shape.vocabulary]
     scale = gradient_scale(hidden.dtype, settings) if any(needs) else None
     for span in _spans(shape.rows, rows):
-        h, logits, target = hidden[span], buffer[: span.stop - span.start], targets[span]
+        h, target = hidden[span], targets[span]
+        logits = buffer[: span.stop - span.start, : shape.vocabulary]
         low = _low(h, head)
         _logits_into(logits, h, low, head, slice(None))
         if results.best is not None:
@@ -177,7 +196,7 @@ def forward_rows(
         )  # fmt: skip
         if scale is not None:
             into = None if results.sums.hidden is None else results.sums.hidden[span]
-            _add(results.sums, logits, h, low, head, into)
+            _add(results.sums, logits, h, low, head, into, first=span.start == 0)
     if results.best is not None:
         results.best.masked_fill_(targets == settings.ignore_index, -1)
     return results
@@ -218,10 +237,11 @@ def backward_rows(
             None if entropies is None else entropies[span], first=first, vocabulary=shape.vocabulary,
         )  # fmt: skip
 
-    whole = keeps_weight_sum(shape, needs, max_memory)
+    way = weight_way(shape, needs, max_memory)
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
-    sums = _empty_sums(shape, needs, whole, None, device)
-    if whole or any(needs._replace(weight=False)):
+    sums = _empty_sums(shape, needs, way, None, device)
+    dweight = None
+    if way in ("kept", "sum") or any(needs._replace(weight=False)):
         rows = plan_rows(shape, needs, max_memory)
         buffer = torch.empty(rows, row_stride(shape), dtype=hidden.dtype, device=device)[:, : shape.vocabulary]
         wide_rows = torch.empty(rows, shape.width, dtype=wide, device=device) if needs.hidden else None
@@ -232,27 +252,28 @@ def backward_rows(
             _logits_into(logits, h, low, head, slice(None))
             step(logits, span)
             into = None if wide_rows is None else wide_rows[:count]
-            _add(sums, logits, h, low, head, into)
+            _add(sums, logits, h, low, head, into, first=span.start == 0)
             if into is not None and dhidden is not None:
                 scaled(into, factor, hidden.dtype, shape.kernels, out=dhidden[span])
+        if way == "kept":
+            dweight = weight_from_kept(buffer, hidden, factor, needs, max_memory, shape)
         del buffer, wide_rows
-    dweight = None
     if sums.weight is not None:
         dweight = scaled(sums.weight, factor, hidden.dtype, shape.kernels)
-    elif needs.weight:
+    elif way == "later":
         dweight = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         columns, rows = plan_tiles(shape, max_memory)
         buffer = torch.empty(rows * columns, dtype=hidden.dtype, device=device)
         total = torch.empty(columns, shape.width, dtype=wide, device=device)
         for tile in _spans(shape.vocabulary, columns):
             width = tile.stop - tile.start
-            part = total[:width].zero_()
+            part = total[:width]
             for span in _spans(shape.rows, rows):
                 h = hidden[span]
                 logits = buffer[: (span.stop - span.start) * width].view(-1, width)
                 _logits_into(logits, h, _low(h, head), head, tile)
                 step(logits, span, tile.start)
-                addmm_into(part, logits.t(), h)
+                (addmm_into if span.start else mm_into)(part, logits.t(), h)
             scaled(part, factor, hidden.dtype, shape.kernels, out=dweight[tile])
     return Sums(
         dhidden,

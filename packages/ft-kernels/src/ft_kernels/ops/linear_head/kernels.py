@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ft_kernels import dispatch
 from ft_kernels.dispatch import launch
-from ft_kernels.ops.cross_entropy.kernels import narrowed
+from ft_kernels.ops.row_softmax.kernels import narrowed
 
 __all__ = ["scaled_into"]
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from ft_kernels.ops.linear_head.products import wide_of
 
-__all__ = ["Needs", "Shape", "held_dtype", "keeps_weight_sum", "least_memory", "plan_rows", "plan_tiles", "row_stride"]
+__all__ = [
+    "Needs",
+    "Shape",
+    "WeightWay",
+    "held_dtype",
+    "least_memory",
+    "plan_kept",
+    "plan_rows",
+    "plan_tiles",
+    "row_stride",
+    "weight_way",
+]
+
+WeightWay = Literal["kept", "sum", "later"]
+ENOUGH = 256
+"""With fewer rows at a time, going twice through them is faster than adding to a large sum for each few."""
 
 
 class Needs(NamedTuple):
@@ -84,15 +99,25 @@ def _held(shape: Shape, needs: Needs, max_memory: int) -> int:
 
 
 def _weight_sum(shape: Shape) -> int:
-    """Bytes for the sum of the weight's gradients; nothing beyond the gradient itself if that is as wide."""
+    """Bytes for the fp32 sum of a 16-bit weight's gradients; one as wide as the weight is the gradient itself."""
     return shape.vocabulary * shape.width * wide_of(shape.dtype).itemsize if _narrow(shape) else 0
 
 
-def keeps_weight_sum(shape: Shape, needs: Needs, max_memory: int) -> bool:
-    """Whether the weight's gradient is added up whole while the rows go by; otherwise its own pass makes it."""
-    least = min(shape.rows, 256) * _row(shape)
-    used = _fixed(shape, needs) + _held(shape, needs, max_memory) + _weight_sum(shape) + least
-    return needs.weight and used <= max_memory
+def weight_way(shape: Shape, needs: Needs, max_memory: int) -> WeightWay | None:
+    """How the weight's gradient is made, the fastest way that fits; None if it is not wanted.
+
+    "kept": the gradient of all logits is kept until what comes from above is known, then multiplied. "sum": products
+    with parts of it are added up, whole and in fp32. "later": a pass of its own makes the logits again.
+    """
+    if not needs.weight:
+        return None
+    if not _narrow(shape):
+        return "sum"  # which is the gradient itself
+    used = _fixed(shape, needs) + _held(shape, needs, max_memory)
+    tile = min(shape.vocabulary, 1024) * shape.width * wide_of(shape.dtype).itemsize
+    if used + shape.rows * _row(shape) + tile <= max_memory:
+        return "kept"
+    return "sum" if used + _weight_sum(shape) + min(shape.rows, ENOUGH) * _row(shape) <= max_memory else "later"
 
 
 def least_memory(shape: Shape, needs: Needs) -> int:
@@ -109,21 +134,32 @@ def _round_down(count: int) -> int:
 def plan_rows(shape: Shape, needs: Needs, max_memory: int) -> int:
     """How many rows' logits exist at a time."""
     used = _fixed(shape, needs) + _held(shape, needs, max_memory)
-    if keeps_weight_sum(shape, needs, max_memory):
+    if weight_way(shape, needs, max_memory) == "sum":
         used += _weight_sum(shape)
     count = (max_memory - used) // _row(shape)
     return shape.rows if count >= shape.rows else _round_down(count)
+
+
+def plan_kept(shape: Shape, needs: Needs, max_memory: int) -> int:
+    """While all logits' gradient is kept: columns of the vocabulary that are multiplied at a time."""
+    used = _fixed(shape, needs) + _held(shape, needs, max_memory) + shape.rows * _row(shape)
+    return _even(shape.vocabulary, (max_memory - used) // (shape.width * wide_of(shape.dtype).itemsize))
 
 
 def plan_tiles(shape: Shape, max_memory: int) -> tuple[int, int]:
     """For the weight's own pass: columns of the vocabulary, and rows whose logits of those columns exist, at a time."""
     left = max(max_memory - _fixed(shape, Needs()), 0)
     wide = wide_of(shape.dtype).itemsize
-    most = max(left // 2 // (shape.width * wide), 1)
-    tiles = -(-shape.vocabulary // most)
-    columns = -(-shape.vocabulary // tiles)
-    columns = min(-(-columns // 128) * 128, most) if most >= 128 else columns
+    columns = _even(shape.vocabulary, left // 2 // (shape.width * wide))
     each = shape._replace(vocabulary=columns)
     row = _row(each) - (shape.width * wide if shape.kernels and _narrow(shape) else 0)
     count = (left - columns * shape.width * wide) // row
     return columns, shape.rows if count >= shape.rows else _round_down(count)
+
+
+def _even(count: int, most: int) -> int:
+    """The size of parts of about the same size, none over ``most``; a multiple of 128 where that fits."""
+    most = max(most, 1)
+    parts = -(-count // most)
+    size = -(-count // parts)
+    return min(-(-size // 128) * 128, most) if 128 <= most < count else size
