@@ -3,7 +3,11 @@
 from ft_kernels import nn
 from ft_kernels.functional import (
     AttentionPlan,
+    Fp8Weight,
+    Int8Weight,
     NestedScales,
+    NF4Weight,
+    WideWeight,
     add_rms_norm,
     cross_entropy,
     fp8_quantize,
@@ -12,6 +16,9 @@ from ft_kernels.functional import (
     layer_norm,
     linear_cross_entropy,
     linear_logprob,
+    lora_linear,
+    lora_mlp,
+    lora_qkv,
     nf4_dequantize,
     nf4_quantize,
     packed_attention,
@@ -19,11 +26,16 @@ from ft_kernels.functional import (
     rms_norm,
     rope,
     swiglu,
+    widen,
 )
 
 __all__ = [
     "AttentionPlan",
+    "Fp8Weight",
+    "Int8Weight",
+    "NF4Weight",
     "NestedScales",
+    "WideWeight",
     "__version__",
     "add_rms_norm",
     "cross_entropy",
@@ -33,6 +45,9 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_logprob",
+    "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
     "nf4_dequantize",
     "nf4_quantize",
     "nn",
@@ -41,5 +56,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
+    "widen",
 ]
 __version__ = "0.1.0"

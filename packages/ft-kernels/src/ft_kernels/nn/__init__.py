@@ -2,6 +2,7 @@
 
 from ft_kernels.nn.activations import GEGLU, SwiGLU
 from ft_kernels.nn.attention import PackedAttention
+from ft_kernels.nn.lora import LoRALinear
 from ft_kernels.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from ft_kernels.nn.norms import AddRMSNorm, LayerNorm, RMSNorm
 from ft_kernels.nn.rope import RotaryEmbedding
@@ -12,6 +13,7 @@ __all__ = [
     "CrossEntropyLoss",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "LoRALinear",
     "PackedAttention",
     "RMSNorm",
     "RotaryEmbedding",
