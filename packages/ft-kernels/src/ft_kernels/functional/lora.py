@@ -55,13 +55,14 @@ def lora_linear(
     et al. 2024, arXiv:2402.09353) as PEFT has it, each row's norm taken as a constant:
     ``magnitude / ‖W + scaling · B A‖ ⊙ (x Wᵀ + scaling · x Aᵀ Bᵀ) + bias``.
 
-    From a :class:`WideWeight` (see :func:`widen`) this is one matrix product over K + r numbers, rounded once. From a
-    plain tensor it is two products and a sum.
+    From a :class:`WideWeight` (see :func:`widen`) or a quantized weight that is expanded for the product this is one
+    matrix product over K + r numbers, rounded once. From a plain tensor or an fp8 weight it is two products and a sum.
+    For backward x is kept, and r numbers a row; of a quantized weight nothing, it is expanded again.
 
     Args:
         x: ``[..., K]`` in the weight's dtype (any dtype under autocast), any strides. For a WideWeight also a whole row
             buffer ``[..., width]`` with x in its left part, whose tail is filled here; that gets no gradient.
-        weight: ``[N, K]``, frozen: a tensor or a WideWeight.
+        weight: ``[N, K]``, frozen: a tensor, a WideWeight, an NF4Weight, an Int8Weight or an Fp8Weight.
         a: ``[r, K]``, any dtype and rank. b: ``[N, r]``, of a's dtype. Several adapters that are on at the same time
             are given as sequences.
         scaling: of the update; one number, or one for each adapter.
@@ -108,8 +109,8 @@ def lora_qkv(
 
     Args:
         x: as for :func:`lora_linear`.
-        weight: the projections' weights one below the other, ``[N_q + N_k + N_v, K]``, as a tensor or a WideWeight, or
-            a sequence of tensors.
+        weight: the projections' weights one below the other, ``[N_q + N_k + N_v, K]``, in a form that
+            :func:`lora_linear` takes, or a sequence of tensors or of quantized weights of one kind.
         a, b: a tensor, or None where a projection has no adapter, for each projection.
         scaling: one number, or one for each projection.
         sizes: N_q, N_k and N_v. Needed only where neither the weight nor b tells.

@@ -44,8 +44,8 @@ def lora_mlp(
 
     Args:
         x: ``[..., K]``, as for :func:`lora_linear`.
-        gate_up: gate's weight above up's, ``[2·I, K]``, as a tensor or a WideWeight, or both in a sequence.
-        down: ``[N, I]``, a tensor or a WideWeight.
+        gate_up: gate's weight above up's, ``[2·I, K]``, in a form that :func:`lora_linear` takes, or both as a list.
+        down: ``[N, I]``, likewise.
         a, b: gate's, up's and down's, each a tensor or None. Or two: one adapter of gate and up together (b
             ``[2·I, r]``), and down's.
         scaling: one number, or one for each adapter.

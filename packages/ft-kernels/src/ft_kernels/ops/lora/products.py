@@ -181,7 +181,7 @@ def backward(
     """
     drop = drop or Drop()
     if not dy.numel() or not base.k:
-        flat = low.a[0].new_zeros(low.numel) if need_a or need_b else None
+        flat = low.a[0].new_zeros(low.numel) if low.a and (need_a or need_b) else None
         return (row_buffer(dy.shape[0], base.k, low.r, dy.dtype, dy.device)[:, : base.k] if need_x else None), flat
     dx, dlow, packed = input_gradient(dy, base, low, need_x, need_x or need_a)
     if not low.r:
