@@ -158,6 +158,13 @@ def slow(session: nox.Session) -> None:
     dev_python(session, "-m", "pytest", "-m", "slow", "packages", "integration_tests", *session.posargs, env=OFFLINE)
 
 
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def bench(session: nox.Session) -> None:
+    """Time the kernels on this machine's GPU; words after `--` go to the program (--quick, --ops rope)."""
+    results = str(ROOT / "benchmarks/results/kernels.jsonl")
+    dev_python(session, "-m", "ft_kernels.bench", "--out", results, *session.posargs)
+
+
 @nox.session(venv_backend="none", requires=["dev"])
 def build(session: nox.Session) -> None:
     """Build every package's sdist, and its wheel from that sdist, into dist/."""

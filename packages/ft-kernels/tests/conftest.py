@@ -34,13 +34,14 @@ def device() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def poisoned() -> Iterator[None]:
-    """Every output of every kernel starts as NaN: an element that is not written shows."""
+    """Every output of every kernel starts as NaN (integers as 113): an element that is not written shows."""
     from ft_kernels import dispatch
 
     plain = dispatch.allocate
 
     def allocate_nan(*args: object) -> Tensor:
-        return plain(*args).fill_(float("nan"))  # type: ignore[arg-type]
+        tensor = plain(*args)  # type: ignore[arg-type]
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 113)
 
     dispatch.allocate = allocate_nan
     yield

@@ -1,7 +1,61 @@
 """Fast, exact Triton kernels for training and inference, each beside a plain torch reference."""
 
 from ft_kernels import nn
-from ft_kernels.functional import cross_entropy, rms_norm
+from ft_kernels.functional import (
+    AttentionPlan,
+    Fp8Weight,
+    Int8Weight,
+    NestedScales,
+    NF4Weight,
+    WideWeight,
+    add_rms_norm,
+    cross_entropy,
+    fp8_quantize,
+    geglu,
+    int8_dequantize,
+    layer_norm,
+    linear_cross_entropy,
+    linear_logprob,
+    lora_linear,
+    lora_mlp,
+    lora_qkv,
+    nf4_dequantize,
+    nf4_quantize,
+    packed_attention,
+    plan_attention,
+    rms_norm,
+    rope,
+    swiglu,
+    widen,
+)
 
-__all__ = ["__version__", "cross_entropy", "nn", "rms_norm"]
+__all__ = [
+    "AttentionPlan",
+    "Fp8Weight",
+    "Int8Weight",
+    "NF4Weight",
+    "NestedScales",
+    "WideWeight",
+    "__version__",
+    "add_rms_norm",
+    "cross_entropy",
+    "fp8_quantize",
+    "geglu",
+    "int8_dequantize",
+    "layer_norm",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "nn",
+    "packed_attention",
+    "plan_attention",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "widen",
+]
 __version__ = "0.1.0"

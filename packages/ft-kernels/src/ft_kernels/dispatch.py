@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ft_kernels import tuning
+
 __all__ = ["Rows", "allocate", "interpreting", "launch", "launches", "use_triton"]
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -70,7 +72,10 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 def launch(name: str, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
     """Launch a Triton kernel on the current stream of the tensors' device, current or not, and count it."""
     launches[name] += 1
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with (
+        torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
+        tuning.trial(name, device),
+    ):
         kernel[grid](*args, **meta)
 
 

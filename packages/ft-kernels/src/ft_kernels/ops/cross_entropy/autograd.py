@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ft_kernels.ops.cross_entropy.reference import Settings
+
 __all__ = ["cross_entropy_backward_op", "cross_entropy_op"]
 
 _SETTINGS = "int ignore_index, float label_smoothing, float softcap, float logit_scale, float z_loss"
@@ -35,7 +37,8 @@ def cross_entropy_op(
     """Each row's loss, logsumexp and 1 − p(target), by the kernel."""
     from ft_kernels.ops.cross_entropy import kernels
 
-    return kernels.forward(logits, targets, ignore_index, label_smoothing, softcap, logit_scale, z_loss)
+    settings = Settings(ignore_index, label_smoothing, softcap, logit_scale, z_loss)
+    return kernels.forward(logits, targets, settings)
 
 
 @cross_entropy_op.register_fake
@@ -64,9 +67,8 @@ def cross_entropy_backward_op(
     """The gradient of the logits from the gradient of each row's loss, by the kernel."""
     from ft_kernels.ops.cross_entropy import kernels
 
-    return kernels.backward(
-        grads, logits, targets, lses, rests, ignore_index, label_smoothing, softcap, logit_scale, z_loss
-    )
+    settings = Settings(ignore_index, label_smoothing, softcap, logit_scale, z_loss)
+    return kernels.backward(grads, logits, targets, lses, rests, settings)
 
 
 @cross_entropy_backward_op.register_fake

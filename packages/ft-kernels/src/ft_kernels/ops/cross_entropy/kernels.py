@@ -1,13 +1,18 @@
 """Cross-entropy in Triton: one reading of the logits forward, one reading and one writing backward.
 
-For one row with logits x, z = softcap·tanh(logit_scale·x / softcap) and target t, the forward pass keeps a running
-maximum m and a running sum R = Σ_{j≠t} exp(z_j − m) (Milakov and Gimelshein 2018, arXiv:1805.02867). Leaving the target
-out of the sum avoids the cancellation that spoils confident rows: with S = R + exp(z_t − m),
+For one row with logits x, z = softcap·tanh(logit_scale·x / softcap) / temperature and target t, the forward pass keeps
+a running maximum m and a running sum R = Σ_{j≠t} exp(z_j − m) (Milakov and Gimelshein 2018, arXiv:1805.02867). Leaving
+the target out of the sum avoids the cancellation that spoils confident rows: with D = m − z_t,
 
-    −log p_t = (m − z_t) + log1p(S − 1)        1 − p_t = R / S        lse = m + log S
+    −log p_t = log1p(R·exp(D))  for D ≤ 0,   D + log(R + exp(−D))  for D > 0
+    1 − p_t = R·exp(D) / (1 + R·exp(D))      lse = z_t − log p_t
 
 loss = (1−α)(−log p_t) + α(lse − mean z) + ζ·lse², and its gradient with respect to z_j is
-p_j(1 + 2ζ·lse) − (1−α)[j = t] − α/V.
+p_j(1 + 2ζ·lse) − (1−α)[j = t] − α/V. The entropy H = lse − Σ p·z has the gradient −p_j(log p_j + H).
+
+A program reads a row in tiles ``[UNROLL, LANES, PACK]``: PACK elements are one 16-byte load of one thread, and each
+lane (thread) keeps a maximum and a sum of its own, so that nothing crosses threads before the row's end. The tile with
+the target is read last, with a mask, as is the one that the row doesn't fill; all others need no mask.
 
 16-bit logits are computed in fp32. fp32 logits are computed in fp64, with an exponential made for the purpose.
 """
@@ -21,12 +26,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ft_kernels import dispatch
+from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import Rows, launch
+from ft_kernels.ops.cross_entropy.reference import Settings
+from ft_kernels.ops.row_softmax.kernels import changed, exp_wide, fold, narrowed, plain_gradient, slope
 
-__all__ = ["backward", "forward", "wide_dtype"]
+__all__ = ["backward", "backward_into", "forward", "forward_into", "wide_dtype"]
 
+READING = (8, 2)
+"""Warps on a long row, and 16-byte loads that each thread has under way, where a row is only read."""
+WRITING = (32, 2)
+"""The same where the gradient follows: so many warps that few rows are under way, and L2 holds them the second time."""
+IN_FP64 = (8, 1)
+"""The same for fp32 logits, whose arithmetic takes twice the registers."""
+WORTH_TRYING = {False: [(4, 2), (4, 4), (8, 2), (8, 4), (16, 2)], True: [(8, 2), (8, 4), (16, 4), (32, 2), (32, 4)]}
+"""What autotune tries, without and with a gradient."""
 MAX_BLOCK = 4096
+"""Elements of a row that a program of the backward pass computes."""
 
 
 def wide_dtype(logits: Tensor) -> torch.dtype:
@@ -35,189 +51,287 @@ def wide_dtype(logits: Tensor) -> torch.dtype:
 
 
 @triton.jit
-def _capped(x, softcap: tl.constexpr, scale: tl.constexpr):
-    """softcap·tanh(scale·x / softcap); without a cap, scale·x."""
-    if scale != 1.0:
-        x = x * scale
-    if softcap != 0.0:
-        # tanh|a| = (1 − e)/(1 + e) with e = exp(−2|a|), which cannot overflow.
-        e = tl.exp(tl.abs(x) * (-2.0 / softcap))
-        x = softcap * tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
-    return x
-
-
-@triton.jit
-def _capped_slope(x, softcap: tl.constexpr, scale: tl.constexpr):
-    """dz/dx of ``_capped``: scale·(1 − tanh²) = scale·4e/(1 + e)², which does not cancel near the cap."""
-    e = tl.exp(tl.abs(x * scale) * (-2.0 / softcap))
-    return scale * 4.0 * e / ((1.0 + e) * (1.0 + e))
-
-
-@triton.jit
-def _exp(d, WIDE: tl.constexpr):
-    """exp of d ≤ 0. In fp64 it is right to about 1e-8, a sixth of fp32's rounding, for a third of a full exp's cost:
-
-    d = n·ln 2 + f with |f| ≤ 0.35, and exp f = 1 + f + f²·q(f), whose last and small part is computed in fp32. An fp32
-    exp, with its error of an ulp or two, would be the largest error of all.
-    """
-    if tl.float64 == WIDE:
-        near = tl.where(d < -200.0, -200.0, d)
-        n = tl.floor(near.to(tl.float32) * 1.44269504 + 0.5)
-        f = near - n.to(tl.float64) * 0.6931471805599453
-        h = f.to(tl.float32)
-        q = h * (1.0 / 40320) + 1.0 / 5040
-        q = h * q + 1.0 / 720
-        q = h * q + 1.0 / 120
-        q = h * q + 1.0 / 24
-        q = h * q + 1.0 / 6
-        q = h * q + 0.5
-        power = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)  # 2 to the n, by its bits
-        e = tl.where(d < -200.0, 0.0, ((h * h * q).to(tl.float64) + f + 1.0) * power)
-    else:
-        e = tl.exp(d)
-    return e
-
-
-@triton.jit
-def _log1p(v):
-    # Kahan's: the rounding of 1 + v is undone by dividing by what was really added.
-    u = 1.0 + v
-    return tl.where(u == 1.0, v, tl.log(u) * v / tl.where(u == 1.0, 1.0, u - 1.0))
-
-
-@triton.jit
 def _forward(
-    logits, inner, outer_stride, inner_stride, targets, losses, lses, rests, V, ignore_index,
-    smoothing: tl.constexpr, softcap: tl.constexpr, scale: tl.constexpr, z_loss: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, inner, outer_stride, inner_stride, targets, losses, lses, rests, entropies, out, out_stride,
+    V, ignore_index, smoothing: tl.float64, scale: tl.float64, softcap: tl.float64, height: tl.float64,
+    z_loss: tl.float64, gradient_scale: tl.float64,
+    SMOOTHED: tl.constexpr, CHANGED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, GRADIENT: tl.constexpr,
+    WIDE: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
+    BLOCK: tl.constexpr = UNROLL * LANES * PACK
     row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    at = tl.arange(0, UNROLL)[:, None, None] * (LANES * PACK) + (lane * PACK)[None, :, None]
+    at += tl.arange(0, PACK)[None, None, :]
     target = tl.load(targets + row)
     if target == ignore_index:
         tl.store(losses + row, 0.0)
         tl.store(lses + row, 0.0)
         tl.store(rests + row, 0.0)
+        if ENTROPY:
+            tl.store(entropies + row, 0.0)
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                nothing = tl.full((UNROLL, LANES, PACK), 0.0, out.dtype.element_ty)
+                tl.store(out + row * out_stride + start + at, nothing, mask=start + at < V)
         return
+    scale = tl.full((), scale, WIDE)
+    softcap = tl.full((), softcap, WIDE)
+    height = tl.full((), height, WIDE)
+    smoothing = tl.full((), smoothing, WIDE)
+    z_loss = tl.full((), z_loss, WIDE)
     source = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
     valid = (target >= 0) & (target < V)
-    picked = _capped(tl.load(source + tl.where(valid, target, 0)).to(WIDE), softcap, scale)
-    picked = tl.where(valid, picked, float("nan"))  # a target outside the vocabulary: loud, and no stray read
-    maximum = picked
-    others = tl.full((), 0.0, WIDE)
-    total = tl.full((), 0.0, WIDE)
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        there = cols < V
-        z = _capped(tl.load(source + cols, mask=there, other=0.0).to(WIDE), softcap, scale)
-        if smoothing != 0.0:
-            total += tl.sum(tl.where(there, z, 0.0), 0)
-        z = tl.where(there & (cols != target), z, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(z, 0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        others = others * tl.exp(maximum - shift) + tl.sum(_exp(z - shift, WIDE), 0)
-        maximum = higher
-    shift = tl.where(maximum == float("-inf"), 0.0, maximum)
-    own = tl.exp(picked - shift)
-    total_exp = others + own
-    lse = shift + tl.log(total_exp)
-    loss = (shift - picked) + _log1p(others + (own - 1.0))
-    if smoothing != 0.0:
-        loss = (1.0 - smoothing) * loss + smoothing * (lse - total / V)
-    if z_loss != 0.0:
-        loss += z_loss * lse * lse
-    tl.store(losses + row, loss)
+    column = tl.where(valid, target, 0).to(tl.int32)
+    own = tl.load(source + column).to(WIDE)
+    own = tl.where(valid, own, float("nan"))  # a target outside the vocabulary: loud, and no stray read
+    picked = own
+    if CHANGED:
+        picked = changed(own, scale, softcap, height, CAPPED)
+
+    maximum = tl.full((LANES,), float("-inf"), WIDE)
+    sums = tl.full((LANES,), 0.0, WIDE)
+    weighted = tl.full((LANES,), 0.0, WIDE)
+    total = tl.full((LANES,), 0.0, WIDE)
+    whole = V // BLOCK
+    home = column // BLOCK
+    unmasked = tl.where(home < whole, whole - 1, whole)
+    for i in range(unmasked):
+        z = tl.load(source + tl.where(i < home, i, i + 1) * BLOCK + at).to(WIDE)
+        if CHANGED:
+            z = changed(z, scale, softcap, height, CAPPED)
+        if SMOOTHED:
+            total += tl.sum(tl.sum(z, 2), 0)
+        maximum, sums, weighted = fold(z, maximum, sums, weighted, WIDE, ENTROPY)
+    for i in range(unmasked, (V + BLOCK - 1) // BLOCK):
+        cols = tl.where(i == unmasked, home, whole) * BLOCK + at
+        z = tl.load(source + cols, mask=cols < V, other=0.0).to(WIDE)
+        if CHANGED:
+            z = changed(z, scale, softcap, height, CAPPED)
+        if SMOOTHED:
+            total += tl.sum(tl.sum(tl.where(cols < V, z, 0.0), 2), 0)
+        z = tl.where((cols < V) & (cols != column), z, float("-inf"))
+        maximum, sums, weighted = fold(z, maximum, sums, weighted, WIDE, ENTROPY)
+
+    top = tl.max(maximum, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    aligned = tl.exp(maximum - top)
+    others = tl.sum(sums * aligned, 0)
+    # How far the largest of the others is ahead of the target; there may be no others, or none but −inf.
+    ahead = tl.where(others == 0.0, float("-inf"), top - picked)
+    below = ahead > 0
+    far = tl.exp(-tl.maximum(ahead, 0.0))
+    behind = tl.exp(tl.minimum(ahead, 0.0))
+    near = others * behind
+    # log1p as Kahan has it: the rounding of 1 + near is undone by dividing by what was really added.
+    sum_near = 1.0 + near
+    added = tl.where(sum_near == 1.0, 1.0, sum_near - 1.0)
+    log_near = tl.where(sum_near == 1.0, near, tl.log(sum_near) * near / added)
+    log_far = tl.log(others + far)
+    loss = tl.where(below, ahead + log_far, log_near)
+    lse = tl.where(below, top + log_far, picked + log_near)
+    rest = tl.where(below, others / (others + far), near / sum_near)
+    bad = (picked != picked) | (picked == float("inf")) | (picked == float("-inf")) & (others == 0.0)
+    loss = tl.where(bad, float("nan"), loss)
+    lse = tl.where(bad, float("nan"), lse)
+    rest = tl.where(bad, float("nan"), rest)
+    if ENTROPY:
+        moved = tl.where(sums == 0.0, 0.0, (maximum - top) * sums)
+        mean = tl.sum((weighted + moved) * aligned, 0)  # Σ exp(z − top)·(z − top) over the others
+        if_below = log_far - (mean - tl.where(far == 0.0, 0.0, far * ahead)) / (others + far)
+        closer = mean * behind + tl.where(near == 0.0, 0.0, near * ahead)
+        entropy = tl.where(below, if_below, log_near - closer / sum_near)
+        tl.store(entropies + row, tl.where(bad, float("nan"), entropy))
     tl.store(lses + row, lse)
-    tl.store(rests + row, others / total_exp)
+    tl.store(rests + row, rest)
+    share = smoothing / V
+    extra = 2.0 * z_loss * lse
+    if SMOOTHED:
+        loss = (1.0 - smoothing) * loss + smoothing * (lse - tl.sum(total, 0) / V)
+    tl.store(losses + row, loss + z_loss * lse * lse)
+
+    if GRADIENT:
+        tl.debug_barrier()  # out may be where the logits are
+        result = out + row * out_stride
+        g = tl.full((), gradient_scale, WIDE)
+        factor = g * (1.0 + extra)
+        shared = g * share
+        for i in range(whole):
+            x = tl.load(source + i * BLOCK + at).to(WIDE)
+            dz = plain_gradient(x, lse, factor, shared, scale, softcap, height, SMOOTHED, CHANGED, CAPPED, WIDE)
+            tl.store(result + i * BLOCK + at, narrowed(dz, out))
+        if whole * BLOCK < V:
+            cols = whole * BLOCK + at
+            x = tl.load(source + cols, mask=cols < V, other=0.0).to(WIDE)
+            dz = plain_gradient(x, lse, factor, shared, scale, softcap, height, SMOOTHED, CHANGED, CAPPED, WIDE)
+            tl.store(result + cols, narrowed(dz, out), mask=cols < V)
+        tl.debug_barrier()  # the target's own is written over what was written there
+        dz = g * (extra * (1.0 - rest) - rest + smoothing - share)
+        if CHANGED:
+            dz *= slope(own, scale, softcap, height, CAPPED)
+        tl.store(result + column, narrowed(dz, out))
 
 
 @triton.jit
 def _backward(
-    grads, logits, inner, outer_stride, inner_stride, targets, lses, rests, out, V, ignore_index,
-    smoothing: tl.constexpr, softcap: tl.constexpr, scale: tl.constexpr, z_loss: tl.constexpr,
+    grads, entropy_grads, logits, inner, outer_stride, inner_stride, targets, lses, rests, entropies, out, out_stride,
+    V, first, ignore_index, smoothing: tl.float64, share: tl.float64, scale: tl.float64, softcap: tl.float64,
+    height: tl.float64, z_loss: tl.float64,
+    SMOOTHED: tl.constexpr, CHANGED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = cols < V
-    result = out + row * V + cols
+    result = out + row * out_stride + cols
     target = tl.load(targets + row)
     if target == ignore_index:
-        tl.store(result, tl.zeros((BLOCK,), out.dtype.element_ty), mask=there)
+        tl.store(result, tl.full((BLOCK,), 0.0, out.dtype.element_ty), mask=there)
         return
+    scale = tl.full((), scale, WIDE)
+    softcap = tl.full((), softcap, WIDE)
+    height = tl.full((), height, WIDE)
+    target -= first
     source = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
-    grad = tl.load(grads + row)
+    grad = tl.load(grads + row).to(WIDE)
     lse = tl.load(lses + row)
     rest = tl.load(rests + row)
     x = tl.load(source + cols, mask=there, other=0.0).to(WIDE)
-    z = _capped(x, softcap, scale)
-    p = _exp(z - lse, WIDE)
-    dz = tl.where(cols == target, -rest, p)
-    if z_loss != 0.0:
-        dz += 2.0 * z_loss * lse * tl.where(cols == target, 1.0 - rest, p)
-    if smoothing != 0.0:
-        share = 1.0 / tl.cast(V, WIDE)
-        dz += smoothing * (tl.where(cols == target, 1.0, 0.0) - share)
-    if softcap != 0.0:
-        dz *= _capped_slope(x, softcap, scale)
-    elif scale != 1.0:
-        dz *= scale
-    tl.store(result, (dz * grad).to(out.dtype.element_ty), mask=there)
+    z = x
+    if CHANGED:
+        z = changed(x, scale, softcap, height, CAPPED)
+    p = exp_wide(z - lse) if tl.float64 == WIDE else tl.exp(z - lse)
+    extra = 2.0 * tl.full((), z_loss, WIDE) * lse
+    own = extra * (1.0 - rest) - rest
+    dz = p * (1.0 + extra)
+    if SMOOTHED:
+        dz -= tl.full((), share, WIDE)
+        own += tl.full((), smoothing, WIDE) - tl.full((), share, WIDE)
+    dz = tl.where(cols == target, own, dz) * grad
+    if ENTROPY:
+        entropy_grad = tl.load(entropy_grads + row).to(WIDE)
+        entropy = tl.load(entropies + row)
+        dz -= entropy_grad * tl.where(p == 0.0, 0.0, p * (z - lse + entropy))
+    if CHANGED:
+        dz *= slope(x, scale, softcap, height, CAPPED)
+    tl.store(result, narrowed(dz, out), mask=there)
 
 
-def _settings(logits: Tensor, vocabulary: int) -> dict[str, Any]:
-    wide = wide_dtype(logits)
-    block = min(triton.next_power_of_2(vocabulary), MAX_BLOCK)
+def _is_wide(logits: Tensor) -> tl.dtype:
+    return tl.float64 if wide_dtype(logits) == torch.float64 else tl.float32
+
+
+def _numbers(settings: Settings) -> dict[str, Any]:
+    """The settings as both kernels take them."""
+    capped = settings.softcap != 0.0
+    scale = settings.logit_scale if capped else settings.logit_scale / settings.temperature
     return {
-        "WIDE": tl.float64 if wide == torch.float64 else tl.float32,
-        "BLOCK": block,
-        "num_warps": min(8, max(1, block // 256)),
+        "ignore_index": settings.ignore_index,
+        "smoothing": settings.label_smoothing,
+        "scale": scale,
+        "softcap": settings.softcap if capped else 1.0,
+        "height": settings.softcap / settings.temperature,
+        "z_loss": settings.z_loss,
+        "SMOOTHED": settings.label_smoothing != 0.0,
+        "CHANGED": capped or scale != 1.0,
+        "CAPPED": capped,
     }
 
 
-def forward(
+def _tiling(rows: Rows, vocabulary: int, gradient: bool) -> dict[str, int]:
+    """How a program of the forward pass reads a row."""
+    itemsize = rows.tensor.element_size()
+    pack = 16 // itemsize
+    if rows.tensor.data_ptr() % 16 or any(stride * itemsize % 16 for stride in rows.layout[1:]):
+        pack = 1  # no row starts where a 16-byte load may
+
+    def tiling(warps: int, loads: int) -> dict[str, int]:
+        unroll = loads if pack > 1 else 4 * loads
+        warps = min(warps, triton.next_power_of_2(triton.cdiv(vocabulary, 32 * pack * unroll)))
+        return {"UNROLL": unroll, "LANES": 32 * warps, "PACK": pack, "num_warps": warps}
+
+    wide = rows.tensor.dtype == torch.float32
+    default = tiling(*(IN_FP64 if wide else WRITING if gradient else READING))
+    choices = [tiling(*choice) for choice in WORTH_TRYING[gradient]] if vocabulary >= 2**15 and not wide else []
+    key = (vocabulary, rows.tensor.dtype, pack, gradient)
+    return tuning.settings("cross_entropy_forward", rows.tensor.device, key, default=default, candidates=choices)
+
+
+def forward_into(
+    results: tuple[Tensor, Tensor, Tensor],
     logits: Tensor,
     targets: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    z_loss: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's loss, logsumexp and 1 − p(target), in ``wide_dtype``."""
+    settings: Settings,
+    *,
+    entropies: Tensor | None = None,
+    gradient: Tensor | None = None,
+    gradient_scale: float = 1.0,
+) -> None:
+    """Write each row's loss, logsumexp and 1 − p(target), in ``wide_dtype``, and what else there is a place for.
+
+    Args:
+        results: the three, contiguous.
+        logits: ``[..., V]``, not empty.
+        targets: contiguous.
+        entropies: a place for each row's entropy, or None.
+        gradient: a place ``[rows, V]`` for the gradient of the sum of the losses, times ``gradient_scale``, or None;
+            it may be the logits' own.
+    """
     rows, vocabulary = Rows(logits), logits.shape[-1]
-    results = [dispatch.allocate(targets.shape, wide_dtype(logits), logits.device) for _ in range(3)]
-    if logits.numel():
-        launch(
-            "cross_entropy_forward", _forward, (rows.count,), logits.device,
-            rows.tensor, *rows.layout, targets.contiguous(), *results, vocabulary, ignore_index,
-            smoothing=label_smoothing, softcap=softcap, scale=logit_scale, z_loss=z_loss,
-            **_settings(logits, vocabulary),
-        )  # fmt: skip
-    return results[0], results[1], results[2]
+    out = logits if gradient is None else gradient
+    launch(
+        "cross_entropy_forward", _forward, (rows.count,), logits.device,
+        rows.tensor, *rows.layout, targets, *results, results[0] if entropies is None else entropies,
+        out, 0 if gradient is None else gradient.stride(0), vocabulary,
+        gradient_scale=gradient_scale, ENTROPY=entropies is not None, GRADIENT=gradient is not None,
+        WIDE=_is_wide(logits), **_numbers(settings), **_tiling(rows, vocabulary, gradient is not None),
+    )  # fmt: skip
 
 
-def backward(
+def backward_into(
+    out: Tensor,
     grads: Tensor,
     logits: Tensor,
     targets: Tensor,
     lses: Tensor,
     rests: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    z_loss: float,
-) -> Tensor:
+    settings: Settings,
+    *,
+    entropies: Tensor | None = None,
+    entropy_grads: Tensor | None = None,
+    first: int = 0,
+    vocabulary: int | None = None,
+) -> None:
+    """Write the gradient of the logits from the gradients of each row's loss and entropy.
+
+    Args:
+        out: ``[..., V]`` with evenly spaced rows, not empty; it may be the logits' own place.
+        entropies, entropy_grads: both or neither.
+        first, vocabulary: where the logits are some columns of a larger vocabulary, the first one's number and how
+            many columns there are in all.
+    """
+    rows, width = Rows(logits), logits.shape[-1]
+    block = min(triton.next_power_of_2(width), MAX_BLOCK)
+    launch(
+        "cross_entropy_backward", _backward, (rows.count, triton.cdiv(width, block)), logits.device,
+        grads, grads if entropy_grads is None else entropy_grads, rows.tensor, *rows.layout, targets, lses, rests,
+        lses if entropies is None else entropies, out, out.stride(-2) if out.dim() > 1 else 0, width, first,
+        share=settings.label_smoothing / (vocabulary or width), ENTROPY=entropy_grads is not None,
+        WIDE=_is_wide(logits), BLOCK=block, num_warps=min(8, max(1, block // 256)), **_numbers(settings),
+    )  # fmt: skip
+
+
+def forward(logits: Tensor, targets: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's loss, logsumexp and 1 − p(target), in ``wide_dtype``."""
+    losses, lses, rests = (dispatch.allocate(targets.shape, wide_dtype(logits), logits.device) for _ in range(3))
+    if logits.numel():
+        forward_into((losses, lses, rests), logits, targets.contiguous(), settings)
+    return losses, lses, rests
+
+
+def backward(grads: Tensor, logits: Tensor, targets: Tensor, lses: Tensor, rests: Tensor, settings: Settings) -> Tensor:
     """The gradient of the logits (contiguous, their dtype) from the gradient of each row's loss."""
-    rows, vocabulary = Rows(logits), logits.shape[-1]
     out = dispatch.allocate(logits.shape, logits.dtype, logits.device)
     if out.numel():
-        settings = _settings(logits, vocabulary)
-        grid = (rows.count, triton.cdiv(vocabulary, settings["BLOCK"]))
-        launch(
-            "cross_entropy_backward", _backward, grid, logits.device,
-            grads.contiguous(), rows.tensor, *rows.layout, targets.contiguous(), lses, rests, out,
-            vocabulary, ignore_index,
-            smoothing=label_smoothing, softcap=softcap, scale=logit_scale, z_loss=z_loss, **settings,
-        )  # fmt: skip
+        backward_into(out, grads.contiguous(), logits, targets.contiguous(), lses, rests, settings)
     return out

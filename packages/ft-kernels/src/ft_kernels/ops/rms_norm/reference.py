@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
@@ -16,3 +16,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Ten
     if weight is not None:
         h = h * (weight.to(wide) + offset if offset else weight.to(wide))
     return h.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """As :func:`ft_kernels.functional.add_rms_norm`, differentiable by torch, twice too."""
+    total = x + residual
+    return rms_norm(total, weight, eps, offset), total

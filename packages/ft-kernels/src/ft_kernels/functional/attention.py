@@ -1,0 +1,257 @@
+"""Attention over documents packed into one row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ft_kernels.dispatch import use_triton
+from ft_kernels.ops.packed_attention.choose import BACKENDS, Backend, case_of, choose, why_not
+from ft_kernels.ops.packed_attention.plan import AttentionPlan
+
+__all__ = ["AttentionPlan", "Backend", "packed_attention", "plan_attention"]
+
+
+def plan_attention(
+    *,
+    lengths: Sequence[int] | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    max_length: int | None = None,
+) -> AttentionPlan:
+    """Where the documents of a batch lie: made once a batch, handed to every layer's :func:`packed_attention`.
+
+    What layers share (the documents' bounds on the device, flex attention's block masks) is made on first use and kept
+    in the plan, for each window that occurs.
+
+    The best choice of a backend needs the lengths on the host. Give them there, as ``lengths`` or as tensors on the
+    CPU, where a collator has them anyway. Given a tensor on a GPU, this function copies it to the host, which waits for
+    the GPU once; given ``max_length`` too, it does not, and neither does any layer: then flex, our kernel and, with
+    ``cu_seqlens``, FlashAttention compute, but documents of one length are not recognized.
+
+    Args:
+        lengths: the length of each document, in order; they add up to the number of tokens. Zero is allowed.
+        cu_seqlens: ``[documents + 1]`` integers, where each document begins, from 0, and at the end the number of
+            tokens.
+        position_ids: ``[T]`` or ``[B, S]`` integers. A document begins with each row and where a position is not one
+            more than the position before it, as transformers has it.
+        max_length: the longest document or more. Needed only to leave a tensor on its GPU; it is believed, so too small
+            a number gives wrong results.
+
+    Raises:
+        TypeError: a tensor's dtype is not an integer.
+        ValueError: none or more than one of the first three is given, or what is given describes no documents.
+    """
+    given = {"lengths": lengths, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(
+            f"plan_attention: got {' and '.join(names) or 'no documents'}; "
+            "give one of lengths, cu_seqlens, position_ids"
+        )
+    source = given[names[0]]
+    if isinstance(source, Tensor) and (source.is_floating_point() or source.is_complex() or source.dtype == torch.bool):
+        raise TypeError(f"plan_attention: {names[0]} has dtype {source.dtype}; use an integer dtype")
+    if max_length is not None and max_length < 0:
+        raise ValueError(f"plan_attention: max_length={max_length}; give the longest document's length, or None")
+    begins = None
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+            raise ValueError(f"plan_attention: cu_seqlens has shape {list(cu_seqlens.shape)}; use [documents + 1]")
+        if cu_seqlens.device.type != "cpu" and max_length is not None:
+            return AttentionPlan(cu_seqlens=cu_seqlens.to(torch.int32), max_length=max_length)
+        numbers = cu_seqlens.tolist()
+        if numbers[0] != 0:
+            raise ValueError(f"plan_attention: cu_seqlens begins with {numbers[0]}; it begins with 0")
+        found = [after - before for before, after in pairwise(numbers)]
+    elif position_ids is not None:
+        if position_ids.dim() not in (1, 2):
+            raise ValueError(f"plan_attention: position_ids has shape {list(position_ids.shape)}; use [T] or [B, S]")
+        rows = position_ids if position_ids.dim() == 2 else position_ids[None]
+        begins = torch.ones_like(rows, dtype=torch.bool)
+        begins[:, 1:] = rows[:, 1:] != rows[:, :-1] + 1
+        begins = begins.flatten()
+        if begins.device.type != "cpu" and max_length is not None:
+            return AttentionPlan(begins=begins, max_length=max_length)
+        starts = begins.nonzero().flatten().tolist()
+        found = [after - before for before, after in pairwise([*starts, begins.numel()])]
+    else:
+        found = lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths or ()]
+    shortest = min(found, default=0)
+    if shortest < 0:
+        raise ValueError(f"plan_attention: a document has length {shortest}; a document's length is 0 or more")
+    if max_length is not None and max_length < max(found, default=0):
+        raise ValueError(
+            f"plan_attention: max_length={max_length}, but a document has {max(found)} tokens; "
+            "give the longest, or None"
+        )
+    on_device = cu_seqlens if cu_seqlens is not None and cu_seqlens.device.type != "cpu" else None
+    return AttentionPlan(lengths=found, cu_seqlens=on_device, max_length=max_length)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: AttentionPlan | None = None,
+    lengths: Sequence[int] | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    max_length: int | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    heads_first: bool = False,
+    backend: Backend | str = "auto",
+) -> Tensor:
+    """Softmax attention in which the tokens of a document see each other and nothing else.
+
+    For a query i and a key j of one document, with j ≤ i where ``causal`` and i − j < ``window`` where there is one,
+
+        ``s_ij = softcap · tanh(scale · q_i·k_j / softcap)`` (without a softcap, ``scale · q_i·k_j``)
+
+        ``out_i = Σ_j exp(s_ij) · v_j / (Σ_j exp(s_ij) + exp(sink))`` (without sinks, no last term)
+
+    Attention: Vaswani et al. 2017, section 3.2 (arXiv:1706.03762). Grouped heads: Ainslie et al. 2023
+    (arXiv:2305.13245). Softcap: Gemma 2, section 2 (arXiv:2408.00118). Sinks, a learned logit for each head: gpt-oss's
+    model card, section 2.3 (arXiv:2508.10925). Window: as transformers' ``sliding_window`` in a causal mask.
+
+    Args:
+        q: ``[T, H, D]``, all tokens in one row, or ``[B, S, H, D]``, which is the row of its rows. fp16, bf16, fp32 or
+            float64, any strides, possibly empty.
+        k, v: as q, with G heads where G divides H; query head h reads head h // (H / G).
+        plan: the documents, from :func:`plan_attention`; made once a batch, it saves each layer that work.
+        lengths, cu_seqlens, position_ids, max_length: the documents instead of a plan, as :func:`plan_attention` has
+            them. With none of them, each row of ``[B, S, H, D]``, or all of ``[T, H, D]``, is one document.
+        causal: whether a token sees only itself and what is before it.
+        window: how many tokens a token sees, itself included. Only where causal.
+        softcap: a positive bound on the scores, or None.
+        sinks: ``[H]``, floating point, or None.
+        scale: multiplies the products; None is ``1 / sqrt(D)``.
+        heads_first: q, k, v and the result are ``[B, H, S, D]``, transformers' layout.
+        backend: "auto" picks by hardware, documents and settings (``ops/packed_attention/choose.py`` has the table and
+            its reasons). "dense", "cudnn", "flex", "flash" (torch's FlashAttention-2), "flash_attn" (the package),
+            "triton" (our kernel), "sdpa", "chunked" and "reference" ask for one.
+
+    Returns:
+        As q, in q's dtype. Gradients come back for q, k, v and the sinks.
+
+        "flex" is compiled when it first meets a combination of heads, dtype and settings, which takes seconds; the
+        others are not. On GPUs fp32 and float64 are computed in chunks of bounded memory, exactly and slowly. Under
+        ``torch.compile`` the documents are constants: other documents are another graph.
+
+    Raises:
+        TypeError: a dtype is not floating point, or q, k and v differ in it.
+        ValueError: shapes, devices, documents or settings do not fit, or the backend asked for cannot compute them.
+    """
+    _check_tensors(q, k, v, sinks, heads_first)
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(
+            f"packed_attention: window={window} with causal={causal}; a window is 1 or more, and needs causal=True"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"packed_attention: softcap={softcap}; allowed is a positive number, or None for no cap")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"packed_attention: backend={backend!r}; allowed are 'auto', {', '.join(map(repr, BACKENDS))}")
+    shape = q.shape
+    if heads_first:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        shape = q.shape
+    if q.dim() == 4:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    plan = _plan(shape, plan, lengths, cu_seqlens, position_ids, max_length)
+    out = _rows(q, k, v, sinks, plan, causal, window, softcap, scale, backend)
+    if len(shape) == 4:
+        out = out.unflatten(0, shape[:2])
+    return out.transpose(1, 2) if heads_first else out
+
+
+def _plan(shape: torch.Size, plan: AttentionPlan | None, *documents: Any) -> AttentionPlan:
+    total = math.prod(shape[:-2])
+    names = ("lengths", "cu_seqlens", "position_ids", "max_length")
+    given = {name: value for name, value in zip(names, documents, strict=True) if value is not None}
+    if plan is None:
+        if not given:
+            given["lengths"] = [shape[1]] * shape[0] if len(shape) == 4 else [total]
+        plan = plan_attention(**given)
+    elif given:
+        raise ValueError(f"packed_attention: got a plan and {' and '.join(given)}; a plan has the documents, give one")
+    if plan.total is not None and plan.total != total:
+        raise ValueError(
+            f"packed_attention: the documents have {plan.total} tokens in all, q has {total}; let them add up, "
+            "padding being documents too"
+        )
+    return plan
+
+
+def _rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    plan: AttentionPlan,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    from ft_kernels.ops.packed_attention.backends import RUN, Settings
+
+    if window is not None and window >= plan.max_length:
+        window = None  # it hides nothing
+    if q.shape[0] == 0:
+        backend = "chunked"
+    else:
+        case = case_of(
+            q,
+            max_length=plan.max_length,
+            equal=plan.equal,
+            counted=plan.count is not None,
+            causal=causal,
+            window=window is not None,
+            softcap=softcap is not None,
+            sinks=sinks is not None,
+        )
+        if backend == "auto":
+            backend = choose(case)
+        elif (reason := why_not(backend, case)) and not (backend == "triton" and use_triton(q)):
+            raise ValueError(f"packed_attention: backend={backend!r} cannot compute this: {reason}; use 'auto'")
+    settings = Settings(causal, window, softcap, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale))
+    return RUN[backend](q, k, v, sinks, plan, settings)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, heads_first: bool) -> None:
+    if not q.is_floating_point():
+        raise TypeError(f"packed_attention: q has dtype {q.dtype}; use a floating-point dtype")
+    if q.dim() not in (3, 4) or (heads_first and q.dim() == 3) or q.shape[-1] == 0:
+        layouts = "[B, H, S, D]" if heads_first else "[T, H, D] or [B, S, H, D]"
+        raise ValueError(f"packed_attention: q has shape {list(q.shape)}; use {layouts}")
+    at = 1 if heads_first else q.dim() - 2
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"packed_attention: q has dtype {q.dtype}, {name} {x.dtype}; use one dtype")
+        if x.device != q.device:
+            raise ValueError(f"packed_attention: q is on {q.device}, {name} on {x.device}; move them to one device")
+        expected = list(q.shape)
+        expected[at] = k.shape[at] if k.dim() == q.dim() else 0
+        if list(x.shape) != expected or x.shape[at] == 0 or q.shape[at] % x.shape[at]:
+            raise ValueError(
+                f"packed_attention: q {list(q.shape)} and {name} {list(x.shape)} do not fit; k and v have q's shape "
+                "but for the heads, whose number divides q's"
+            )
+    if sinks is not None:
+        if not sinks.is_floating_point():
+            raise TypeError(f"packed_attention: sinks have dtype {sinks.dtype}; use a floating-point dtype")
+        if list(sinks.shape) != [q.shape[at]]:
+            raise ValueError(f"packed_attention: sinks have shape {list(sinks.shape)}; q needs [{q.shape[at]}]")
+        if sinks.device != q.device:
+            raise ValueError(f"packed_attention: q is on {q.device}, sinks on {sinks.device}; move them to one device")

@@ -1,0 +1,3 @@
+"""Gated linear units: SwiGLU and GEGLU."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""bitsandbytes' 8-bit weights."""
+
+__all__: list[str] = []

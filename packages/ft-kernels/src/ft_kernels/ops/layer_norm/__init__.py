@@ -1,0 +1,3 @@
+"""Layer normalization."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Linear products with low-rank updates inside."""
+
+__all__: list[str] = []

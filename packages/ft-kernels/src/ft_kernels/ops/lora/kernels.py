@@ -1,0 +1,365 @@
+"""What surrounds the matrix products, in Triton: the memory passes of a product with low-rank updates.
+
+With R the adapters' ranks together, A ``[R, K]`` all of them stacked and S ``[N, R]`` their scaled B side by side, each
+in its own rows (zeros elsewhere):
+
+    pack          A and S in the products' dtype, S straight into the columns beside W
+    rows          [x | x·Aᵀ] from x, which is read once
+    b_gradient    dB = scaling · dYᵀ·(x·Aᵀ), each adapter's block alone
+    a_gradient    dA = d(xA)ᵀ·x, and in the same pass dX += d(xA)·A
+
+All are bound by memory. The sums over rows are split among programs that write partial sums; these are added in a fixed
+order, so that every result is the same bit for bit each time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ft_kernels import dispatch, tuning
+from ft_kernels.dispatch import interpreting, launch
+
+__all__ = [
+    "a_gradient",
+    "b_gradient",
+    "kept",
+    "loads_ahead",
+    "operand",
+    "pack",
+    "ranks_block",
+    "rounded",
+    "rounds_by_hand",
+    "row_tile",
+    "rows",
+    "share",
+    "splits",
+]
+
+
+def rounds_by_hand(dtype: torch.dtype) -> bool:
+    """Whether stores must be rounded before: triton's interpreter cuts fp32 off when it stores bf16."""
+    return interpreting() and dtype == torch.bfloat16
+
+
+@triton.jit
+def rounded(value, target, BY_HAND: tl.constexpr):
+    """An fp32 value in the dtype of what `target` points to, rounded to nearest."""
+    if BY_HAND:
+        bits = value.to(tl.int32, bitcast=True)
+        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return value.to(target.dtype.element_ty)
+
+
+@triton.jit
+def operand(value, INTERPRETED: tl.constexpr):
+    """What tl.dot gets: the interpreter cannot multiply bf16."""
+    if INTERPRETED:
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
+def kept(values, seed, rows, cols, threshold, inverse, STREAM: tl.constexpr):
+    """Dropout of a tile, in fp32: the same random number for an element wherever it is computed."""
+    zero = rows.to(tl.int32) * 0 + cols.to(tl.int32) * 0
+    words = tl.philox(tl.load(seed), zero + cols.to(tl.int32), zero + rows.to(tl.int32), zero, zero)
+    keep = words[STREAM].to(tl.int64) >= threshold
+    return tl.where(keep, values.to(tl.float32) * inverse, 0.0)
+
+
+@triton.jit
+def _pack(
+    a0, a1, a2, b0, b1, b2, packed, columns, column_stride, K, N, R, a_programs,
+    start0, start1, start2, n0, n1, n2, r0, r1, r2, s0, s1, s2,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid < a_programs:
+        blocks = tl.cdiv(K, BLOCK)
+        row = pid // blocks
+        cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+        there = cols < K
+        value = tl.load(a0 + row * K + cols, mask=there & (row < r0), other=0.0).to(tl.float32)
+        if COUNT > 1:
+            mine = there & (row >= r0) & (row < r0 + r1)
+            value += tl.load(a1 + (row - r0) * K + cols, mask=mine, other=0.0).to(tl.float32)
+        if COUNT > 2:
+            mine = there & (row >= r0 + r1) & (row < r0 + r1 + r2)
+            value += tl.load(a2 + (row - r0 - r1) * K + cols, mask=mine, other=0.0).to(tl.float32)
+        tl.store(packed + row * K + cols, rounded(value, packed, BY_HAND), mask=there)
+    else:
+        n = ((pid - a_programs) * ROWS + tl.arange(0, ROWS))[:, None]
+        rank = tl.arange(0, RP)[None, :]
+        its = (n >= start0) & (n < start0 + n0) & (rank < r0)
+        number = tl.load(b0 + (n - start0) * r0 + rank, mask=its, other=0.0).to(tl.float32) * s0
+        if COUNT > 1:
+            its = (n >= start1) & (n < start1 + n1) & (rank >= r0) & (rank < r0 + r1)
+            number += tl.load(b1 + (n - start1) * r1 + rank - r0, mask=its, other=0.0).to(tl.float32) * s1
+        if COUNT > 2:
+            its = (n >= start2) & (n < start2 + n2) & (rank >= r0 + r1) & (rank < r0 + r1 + r2)
+            number += tl.load(b2 + (n - start2) * r2 + rank - r0 - r1, mask=its, other=0.0).to(tl.float32) * s2
+        slot = columns + n.to(tl.int64) * column_stride + rank
+        tl.store(slot, rounded(number, columns, BY_HAND), mask=(n < N) & (rank < R))
+
+
+@triton.jit
+def _rows(
+    x, x_stride, wide, wide_stride, tail, packed, seed, threshold, inverse, M, K, R, end0, end1,
+    WIDE: tl.constexpr, COPY: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
+    BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    ranks = tl.arange(0, RP)
+    there = (rows < M)[:, None]
+    total = tl.zeros((BM, RP), tl.float32)
+    for start in range(0, K, BK):
+        cols = start + tl.arange(0, BK)
+        mask = there & (cols < K)[None, :]
+        values = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0)
+        inside = (ranks < R)[:, None] & (cols < K)[None, :]
+        low = operand(tl.load(packed + ranks[:, None] * K + cols[None, :], mask=inside, other=0.0), INTERPRETED)
+        if COPY:
+            tl.store(wide + rows[:, None] * wide_stride + cols[None, :], values, mask=mask)
+        if DROPS == 0:
+            total = tl.dot(operand(values, INTERPRETED), tl.trans(low), total)
+        for i in tl.static_range(DROPS):
+            mine = _segment(ranks, end0, end1, i, DROPS)
+            left = rounded(kept(values, seed, rows[:, None], cols[None, :], threshold, inverse, i), x, BY_HAND)
+            right = tl.where(mine[:, None], low, 0.0)
+            total = tl.dot(operand(left, INTERPRETED), tl.trans(right), total)
+    mask = there & (ranks < R)[None, :]
+    result = rounded(total, x, BY_HAND)
+    tl.store(tail + rows[:, None] * R + ranks[None, :], result, mask=mask)
+    if WIDE:
+        tl.store(wide + rows[:, None] * wide_stride + K + ranks[None, :], result, mask=mask)
+
+
+@triton.jit
+def _segment(ranks, end0, end1, INDEX: tl.constexpr, COUNT: tl.constexpr):
+    """Which ranks are those of adapter INDEX."""
+    mine = ranks >= 0
+    if INDEX == 0 and COUNT > 1:
+        mine = ranks < end0
+    if INDEX == 1:
+        mine = ranks >= end0
+        if COUNT > 2:
+            mine = mine & (ranks < end1)
+    if INDEX == 2:
+        mine = ranks >= end1
+    return mine
+
+
+@triton.jit
+def _b_gradient(
+    dy, dy_stride, tail, partial, split_stride, M, R, share, tiles0, tiles1,
+    start0, start1, start2, n0, n1, n2, r0, r1, r2, s0, s1, s2, offset,
+    COUNT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    start, n, r, scaling, first_tile, first_rank, first_slot = start0, n0, r0, s0, 0, 0, 0
+    if COUNT > 1:
+        second = tile >= tiles0
+        start, n, r = tl.where(second, start1, start0), tl.where(second, n1, n0), tl.where(second, r1, r0)
+        scaling, first_tile = tl.where(second, s1, s0), tl.where(second, tiles0, 0)
+        first_rank, first_slot = tl.where(second, r0, 0), tl.where(second, n0 * r0, 0)
+    if COUNT > 2:
+        third = tile >= tiles0 + tiles1
+        start, n, r = tl.where(third, start2, start), tl.where(third, n2, n), tl.where(third, r2, r)
+        scaling, first_tile = tl.where(third, s2, scaling), tl.where(third, tiles0 + tiles1, first_tile)
+        first_rank = tl.where(third, r0 + r1, first_rank)
+        first_slot = tl.where(third, n0 * r0 + n1 * r1, first_slot)
+    cols = (tile - first_tile) * BC + tl.arange(0, BC)
+    ranks = tl.arange(0, RP)
+    total = tl.zeros((BC, RP), tl.float32)
+    for first in range(split * share, tl.minimum(split * share + share, M), BM):
+        rows = first + tl.arange(0, BM).to(tl.int64)
+        there = (rows < M)[:, None]
+        here = dy + rows[:, None] * dy_stride + (start + cols)[None, :]
+        up = tl.load(here, mask=there & (cols < n)[None, :], other=0.0)
+        here = tail + rows[:, None] * R + (first_rank + ranks)[None, :]
+        low = tl.load(here, mask=there & (ranks < r)[None, :], other=0.0)
+        total = tl.dot(tl.trans(operand(up, INTERPRETED)), operand(low, INTERPRETED), total)
+    line = partial + split.to(tl.int64) * split_stride + offset + first_slot
+    slot = line + cols[:, None].to(tl.int64) * r + ranks[None, :]
+    tl.store(slot, total * scaling, mask=(cols < n)[:, None] & (ranks < r)[None, :])
+
+
+@triton.jit
+def _a_gradient(
+    x, x_stride, low, low_stride, packed, dx, dx_stride, partial, split_stride, seed, threshold, inverse,
+    M, K, R, ranks_given, share, end0, end1,
+    UPDATE: tl.constexpr, SUM: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
+    STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    ranks = tl.arange(0, RP)
+    total = tl.zeros((BC, RP), tl.float32)
+    inside = (ranks < R)[:, None] & (cols < K)[None, :]
+    a = operand(tl.load(packed + ranks[:, None] * K + cols[None, :], mask=inside, other=0.0), INTERPRETED)
+    # Told by tl.range, the compiler loads ahead what no product takes as it is, too.
+    last = tl.minimum(split * share + share, M)
+    for first in tl.range(split * share, last, BM, num_stages=STAGES):
+        rows = first + tl.arange(0, BM).to(tl.int64)
+        mask = (rows < M)[:, None] & (cols < K)[None, :]
+        low_mask = (rows < M)[:, None] & (ranks < R)[None, :]
+        up = operand(tl.load(low + rows[:, None] * low_stride + ranks[None, :], mask=low_mask, other=0.0), INTERPRETED)
+        if SUM:
+            values = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0)
+        if UPDATE:
+            slot = dx + rows[:, None] * dx_stride + cols[None, :]
+            result = tl.load(slot, mask=mask, other=0.0).to(tl.float32)
+        if DROPS == 0:
+            if SUM:
+                total = tl.dot(tl.trans(operand(values, INTERPRETED)), up, total)
+            if UPDATE:
+                result = tl.dot(up, a, result)
+        for i in tl.static_range(DROPS):
+            mine = tl.where(_segment(ranks, end0, end1, i, DROPS)[None, :], up, 0.0)
+            if SUM:
+                left = rounded(kept(values, seed, rows[:, None], cols[None, :], threshold, inverse, i), x, BY_HAND)
+                total = tl.dot(tl.trans(operand(left, INTERPRETED)), mine, total)
+            if UPDATE:
+                result += kept(tl.dot(mine, a), seed, rows[:, None], cols[None, :], threshold, inverse, i)
+        if UPDATE:
+            tl.store(slot, rounded(result, dx, BY_HAND), mask=mask)
+    if SUM:
+        slot = partial + split.to(tl.int64) * split_stride + ranks[None, :] * K + cols[:, None]
+        tl.store(slot, total, mask=(cols < K)[:, None] & (ranks < ranks_given)[None, :])
+
+
+def _three(values: Any, other: Any) -> list[Any]:
+    return [*values, *[other] * (3 - len(values))]
+
+
+def ranks_block(r: int) -> int:
+    """The number of ranks that a tile has: a power of two, at least what a matrix instruction takes."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def row_tile(m: int, device: torch.device) -> int:
+    """Rows a program: many, so that A is read seldom, but with a program for nearly every multiprocessor."""
+    programs = 0.9 * tuning.multiprocessors(device)
+    return next((tile for tile in (64, 32) if triton.cdiv(m, tile) >= programs), 16)
+
+
+def loads_ahead(bytes_a_stage: int, most: int, device: torch.device) -> int:
+    """How many tiles can be on their way at once, with some shared memory left for what is in work."""
+    if tuning.family(device) == "turing":
+        return 1  # loads go by way of registers there, of which there are too few for more
+    return max(1, min(most, tuning.shared_memory(device) * 3 // 4 // bytes_a_stage))
+
+
+def pack(low: Any, k: int, columns: Tensor) -> Tensor:
+    """A, stacked to ``[low.padded, K]`` in the dtype of ``columns [N, low.padded]``, which get S."""
+    device, r, n = columns.device, low.padded, columns.shape[0]
+    a = [t.contiguous() for t in low.a]
+    b = [t.contiguous() for t in low.b]
+    plain = len(a) == 1 and low.r == r and a[0].dtype == columns.dtype
+    packed = a[0] if plain else dispatch.allocate((r, k), columns.dtype, device)
+    rp, block = ranks_block(r), 2048
+    tile = max(1, 4096 // rp)
+    a_programs = 0 if plain else r * triton.cdiv(k, block)
+    launch(
+        "lora_pack", _pack, (a_programs + triton.cdiv(n, tile),), device,
+        *_three(a, a[0]), *_three(b, b[0]), packed, columns, columns.stride(0), k, n, r, a_programs,
+        *_three(low.starts, 0), *_three(low.sizes, 0), *_three(low.ranks, 0), *_three(low.scaling, 0.0),
+        COUNT=len(a), BLOCK=block, ROWS=tile, RP=rp, BY_HAND=rounds_by_hand(columns.dtype), num_warps=4,
+    )  # fmt: skip
+    return packed
+
+
+def rows(x: Tensor, k: int, packed: Tensor, low: Any, wide: Tensor | None, drop: Any) -> Tensor:
+    """``x Aᵀ`` as ``[M, R]`` and as the tail of ``wide``, whose left part gets a copy of x unless that is x itself."""
+    m, r, device = x.shape[0], low.padded, x.device
+    tail = dispatch.allocate((m, r), x.dtype, device)
+    copy = wide is not None and wide.data_ptr() != x.data_ptr()
+    old = tuning.family(device) == "turing"
+    rp, bm, bk = ranks_block(r), 16 if old else row_tile(m, device), 64 if old else 128
+    stages = loads_ahead((bm + rp) * bk * 2, 5, device)
+    default = {"BM": bm, "BK": bk, "num_warps": 4, "num_stages": stages}
+    more = [
+        {"BM": bm, "BK": wide_bk, "num_warps": warps, "num_stages": loads_ahead((bm + rp) * wide_bk * 2, 5, device)}
+        for wide_bk in (128, 256) for warps in (4, 8)
+    ]  # fmt: skip
+    tiling = tuning.settings(
+        "lora_rows", device, (k, r, copy, drop.p > 0), default=default, candidates=[] if old else more
+    )
+    out = tail if wide is None else wide
+    launch(
+        "lora_rows", _rows, (triton.cdiv(m, tiling["BM"]),), device,
+        x, x.stride(0), out, out.stride(0), tail, packed, *drop.arguments(x), m, k, r, *low.ends(),
+        WIDE=wide is not None, COPY=copy, DROPS=len(low.a) if drop.p else 0, RP=rp,
+        BY_HAND=rounds_by_hand(x.dtype), INTERPRETED=interpreting(), **tiling,
+    )  # fmt: skip
+    return tail
+
+
+def splits(m: int, k: int, device: torch.device) -> int:
+    """Among how many programs the rows are split, so that sums over them occupy the device."""
+    if interpreting():
+        return min(2, -(-m // 64))
+    wanted = tuning.multiprocessors(device) // max(1, k // 128)
+    return max(1, min(wanted, -(-m // 256)))
+
+
+def share(m: int, parts: int, tile: int) -> int:
+    """How many rows each part gets, in whole tiles."""
+    return -(-m // (tile * parts)) * tile
+
+
+def _option(
+    bm: int, bc: int, warps: int, tiles: int, rp: int, device: torch.device, stages: str = "num_stages"
+) -> dict[str, Any]:
+    return {"BM": bm, "BC": bc, "num_warps": warps, stages: loads_ahead((tiles * bc + rp) * bm * 2, 4, device)}
+
+
+def b_gradient(dy: Tensor, tail: Tensor, low: Any, partial: Tensor, offset: int) -> None:
+    """Each part's dB (scaled), one adapter after the other, into ``partial [parts, ...]`` from ``offset`` on."""
+    m, parts, device = dy.shape[0], partial.shape[0], dy.device
+    rp = ranks_block(max(low.ranks))
+    options = [(64, 128, 4), (64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 4)]
+    if tuning.family(device) == "turing":
+        options = [(32, 64, 4)]
+    default, *more = [_option(*option, 1, rp, device) for option in options]
+    tiling = tuning.settings(
+        "lora_b_gradient", device, (*low.sizes, rp), default=default, candidates=more if rp <= 64 else []
+    )
+    tiles = [triton.cdiv(n, tiling["BC"]) for n in low.sizes]
+    launch(
+        "lora_b_gradient", _b_gradient, (sum(tiles), parts), device,
+        dy, dy.stride(0), tail, partial, partial.stride(0), m, low.padded, share(m, parts, tiling["BM"]),
+        *_three(tiles, 0)[:2], *_three(low.starts, 0), *_three(low.sizes, 0), *_three(low.ranks, 0),
+        *_three(low.scaling, 0.0), offset, COUNT=len(tiles), RP=rp, INTERPRETED=interpreting(), **tiling,
+    )  # fmt: skip
+
+
+def a_gradient(
+    x: Tensor, k: int, dlow: Tensor, packed: Tensor, low: Any, partial: Tensor | None, dx: Tensor | None, parts: int,
+    drop: Any,
+) -> None:  # fmt: skip
+    """Each part's dA ``[R, K]`` to the start of ``partial [parts, ...]``, and ``dx += dlow A``; either may be None."""
+    m, device = dlow.shape[0], x.device
+    rp = ranks_block(low.padded)
+    # Two tiles, their sum and, with dropout, the state of the random numbers share the registers.
+    options = [(64, 128, 8), (64, 64, 4), (32, 128, 8), (32, 64, 4)]
+    if drop.p or rp > 32 or tuning.capability(device) < (9, 0):
+        options = [(32, 64, 8)] if drop.p or rp > 64 else [(32, 128, 8), (32, 64, 4)]
+    if tuning.family(device) == "turing":
+        options = [(32, 64, 8)]
+    default, *more = [_option(*option, 2, rp, device, "STAGES") for option in options]
+    key = (k, rp, dx is not None, partial is not None, drop.p > 0)
+    tiling = tuning.settings("lora_a_gradient", device, key, default=default, candidates=more)
+    target, out = x if dx is None else dx, dlow if partial is None else partial
+    launch(
+        "lora_a_gradient", _a_gradient, (triton.cdiv(k, tiling["BC"]), parts), device,
+        x, x.stride(0), dlow, dlow.stride(0), packed, target, target.stride(0), out, out.stride(0),
+        *drop.arguments(x), m, k, low.padded, low.r, share(m, parts, tiling["BM"]), *low.ends(),
+        UPDATE=dx is not None, SUM=partial is not None, DROPS=len(low.a) if drop.p else 0, RP=rp,
+        BY_HAND=rounds_by_hand(x.dtype), INTERPRETED=interpreting(), **tiling,
+    )  # fmt: skip

@@ -1,0 +1,313 @@
+"""Products with low-rank updates inside, forward and backward, on buffers: no autograd, no checks.
+
+With S the scaled B of all adapters side by side (each in its own rows) and A all of theirs stacked::
+
+    Y = [X | X Aᵀ] [W | S]ᵀ        [dX' | D] = dY [W | S]        dX = dX' + D A        dA = Dᵀ X        dB = dYᵀ (X Aᵀ)
+
+so that an update costs the product R more steps along K, and no pass over Y (LoRA: Hu et al. 2021, arXiv:2106.09685). A
+weight that lies alone gets the update added: the same function with one more rounding, and more passes over memory.
+
+``[W | S]`` is refreshed from the adapters at each use, so nothing is stale however adapters change or take turns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ft_kernels import dispatch, tuning
+from ft_kernels.ops.lora import scaled
+from ft_kernels.ops.lora.operands import Base, Drop, Low, row_buffer
+from ft_kernels.ops.lora.reference import keep_mask
+from ft_kernels.ops.lora.reference import row_norms as reference_norms
+
+__all__ = [
+    "add_input_gradient",
+    "backward",
+    "fill_tail",
+    "forward",
+    "gradients",
+    "input_gradient",
+    "pack",
+    "row_norms",
+    "sum_parts",
+    "uses_kernels",
+    "widened_weight",
+]
+
+SMALL = 128
+"""Fewer rows than this are not widened: reading the weight takes the time then, not the passes over rows."""
+MOST_RANKS = 128
+"""More ranks than this are worth a matrix product of their own."""
+
+
+def uses_kernels(x: Tensor, rank: int) -> bool:
+    """Whether the kernels do the passes over memory: in 16 bits, where the card multiplies them, for usual ranks."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or not dispatch.use_triton(x):
+        return False
+    if tuning.family(x.device) == "turing":
+        return x.dtype == torch.float16 and rank <= MOST_RANKS // 4
+    return rank <= MOST_RANKS
+
+
+def pack(low: Low, k: int, columns: Tensor) -> Tensor:
+    """A, stacked to ``[low.padded, K]`` in the dtype of ``columns [N, low.padded]``, which get S."""
+    if uses_kernels(columns, low.padded) and len(low.a) <= 3 and all(t.dtype in dispatch.KERNEL_DTYPES for t in low.a):
+        from ft_kernels.ops.lora import kernels
+
+        return kernels.pack(low, k, columns)
+    packed = dispatch.allocate((low.padded, k), columns.dtype, columns.device).zero_()
+    columns.zero_()
+    first = 0
+    for a, b, start, scaling in zip(low.a, low.b, low.starts, low.scaling, strict=True):
+        packed[first : first + len(a)] = a
+        columns[start : start + len(b), first : first + len(a)] = b * scaling
+        first += len(a)
+    return packed
+
+
+def _dropped(x: Tensor, stream: int, drop: Drop) -> Tensor:
+    if not drop.p or drop.seed is None:
+        return x
+    keep = keep_mask(drop.seed, x.shape[0], x.shape[1], stream, drop.p)
+    return torch.where(keep, x / (1 - drop.p), 0.0)
+
+
+def _streams(low: Low, drop: Drop, dtype: torch.dtype) -> list[tuple[int, slice]]:
+    """The ranks that see the same dropped input; in fp32 each adapter's, since torch rounds small products less."""
+    if not drop.p and dtype.itemsize <= 2:
+        return [(0, slice(0, low.padded))]
+    ends = [sum(low.ranks[: i + 1]) for i in range(len(low.ranks))]
+    return [(i, slice(start, end)) for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
+
+
+def _blocks(low: Low, dtype: torch.dtype) -> list[tuple[slice, slice]]:
+    """The blocks of S that hold numbers; in 16 bits S as it is, for one product in place of several."""
+    if dtype.itemsize <= 2:
+        return [(slice(None), slice(None))]
+    first = [sum(low.ranks[:i]) for i in range(len(low.ranks))]
+    return [
+        (slice(start, start + n), slice(rank, rank + r))
+        for start, n, rank, r in zip(low.starts, low.sizes, first, low.ranks, strict=True)
+    ]
+
+
+def fill_tail(x: Tensor, packed: Tensor, low: Low, row: Tensor | None = None, drop: Drop | None = None) -> Tensor:
+    """``X Aᵀ`` as ``[M, R]``, and in ``row`` after the first K columns.
+
+    Args:
+        x: ``[M, K]``, the last dimension contiguous: a tensor of its own, or the left part of ``row``.
+        row: ``[M, ≥ K + R]``; x is copied to its left part unless it lies there.
+    """
+    drop = drop or Drop()
+    k, r = x.shape[1], low.padded
+    if uses_kernels(x, r) and len(low.a) <= 3:
+        from ft_kernels.ops.lora import kernels
+
+        return kernels.rows(x, k, packed, low, row, drop)
+    tail = dispatch.allocate((x.shape[0], r), x.dtype, x.device)
+    tail[:, low.r :] = 0
+    for stream, ranks in _streams(low, drop, x.dtype):
+        torch.mm(_dropped(x, stream, drop), packed[ranks].t(), out=tail[:, ranks])
+    if row is not None:
+        if row.data_ptr() != x.data_ptr():
+            row[:, :k].copy_(x)
+        row[:, k : k + r].copy_(tail)
+    return tail
+
+
+def widened_weight(base: Base, r: int, m: int, dtype: torch.dtype) -> Tensor | None:
+    """``[N, ≥ K + r]`` with the weight in its left part, where a widened product is better than two."""
+    # In fp32 the sum over K numbers is what rounds; a longer one rounds more than the sum of two.
+    if dtype.itemsize > 2 or m < SMALL:
+        return None
+    return base.widened(r, dtype)
+
+
+def forward(
+    x: Tensor, base: Base, low: Low, bias: Tensor | None = None, drop: Drop | None = None
+) -> tuple[Tensor, Tensor]:
+    """Y ``[M, N]`` and ``X Aᵀ`` ``[M, R]``, which backward wants.
+
+    Args:
+        x: ``[M, K]``, or a whole row buffer ``[M, ≥ K + R]`` with X in its left part, whose tail is filled.
+    """
+    k, r, m = base.k, low.padded, x.shape[0]
+    row = x if x.shape[1] > k else None
+    x = x[:, :k]
+    if not r or not x.numel():
+        return _dense_product(x, base, bias), x.new_zeros(m, r)
+    widened = widened_weight(base, r, m, x.dtype)
+    if widened is None:
+        columns = dispatch.allocate((base.n, r), x.dtype, x.device)
+        packed = pack(low, k, columns)
+        tail = fill_tail(x, packed, low, None, drop)
+        y = _dense_product(x, base, bias)
+        for outputs, ranks in _blocks(low, x.dtype):
+            add_product(y[:, outputs], tail[:, ranks], columns[outputs, ranks].t())
+        return y, tail
+    packed = pack(low, k, widened[:, k : k + r])
+    if row is None:
+        row = row_buffer(m, k, r, x.dtype, x.device)
+    tail = fill_tail(x, packed, low, row, drop)
+    return F.linear(row[:, : k + r], widened[:, : k + r], bias), tail
+
+
+def _dense_product(x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
+    if base.kind == "fp8":
+        return scaled.forward(x, base, bias)
+    weights = base.dense(x.dtype)
+    if len(weights) == 1:
+        return F.linear(x, weights[0], bias)
+    y = dispatch.allocate((x.shape[0], base.n), x.dtype, x.device)
+    biases = [None] * len(weights) if bias is None else bias.split([w.shape[0] for w in weights])
+    for part, weight, shift in zip(y.split([w.shape[0] for w in weights], 1), weights, biases, strict=True):
+        if shift is None:
+            torch.mm(x, weight.t(), out=part)
+        else:
+            torch.addmm(shift, x, weight.t(), out=part)
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, tail: Tensor, base: Base, low: Low, drop: Drop | None = None,
+    *, need_x: bool = True, need_a: bool = True, need_b: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dX, the left part of a row buffer, and all adapters' gradients in one flat tensor; None for what is not needed.
+
+    Args:
+        dy: ``[M, N]``. x: ``[M, K]``. Both with the last dimension contiguous. tail: ``X Aᵀ`` from forward.
+    """
+    drop = drop or Drop()
+    if not dy.numel() or not base.k:
+        flat = low.a[0].new_zeros(low.numel) if low.a and (need_a or need_b) else None
+        return (row_buffer(dy.shape[0], base.k, low.r, dy.dtype, dy.device)[:, : base.k] if need_x else None), flat
+    dx, dlow, packed = input_gradient(dy, base, low, need_x, need_x or need_a)
+    if not low.r:
+        return dx, None
+    flat = gradients(dy, x[:, : base.k], tail, dlow, dx, packed, low, drop, need_a=need_a, need_b=need_b)
+    return dx, flat
+
+
+def input_gradient(
+    dy: Tensor, base: Base, low: Low, need_x: bool = True, need_low: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dY W`` (not yet with the adapters' share), ``D = dY S`` and A stacked; the first two in one row buffer."""
+    k, r, m = base.k, low.padded, dy.shape[0]
+    if not need_x and not (need_low and r):
+        return None, None, None
+    out = row_buffer(m, k, r, dy.dtype, dy.device) if need_x else dispatch.allocate((m, k + r), dy.dtype, dy.device)
+    dx, dlow = out[:, :k], out[:, k : k + r]
+    widened = widened_weight(base, r, m, dy.dtype) if r and need_x else None
+    if widened is not None:
+        packed = pack(low, k, widened[:, k : k + r])
+        torch.mm(dy, widened[:, : k + r], out=out[:, : k + r])
+        return dx, dlow, packed
+    if need_x and not (base.kind == "fp8" and scaled.input_gradient(dy, base, dx)):
+        start = 0
+        for i, weight in enumerate(base.dense(dy.dtype)):
+            part = dy[:, start : start + weight.shape[0]]
+            torch.mm(part, weight, out=dx) if i == 0 else add_product(dx, part, weight)
+            start += weight.shape[0]
+    if not r:
+        return dx, None, None
+    columns = dispatch.allocate((base.n, r), dy.dtype, dy.device)
+    packed = pack(low, k, columns)
+    dlow[:, low.r :] = 0
+    for outputs, ranks in _blocks(low, dy.dtype):
+        torch.mm(dy[:, outputs], columns[outputs, ranks], out=dlow[:, ranks])
+    return (dx if need_x else None), dlow, packed
+
+
+def gradients(
+    dy: Tensor, x: Tensor, tail: Tensor, dlow: Tensor | None, dx: Tensor | None, packed: Tensor | None, low: Low,
+    drop: Drop, *, need_a: bool = True, need_b: bool = True,
+) -> Tensor | None:  # fmt: skip
+    """All adapters' gradients in one flat tensor (see :class:`Low`) of their dtype; adds the adapters' share to dx."""
+    m, k = x.shape
+    dtype = low.a[0].dtype
+    if not uses_kernels(x, low.padded) or len(low.a) > 3:
+        return _gradients_by_torch(dy, x, tail, dlow, dx, packed, low, drop, need_a, need_b)
+    from ft_kernels.ops.lora import kernels
+
+    parts = kernels.splits(m, k, x.device)
+    partial = None
+    if need_a or need_b:
+        partial = dispatch.allocate((parts, low.numel), torch.float32, x.device)
+        if not (need_a and need_b):
+            partial.zero_()
+    if dlow is not None and packed is not None and (need_a or dx is not None):
+        kernels.a_gradient(x, k, dlow, packed, low, partial if need_a else None, dx, parts, drop)
+    if partial is None:
+        return None
+    if need_b:
+        kernels.b_gradient(dy, tail, low, partial, low.r * k)
+    return sum_parts(partial, dtype)
+
+
+def sum_parts(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parts added up in their order."""
+    return (partial[0] if partial.shape[0] == 1 else partial.sum(0)).to(dtype)
+
+
+def _gradients_by_torch(
+    dy: Tensor, x: Tensor, tail: Tensor, dlow: Tensor | None, dx: Tensor | None, packed: Tensor | None, low: Low,
+    drop: Drop, need_a: bool, need_b: bool,
+) -> Tensor | None:  # fmt: skip
+    k = x.shape[1]
+    flat = None
+    if need_a or need_b:
+        flat = dispatch.allocate((low.numel,), low.a[0].dtype, x.device)
+        if not (need_a and need_b):
+            flat.zero_()
+    for stream, ranks in _streams(low, drop, x.dtype):
+        if dlow is None or packed is None:
+            break
+        mine = dlow[:, ranks]
+        if dx is not None:
+            add_input_gradient(dx, mine, packed[ranks], stream, drop)
+        if need_a and flat is not None:
+            end = min(ranks.stop, low.r)
+            flat[ranks.start * k : end * k].view(-1, k).copy_(
+                torch.mm(mine[:, : end - ranks.start].t(), _dropped(x, stream, drop))
+            )
+    if need_b and flat is not None:
+        rank, slot = 0, low.r * k
+        for r, n, start, scaling in zip(low.ranks, low.sizes, low.starts, low.scaling, strict=True):
+            product = torch.mm(dy[:, start : start + n].t(), tail[:, rank : rank + r])
+            flat[slot : slot + n * r].view(n, r).copy_(product.mul_(scaling))
+            rank, slot = rank + r, slot + n * r
+    return flat
+
+
+def add_product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``target += left right``."""
+    if target.dtype.itemsize > 2:
+        # addmm_ may add each term to the target by itself, and round at its size.
+        return target.add_(torch.mm(left, right))
+    return target.addmm_(left, right)
+
+
+def add_input_gradient(dx: Tensor, dlow: Tensor, packed: Tensor, stream: int, drop: Drop) -> None:
+    """``dx += dropout(dlow A)``."""
+    if drop.p:
+        dx += _dropped(torch.mm(dlow, packed), stream, drop)
+    else:
+        add_product(dx, dlow, packed)
+
+
+def row_norms(base: Base, low: Low, dtype: torch.dtype) -> Tensor:
+    """``‖W + scaling B A‖`` of each row ``[N]``, at least in fp32; without an update in rows that no adapter has."""
+    weights = base.dense(dtype)
+    columns = dispatch.allocate((base.n, low.padded), dtype, weights[0].device)
+    packed = pack(low, base.k, columns)
+    norms = []
+    for weight, up in zip(weights, columns.split([w.shape[0] for w in weights]), strict=True):
+        if uses_kernels(weight, low.padded) and weight.stride(-1) == 1 and weight.numel():
+            from ft_kernels.ops.row_norms import kernels
+
+            norms.append(kernels.row_norms(weight, up, packed))
+        else:
+            norms.append(reference_norms(weight, packed, up, 1.0))
+    return torch.cat(norms) if len(norms) > 1 else norms[0]

@@ -1,0 +1,178 @@
+"""The gated activation between two products with low-rank updates, in Triton, in one pass each way.
+
+    hidden    h = a(gate)·up, and h·Aᵀ beside it, while h is there
+    middle    dh += D·A, dgate = dh·up·a'(gate) and dup = dh·a(gate) over gate and up, and while all of them are there
+              dA = Dᵀ·h, dB_gate = dgateᵀ·T_gate and dB_up = dupᵀ·T_up
+
+with D the gradient of h·Aᵀ and T what the adapters of gate and up made of their input. `middle` moves what the
+activation's backward alone would: without it dh, h, dgate and dup would make six more trips to memory. A program has
+some columns and a share of the rows, and writes its part of each sum; the parts are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ft_kernels import dispatch, tuning
+from ft_kernels.dispatch import interpreting, launch
+from ft_kernels.ops.glu.kernels import _activation as activation
+from ft_kernels.ops.lora.kernels import (
+    kept,
+    loads_ahead,
+    operand,
+    ranks_block,
+    rounded,
+    rounds_by_hand,
+    row_tile,
+    share,
+)
+
+__all__ = ["hidden", "middle"]
+
+
+@triton.jit
+def _hidden(
+    gate_up, gate_up_stride, wide, wide_stride, tail, packed, seed, threshold, inverse, M, WIDTH, R,
+    KIND: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
+    BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    ranks = tl.arange(0, RP)
+    there = (rows < M)[:, None]
+    total = tl.zeros((BM, RP), tl.float32)
+    for start in range(0, WIDTH, BK):
+        cols = start + tl.arange(0, BK)
+        mask = there & (cols < WIDTH)[None, :]
+        source = gate_up + rows[:, None] * gate_up_stride + cols[None, :]
+        x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(source + WIDTH, mask=mask, other=0.0).to(tl.float32)
+        inside = (ranks < R)[:, None] & (cols < WIDTH)[None, :]
+        low = operand(tl.load(packed + ranks[:, None] * WIDTH + cols[None, :], mask=inside, other=0.0), INTERPRETED)
+        h = rounded(activation(x, KIND, tl.float32)[0] * u, wide, BY_HAND)
+        tl.store(wide + rows[:, None] * wide_stride + cols[None, :], h, mask=mask)
+        if DROP:
+            h = rounded(kept(h, seed, rows[:, None], cols[None, :], threshold, inverse, 0), wide, BY_HAND)
+        total = tl.dot(operand(h, INTERPRETED), tl.trans(low), total)
+    mask = there & (ranks < R)[None, :]
+    result = rounded(total, wide, BY_HAND)
+    tl.store(tail + rows[:, None] * R + ranks[None, :], result, mask=mask)
+    tl.store(wide + rows[:, None] * wide_stride + WIDTH + ranks[None, :], result, mask=mask)
+
+
+@triton.jit
+def _middle(
+    gate_up, gate_up_stride, dh, dh_stride, low, low_stride, packed, tail, tail_stride, partial, split_stride,
+    a_slot, gate_slot, up_slot, seed, threshold, inverse, M, WIDTH, R,
+    a_ranks, gate_ranks, up_ranks, gate_first, up_first, gate_scaling, up_scaling, rows_each,
+    KIND: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    RP: tl.constexpr, RT: tl.constexpr, STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    ranks, others = tl.arange(0, RP), tl.arange(0, RT)
+    inside = (ranks < R)[:, None] & (cols < WIDTH)[None, :]
+    a = operand(tl.load(packed + ranks[:, None] * WIDTH + cols[None, :], mask=inside, other=0.0), INTERPRETED)
+    a_total = tl.zeros((BC, RP), tl.float32)
+    gate_total = tl.zeros((BC, RT), tl.float32)
+    up_total = tl.zeros((BC, RT), tl.float32)
+    # Told by tl.range, the compiler loads ahead what no product takes as it is, too.
+    last = tl.minimum(split * rows_each + rows_each, M)
+    for first in tl.range(split * rows_each, last, BM, num_stages=STAGES):
+        rows = first + tl.arange(0, BM).to(tl.int64)
+        there = (rows < M)[:, None]
+        mask = there & (cols < WIDTH)[None, :]
+        place = gate_up + rows[:, None] * gate_up_stride + cols[None, :]
+        x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(place + WIDTH, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dh + rows[:, None] * dh_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        here = low + rows[:, None] * low_stride + ranks[None, :]
+        up_low = operand(tl.load(here, mask=there & (ranks < R)[None, :], other=0.0), INTERPRETED)
+        active, slope = activation(x, KIND, tl.float32)
+        h = rounded(active * u, gate_up, BY_HAND)
+        if DROP:
+            d += kept(tl.dot(up_low, a), seed, rows[:, None], cols[None, :], threshold, inverse, 0)
+            h = rounded(kept(h, seed, rows[:, None], cols[None, :], threshold, inverse, 0), gate_up, BY_HAND)
+        else:
+            d = tl.dot(up_low, a, d)
+        a_total = tl.dot(tl.trans(operand(h, INTERPRETED)), up_low, a_total)
+        dgate = rounded(d * u * slope, gate_up, BY_HAND)
+        dup = rounded(d * active, gate_up, BY_HAND)
+        tl.store(place, dgate, mask=mask)
+        tl.store(place + WIDTH, dup, mask=mask)
+        if GATE:
+            here = tail + rows[:, None] * tail_stride + (gate_first + others)[None, :]
+            t = operand(tl.load(here, mask=there & (others < gate_ranks)[None, :], other=0.0), INTERPRETED)
+            gate_total = tl.dot(tl.trans(operand(dgate, INTERPRETED)), t, gate_total)
+        if UP:
+            here = tail + rows[:, None] * tail_stride + (up_first + others)[None, :]
+            t = operand(tl.load(here, mask=there & (others < up_ranks)[None, :], other=0.0), INTERPRETED)
+            up_total = tl.dot(tl.trans(operand(dup, INTERPRETED)), t, up_total)
+    line = partial + split.to(tl.int64) * split_stride
+    column = cols[:, None].to(tl.int64)
+    slot = line + a_slot + ranks[None, :] * WIDTH + column
+    tl.store(slot, a_total, mask=(cols < WIDTH)[:, None] & (ranks < a_ranks)[None, :])
+    if GATE:
+        slot = line + gate_slot + column * gate_ranks + others[None, :]
+        tl.store(slot, gate_total * gate_scaling, mask=(cols < WIDTH)[:, None] & (others < gate_ranks)[None, :])
+    if UP:
+        slot = line + up_slot + column * up_ranks + others[None, :]
+        tl.store(slot, up_total * up_scaling, mask=(cols < WIDTH)[:, None] & (others < up_ranks)[None, :])
+
+
+def hidden(gate_up: Tensor, row: Tensor, packed: Tensor, kind: int, drop: Any) -> Tensor:
+    """h in the left part of ``row``, ``h Aᵀ`` in its tail and, returned, by itself."""
+    (m, twice), r, device = gate_up.shape, packed.shape[0], gate_up.device
+    i = twice // 2
+    tail = dispatch.allocate((m, r), gate_up.dtype, device)
+    rp, bm = ranks_block(r), row_tile(m, device)
+    options = [(bm, 128, 8), (bm, 128, 4), (bm, 64, 4), (bm, 256, 8)]
+    default, *more = [
+        {"BM": b, "BK": k, "num_warps": w, "num_stages": loads_ahead((2 * b + rp) * k * 2, 4, device)}
+        for b, k, w in options
+    ]
+    tiling = tuning.settings("lora_hidden", device, (i, rp, kind, drop.p > 0), default=default, candidates=more)
+    launch(
+        "lora_hidden", _hidden, (triton.cdiv(m, tiling["BM"]),), device,
+        gate_up, gate_up.stride(0), row, row.stride(0), tail, packed, *drop.arguments(gate_up), m, i, r,
+        KIND=kind, DROP=drop.p > 0, RP=rp, BY_HAND=rounds_by_hand(gate_up.dtype), INTERPRETED=interpreting(), **tiling,
+    )  # fmt: skip
+    return tail
+
+
+def middle(
+    gate_up: Tensor, dh: Tensor, dlow: Tensor, packed: Tensor, a_ranks: int, tail: Tensor, partial: Tensor, a_slot: int,
+    gate: tuple[int, int, int, float] | None, up: tuple[int, int, int, float] | None, kind: int, drop: Any,
+) -> None:  # fmt: skip
+    """The gradients of gate and up over gate and up, and each part's dA, dB of gate and dB of up into ``partial``.
+
+    Args:
+        dh: without the adapters' share. dlow: D. packed: A, ``[R, WIDTH]``, of which ``a_ranks`` are given.
+        gate, up: of each adapter where its gradient goes, its first rank in ``tail``, how many it has, and its scaling.
+    """
+    (m, twice), r, device = gate_up.shape, packed.shape[0], gate_up.device
+    i, parts = twice // 2, partial.shape[0]
+    nothing = (0, 0, 0, 0.0)
+    gate_slot, gate_first, gate_ranks, gate_scaling = gate or nothing
+    up_slot, up_first, up_ranks, up_scaling = up or nothing
+    rp, rt = ranks_block(r), ranks_block(max(gate_ranks, up_ranks))
+    options = [(32, 64, 4), (32, 64, 8), (64, 64, 8), (32, 128, 8), (16, 128, 8)]
+    if max(rp, rt) > 32 or drop.p:
+        options = [(32, 64, 8), (16, 64, 4)]
+    default, *more = [
+        {"BM": bm, "BC": bc, "num_warps": w, "STAGES": loads_ahead((3 * bc + rp + 2 * rt) * bm * 2, 4, device)}
+        for bm, bc, w in options
+    ]
+    key = (i, rp, rt, kind, drop.p > 0)
+    tiling = tuning.settings("lora_middle", device, key, default=default, candidates=more)
+    launch(
+        "lora_middle", _middle, (triton.cdiv(i, tiling["BC"]), parts), device,
+        gate_up, gate_up.stride(0), dh, dh.stride(0), dlow, dlow.stride(0), packed, tail, tail.stride(0),
+        partial, partial.stride(0), a_slot, gate_slot, up_slot, *drop.arguments(gate_up), m, i, r,
+        a_ranks, gate_ranks, up_ranks, gate_first, up_first, gate_scaling, up_scaling, share(m, parts, tiling["BM"]),
+        KIND=kind, GATE=gate is not None, UP=up is not None, DROP=drop.p > 0, RP=rp, RT=rt,
+        BY_HAND=rounds_by_hand(gate_up.dtype), INTERPRETED=interpreting(), **tiling,
+    )  # fmt: skip

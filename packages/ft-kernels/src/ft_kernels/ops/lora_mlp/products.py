@@ -1,0 +1,166 @@
+"""A gated multilayer perceptron with low-rank updates, forward and backward, on buffers: no autograd, no checks.
+
+    [G | U] = X [W_gate; W_up]ᵀ + update        H = a(G)·U        Y = H W_downᵀ + update
+
+GLU Variants Improve Transformer (Shazeer 2020, arXiv:2002.05202). Kept for backward are X, [G | U] and what the
+adapters made of X and H, a few numbers a row; H is computed again, and the gradients of G and U are written over them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ft_kernels import dispatch, tuning
+from ft_kernels.ops.glu import reference as glu
+from ft_kernels.ops.lora import products
+from ft_kernels.ops.lora.operands import Base, Drop, Low, row_buffer
+
+__all__ = ["backward", "forward"]
+
+FEW = 1024
+"""From this many rows on the activation makes the adapter's product too: a program has whole rows then."""
+MOST_RANKS = 64
+"""More ranks of one adapter than this do not fit beside the activation."""
+
+
+def _fuses(gate_up: Tensor, first: Low, second: Low) -> bool:
+    ranks = [*first.ranks, second.padded]
+    return (
+        products.uses_kernels(gate_up, max(first.padded, second.padded))
+        and max(ranks) <= MOST_RANKS
+        and second.r > 0
+        and len(first.a) <= 2
+        and tuning.family(gate_up.device) != "turing"
+    )
+
+
+def _activate(gate_up: Tensor, kind: int, out: Tensor) -> Tensor:
+    """H into ``out``."""
+    if dispatch.use_triton(gate_up):
+        from ft_kernels.ops.glu import kernels
+
+        return kernels.forward(gate_up, None, kind, out)
+    return out.copy_(glu.glu(gate_up, None, kind))
+
+
+def _deactivate(dh: Tensor, gate_up: Tensor, kind: int) -> None:
+    """The gradients of G and U over them."""
+    gate, up = glu.halves(gate_up, None)
+    if dispatch.use_triton(gate_up):
+        from ft_kernels.ops.glu import kernels
+
+        kernels.backward(dh, gate, up, kind, dgate=gate, dup=up)
+        return
+    # An operation's own computation is not recorded, so the derivative is spelt out.
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    x, d = gate.to(wide), dh.to(wide)
+    if kind == 0:
+        active, dgate = F.silu(x), torch.ops.aten.silu_backward(d * up.to(wide), x)
+    else:
+        approximate = "tanh" if kind == 2 else "none"
+        active = F.gelu(x, approximate=approximate)
+        dgate = torch.ops.aten.gelu_backward(d * up.to(wide), x, approximate=approximate)
+    gate.copy_(dgate)
+    up.copy_(d * active)
+
+
+def forward(
+    x: Tensor, gate_up: Base, first: Low, down: Base, second: Low, kind: int,
+    drop: Drop | None = None, drop_hidden: Drop | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Y, ``[G | U]``, and what the first and the second product's adapters made of their inputs.
+
+    Args:
+        x: ``[M, K]``, or a whole row buffer (see :func:`ft_kernels.ops.lora.products.forward`).
+        first: the adapters of gate (from output 0 on) and up (from output I on), or one of both.
+        kind: the activation's number in ``glu.reference.KINDS``.
+    """
+    drop_hidden = drop_hidden or Drop()
+    m, i, r = x.shape[0], down.k, second.padded
+    both, tail = products.forward(x, gate_up, first, None, drop)
+    if m >= FEW and _fuses(both, first, second):
+        widened = products.widened_weight(down, r, m, x.dtype)
+        if widened is not None:
+            from ft_kernels.ops.lora_mlp import kernels
+
+            packed = products.pack(second, i, widened[:, i : i + r])
+            row = row_buffer(m, i, r, x.dtype, x.device)
+            hidden_tail = kernels.hidden(both, row, packed, kind, drop_hidden)
+            return F.linear(row[:, : i + r], widened[:, : i + r]), both, tail, hidden_tail
+    row = row_buffer(m, i, r, x.dtype, x.device)
+    h = _activate(both, kind, row[:, :i])
+    y, hidden_tail = products.forward(row if r else h, down, second, None, drop_hidden)
+    return y, both, tail, hidden_tail
+
+
+def backward(
+    dy: Tensor, x: Tensor, both: Tensor, tail: Tensor, hidden_tail: Tensor, gate_up: Base, first: Low, down: Base,
+    second: Low, kind: int, drop: Drop | None = None, drop_hidden: Drop | None = None,
+    *, need_x: bool = True,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """dX, the left part of a row buffer, and all adapters' gradients in one flat tensor, the first product's first.
+
+    Args:
+        both: ``[G | U]``, which their gradients are written over.
+    """
+    drop, drop_hidden = drop or Drop(), drop_hidden or Drop()
+    m, k, i = x.shape[0], gate_up.k, down.k
+    x = x[:, :k]
+    some = [*first.a, *second.a, x][0]
+    if not m:
+        flat = some.new_zeros(first.numel + second.numel)
+        return (row_buffer(0, k, first.r, x.dtype, x.device)[:, :k] if need_x else None), flat
+    dh, dlow, packed = products.input_gradient(dy, down, second)
+    assert dh is not None
+    if _fuses(both, first, second) and dlow is not None and packed is not None:
+        return _fused(
+            dy, x, both, tail, hidden_tail, dh, dlow, packed, gate_up, first, second, kind, drop, drop_hidden, need_x
+        )
+    h = _activate(both, kind, dispatch.allocate((m, i), x.dtype, x.device))
+    flats: list[Tensor | None] = []
+    if second.r:
+        flats.append(products.gradients(dy, h, hidden_tail, dlow, dh, packed, second, drop_hidden))
+    _deactivate(dh, both, kind)
+    dx, own = products.backward(both, x, tail, gate_up, first, drop, need_x=need_x)
+    return dx, torch.cat([flat for flat in (own, *flats) if flat is not None])
+
+
+def _fused(
+    dy: Tensor, x: Tensor, both: Tensor, tail: Tensor, hidden_tail: Tensor, dh: Tensor, dlow: Tensor, packed: Tensor,
+    gate_up: Base, first: Low, second: Low, kind: int, drop: Drop, drop_hidden: Drop, need_x: bool,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    from ft_kernels.ops.lora import kernels as sums
+    from ft_kernels.ops.lora_mlp import kernels
+
+    m, k = x.shape
+    i = both.shape[1] // 2
+    parts = sums.splits(m, k, x.device)
+    partial = dispatch.allocate((parts, first.numel + second.numel), torch.float32, x.device)
+    sums.b_gradient(dy, hidden_tail, second, partial, first.numel + second.r * i)
+    gate, up = _places(first, k, i)
+    kernels.middle(
+        both, dh, dlow, packed, second.r, tail, partial, first.numel, gate, up, kind, drop_hidden
+    )  # fmt: skip
+    dx, dfirst, stacked = products.input_gradient(both, gate_up, first, need_x)
+    if dfirst is not None and stacked is not None:
+        sums.a_gradient(x, k, dfirst, stacked, first, partial, dx, parts, drop)
+    return dx, products.sum_parts(partial, second.a[0].dtype)
+
+
+_Place = tuple[int, int, int, float]
+
+
+def _places(low: Low, k: int, i: int) -> tuple[_Place | None, _Place | None]:
+    """For gate and for up: where dB goes in the flat gradients, the adapter's first rank, its ranks, its scaling."""
+    gate: _Place | None = None
+    up: _Place | None = None
+    slot, rank = low.r * k, 0
+    for r, n, start, scaling in zip(low.ranks, low.sizes, low.starts, low.scaling, strict=True):
+        if start < i:
+            gate = (slot, rank, r, scaling)
+        if start + n > i:
+            up = (slot + max(i - start, 0) * r, rank, r, scaling)
+        slot, rank = slot + n * r, rank + r
+    return gate, up

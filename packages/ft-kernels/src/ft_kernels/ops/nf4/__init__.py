@@ -1,0 +1,3 @@
+"""bitsandbytes' 4-bit NormalFloat weights."""
+
+__all__: list[str] = []

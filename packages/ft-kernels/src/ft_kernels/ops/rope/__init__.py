@@ -1,0 +1,3 @@
+"""Rotary position embedding."""
+
+__all__: list[str] = []

@@ -1,0 +1,157 @@
+"""One small call of every operation, forward and backward, at the widths of real models.
+
+``compile_targets.py`` compiles the kernels that these calls launch for cards that are not there; ``sanitize.py`` runs
+them on the one that is. Rows are few (a multiple of 16, as in training: Triton compiles other code for odd numbers),
+widths are those that decide tile sizes. Every ``@triton.jit`` function that is launched must be reached by a case.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import ft_kernels as ft
+from ft_kernels.functional.lora import lora_linear, lora_qkv, widen
+from ft_kernels.functional.quantization import Fp8Scaling
+
+H, INTERMEDIATE, VOCABULARY = 4096, 14336, 128256  # Llama 3.1 8B's
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+ROWS = 16
+
+
+@dataclass(frozen=True)
+class Make:
+    """Makes a case's tensors."""
+
+    dtype: torch.dtype
+    device: str
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Normal numbers that want a gradient."""
+        return torch.randn(shape, dtype=self.dtype, device=self.device).requires_grad_()
+
+    def frozen(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def classes(self, count: int, *shape: int) -> Tensor:
+        return torch.randint(count, shape, device=self.device)
+
+
+def backward(*outputs: Tensor) -> None:
+    torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+
+
+def rms_norm(make: Make) -> None:
+    backward(ft.rms_norm(make(ROWS, H), make(H)))
+    backward(ft.rms_norm(make(ROWS, 128), make(128), offset=1.0))  # the norm of a head
+    backward(ft.rms_norm(make(ROWS, H), make.frozen(H)))
+    total, normed = ft.add_rms_norm(make(ROWS, H), make(ROWS, H), make(H))
+    backward(total, normed)
+
+
+def layer_norm(make: Make) -> None:
+    backward(ft.layer_norm(make(ROWS, H), make(H), make(H)))
+    backward(ft.layer_norm(make(ROWS, 64), make(64), make(64)))
+
+
+def rope(make: Make) -> None:
+    q, k = make(1, ROWS, HEADS, HEAD_DIM), make(1, ROWS, KV_HEADS, HEAD_DIM)
+    cos, sin = make.frozen(ROWS, HEAD_DIM), make.frozen(ROWS, HEAD_DIM)
+    backward(*ft.rope(q, k, cos, sin))
+    backward(*ft.rope(q, k, cos, sin, position_ids=make.classes(ROWS, ROWS)))
+    backward(*ft.rope(q, k, cos[:, :32], sin[:, :32], rotary_dim=64, layout="interleaved"))
+    ft.rope(q.detach().clone(), k.detach().clone(), cos, sin, inplace=True)
+
+
+def glu(make: Make) -> None:
+    backward(ft.swiglu(make(ROWS, INTERMEDIATE), make(ROWS, INTERMEDIATE)))
+    backward(ft.swiglu(make(ROWS, 2 * INTERMEDIATE)))
+    for approximate in ("none", "tanh"):
+        backward(ft.geglu(make(ROWS, INTERMEDIATE), make(ROWS, INTERMEDIATE), approximate=approximate))
+
+
+def cross_entropy(make: Make) -> None:
+    targets = make.classes(VOCABULARY, ROWS)
+    backward(ft.cross_entropy(make(ROWS, VOCABULARY), targets))
+    backward(ft.cross_entropy(make(ROWS, VOCABULARY), targets, softcap=30.0, label_smoothing=0.1, z_loss=1e-4))
+
+
+def packed_attention(make: Make) -> None:
+    if make.dtype == torch.float32 or torch.cuda.get_device_capability() < (8, 0):
+        return  # is not computed by the kernel
+
+    def heads(count: int, d: int) -> Tensor:
+        return make(2 * ROWS, count, d)
+
+    documents = {"lengths": [ROWS - 3, ROWS + 3], "backend": "triton"}
+    backward(ft.packed_attention(heads(4, 128), heads(2, 128), heads(2, 128), **documents))
+    backward(ft.packed_attention(heads(4, 256), heads(2, 256), heads(2, 256), softcap=50.0, **documents))
+    sinks = make(4)
+    backward(ft.packed_attention(heads(4, 64), heads(2, 64), heads(2, 64), sinks=sinks, window=8, **documents))
+
+
+def linear_heads(make: Make) -> None:
+    """The kernels take the logits' width in blocks, so a smaller head than a model's does for them."""
+    rows, h, v = 64, 256, 8192
+    targets = make.classes(v, rows)
+    backward(ft.linear_cross_entropy(make(rows, h), make.frozen(v, h), targets))
+    backward(ft.linear_cross_entropy(make(rows, h), make(v, h), targets, bias=make(v), softcap=30.0))
+    update = (make(8, h), make(v, 8), 2.0)
+    backward(ft.linear_cross_entropy(make(rows, h), make.frozen(v, h), targets, lora=update, reduction="none"))
+    backward(ft.linear_logprob(make(rows, h), make.frozen(v, h), targets))
+    result = ft.linear_logprob(make(rows, h), make(v, h), targets, entropy=True, top1=True)
+    backward(result.logprobs, result.entropy)
+
+
+def nf4(make: Make) -> None:
+    n, k = 64, H
+    for blocksize, nested in ((64, True), (64, False), (4096, True)):
+        packed, absmax, second = ft.nf4_quantize(make.frozen(n, k), blocksize, nested=nested)
+        ft.nf4_dequantize(packed, absmax, (n, k), make.dtype, blocksize, nested=second)
+    packed, absmax, second = ft.nf4_quantize(make.frozen(n, k))
+    ft.nf4_dequantize(packed, absmax, (n, k), make.dtype, nested=second, out=make.frozen(n, k + 64)[:, :k])
+    packed, absmax, second = ft.nf4_quantize(make.frozen(3, 33))
+    ft.nf4_dequantize(packed, absmax, (3, 33), make.dtype, nested=second)
+
+
+def int8(make: Make) -> None:
+    quantized = make.classes(256, 64, H).sub_(128).to(torch.int8)
+    scales = make.frozen(64).float().abs()
+    ft.int8_dequantize(quantized, scales, make.dtype)
+    ft.int8_dequantize(quantized, scales, make.dtype, out=make.frozen(64, H + 64)[:, :H])
+
+
+def fp8(make: Make) -> None:
+    for scaling in typing.get_args(Fp8Scaling):
+        ft.fp8_quantize(make.frozen(128, H), scaling)
+
+
+def lora(make: Make) -> None:
+    """Rows from which products are widened; adapters in fp32, as PEFT has them."""
+    if make.dtype == torch.float32:
+        return  # torch's products alone
+    full = Make(torch.float32, make.device)
+    rows, k, sizes = 128, 1024, (1024, 256, 256)
+
+    def adapters(rank: int, *outputs: int) -> tuple[list[Tensor], list[Tensor]]:
+        return [full(rank, k) for _ in outputs], [full(n, rank) for n in outputs]
+
+    wide = widen([make.frozen(n, k) for n in sizes], 3 * 20)
+    for rank, dropout in ((16, 0.0), (16, 0.1), (20, 0.0)):
+        a, b = adapters(rank, *sizes)
+        backward(*lora_qkv(make(rows, k), wide, a, b, dropout=dropout))
+    wide = widen(make.frozen(1024, k), 128)
+    for rank in (16, 128):
+        a, b = adapters(rank, 1024)
+        backward(lora_linear(make(rows, k), wide, a, b))
+    a, b = adapters(16, 1024)
+    backward(lora_linear(make(rows, k), wide, a, b, magnitude=full(1024)))
+
+
+CASES: list[Callable[[Make], None]] = [
+    rms_norm, layer_norm, rope, glu, cross_entropy, linear_heads, nf4, int8, fp8, lora, packed_attention,
+]  # fmt: skip
