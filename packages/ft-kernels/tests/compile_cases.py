@@ -16,6 +16,7 @@ from torch import Tensor
 
 import ft_kernels as ft
 from ft_kernels.functional.lora import lora_linear, lora_qkv, widen
+from ft_kernels.functional.lora_mlp import lora_mlp
 from ft_kernels.functional.quantization import Fp8Scaling
 
 H, INTERMEDIATE, VOCABULARY = 4096, 14336, 128256  # Llama 3.1 8B's
@@ -152,6 +153,19 @@ def lora(make: Make) -> None:
     backward(lora_linear(make(rows, k), wide, a, b, magnitude=full(1024)))
 
 
+def mlp(make: Make) -> None:
+    """Rows from which the activation makes the low-rank products beside it."""
+    if make.dtype == torch.float32:
+        return  # torch's products, and the activation of ``glu``
+    full = Make(torch.float32, make.device)
+    rows, k, wide = 1024, 256, 512
+    gate_up, down = widen([make.frozen(wide, k) for _ in range(2)], 128), widen(make.frozen(k, wide), 64)
+    for rank, dropout, activation in ((16, 0.0, "silu"), (16, 0.1, "gelu"), (64, 0.0, "silu")):
+        a = [full(rank, k), full(rank, k), full(rank, wide)]
+        b = [full(wide, rank), full(wide, rank), full(k, rank)]
+        backward(lora_mlp(make(rows, k), gate_up, down, a, b, dropout=dropout, activation=activation))
+
+
 CASES: list[Callable[[Make], None]] = [
-    rms_norm, layer_norm, rope, glu, cross_entropy, linear_heads, nf4, int8, fp8, lora, packed_attention,
+    rms_norm, layer_norm, rope, glu, cross_entropy, linear_heads, nf4, int8, fp8, lora, mlp, packed_attention,
 ]  # fmt: skip

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -31,7 +30,6 @@ import triton
 import triton.language as tl
 from compile_cases import CASES, Make
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from ft_kernels import dispatch, tuning
@@ -97,17 +95,15 @@ def pretend(target: int) -> None:
     dispatch.allocate = lambda *args: plain(*args).zero_()
 
 
-def resources(log: str, compiled: Any, target: int) -> dict[str, int]:
-    """Registers a thread and bytes that do not fit in them, from the assembler's report."""
-    if "registers" not in log:  # compiled in an earlier run: assemble once more
-        ptxas = nvidia.get_ptxas(target).path
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "kernel.ptx").write_text(compiled.asm["ptx"])
-            command = [ptxas, "-v", f"--gpu-name={nvidia.sm_arch_from_capability(target)}", "kernel.ptx", "-o", "o"]
-            log = subprocess.run(command, check=True, cwd=folder, capture_output=True, text=True).stderr
-    (registers,) = re.findall(r"Used (\d+) registers", log)
-    (stores, loads) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)[-1]
-    return {"registers": int(registers), "spilled": max(int(stores), int(loads))}
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers a thread, and bytes a thread in memory for want of them, read from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", report)
+    return {"registers": int(found[0]), "spilled": int(found[1])}
 
 
 def compile_op(task: tuple[int, int]) -> list[dict[str, Any]]:
@@ -121,10 +117,10 @@ def compile_op(task: tuple[int, int]) -> list[dict[str, Any]]:
         line = {"target": target, "op": CASES[index].__name__, "dtype": str(dtype), "name": name}
         line["kernel"] = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
         try:
-            with contextlib.redirect_stdout(io.StringIO()) as log:
+            with contextlib.redirect_stdout(io.StringIO()):  # triton prints what an assembler refuses
                 compiled = kernel.warmup(*args, grid=grid, **meta)
             line |= {"threads": compiled.metadata.num_warps * 32, "shared": compiled.metadata.shared}
-            line |= resources(log.getvalue(), compiled, target)
+            line |= resources(compiled)
         except Exception as error:
             line["error"] = f"{type(error).__name__}: {error}"[:2000]
         if line not in lines:
@@ -157,7 +153,6 @@ def main() -> None:
     parser.add_argument("--ops", default="")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16))
     options = parser.parse_args()
-    triton.knobs.nvidia.dump_ptxas_log = True
     targets = [int(word) for word in options.targets.split(",")]
     reasons = {target: supported(target) for target in targets}
     for target, reason in reasons.items():
