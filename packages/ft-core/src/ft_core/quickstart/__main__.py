@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -64,7 +65,8 @@ def _run(args: argparse.Namespace) -> int:
     print()
     for name, value in rows:
         print(f"{name:<14}{value}")
-    print(f'next          ft chat "{folder / "run"}" --system "Write the date in ISO 8601 form."')
+    words = [shlex.quote(str(word)) for word in (_program(), "chat", folder / "run")]
+    print(f'next          {" ".join(words)} --system "Write the date in ISO 8601 form."')
     return 0
 
 
@@ -78,6 +80,12 @@ def _check(folder: Path, *, overwrite: bool) -> None:
         raise FtError(f"{folder} holds other files ({others[0]}, …): give another folder with --out")
     if found and not overwrite:
         raise FtError(f"{folder} holds a quickstart already: give --overwrite, or another folder with --out")
+
+
+def _program() -> Path | str:
+    """The command to type: its path, for the environment that this runs in need not be the shell's."""
+    beside = Path(sys.executable).with_name("ft")
+    return beside if beside.is_file() else "ft"
 
 
 if __name__ == "__main__":

@@ -163,7 +163,8 @@ def _told(found: Comparison, prompt: Prompt, type: str) -> list[str]:
         f"{found.bound_largest:.2e} for {type}), mean {found.error.mean:.2e} (bound {found.bound_mean:.2e})",
     ]
     same = "equal to transformers'" if found.answers_equal else f"transformers says {found.generated!r}"
-    lines.append(f"llama.cpp's answer to {prompt.text[-80:]!r}: {found.answer!r}, {same}")
+    asked = prompt.text if len(prompt.text) <= 160 else f"…{prompt.text[-160:]}"
+    lines.append(f"llama.cpp's answer to {asked!r}: {found.answer!r}, {same}")
     return lines
 
 
