@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -64,22 +65,47 @@ def launched() -> Callable[..., contextlib.AbstractContextManager[None]]:
 
 
 @pytest.fixture(scope="session")
-def exact_enough() -> Callable[[str, Tensor, Tensor, Tensor], None]:
+def exact_enough() -> Callable[[str, Tensor, Tensor | Sequence[Tensor], Tensor], None]:
     """The rule: error against float64 at most 1.1 times the larger of torch eager's and that of rounding once.
 
     Errors are L2 norms over all elements given. Triton's interpreter stores bf16 by cutting fp32 off where a GPU rounds
     to nearest, so there, for bf16, "rounding once" is cutting off once: still one operation, of at most one ulp.
+    Of several results of eager, the one with the largest error counts.
     """
 
-    def check(what: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    def check(what: str, actual: Tensor, eager: Tensor | Sequence[Tensor], exact: Tensor) -> None:
         assert exact.dtype == torch.float64
         assert actual.shape == exact.shape, what
         if actual.dtype == torch.bfloat16 and not CUDA:
             once = (exact.float().view(torch.int32) & -65536).view(torch.float32)
         else:
             once = exact.to(actual.dtype)
-        error, by_eager, by_rounding = ((v.double() - exact).norm().item() for v in (actual, eager, once))
+        error, by_rounding = ((v.double() - exact).norm().item() for v in (actual, once))
+        eagers = [eager] if isinstance(eager, Tensor) else eager
+        by_eager = max((v.double() - exact).norm().item() for v in eagers)
         bound = 1.1 * (max(by_eager, by_rounding) if math.isfinite(by_eager) else by_rounding)
         assert error <= bound, f"{what}: error {error:.3e}, eager {by_eager:.3e}, rounding once {by_rounding:.3e}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def in_other_orders() -> Callable[[Callable[..., Any], torch.dtype], list[Callable[..., Any]]]:
+    """A head's function, and in fp32, where the products round as much as all else, the same with features shuffled.
+
+    That changes nothing but the order in which products add up: one order of eager's shows but one sample of its error.
+    Gradients come back in the given order.
+    """
+
+    def shuffled(function: Callable[..., Any], seed: int) -> Callable[..., Any]:
+        def run(hidden: Tensor, weight: Tensor, *others: Any, lora: Any, **keywords: Any) -> Any:
+            order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed)).to(weight.device)
+            lora = None if lora is None else (lora[0][:, order], *lora[1:])
+            return function(hidden[..., order], weight[:, order], *others, lora=lora, **keywords)
+
+        return run
+
+    def several(function: Callable[..., Any], dtype: torch.dtype) -> list[Callable[..., Any]]:
+        return [function, *(shuffled(function, seed) for seed in range(4 if dtype == torch.float32 else 0))]
+
+    return several

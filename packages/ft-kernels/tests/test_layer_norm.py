@@ -188,7 +188,7 @@ def test_device_that_is_not_current_and_graph(device, launched):
         y = layer(x)
         return [y, *torch.autograd.grad(y, [x, *layer.parameters()], y.detach())]
 
-    expected = step()
+    expected = [t.detach() for t in step()]  # without a graph, whose nodes belong to the stream that made it
     with torch.cuda.device(target):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

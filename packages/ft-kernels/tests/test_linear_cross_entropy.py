@@ -74,9 +74,9 @@ class Problem:
         leaves = [t for t, train in zip(given, self.trained, strict=True) if train]
         return [loss, *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))]
 
-    def judge(self, exact_enough, kwargs, **ours):
+    def judge(self, exact_enough, in_other_orders, kwargs, **ours):
         actual = self.run(linear_cross_entropy, {**kwargs, **ours})
-        eager = self.run(plain, kwargs)
+        eager = zip(*(self.run(f, kwargs) for f in in_other_orders(plain, self.tensors[0].dtype)), strict=True)
         exact = self.run(plain, kwargs, torch.float64)
         names = ["loss", *(n for n, train in zip(NAMES, self.trained, strict=True) if train)]
         assert actual[0].dtype == torch.float32
@@ -115,7 +115,21 @@ TRAINED = [("hidden",), ("hidden", "weight"), ("weight",), ("hidden", "A", "B"),
     chunked=True, spread=0.3, seed=0,
 )  # fmt: skip
 def test_exact(  # of sizes at which the products' own errors are no matter of luck
-    device, exact_enough, launched, h, v, dtype, options, rank, bias, trained, reduction, chunked, spread, seed
+    device,
+    exact_enough,
+    in_other_orders,
+    launched,
+    h,
+    v,
+    dtype,
+    options,
+    rank,
+    bias,
+    trained,
+    reduction,
+    chunked,
+    spread,
+    seed,
 ):
     problem = Problem((2, 16), h, v, dtype, device, seed=seed, spread=spread, rank=rank, bias=bias, trained=trained)
     if not any(problem.trained):
@@ -125,7 +139,7 @@ def test_exact(  # of sizes at which the products' own errors are no matter of l
         least = least_memory(Shape(32, h, v, rank, dtype, True), Needs(*problem.trained))
         ours["max_memory"] = 2 * least if "weight" not in trained else max(2 * least, 4 * v * h)
     before = dispatch.launches.copy()
-    problem.judge(exact_enough, {**options, "reduction": reduction}, **ours)
+    problem.judge(exact_enough, in_other_orders, {**options, "reduction": reduction}, **ours)
     assert (dispatch.launches - before)[FORWARD]
 
 

@@ -17,11 +17,10 @@ from ft_kernels.functional.lora_mlp import lora_mlp
 from ft_kernels.nn.lora import LoRALinear
 from ft_kernels.ops.lora import products, reference
 from ft_kernels.ops.lora.autograd import lora_linear_op, lora_row_norms_op
-from ft_kernels.ops.lora_mlp import products as mlp_products
 from ft_kernels.ops.lora_mlp.autograd import lora_mlp_backward_op, lora_mlp_op
 
 MLP = importlib.import_module("ft_kernels.functional.lora_mlp")  # the package has the function by this name
-KERNELS = ("lora_pack", "lora_rows", "lora_a_gradient", "lora_b_gradient")
+KERNELS = ("lora_pack", "lora_rows", "lora_join", "lora_a_gradient", "lora_b_gradient")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # PEFT keeps adapters of 16-bit models in fp32 by default.
 PAIRS = [(t, t) for t in DTYPES] + [(t, torch.float32) for t in DTYPES[:2]]
@@ -312,8 +311,7 @@ class Perceptron(Problem):
         ("gelu_tanh", PAIRS[2], "parts", [8, 6]),
     ],
 )  # fmt: skip
-def test_mlp_exact(device, exact_enough, launched, monkeypatch, kind, pair, form, ranks):
-    monkeypatch.setattr(mlp_products, "FEW", 0)
+def test_mlp_exact(device, exact_enough, launched, kind, pair, form, ranks):
     problem = Perceptron(device, 70, 72, 104, 64, ranks, *pair)
     scaling = [0.7, 2.0, 1.5][: len(ranks)]
     gate_up, down = problem.weights[:2], problem.weights[2]
@@ -339,7 +337,6 @@ def test_mlp_dropout_and_parts(device, monkeypatch):
     """With dropout the kernels give what torch does for the same seed; biases and magnitudes go through."""
     seed = torch.tensor([3, 4], device=device)
     monkeypatch.setattr(MLP, "draw_seed", lambda x, dropout, count=1: seed)
-    monkeypatch.setattr(mlp_products, "FEW", 0)
     problem = Perceptron(device, 40, 32, 48, 24, [4, 4, 4], torch.float16, torch.float32)
     gate_up, down = widen(problem.weights[:2], 8), widen(problem.weights[2], 4)
 

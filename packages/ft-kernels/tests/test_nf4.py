@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ft_kernels import dispatch
 from ft_kernels.functional.quantization import NestedScales, nf4_dequantize, nf4_quantize
 from ft_kernels.ops.nf4 import reference
-from ft_kernels.ops.nf4.format import BLOCKSIZES, CODE, THRESHOLDS, dynamic_code
+from ft_kernels.ops.nf4.format import BLOCKSIZES, CODE, dynamic_code, thresholds
 
 FAST, PLAIN, QUANTIZE, QUANTIZE_SCALES = (
     "nf4_dequantize", "nf4_dequantize_values", "nf4_quantize", "nf4_quantize_scales"
@@ -64,8 +64,24 @@ def weight(shape, blocksize, device, generator, nested_blocksize=None):
 def test_the_format_is_that_of_bitsandbytes(bnb):
     code = bnb.get_4bit_type("nf4", device="cpu")
     assert torch.equal(torch.tensor(CODE), code)
-    assert torch.equal(torch.tensor(THRESHOLDS), (code[1:] + code[:-1]) / 2)
+    assert torch.equal(thresholds(torch.device("cpu")), (code[1:] + code[:-1]) / 2)
     assert torch.equal(dynamic_code(torch.device("cpu")), bnb.create_dynamic_map())
+
+
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_every_threshold_is_that_of_bitsandbytes(bnb, device, blocksize):
+    """The fp32 numbers next to each threshold, in blocks whose largest value is one."""
+    at = thresholds(torch.device("cpu")).view(torch.int32)
+    near = (at[:, None] + torch.arange(-4, 5, dtype=torch.int32)).view(torch.float32).flatten()
+    x = torch.ones(8 * 4096)
+    for i, value in enumerate(near.split(24)):
+        x[4096 * i + 1 : 4096 * i + 1 + len(value)] = value
+    x = x.view(2, -1).to(device)
+    packed, absmax, _ = nf4_quantize(x, blocksize, nested=False)
+    expected, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type="nf4")
+    assert torch.equal(packed.flatten(), expected.flatten())
+    assert torch.equal(absmax, state.absmax)
+    assert torch.equal(reference.quantize(x, blocksize, False)[0].flatten(), expected.flatten())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ft_kernels import tuning
 
-__all__ = ["Rows", "allocate", "interpreting", "launch", "launches", "use_triton"]
+__all__ = ["Rows", "allocate", "interpreting", "launch", "launches", "native", "use_triton"]
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -36,6 +36,11 @@ def interpreting() -> bool:
     Kernels then run on CPU tensors, far too slowly for anything but testing.
     """
     return _INTERPRETING
+
+
+def native() -> bool:
+    """Whether instructions of NVIDIA's cards may be named in a kernel."""
+    return not interpreting() and torch.version.hip is None
 
 
 @cache

@@ -16,7 +16,7 @@ from ft_kernels.bench.harness import MODELS, Case, Variants, leaf
 __all__ = ["cases"]
 
 LENGTHS = (512, 2048, 8192)
-BACKENDS = ("dense", "cudnn", "flex", "flash", "flash_attn", "triton")
+BACKENDS = ("dense", "flex", "flash", "flash_attn", "triton")
 
 
 def cases(models: list[str], tokens: int) -> Iterator[Case]:

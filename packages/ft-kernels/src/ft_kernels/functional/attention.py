@@ -138,7 +138,7 @@ def packed_attention(
         scale: multiplies the products; None is ``1 / sqrt(D)``.
         heads_first: q, k, v and the result are ``[B, H, S, D]``, transformers' layout.
         backend: "auto" picks by hardware, documents and settings (``ops/packed_attention/choose.py`` has the table and
-            its reasons). "dense", "cudnn", "flex", "flash" (torch's FlashAttention-2), "flash_attn" (the package),
+            its reasons). "dense", "flex", "flash" (torch's FlashAttention-2), "flash_attn" (the package),
             "triton" (our kernel), "sdpa", "chunked" and "reference" ask for one.
 
     Returns:

@@ -80,6 +80,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     logits, targets, *settings = inputs
     ctx.save_for_backward(logits, targets, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
     ctx.settings = settings
 
 

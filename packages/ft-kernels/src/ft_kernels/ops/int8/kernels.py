@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import Rows, launch
-from ft_kernels.ops.nf4.kernels import native, rounded
+from ft_kernels.dispatch import Rows, launch, native
+from ft_kernels.ops.nf4.kernels import rounded
 
 __all__ = ["dequantize"]
 

@@ -112,6 +112,7 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     hidden, weight, bias, a, b, targets, *numbers, entropy, _, keep = inputs
     _, lses, rests, entropies, best, held = output
     ctx.mark_non_differentiable(lses, rests, best, held)
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
     ctx.numbers, ctx.entropy, ctx.keep, ctx.dtype = numbers, entropy, keep, hidden.dtype
     if keep:
         ctx.save_for_backward(held)
@@ -119,15 +120,18 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
         ctx.save_for_backward(hidden, weight, bias, a, b, targets, lses, rests, entropies)
 
 
-def _backward_rows(ctx: Any, grads: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_rows(ctx: Any, grads: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     rest = (None,) * 12
+    entropy_grads = others[2] if ctx.entropy else None
+    if grads is None and entropy_grads is None:
+        return *(None,) * 5, *rest
     if ctx.keep:
         (held,) = ctx.saved_tensors
         scale = chunks.gradient_scale(ctx.dtype, Settings(*ctx.numbers[1:-1]))
         return scaled_op(held, grads / scale, ctx.dtype), *(None,) * 4, *rest
     hidden, weight, bias, a, b, targets, lses, rests, entropies = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
-    entropy_grads = others[2] if ctx.entropy else None
+    grads = torch.zeros_like(lses) if grads is None else grads  # only the entropy was used
     made = linear_head_backward_op(
         grads, entropy_grads, hidden, weight, bias, a, b, targets, lses, rests, entropies, *ctx.numbers, needs
     )
@@ -240,6 +244,7 @@ def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     hidden, weight, bias, a, b, targets, *numbers, needs = inputs
     _, lses, rests, *sums, kept = output
     ctx.mark_non_differentiable(lses, rests, *sums, kept)
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
     ctx.numbers, ctx.needs = numbers, needs
     ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, a, b)]
     head, _, max_memory = _unpack(weight, bias, a, b, numbers)
@@ -252,7 +257,9 @@ def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.save_for_backward(*sums, *more.get(ctx.way, ()))
 
 
-def _backward_sum(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_sum(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 15
     sums, more = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     settings = Settings(*ctx.numbers[1:-1])
     factor = grad / chunks.gradient_scale(ctx.dtypes[0], settings)

@@ -153,6 +153,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.base = (weight, kind, k, sizes, meta)
     ctx.save_for_backward(x, output[1], seed, *a, *b)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
     ctx.settings = (starts, scaling, dropout)
     ctx.bias_dtype = None if bias is None else bias.dtype
 

@@ -27,6 +27,9 @@ from ft_kernels.dispatch import interpreting, launch
 __all__ = [
     "a_gradient",
     "b_gradient",
+    "column_share",
+    "computed_once",
+    "join",
     "kept",
     "loads_ahead",
     "operand",
@@ -34,7 +37,6 @@ __all__ = [
     "ranks_block",
     "rounded",
     "rounds_by_hand",
-    "row_tile",
     "rows",
     "share",
     "splits",
@@ -60,6 +62,18 @@ def operand(value, INTERPRETED: tl.constexpr):
     """What tl.dot gets: the interpreter cannot multiply bf16."""
     if INTERPRETED:
         value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
+def computed_once(value, NATIVE: tl.constexpr):
+    """A tile of 16-bit numbers as it is.
+
+    To a product a tile goes in another layout than to memory. The compiler then would rather compute it a second and a
+    third time than move it, the exponential function included; across this it has to move it.
+    """
+    if NATIVE:
+        value = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=2)
     return value
 
 
@@ -109,15 +123,16 @@ def _pack(
 
 @triton.jit
 def _rows(
-    x, x_stride, wide, wide_stride, tail, packed, seed, threshold, inverse, M, K, R, end0, end1,
-    WIDE: tl.constexpr, COPY: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
+    x, x_stride, wide, wide_stride, partial, packed, seed, threshold, inverse, M, K, R, cols_each, end0, end1,
+    COPY: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
     BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    first = tl.program_id(1) * cols_each
     ranks = tl.arange(0, RP)
     there = (rows < M)[:, None]
     total = tl.zeros((BM, RP), tl.float32)
-    for start in range(0, K, BK):
+    for start in range(first, tl.minimum(first + cols_each, K), BK):
         cols = start + tl.arange(0, BK)
         mask = there & (cols < K)[None, :]
         values = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0)
@@ -132,11 +147,25 @@ def _rows(
             left = rounded(kept(values, seed, rows[:, None], cols[None, :], threshold, inverse, i), x, BY_HAND)
             right = tl.where(mine[:, None], low, 0.0)
             total = tl.dot(operand(left, INTERPRETED), tl.trans(right), total)
-    mask = there & (ranks < R)[None, :]
-    result = rounded(total, x, BY_HAND)
-    tl.store(tail + rows[:, None] * R + ranks[None, :], result, mask=mask)
+    slot = partial + (tl.program_id(1) * M + rows[:, None]) * R + ranks[None, :]
+    tl.store(slot, total, mask=there & (ranks < R)[None, :])
+
+
+@triton.jit
+def _join(
+    partial, tail, wide, wide_stride, K, COUNT, R, parts, WIDE: tl.constexpr, BLOCK: tl.constexpr, BY_HAND: tl.constexpr
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < COUNT
+    part = partial + i
+    total = tl.load(part, mask=there, other=0.0)
+    for _ in range(1, parts):
+        part += COUNT
+        total += tl.load(part, mask=there, other=0.0)
+    result = rounded(total, tail, BY_HAND)
+    tl.store(tail + i, result, mask=there)
     if WIDE:
-        tl.store(wide + rows[:, None] * wide_stride + K + ranks[None, :], result, mask=mask)
+        tl.store(wide + (i // R) * wide_stride + K + i % R, result, mask=there)
 
 
 @triton.jit
@@ -242,12 +271,6 @@ def ranks_block(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def row_tile(m: int, device: torch.device) -> int:
-    """Rows a program: many, so that A is read seldom, but with a program for nearly every multiprocessor."""
-    programs = 0.9 * tuning.multiprocessors(device)
-    return next((tile for tile in (64, 32) if triton.cdiv(m, tile) >= programs), 16)
-
-
 def loads_ahead(bytes_a_stage: int, most: int, device: torch.device) -> int:
     """How many tiles can be on their way at once, with some shared memory left for what is in work."""
     if tuning.family(device) == "turing":
@@ -277,25 +300,55 @@ def pack(low: Any, k: int, columns: Tensor) -> Tensor:
 def rows(x: Tensor, k: int, packed: Tensor, low: Any, wide: Tensor | None, drop: Any) -> Tensor:
     """``x Aᵀ`` as ``[M, R]`` and as the tail of ``wide``, whose left part gets a copy of x unless that is x itself."""
     m, r, device = x.shape[0], low.padded, x.device
-    tail = dispatch.allocate((m, r), x.dtype, device)
     copy = wide is not None and wide.data_ptr() != x.data_ptr()
-    old = tuning.family(device) == "turing"
-    rp, bm, bk = ranks_block(r), 16 if old else row_tile(m, device), 64 if old else 128
-    stages = loads_ahead((bm + rp) * bk * 2, 5, device)
-    default = {"BM": bm, "BK": bk, "num_warps": 4, "num_stages": stages}
-    more = [
-        {"BM": bm, "BK": wide_bk, "num_warps": warps, "num_stages": loads_ahead((bm + rp) * wide_bk * 2, 5, device)}
-        for wide_bk in (128, 256) for warps in (4, 8)
-    ]  # fmt: skip
-    tiling = tuning.settings(
-        "lora_rows", device, (k, r, copy, drop.p > 0), default=default, candidates=[] if old else more
-    )
-    out = tail if wide is None else wide
+    rp = ranks_block(r)
+    options = [(64, 64, 4, 4), (128, 64, 4, 4), (64, 64, 8, 4), (32, 128, 4, 4)]
+    if drop.p or rp > 64 or tuning.capability(device) < (9, 0):
+        options = [(32, 64, 4, 4), (32, 64, 8, 4)]
+    if tuning.family(device) == "turing":
+        options = [(16, 64, 4, 1)]
+    default, *more = [
+        {"BM": bm, "BK": bk, "num_warps": warps, "num_stages": loads_ahead((bm + rp) * bk * 2, most, device)}
+        for bm, bk, warps, most in options
+    ]
+    tiling = tuning.settings("lora_rows", device, (k, r, copy, drop.p > 0), default=default, candidates=more)
+    each, parts = column_share(m, k, tiling["BM"], tiling["BK"], device)
+    partial = dispatch.allocate((parts, m, r), torch.float32, device)
     launch(
-        "lora_rows", _rows, (triton.cdiv(m, tiling["BM"]),), device,
-        x, x.stride(0), out, out.stride(0), tail, packed, *drop.arguments(x), m, k, r, *low.ends(),
-        WIDE=wide is not None, COPY=copy, DROPS=len(low.a) if drop.p else 0, RP=rp,
+        "lora_rows", _rows, (triton.cdiv(m, tiling["BM"]), parts), device,
+        x, x.stride(0), x if wide is None else wide, 0 if wide is None else wide.stride(0), partial, packed,
+        *drop.arguments(x), m, k, r, each, *low.ends(),
+        COPY=copy, DROPS=len(low.a) if drop.p else 0, RP=rp,
         BY_HAND=rounds_by_hand(x.dtype), INTERPRETED=interpreting(), **tiling,
+    )  # fmt: skip
+    return join(partial, wide, k, x.dtype)
+
+
+def column_share(m: int, k: int, bm: int, bk: int, device: torch.device, programs: int = 2) -> tuple[int, int]:
+    """Of K columns, how many a program goes through and among how many programs a row is split.
+
+    So many ``programs`` are there for each multiprocessor, if there are columns enough: they hide one another's waiting.
+    """
+    tiles = triton.cdiv(k, bk)
+    if interpreting():
+        parts = min(2, tiles)
+    else:
+        wanted = triton.cdiv(programs * tuning.multiprocessors(device), triton.cdiv(m, bm))
+        parts = max(1, min(wanted, tiles // 2, 32))
+    each = triton.cdiv(tiles, parts) * bk
+    return each, triton.cdiv(k, each)
+
+
+def join(partial: Tensor, wide: Tensor | None, k: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of ``[parts, M, R]`` as ``[M, R]``, and in ``wide`` after the first K columns."""
+    parts, m, r = partial.shape
+    device = partial.device
+    tail = dispatch.allocate((m, r), dtype or partial.dtype if wide is None else wide.dtype, device)
+    block = 1024
+    launch(
+        "lora_join", _join, (triton.cdiv(m * r, block),), device,
+        partial, tail, tail if wide is None else wide, 0 if wide is None else wide.stride(0), k, m * r, r, parts,
+        WIDE=wide is not None, BLOCK=block, BY_HAND=rounds_by_hand(tail.dtype), num_warps=4,
     )  # fmt: skip
     return tail
 

@@ -91,6 +91,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     a1, b1, a2, b2 = arguments[5], arguments[6], arguments[_COUNT + 5], arguments[_COUNT + 6]
     ctx.save_for_backward(x, *output[1:], arguments[-1], *a1, *b1, *a2, *b2)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
     ctx.counts = (len(a1), len(a2))
     # Frozen weights are no activations (see ops.lora.autograd), and the rest are numbers.
     ctx.arguments = [None if i % _COUNT in (5, 6) and i < 2 * _COUNT else v for i, v in enumerate(arguments[:-1])]

@@ -6,28 +6,32 @@
 
 with D the gradient of h·Aᵀ and T what the adapters of gate and up made of their input. `middle` moves what the
 activation's backward alone would: without it dh, h, dgate and dup would make six more trips to memory. A program has
-some columns and a share of the rows, and writes its part of each sum; the parts are added in a fixed order.
+some columns and a share of the rows, or the other way round, and writes its part of each sum; the parts are added in a
+fixed order.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import interpreting, launch
+from ft_kernels.dispatch import interpreting, launch, native
 from ft_kernels.ops.glu.kernels import _activation as activation
 from ft_kernels.ops.lora.kernels import (
+    column_share,
+    computed_once,
+    join,
     kept,
     loads_ahead,
     operand,
     ranks_block,
     rounded,
     rounds_by_hand,
-    row_tile,
     share,
 )
 
@@ -36,15 +40,16 @@ __all__ = ["hidden", "middle"]
 
 @triton.jit
 def _hidden(
-    gate_up, gate_up_stride, wide, wide_stride, tail, packed, seed, threshold, inverse, M, WIDTH, R,
+    gate_up, gate_up_stride, wide, wide_stride, partial, packed, seed, threshold, inverse, M, WIDTH, R, cols_each,
     KIND: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
-    BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
+    BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    first = tl.program_id(1) * cols_each
     ranks = tl.arange(0, RP)
     there = (rows < M)[:, None]
     total = tl.zeros((BM, RP), tl.float32)
-    for start in range(0, WIDTH, BK):
+    for start in range(first, tl.minimum(first + cols_each, WIDTH), BK):
         cols = start + tl.arange(0, BK)
         mask = there & (cols < WIDTH)[None, :]
         source = gate_up + rows[:, None] * gate_up_stride + cols[None, :]
@@ -52,15 +57,14 @@ def _hidden(
         u = tl.load(source + WIDTH, mask=mask, other=0.0).to(tl.float32)
         inside = (ranks < R)[:, None] & (cols < WIDTH)[None, :]
         low = operand(tl.load(packed + ranks[:, None] * WIDTH + cols[None, :], mask=inside, other=0.0), INTERPRETED)
-        h = rounded(activation(x, KIND, tl.float32)[0] * u, wide, BY_HAND)
+        h = computed_once(rounded(activation(x, KIND, tl.float32)[0] * u, wide, BY_HAND), NATIVE)
         tl.store(wide + rows[:, None] * wide_stride + cols[None, :], h, mask=mask)
         if DROP:
             h = rounded(kept(h, seed, rows[:, None], cols[None, :], threshold, inverse, 0), wide, BY_HAND)
+            h = computed_once(h, NATIVE)
         total = tl.dot(operand(h, INTERPRETED), tl.trans(low), total)
-    mask = there & (ranks < R)[None, :]
-    result = rounded(total, wide, BY_HAND)
-    tl.store(tail + rows[:, None] * R + ranks[None, :], result, mask=mask)
-    tl.store(wide + rows[:, None] * wide_stride + WIDTH + ranks[None, :], result, mask=mask)
+    slot = partial + (tl.program_id(1) * M + rows[:, None]) * R + ranks[None, :]
+    tl.store(slot, total, mask=there & (ranks < R)[None, :])
 
 
 @triton.jit
@@ -70,6 +74,7 @@ def _middle(
     a_ranks, gate_ranks, up_ranks, gate_first, up_first, gate_scaling, up_scaling, rows_each,
     KIND: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     RP: tl.constexpr, RT: tl.constexpr, STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -92,15 +97,16 @@ def _middle(
         here = low + rows[:, None] * low_stride + ranks[None, :]
         up_low = operand(tl.load(here, mask=there & (ranks < R)[None, :], other=0.0), INTERPRETED)
         active, slope = activation(x, KIND, tl.float32)
-        h = rounded(active * u, gate_up, BY_HAND)
+        h = computed_once(rounded(active * u, gate_up, BY_HAND), NATIVE)
         if DROP:
             d += kept(tl.dot(up_low, a), seed, rows[:, None], cols[None, :], threshold, inverse, 0)
             h = rounded(kept(h, seed, rows[:, None], cols[None, :], threshold, inverse, 0), gate_up, BY_HAND)
+            h = computed_once(h, NATIVE)
         else:
             d = tl.dot(up_low, a, d)
         a_total = tl.dot(tl.trans(operand(h, INTERPRETED)), up_low, a_total)
-        dgate = rounded(d * u * slope, gate_up, BY_HAND)
-        dup = rounded(d * active, gate_up, BY_HAND)
+        dgate = computed_once(rounded(d * u * slope, gate_up, BY_HAND), NATIVE)
+        dup = computed_once(rounded(d * active, gate_up, BY_HAND), NATIVE)
         tl.store(place, dgate, mask=mask)
         tl.store(place + WIDTH, dup, mask=mask)
         if GATE:
@@ -113,34 +119,33 @@ def _middle(
             up_total = tl.dot(tl.trans(operand(dup, INTERPRETED)), t, up_total)
     line = partial + split.to(tl.int64) * split_stride
     column = cols[:, None].to(tl.int64)
-    slot = line + a_slot + ranks[None, :] * WIDTH + column
-    tl.store(slot, a_total, mask=(cols < WIDTH)[:, None] & (ranks < a_ranks)[None, :])
+    there, ranks, others = (cols < WIDTH)[:, None], ranks[None, :], others[None, :]
+    tl.store(line + a_slot + ranks * WIDTH + column, a_total, mask=there & (ranks < a_ranks))
     if GATE:
-        slot = line + gate_slot + column * gate_ranks + others[None, :]
-        tl.store(slot, gate_total * gate_scaling, mask=(cols < WIDTH)[:, None] & (others < gate_ranks)[None, :])
+        slot = line + gate_slot + column * gate_ranks + others
+        tl.store(slot, gate_total * gate_scaling, mask=there & (others < gate_ranks))
     if UP:
-        slot = line + up_slot + column * up_ranks + others[None, :]
-        tl.store(slot, up_total * up_scaling, mask=(cols < WIDTH)[:, None] & (others < up_ranks)[None, :])
+        slot = line + up_slot + column * up_ranks + others
+        tl.store(slot, up_total * up_scaling, mask=there & (others < up_ranks))
 
 
 def hidden(gate_up: Tensor, row: Tensor, packed: Tensor, kind: int, drop: Any) -> Tensor:
     """h in the left part of ``row``, ``h Aᵀ`` in its tail and, returned, by itself."""
     (m, twice), r, device = gate_up.shape, packed.shape[0], gate_up.device
     i = twice // 2
-    tail = dispatch.allocate((m, r), gate_up.dtype, device)
-    rp, bm = ranks_block(r), row_tile(m, device)
-    options = [(bm, 128, 8), (bm, 128, 4), (bm, 64, 4), (bm, 256, 8)]
-    default, *more = [
-        {"BM": b, "BK": k, "num_warps": w, "num_stages": loads_ahead((2 * b + rp) * k * 2, 4, device)}
-        for b, k, w in options
-    ]
+    rp = ranks_block(r)
+    options = [(32, 128, 4), (16, 128, 4), (16, 256, 4), (32, 64, 4)]
+    default, *more = [{"BM": bm, "BK": bk, "num_warps": w, "num_stages": 1} for bm, bk, w in options]
     tiling = tuning.settings("lora_hidden", device, (i, rp, kind, drop.p > 0), default=default, candidates=more)
+    each, parts = column_share(m, i, tiling["BM"], tiling["BK"], device, 24)
+    partial = dispatch.allocate((parts, m, r), torch.float32, device)
     launch(
-        "lora_hidden", _hidden, (triton.cdiv(m, tiling["BM"]),), device,
-        gate_up, gate_up.stride(0), row, row.stride(0), tail, packed, *drop.arguments(gate_up), m, i, r,
-        KIND=kind, DROP=drop.p > 0, RP=rp, BY_HAND=rounds_by_hand(gate_up.dtype), INTERPRETED=interpreting(), **tiling,
+        "lora_hidden", _hidden, (triton.cdiv(m, tiling["BM"]), parts), device,
+        gate_up, gate_up.stride(0), row, row.stride(0), partial, packed, *drop.arguments(gate_up), m, i, r, each,
+        KIND=kind, DROP=drop.p > 0, RP=rp, BY_HAND=rounds_by_hand(gate_up.dtype), INTERPRETED=interpreting(),
+        NATIVE=native(), **tiling,
     )  # fmt: skip
-    return tail
+    return join(partial, row, i)
 
 
 def middle(
@@ -159,11 +164,11 @@ def middle(
     gate_slot, gate_first, gate_ranks, gate_scaling = gate or nothing
     up_slot, up_first, up_ranks, up_scaling = up or nothing
     rp, rt = ranks_block(r), ranks_block(max(gate_ranks, up_ranks))
-    options = [(32, 64, 4), (32, 64, 8), (64, 64, 8), (32, 128, 8), (16, 128, 8)]
+    options = [(16, 64, 4), (32, 64, 4), (32, 64, 8), (16, 128, 8)]
     if max(rp, rt) > 32 or drop.p:
         options = [(32, 64, 8), (16, 64, 4)]
     default, *more = [
-        {"BM": bm, "BC": bc, "num_warps": w, "STAGES": loads_ahead((3 * bc + rp + 2 * rt) * bm * 2, 4, device)}
+        {"BM": bm, "BC": bc, "num_warps": w, "STAGES": loads_ahead((3 * bc + rp + 2 * rt) * bm * 2, 3, device)}
         for bm, bc, w in options
     ]
     key = (i, rp, rt, kind, drop.p > 0)
@@ -174,5 +179,6 @@ def middle(
         partial, partial.stride(0), a_slot, gate_slot, up_slot, *drop.arguments(gate_up), m, i, r,
         a_ranks, gate_ranks, up_ranks, gate_first, up_first, gate_scaling, up_scaling, share(m, parts, tiling["BM"]),
         KIND=kind, GATE=gate is not None, UP=up is not None, DROP=drop.p > 0, RP=rp, RT=rt,
-        BY_HAND=rounds_by_hand(gate_up.dtype), INTERPRETED=interpreting(), **tiling,
+        BY_HAND=rounds_by_hand(gate_up.dtype), INTERPRETED=interpreting(), NATIVE=native(),
+        **tiling,
     )  # fmt: skip

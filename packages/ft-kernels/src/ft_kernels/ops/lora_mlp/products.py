@@ -19,8 +19,6 @@ from ft_kernels.ops.lora.operands import Base, Drop, Low, row_buffer
 
 __all__ = ["backward", "forward"]
 
-FEW = 1024
-"""From this many rows on the activation makes the adapter's product too: a program has whole rows then."""
 MOST_RANKS = 64
 """More ranks of one adapter than this do not fit beside the activation."""
 
@@ -80,7 +78,7 @@ def forward(
     drop_hidden = drop_hidden or Drop()
     m, i, r = x.shape[0], down.k, second.padded
     both, tail = products.forward(x, gate_up, first, None, drop)
-    if m >= FEW and _fuses(both, first, second):
+    if _fuses(both, first, second):
         widened = products.widened_weight(down, r, m, x.dtype)
         if widened is not None:
             from ft_kernels.ops.lora_mlp import kernels

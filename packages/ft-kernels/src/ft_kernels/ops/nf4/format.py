@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCKSIZES", "CODE", "NESTED_BLOCKSIZE", "THRESHOLDS", "dynamic_code"]
+__all__ = ["BLOCKSIZES", "CODE", "NESTED_BLOCKSIZE", "THRESHOLDS", "dynamic_code", "thresholds"]
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -29,11 +29,24 @@ CODE = (
 """What the sixteen 4-bit numbers stand for, as fractions of absmax."""
 
 THRESHOLDS = (
-    -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
-    -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
-    0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
+    -0.8480964303016663, -0.6106328964233398, -0.4599952697753906, -0.33967941999435425, -0.23460739850997925,
+    -0.13791173696517944, -0.045525018125772476, 0.03979014977812767, 0.1202552542090416, 0.2035212516784668,
+    0.2920137643814087, 0.3893125355243683, 0.5016633868217468, 0.6427869200706482, 0.8614783883094788,
 )  # fmt: skip
-"""A value becomes the number of thresholds (rounded to fp32) that it is greater than."""
+"""A value becomes the number of thresholds that it is greater than; each is an fp32 number, spelt out.
+
+They are the middles between neighbouring codes, as bitsandbytes' CUDA code has them.
+"""
+
+ROUNDED_UP = {-0.8480964303016663: -0.8480963706970215, 0.1202552542090416: 0.120255246758461,
+              0.5016633868217468: 0.5016634464263916, 0.8614783883094788: 0.8614784479141235}  # fmt: skip
+"""Where bitsandbytes' other backends have a neighbouring fp32 number: they halve a sum in fp32, with ties to even."""
+
+
+def thresholds(device: torch.device) -> Tensor:
+    """``THRESHOLDS`` as bitsandbytes has them on that device."""
+    values = THRESHOLDS if device.type == "cuda" else [ROUNDED_UP.get(value, value) for value in THRESHOLDS]
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @cache

@@ -20,19 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import Rows, interpreting, launch
+from ft_kernels.dispatch import Rows, launch, native
 from ft_kernels.ops.nf4.format import NESTED_BLOCKSIZE, dynamic_code
 
-__all__ = ["dequantize", "native", "quantize", "rounded"]
+__all__ = ["dequantize", "quantize", "rounded"]
 
 WORDS = 1024
 """Words of eight values that a program of the fast kernel works on."""
 PLAIN_BLOCK = 1024
-
-
-def native() -> bool:
-    """Whether instructions of NVIDIA's cards may be named."""
-    return not interpreting() and torch.version.hip is None
 
 
 @triton.jit
@@ -237,16 +232,20 @@ def _fractions(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _number(f):
-    """How many of format.THRESHOLDS f is greater than, by halves; 0 for nan."""
+def _number(f, NATIVE: tl.constexpr):
+    """How many of format.THRESHOLDS f is greater than, by halves; 0 for nan. Off the GPU, those rounded up."""
+    t0: tl.constexpr = -0.8480964303016663 if NATIVE else -0.8480963706970215
+    t8: tl.constexpr = 0.1202552542090416 if NATIVE else 0.120255246758461
+    t12: tl.constexpr = 0.5016633868217468 if NATIVE else 0.5016634464263916
+    t14: tl.constexpr = 0.8614783883094788 if NATIVE else 0.8614784479141235
     a = f > 0.03979014977812767
-    b = f > tl.where(a, 0.3893125355243683, -0.33967943489551544)
-    if_b = tl.where(a, 0.6427869200706482, -0.13791173323988914)
-    c = f > tl.where(b, if_b, tl.where(a, 0.2035212516784668, -0.6106329262256622))
-    if_bc = tl.where(a, 0.8614784181118011, -0.045525018125772476)
-    if_b = tl.where(a, 0.5016634166240692, -0.23460740596055984)
-    if_c = tl.where(a, 0.2920137718319893, -0.4599952697753906)
-    neither = tl.where(a, 0.1202552504837513, -0.8480964004993439)
+    b = f > tl.where(a, 0.3893125355243683, -0.33967941999435425)
+    if_b = tl.where(a, 0.6427869200706482, -0.13791173696517944)
+    c = f > tl.where(b, if_b, tl.where(a, 0.2035212516784668, -0.6106328964233398))
+    if_bc = tl.where(a, t14, -0.045525018125772476)
+    if_b = tl.where(a, t12, -0.23460739850997925)
+    if_c = tl.where(a, 0.2920137643814087, -0.4599952697753906)
+    neither = tl.where(a, t8, t0)
     d = f > tl.where(b, tl.where(c, if_bc, if_b), tl.where(c, if_c, neither))
     return a.to(tl.int32) * 8 + b.to(tl.int32) * 4 + c.to(tl.int32) * 2 + d.to(tl.int32)
 
@@ -257,7 +256,7 @@ def _quantize(x, packed, absmax, COUNT, BLOCKSIZE: tl.constexpr, BLOCKS: tl.cons
     i = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     fractions, largest = _fractions(tl.load(x + i, mask=i < COUNT, other=0.0), NATIVE)
     tl.store(absmax + block, largest, mask=block * BLOCKSIZE < COUNT)
-    first, second = tl.split(tl.reshape(_number(fractions), [BLOCKS, BLOCKSIZE // 2, 2]))
+    first, second = tl.split(tl.reshape(_number(fractions, NATIVE), [BLOCKS, BLOCKSIZE // 2, 2]))
     pair = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
     tl.store(packed + pair, (first * 16 + second).to(tl.uint8), mask=pair * 2 < COUNT)
 

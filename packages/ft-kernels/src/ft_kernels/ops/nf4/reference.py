@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ft_kernels.ops.nf4.format import CODE, NESTED_BLOCKSIZE, THRESHOLDS, dynamic_code
+from ft_kernels.ops.nf4.format import CODE, NESTED_BLOCKSIZE, dynamic_code, thresholds
 
 __all__ = ["dequantize", "quantize", "scales"]
 
@@ -70,8 +70,7 @@ def quantize(x: Tensor, blocksize: int, nested: bool) -> tuple[Tensor, Tensor, T
         fractions, absmax = x.new_empty((0, blocksize), dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     else:
         fractions, absmax = _blocks(x, blocksize)
-    thresholds = torch.tensor(THRESHOLDS, device=x.device)
-    numbers = torch.bucketize(fractions, thresholds)
+    numbers = torch.bucketize(fractions, thresholds(x.device))
     numbers = torch.where(fractions.isnan(), 0, numbers).to(torch.uint8).flatten()
     packed = ((numbers[::2] << 4) | numbers[1::2])[: (x.numel() + 1) // 2]
     if not nested:

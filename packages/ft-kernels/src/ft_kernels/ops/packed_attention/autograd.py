@@ -86,6 +86,7 @@ def _triton_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     q, k, v, intervals, sinks, scale, softcap = inputs
     ctx.save_for_backward(q, k, v, intervals, sinks, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
     ctx.settings = (scale, softcap)
 
 
@@ -130,8 +131,8 @@ def torch_op(
     """The output ``[T, H, D]`` and the lse, by one of torch's kernels.
 
     Args:
-        kind: "flash" (FlashAttention-2, any documents), "cudnn" (cuDNN with ragged offsets, any documents) or "dense"
-            (cuDNN over a batch; every document has max_length tokens).
+        kind: "flash" (FlashAttention-2, any documents) or "dense" (cuDNN over a batch; every document has max_length
+            tokens).
         window: 0 for none; "flash" only.
     """
     aten: Any = torch.ops.aten
@@ -143,20 +144,14 @@ def torch_op(
             with_sink = torch.logaddexp(lse, sinks.float()[:, None, None])
             out, lse = out.mul_((lse - with_sink).exp_()), with_sink
         return _row(out), lse
-    if kind == "cudnn":
-        result = aten._cudnn_attention_forward(
-            q, k, v, None, cu_seqlens, cu_seqlens, max_length, max_length, True, 0.0, causal, False, scale=scale
-        )
-    else:
-        result = aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, causal, False, scale=scale,
-            **_window_sizes(causal, window),
-        )  # fmt: skip
-    out, lse = result[0], result[1]  # [T, H, D], [H, T] or, from cuDNN in some versions of torch, [T, H, 1]
+    result = aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, causal, False, scale=scale,
+        **_window_sizes(causal, window),
+    )  # fmt: skip
+    out, lse = result[0], result[1]  # [T, H, D], [H, T]
     if sinks is not None:
         with_sink = torch.logaddexp(lse, sinks.float()[:, None])
-        share = (lse - with_sink).exp_()
-        out, lse = out.mul_(share if share.dim() == 3 else share.T[..., None]), with_sink
+        out, lse = out.mul_((lse - with_sink).exp_().T[..., None]), with_sink
     return out.contiguous(), lse
 
 
@@ -219,16 +214,12 @@ def torch_backward_op(
         flat = lse.squeeze(-1).transpose(0, 1).flatten(1)
     else:
         where = (cu_seqlens, cu_seqlens, max_length, max_length, 0.0, causal)
-        if kind == "cudnn":
-            grads = aten._cudnn_attention_backward(grad, q, k, v, out, lse, unused, unused, None, *where, scale=scale)
-        else:
-            state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-            grads = aten._flash_attention_backward(
-                grad, q, k, v, out, lse, *where, state, unused, scale=scale,
-                **_window_sizes(causal, window),
-            )  # fmt: skip
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        grads = aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *where, state, unused, scale=scale, **_window_sizes(causal, window)
+        )
         grads = [x.contiguous() for x in grads]
-        flat = lse if lse.dim() == 2 else lse.squeeze(-1).T
+        flat = lse
     if sinks is None:
         return grads[0], grads[1], grads[2], _no_sinks(q)
     from ft_kernels.ops.packed_attention.kernels import delta
@@ -261,6 +252,7 @@ def _torch_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, cu_seqlens, sinks, *settings = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens, sinks, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
     ctx.settings = settings
 
 

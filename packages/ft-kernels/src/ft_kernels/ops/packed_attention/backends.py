@@ -94,27 +94,6 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Attentio
     return out
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: AttentionPlan, settings: Settings) -> Tensor:
-    """cuDNN builds a plan for each shape that it meets, so the shape is rounded up: empty documents behind the last,
-    and a longest document of a power of two."""
-
-    def rounded() -> Tensor:
-        documents = plan.cu_seqlens(q.device)
-        count = documents.numel() - 1
-        return torch.cat([documents, documents[-1:].expand(_power_of_2(count) - count)])
-
-    documents = plan.keep(("rounded cu_seqlens", q.device), rounded)
-    longest = _power_of_2(plan.max_length)
-    out: Tensor = torch_op(
-        *_last_contiguous(q, k, v), documents, sinks, "cudnn", longest, settings.causal, 0, settings.scale
-    )[0]
-    return out
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def _last_contiguous(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
@@ -207,7 +186,6 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Attention
 
 RUN: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionPlan, Settings], Tensor]] = {
     "chunked": _chunked,
-    "cudnn": _cudnn,
     "dense": _dense,
     "flash": _flash,
     "flash_attn": _flash_attn,

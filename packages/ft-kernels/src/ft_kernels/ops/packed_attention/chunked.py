@@ -250,6 +250,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, sinks, *settings = inputs
     ctx.save_for_backward(q, k, v, sinks, *output[1:])
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
     ctx.settings = settings
 
 
