@@ -14,6 +14,7 @@ import ft_kernels as ft
 from ft_kernels.bench.harness import MODELS, Case, Model, frozen, leaf
 from ft_kernels.functional.lora import lora_linear, lora_qkv, widen
 from ft_kernels.functional.lora_mlp import lora_mlp
+from ft_kernels.functional.lora_weights import NF4Weight
 
 __all__ = ["cases"]
 
@@ -31,9 +32,13 @@ class Linear:
     inputs: int
     sizes: tuple[int, ...]
 
-    def weights(self) -> Weights:
+    def weights(self, quantized: bool = False) -> Weights:
         parts = [frozen(n, self.inputs).mul_(self.inputs**-0.5) for n in self.sizes]
-        return Weights(parts, torch.cat(parts), widen(parts, RANK * len(parts)))
+        if not quantized:
+            return Weights(parts, torch.cat(parts), widen(parts, RANK * len(parts)))
+        ours = [NF4Weight.quantize(part) for part in parts]
+        parts = [_numbers(weight, torch.empty_like(part)) for weight, part in zip(ours, parts, strict=True)]
+        return Weights(parts, torch.cat(parts), ours)
 
     def adapters(self, dtype: torch.dtype) -> list[Tensor]:
         """A and B of each projection, one after the other."""
@@ -51,7 +56,7 @@ class Weights:
 
     parts: list[Tensor]
     whole: Tensor
-    wide: Any
+    ours: Any
 
 
 def cases(models: list[str], tokens: int) -> Iterator[Case]:
@@ -63,12 +68,14 @@ def cases(models: list[str], tokens: int) -> Iterator[Case]:
         yield _products("lora_qkv", name, Linear(h, (model.heads * model.head_dim, kv, kv)))
         yield _layer("lora_layer", name, model, torch.bfloat16)
         yield _layer("lora_layer_fp32_adapters", name, model, torch.float32)
+        yield _layer("lora_layer_nf4", name, model, torch.bfloat16, quantized=True)
 
 
 def _ours(w: Weights, x: Tensor, *adapters: Tensor) -> Sequence[Tensor]:
     if len(adapters) == 2:
-        return (lora_linear(x, w.wide, *adapters, scaling=SCALING),)
-    return lora_qkv(x, w.wide, adapters[::2], adapters[1::2], scaling=SCALING)
+        weight = w.ours[0] if isinstance(w.ours, list) else w.ours
+        return (lora_linear(x, weight, *adapters, scaling=SCALING),)
+    return lora_qkv(x, w.ours, adapters[::2], adapters[1::2], scaling=SCALING)
 
 
 def _plain(w: Weights, x: Tensor, *adapters: Tensor) -> Sequence[Tensor]:
@@ -96,7 +103,8 @@ def _products(op: str, name: str, linear: Linear) -> Case:
 
 
 def _mlp_ours(gate_up: Weights, down: Weights, x: Tensor, *adapters: Tensor) -> Tensor:
-    return lora_mlp(x, gate_up.wide, down.wide, adapters[::2], adapters[1::2], scaling=SCALING)
+    last = down.ours[0] if isinstance(down.ours, list) else down.ours
+    return lora_mlp(x, gate_up.ours, last, adapters[::2], adapters[1::2], scaling=SCALING)
 
 
 def _mlp_plain(gate_up: Weights, down: Weights, x: Tensor, *adapters: Tensor) -> Tensor:
@@ -109,7 +117,36 @@ def _mlp_bare(gate_up: Weights, down: Weights, x: Tensor, *_: Tensor) -> Tensor:
     return F.linear(ft.swiglu(F.linear(x, gate_up.whole)), down.whole)
 
 
-def _layer(op: str, name: str, model: Model, dtype: torch.dtype) -> Case:
+class _Expand(torch.autograd.Function):
+    """Every quantized weight expanded once in forward and once in backward, as the products need them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Sequence[Weights]) -> Tensor:
+        ctx.weights = weights
+        _expand(weights)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override, unused-ignore]
+        _expand(ctx.weights)
+        return grad, None
+
+
+def _expand(weights: Sequence[Weights]) -> None:
+    for weight in weights:
+        rows, columns = weight.whole.shape
+        wide = torch.empty(rows, columns + 64, dtype=weight.whole.dtype, device=weight.whole.device)
+        for part, target in zip(weight.ours, wide[:, :columns].split([len(p) for p in weight.parts]), strict=True):
+            _numbers(part, target)
+
+
+def _numbers(weight: NF4Weight, out: Tensor) -> Tensor:
+    return ft.nf4_dequantize(
+        weight.packed, weight.absmax, weight.shape, out.dtype, weight.blocksize, nested=weight.nested, out=out
+    )
+
+
+def _layer(op: str, name: str, model: Model, dtype: torch.dtype, *, quantized: bool = False) -> Case:
     """q, k and v; o; gate, up and down. The inputs of the first two and of the third are their own."""
     h, wide = model.hidden, model.intermediate
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
@@ -117,7 +154,7 @@ def _layer(op: str, name: str, model: Model, dtype: torch.dtype) -> Case:
 
     def make() -> tuple[Any, ...]:
         inputs = [leaf(TOKENS, linear.inputs) for linear in linears[:3]]
-        weights = [linear.weights() for linear in linears]
+        weights = [linear.weights(quantized) for linear in linears]
         return *weights, *inputs, *(t for linear in linears for t in linear.adapters(dtype))
 
     def layer(product: Product, mlp: Callable[..., Tensor]) -> Callable[..., Sequence[Tensor]]:
@@ -128,6 +165,10 @@ def _layer(op: str, name: str, model: Model, dtype: torch.dtype) -> Case:
 
         return run
 
+    def expansions(*given: Any) -> Tensor:
+        expanded: Tensor = _Expand.apply(given[len(linears)], given[: len(linears)])  # type: ignore[no-untyped-call]
+        return expanded
+
     flop = sum(linear.flop for linear in linears)
     return Case(
         op, name, f"{TOKENS} tokens, rank {RANK}",
@@ -136,6 +177,7 @@ def _layer(op: str, name: str, model: Model, dtype: torch.dtype) -> Case:
             "ours": layer(_ours, _mlp_ours),
             "eager": layer(_plain, _mlp_plain),
             "floor": layer(_bare, _mlp_bare),
+            **({"left out": expansions} if quantized else {}),
         },
         flop={"forward": flop, "backward": flop},
         quick=dtype == torch.bfloat16,

@@ -125,7 +125,7 @@ def _backward_rows(ctx: Any, grads: Tensor | None, *others: Tensor | None) -> tu
     entropy_grads = others[2] if ctx.entropy else None
     if grads is None and entropy_grads is None:
         return *(None,) * 5, *rest
-    if ctx.keep:
+    if ctx.keep and grads is not None:  # then there is no entropy
         (held,) = ctx.saved_tensors
         scale = chunks.gradient_scale(ctx.dtype, Settings(*ctx.numbers[1:-1]))
         return scaled_op(held, grads / scale, ctx.dtype), *(None,) * 4, *rest

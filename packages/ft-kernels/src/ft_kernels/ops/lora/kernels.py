@@ -327,7 +327,7 @@ def rows(x: Tensor, k: int, packed: Tensor, low: Any, wide: Tensor | None, drop:
 def column_share(m: int, k: int, bm: int, bk: int, device: torch.device, programs: int = 2) -> tuple[int, int]:
     """Of K columns, how many a program goes through and among how many programs a row is split.
 
-    So many ``programs`` are there for each multiprocessor, if there are columns enough: they hide one another's waiting.
+    There are so many ``programs`` for each multiprocessor if there are columns enough: they hide one another's waiting.
     """
     tiles = triton.cdiv(k, bk)
     if interpreting():
