@@ -327,7 +327,19 @@ def test_mlp_exact(device, exact_enough, launched, kind, pair, form, ranks):
         for one, two in zip(frozen_x[1:], actual[2:], strict=True):
             assert (one - two).norm() < 1e-2 * two.norm()
     same, exact = problem.cast(problem.x.dtype), problem.cast(torch.float64)
-    eager = same.run(gated(same, scaling, kind, len(ranks) == 2, problem.sizes))
+    eager = [same.run(gated(same, scaling, kind, len(ranks) == 2, problem.sizes))]
+    for seed in range(4 if pair[0] == torch.float32 else 0):
+        # Where the products round as much as all else, one order of their sums shows but one sample of eager's error.
+        order = torch.randperm(72, generator=torch.Generator().manual_seed(seed)).to(device)
+        other = problem.cast(problem.x.dtype)
+        other.weights = [*(w[:, order] for w in same.weights[:-1]), same.weights[-1]]
+        plainly = gated(other, scaling, kind, len(ranks) == 2, problem.sizes)
+
+        def shuffled(x, a, *rest, order=order, plainly=plainly):
+            return plainly(x[:, order], [*(t[:, order] for t in a[:-1]), a[-1]], *rest)
+
+        eager.append(same.run(shuffled))
+    eager = zip(*eager, strict=True)
     exact = exact.run(gated(exact, scaling, kind, len(ranks) == 2, problem.sizes))
     for what, *three in zip(("y", "dx", "da", "db"), actual, eager, exact, strict=True):
         exact_enough(what, *three)
@@ -655,8 +667,9 @@ def test_compile(device, dtype):
     for function in (compiled, block):
         y = function(*leaves)
         results.append([y, *torch.autograd.grad(y, leaves, qkv.dy)])
+    # The compiler rounds less often on the way; a few roundings of 16 bits are what may differ.
     for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+        assert (one - two).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * two.norm()
 
 
 def test_layer(device, tmp_path):
@@ -788,4 +801,4 @@ def test_more_than_two_to_the_31_elements(device):
     exact = lora_linear(last, problem.weights[0].double(), ad, bd)
     grads = torch.autograd.grad(exact, (last, ad, bd), dy[-3:].double())
     for ours_, theirs in zip((y[-3:], dx[-3:], da, db), (exact, *grads), strict=True):
-        torch.testing.assert_close(ours_.double(), theirs, rtol=2e-2, atol=2e-2)
+        assert (ours_.double() - theirs).norm() <= 1e-2 * theirs.norm()

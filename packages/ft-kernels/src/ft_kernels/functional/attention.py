@@ -216,6 +216,7 @@ def _rows(
             max_length=plan.max_length,
             equal=plan.equal,
             counted=plan.count is not None,
+            mean_length=0 if plan.lengths is None else q.shape[0] // max(len(plan.lengths), 1),
             causal=causal,
             window=window is not None,
             softcap=softcap is not None,

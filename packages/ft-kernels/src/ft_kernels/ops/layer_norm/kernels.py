@@ -47,7 +47,7 @@ def _forward(
     x, x_inner, x_outer_stride, x_inner_stride, weight, bias, y, y_inner, y_outer_stride, y_inner_stride, mean, rstd,
     N, H, eps, eps_rest,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = (rows < N)[:, None]
@@ -57,11 +57,15 @@ def _forward(
     if WHOLE:
         mask = there & (cols < H)[None, :]
         values = tl.load(source + cols[None, :], mask=mask, other=0.0).to(WIDE)
+        if HOIST:  # so that they come while the row is being added up
+            scale = _parameter(weight, cols, cols < H, HAS_WEIGHT, 1.0, WIDE)
+            shift = _parameter(bias, cols, cols < H, HAS_BIAS, 0.0, WIDE)
         m = tl.sum(values, 1) / H
         values = tl.where((cols < H)[None, :], values - m[:, None], 0.0)
         r = 1.0 / tl.sqrt(tl.sum(values * values, 1) / H + eps + eps_rest)
-        scale = _parameter(weight, cols, cols < H, HAS_WEIGHT, 1.0, WIDE)
-        shift = _parameter(bias, cols, cols < H, HAS_BIAS, 0.0, WIDE)
+        if not HOIST:
+            scale = _parameter(weight, cols, cols < H, HAS_WEIGHT, 1.0, WIDE)
+            shift = _parameter(bias, cols, cols < H, HAS_BIAS, 0.0, WIDE)
         tl.store(target + cols[None, :], rounded(values * r[:, None] * scale + shift, y), mask=mask)
     else:
         sums = tl.zeros((ROWS, BLOCK), WIDE)
@@ -177,7 +181,8 @@ def forward(
     written, target = writable_rows(y)
     source, h = Rows(x), x.shape[-1]
     scale, shift = (x if t is None else t.contiguous() for t in (weight, bias))
-    tiling = tuning.settings("layer_norm_forward", x.device, (h, x.dtype), default=forward_tiling(h, wide))
+    default = forward_tiling(h, wide) | {"HOIST": False}
+    tiling = tuning.settings("layer_norm_forward", x.device, (h, x.dtype), default=default)
     launch(
         "layer_norm_forward", _forward, (triton.cdiv(source.count, tiling["ROWS"]),), x.device,
         source.tensor, *source.layout, scale, shift, written, *target.layout, mean, rstd, source.count, h,

@@ -78,8 +78,9 @@ def _fixed(shape: Shape, needs: Needs) -> int:
     """Bytes that do not depend on how many rows are done at a time, the two large sums aside."""
     wide = wide_of(shape.dtype).itemsize
     fixed = 48 * shape.rows  # losses, logsumexps and the like
-    fixed += wide * (needs.bias * shape.vocabulary + needs.a * shape.rank * shape.width)
-    fixed += (wide * needs.b + shape.dtype.itemsize) * shape.rank * shape.vocabulary
+    # Sizes may be symbols, which cannot be multiplied with a bool.
+    fixed += wide * (int(needs.bias) * shape.vocabulary + int(needs.a) * shape.rank * shape.width)
+    fixed += (wide * int(needs.b) + shape.dtype.itemsize) * shape.rank * shape.vocabulary
     return fixed
 
 

@@ -90,7 +90,9 @@ def _triton_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.settings = (scale, softcap)
 
 
-def _triton_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _triton_backward(ctx: Any, grad: Tensor | None, _: Tensor) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     sinks = ctx.saved_tensors[4]
     dq, dk, dv, dsinks = triton_backward_op(grad, *ctx.saved_tensors, *ctx.settings)
     return dq, dk, dv, None, None if sinks is None else dsinks, None, None
@@ -256,7 +258,9 @@ def _torch_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.settings = settings
 
 
-def _torch_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _torch_backward(ctx: Any, grad: Tensor | None, _: Tensor) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     sinks = ctx.saved_tensors[4]
     dq, dk, dv, dsinks = torch_backward_op(grad, *ctx.saved_tensors, *ctx.settings)
     return dq, dk, dv, None, None if sinks is None else dsinks, None, None, None, None, None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ft_kernels.ops.packed_attention import reference as packed_attention_reference
 from ft_kernels.ops.packed_attention.autograd import torch_op, triton_op
-from ft_kernels.ops.packed_attention.choose import has_cudnn
+from ft_kernels.ops.packed_attention.choose import LONG, has_cudnn
 from ft_kernels.ops.packed_attention.chunked import chunked_op
 from ft_kernels.ops.packed_attention.plan import AttentionPlan, block_lists
 
@@ -68,7 +68,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, documents: int, settings: Settings)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: AttentionPlan, settings: Settings) -> Tensor:
-    """torch's attention once for each length of document that there is."""
+    """torch's attention once for each length of document that there is; of long documents, once for each."""
+    if q.shape[0] >= LONG * len(plan.host_lengths()):
+        parts = [x.split(list(plan.host_lengths())) for x in (q, k, v)]
+        return torch.cat([_attend(qs, ks, vs, 1, settings) for qs, ks, vs in zip(*parts, strict=True)])
     order, inverse, shapes = plan.by_length(q.device)
     sizes = [count * length for count, length in shapes]
     qs, ks, vs = (x.index_select(0, order).split(sizes) for x in (q, k, v))

@@ -10,19 +10,23 @@ import torch
 
 from ft_kernels import tuning
 
-__all__ = ["BACKENDS", "Backend", "Case", "case_of", "choose", "has_cudnn", "why_not"]
+__all__ = ["BACKENDS", "LONG", "Backend", "Case", "case_of", "choose", "has_cudnn", "why_not"]
 
 Backend = Literal["chunked", "dense", "flash", "flash_attn", "flex", "reference", "sdpa", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 _INSTALLED = frozenset(name for name in ("triton", "flash_attn") if importlib.util.find_spec(name) is not None)
 
-HOPPER_MIXED: tuple[tuple[int, Backend], ...] = ((0, "triton"), (4096, "flex"))
+HOPPER_MIXED: tuple[tuple[int, Backend], ...] = ((0, "triton"), (3072, "flex"))
 """For documents of different lengths on compute capability 9.0 and later: from this longest document on, this backend.
 
 Forward and backward of 16384 tokens, 32 and 8 heads of 128, bf16, longest documents 768 / 3072 / 12288, in TF/s on an
 H100: triton 195 / 327 / 385, flex 174 / 311 / 388, flash 150 / 257 / 310.
 """
+
+LONG = 4096
+"""Documents of this mean length are dense attention, one after the other: 4096 and 12288 tokens, as above, take 9.6 ms
+that way, 12.4 by flex; 1024 and 3072, many of them, 4.1 ms against 3.9."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Case:
         max_length: the longest document.
         equal: all documents have max_length tokens, as far as the host knows.
         counted: the host knows how many documents there are; without that, there are no cu_seqlens without waiting.
+        mean_length: of the documents, where the host knows their lengths; else 0.
         causal, window, softcap, sinks: the settings, as far as they change anything.
         installed: of "triton" and "flash_attn" those that are there.
         hip: an AMD card.
@@ -48,6 +53,7 @@ class Case:
     max_length: int
     equal: bool
     counted: bool = True
+    mean_length: int = 0
     causal: bool = True
     window: bool = False
     softcap: bool = False
@@ -63,6 +69,7 @@ def choose(case: Case) -> Backend:
     - fp32 and float64: the GPU's fast kernels are for 16 bits, so in chunks, exactly.
     - Documents of one length are a batch: dense attention without a copy or a mask, by cuDNN from Hopper on (1.6 to 1.8
       times FlashAttention-2 there).
+    - Hopper and later, documents that fill the card one by one (``LONG``): each by itself, by cuDNN.
     - Hopper and later, other documents: ``HOPPER_MIXED``. Softcap and sinks too: flex has both.
     - Ampere and Ada: FlashAttention-2 is at its best there, and needs no compilation; it has no softcap.
     - Whatever is left from Ampere on (softcap, heads of odd sizes): our own kernel, which does all.
@@ -74,6 +81,8 @@ def choose(case: Case) -> Backend:
         preferred.append("dense")
     if case.device == "cuda" and not case.hip:
         if case.capability >= (9, 0):
+            if case.mean_length >= LONG:
+                preferred.append("sdpa")
             preferred.append([name for least, name in HOPPER_MIXED if case.max_length >= least][-1])
         preferred += ["flash", "triton", "flex"]
     elif case.device == "cuda":
@@ -144,6 +153,7 @@ def case_of(
     max_length: int,
     equal: bool,
     counted: bool = True,
+    mean_length: int = 0,
     causal: bool = True,
     window: bool = False,
     softcap: bool = False,
@@ -158,6 +168,7 @@ def case_of(
         max_length=max_length,
         equal=equal,
         counted=counted,
+        mean_length=mean_length,
         causal=causal,
         window=window,
         softcap=softcap,

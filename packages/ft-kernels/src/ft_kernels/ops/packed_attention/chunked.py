@@ -254,7 +254,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.settings = settings
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     sinks = ctx.saved_tensors[3]
     dq, dk, dv, dsinks = chunked_backward_op(grad, *ctx.saved_tensors, *ctx.settings)
     return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None, None
