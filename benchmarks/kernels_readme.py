@@ -20,9 +20,14 @@ Row = dict[str, Any]
 
 
 def newest(lines: list[str]) -> list[Row]:
-    """The last row of each measurement on the GPU that was measured last, in the order of their first appearance."""
+    """The last row of each measurement on the GPU that was measured last, in the order of their first appearance.
+
+    A shape that the operation's last measurement no longer had is left out: it was renamed or dropped.
+    """
     rows = [json.loads(line) for line in lines if line.strip()]
     rows = [row for row in rows if row["gpu"] == rows[-1]["gpu"] and row["model"] == "8b" and "op" in row]
+    last = {row["op"]: row["date"] for row in rows}
+    rows = [row for row in rows if row["date"] == last[row["op"]]]
     return list({(row["op"], row["shape"], row["pass"]): row for row in rows}.values())
 
 
