@@ -22,17 +22,15 @@ from torch import Tensor
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import interpreting, launch, native
 from ft_kernels.ops.glu.kernels import _activation as activation
-from ft_kernels.ops.lora.kernels import (
-    column_share,
+from ft_kernels.ops.lora.kernels import column_share, join, share
+from ft_kernels.ops.lora.tiles import (
     computed_once,
-    join,
     kept,
     loads_ahead,
     operand,
     ranks_block,
     rounded,
     rounds_by_hand,
-    share,
 )
 
 __all__ = ["hidden", "middle"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ft_kernels import dispatch
 from ft_kernels.dispatch import interpreting, launch
-from ft_kernels.ops.lora.kernels import loads_ahead, operand, ranks_block
+from ft_kernels.ops.lora.tiles import loads_ahead, operand, ranks_block
 
 __all__ = ["row_norms"]
 

@@ -1,0 +1,21 @@
+"""The fast path: a model's layers computed by ft_kernels, on the instance, with the same mathematics."""
+
+from ft_core.fast.find import NotFast, layout_of
+from ft_core.fast.layout import Activation, Attention, Layout, Mlp, Norm, Norms, activation
+from ft_core.fast.swap import FastPath, disable, enable, fast_path_of
+
+__all__ = [
+    "Activation",
+    "Attention",
+    "FastPath",
+    "Layout",
+    "Mlp",
+    "Norm",
+    "Norms",
+    "NotFast",
+    "activation",
+    "disable",
+    "enable",
+    "fast_path_of",
+    "layout_of",
+]

@@ -1,0 +1,109 @@
+"""Which tokens of a batch see each other: worked out once a batch, before the first layer.
+
+transformers builds a mask of all pairs of tokens for a packed or padded batch; here a batch is a list of documents, and
+attention runs over those. Padding is a document of its own, which nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ft_kernels import AttentionPlan, plan_attention
+
+__all__ = ["LENGTHS", "Batch", "batch_of"]
+
+LENGTHS = "document_lengths"
+"""A keyword of the forward pass by which a collator that knows the documents' lengths may state them: a list."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What all layers share.
+
+    Attributes:
+        plan: the documents of the batch as one row of tokens; None where each row of the batch is one.
+    """
+
+    plan: AttentionPlan | None
+
+    def pairs(self, x: Tensor, window: int | None) -> Tensor:
+        """The mask of pairs of tokens ``[B, 1, S, S]``, true where one sees the other, for a layer of x ``[B, S, H]``.
+
+        It is as large as such masks are: for a layer that runs on its own code.
+        """
+        rows, length = x.shape[:2]
+        here = torch.arange(length, device=x.device)
+        distance = here[:, None] - here
+        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        if self.plan is None:
+            return seen.expand(rows, 1, length, length)
+        lo = self.plan.intervals(True, None, rows * length, x.device)[0].view(rows, 1, length, 1)
+        row = torch.arange(rows, device=x.device).view(rows, 1, 1, 1) * length
+        return seen & (here >= lo - row)
+
+
+def batch_of(
+    shape: tuple[int, int], attention_mask: Any, position_ids: Tensor | None, keywords: dict[str, Any]
+) -> Batch | None:
+    """The documents of a batch ``[B, S]``; None if they are no documents (a mask of pairs, or with holes).
+
+    Args:
+        attention_mask: ``[B, S]``, nonzero where a token is no padding, or None; anything else is not understood.
+        position_ids: as the caller gave them; None means that each row counts from 0.
+        keywords: further keywords of the forward pass. ``document_lengths``, or transformers' ``cu_seq_lens_q`` and
+            ``max_length_q``, spare a look at the positions, which waits for the GPU.
+    """
+    lengths = keywords.pop(LENGTHS, None)
+    if lengths is not None:
+        return Batch(plan_attention(lengths=list(lengths)))
+    starts, longest = keywords.get("cu_seq_lens_q"), keywords.get("max_length_q")
+    if starts is not None and longest is not None:
+        return Batch(plan_attention(cu_seqlens=starts, max_length=int(longest)))
+    padded: Sequence[int] | None = None
+    if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) != tuple(shape):
+            return None
+        padded = _runs(attention_mask)
+        if padded is None:
+            return None
+        if len(padded) == shape[0]:
+            padded = None  # no padding at all
+    if position_ids is None:
+        return Batch(None if padded is None else plan_attention(lengths=padded))
+    if position_ids.dim() != 2 or position_ids.shape[-1] != shape[1]:
+        return None
+    if padded is not None:
+        # Positions of padded rows count from anywhere; they restart nowhere within a row's tokens.
+        return Batch(plan_attention(lengths=padded)) if _counts(position_ids, attention_mask) else None
+    if position_ids.shape[0] != shape[0]:
+        position_ids = position_ids.expand(shape)
+    return Batch(plan_attention(position_ids=position_ids))
+
+
+def _runs(attention_mask: Tensor) -> list[int] | None:
+    """The lengths of the runs of tokens and of padding, row after row; None if a row's tokens are not one run."""
+    mask = attention_mask.ne(0)
+    if bool(mask.all()):
+        return [mask.shape[1]] * mask.shape[0]
+    lengths: list[int] = []
+    for row in mask.tolist():
+        edges = [0, *(i for i in range(1, len(row)) if row[i] != row[i - 1]), len(row)]
+        if sum(row[i] for i in edges[:-1]) > 1:
+            return None
+        lengths += [b - a for a, b in pairwise(edges)]
+    return lengths
+
+
+def _counts(position_ids: Tensor, attention_mask: Any) -> bool:
+    """Whether positions go up by one from each token of a row to the next."""
+    if position_ids.shape[0] != attention_mask.shape[0]:
+        position_ids = position_ids.expand(attention_mask.shape)
+    inside = attention_mask.ne(0)
+    steps = position_ids[:, 1:] - position_ids[:, :-1]
+    return bool(((steps == 1) | ~(inside[:, 1:] & inside[:, :-1])).all())

@@ -1,0 +1,1 @@
+"""One module a model family: how its decoder maps onto the fast layers, registered as ``ft.architectures``."""

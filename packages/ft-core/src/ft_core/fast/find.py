@@ -1,0 +1,84 @@
+"""Which layout a model has, through the registry of architectures, or why it has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ft_core.fast.layer import at
+from ft_core.fast.layout import Layout
+from ft_core.plugins import ArchitectureSpec, registry, resolve
+
+__all__ = ["NotFast", "layout_of"]
+
+
+class NotFast(Exception):
+    """Why a model cannot run on the fast layers, in words that follow "trained on transformers' own layers: "."""
+
+
+def layout_of(model: Any) -> Layout:
+    """The layout of a model, checked against its modules.
+
+    Raises:
+        NotFast: the family is unknown, or this model has parts that the layout doesn't know.
+    """
+    config = model.config.get_text_config()
+    spec = _spec(config.model_type)
+    try:
+        layout: Layout = resolve(spec.describe)(config)
+    except (ValueError, AttributeError) as error:
+        raise NotFast(str(error)) from error
+    _check(model, config, layout)
+    return layout
+
+
+def _spec(model_type: str) -> ArchitectureSpec:
+    known = registry()
+    for name in known.names(ArchitectureSpec.group):
+        spec = known.get(ArchitectureSpec, name)
+        if model_type in spec.model_types:
+            return spec
+    raise NotFast(f"the family {model_type} is not known to them (`ft models` lists those that are)")
+
+
+def _check(model: Any, config: Any, layout: Layout) -> None:
+    try:
+        backbone = at(model, layout.backbone)
+        layers = at(backbone, layout.layers)
+        at(backbone, layout.norm), at(backbone, layout.rotary)
+    except AttributeError as error:
+        raise NotFast(f"it is not built as its family: {error}") from None
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise NotFast("it lies on several devices")
+    if getattr(config, "attention_dropout", 0.0):
+        raise NotFast(f"its attention has a dropout of {config.attention_dropout}")
+    for layer in layers:
+        if type(layer).__name__ != layout.layer_class:
+            raise NotFast(f"its layers are {type(layer).__name__}, not {layout.layer_class}")
+        _check_layer(layer, layout)
+
+
+def _check_layer(layer: nn.Module, layout: Layout) -> None:
+    attention, mlp, norms = layout.attention, layout.mlp, layout.norms
+    inside = {
+        attention.module: (*attention.qkv, attention.out, attention.q_norm, attention.k_norm),
+        mlp.module: (*mlp.gate_up, mlp.down),
+    }
+    names = [n for n in (norms.attention, norms.mlp, norms.after_attention, norms.after_mlp) if n is not None]
+    names += [f"{module}.{name}" for module, parts in inside.items() for name in parts if name is not None]
+    try:
+        found = [at(layer, name) for name in names]
+    except AttributeError as error:
+        raise NotFast(f"its layers are not built as its family's: {error}") from None
+    known = {id(part) for part in found}
+    for name, module in layer.named_modules():
+        # What has parameters and is in no part that the layout names would be left out of the computation.
+        if list(module.parameters(recurse=False)) and not any(id(part) in known for part in _around(layer, name)):
+            raise NotFast(f"its layers have a part {name!r} that its family's have not")
+
+
+def _around(layer: nn.Module, name: str) -> list[nn.Module]:
+    """A module and the modules that it lies in, up to but not counting the layer."""
+    parts = name.split(".")
+    return [at(layer, ".".join(parts[: i + 1])) for i in range(len(parts))]

@@ -1,0 +1,55 @@
+"""The language-model head and its loss in one: logits are never whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ft_kernels as kernels
+from ft_core.fast.layout import Layout
+from ft_core.fast.linears import read
+
+__all__ = ["IGNORE", "can_fuse", "loss_of"]
+
+IGNORE = -100
+
+
+def can_fuse(head: torch.nn.Module) -> bool:
+    """Whether the kernels can compute the head: a plain linear layer, with at most one adapter without dropout."""
+    linear = read(head)
+    if linear is None or not isinstance(linear.weight, Tensor):
+        return False
+    return linear.adapter is None or linear.adapter.dropout == 0.0 or not head.training
+
+
+def loss_of(
+    head: torch.nn.Module, layout: Layout, hidden: Tensor, labels: Tensor, count: Any = None, *, shifted: bool = False
+) -> Tensor:
+    """The mean of ``-log p(label)`` over the trained tokens, or the sum of it over ``count``; scalar, float32.
+
+    Args:
+        head: the linear layer, perhaps with an adapter.
+        layout: of the family, for the softcap and scale of its logits.
+        hidden: ``[B, S, H]``, what the last norm gave.
+        labels: int64 ``[B, S]``, -100 where nothing is trained; each is predicted from the token before it.
+        count: what the sum is divided by, a number or a tensor; None for the number of trained tokens.
+        shifted: the labels are already those of the next token.
+    """
+    linear = read(head)
+    assert linear is not None
+    if not shifted:
+        labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE)
+    labels = labels.to(hidden.device)
+    adapter = linear.adapter
+    loss: Tensor = kernels.linear_cross_entropy(
+        hidden, linear.weight, labels,
+        bias=linear.bias,
+        lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
+        ignore_index=IGNORE,
+        softcap=layout.logit_softcap,
+        logit_scale=layout.logit_scale,
+        reduction="mean" if count is None else "sum",
+    )  # fmt: skip
+    return loss if count is None else loss / count

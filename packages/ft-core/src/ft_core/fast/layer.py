@@ -1,0 +1,177 @@
+"""A decoder layer computed by ft_kernels, from the parts that a layout names.
+
+What is fused is the mathematics of the layer's own modules: their parameters are read, and each gets its gradient where
+it wants one. A part that only its own code can compute (an adapter with a variant, a layer with hooks) is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ft_kernels as kernels
+from ft_core.fast.documents import Batch
+from ft_core.fast.layout import Layout
+from ft_core.fast.linears import Linear, read, trains
+
+__all__ = ["DecoderLayer", "at", "norm"]
+
+
+def at(module: Any, path: str) -> Any:
+    """The attribute at a dotted path."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def norm(module: nn.Module, layout: Layout, x: Tensor) -> Tensor:
+    """A norm of the family, computed by the kernels."""
+    weight: Any = module.weight
+    return kernels.rms_norm(x, weight, at(module, layout.norm_form.eps), offset=layout.norm_form.offset)
+
+
+@dataclass(eq=False)
+class DecoderLayer:
+    """One layer's computation.
+
+    Attributes:
+        module: transformers' layer, whose modules and parameters stay where they are.
+        layout: where they are.
+    """
+
+    module: nn.Module
+    layout: Layout
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a token sees, itself included; None for all before it."""
+        names = self.layout.attention
+        return None if names.window is None else at(at(self.module, names.module), names.window)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """The layer's output ``[B, S, H]``.
+
+        Args:
+            x: ``[B, S, H]``.
+            cos, sin: of the tokens' angles, ``[B or 1, S, rotary dimensions]``.
+            batch: the documents.
+        """
+        norms, scale = self.layout.norms, self.layout.residual_scale
+        branch = self._attention(self._norm(norms.attention, x), cos, sin, batch)
+        x = self._joined(x, branch, norms.after_attention, scale)
+        branch = self._mlp(self._norm(norms.mlp, x))
+        return self._joined(x, branch, norms.after_mlp, scale)
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return norm(at(self.module, name), self.layout, x)
+
+    def _joined(self, x: Tensor, branch: Tensor, after: str | None, scale: float) -> Tensor:
+        if after is not None:
+            branch = self._norm(after, branch)
+        return x + branch if scale == 1.0 else torch.add(x, branch, alpha=scale)
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        layout, names = self.layout, self.layout.attention
+        module = at(self.module, names.module)
+        d = layout.head_dim
+        sizes = [layout.heads * d, layout.kv_heads * d, layout.kv_heads * d]
+        q, k, v = (part.unflatten(-1, (-1, d)) for part in _products([at(module, n) for n in names.qkv], x, sizes))
+        if names.q_norm is not None:
+            q = norm(at(module, names.q_norm), layout, q)
+        if names.k_norm is not None:
+            k = norm(at(module, names.k_norm), layout, k)
+        if names.rotary:
+            q, k = kernels.rope(q, k, cos, sin, layout=names.rotary)
+        out = kernels.packed_attention(
+            q, k, v,
+            plan=batch.plan,
+            window=self.window,
+            softcap=None if names.softcap is None else at(module, names.softcap),
+            scale=at(module, names.scaling),
+        )  # fmt: skip
+        return _products([at(module, names.out)], out.flatten(-2), [x.shape[-1]])[0]
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        names = self.layout.mlp
+        module = at(self.module, names.module)
+        ins, out = [at(module, name) for name in names.gate_up], at(module, names.down)
+        linears = [read(part) for part in (*ins, out)]
+        if len(ins) == 2 and (known := _frozen(linears)) is not None:
+            p = _dropout(known)
+            if p is not None and any(linear.adapter for linear in known):
+                return kernels.lora_mlp(
+                    x, [known[0].weight, known[1].weight], known[2].weight,
+                    [None if n.adapter is None else n.adapter.a for n in known],
+                    [None if n.adapter is None else n.adapter.b for n in known],
+                    scaling=[1.0 if n.adapter is None else n.adapter.scaling for n in known],
+                    activation=names.activation,
+                    bias=[n.bias for n in known] if any(n.bias is not None for n in known) else None,
+                    dropout=p,
+                    training=self.module.training,
+                )  # fmt: skip
+        parts = _products(ins, x, None)
+        both = parts[0] if len(parts) == 1 else None
+        gate, up = (both, None) if both is not None else parts
+        if names.activation == "silu":
+            h = kernels.swiglu(gate, up)
+        else:
+            h = kernels.geglu(gate, up, approximate="tanh" if names.activation == "gelu_tanh" else "none")
+        return _products([out], h, None)[0]
+
+
+def _products(modules: Sequence[nn.Module], x: Tensor, sizes: list[int] | None) -> list[Tensor]:
+    """The outputs of linear layers of one input; of one that makes several parts, split by sizes."""
+    linears = [read(module) for module in modules]
+    known = _frozen(linears)
+    p = None if known is None else _dropout(known)
+    if known is None or p is None:
+        outputs = [module(x) for module in modules]
+    elif len(known) == 1 and (sizes is None or len(sizes) == 1):
+        outputs = [_one(known[0], x, p, modules[0].training)]
+    else:
+        outputs = list(_several(known, x, p, modules[0].training))
+    if sizes is not None and len(outputs) == 1 and len(sizes) > 1:
+        outputs = list(outputs[0].split(sizes, -1))
+    return outputs
+
+
+def _frozen(linears: Sequence[Linear | None]) -> list[Linear] | None:
+    """All of them, if the kernels can compute them: frozen weights of one kind."""
+    known = [linear for linear in linears if linear is not None and not trains(linear)]
+    if len(known) != len(linears) or len({type(linear.weight) for linear in known}) != 1:
+        return None
+    return known
+
+
+def _dropout(linears: Sequence[Linear]) -> float | None:
+    """The dropout that all adapters share; None where they differ."""
+    found = {linear.adapter.dropout for linear in linears if linear.adapter is not None}
+    return found.pop() if len(found) == 1 else None if found else 0.0
+
+
+def _one(linear: Linear, x: Tensor, dropout: float, training: bool) -> Tensor:
+    adapter = linear.adapter
+    if adapter is None:
+        return kernels.lora_qkv(x, linear.weight, [None], [None], sizes=[linear.sizes[0]], bias=linear.bias)[0]
+    return kernels.lora_linear(
+        x, linear.weight, adapter.a, adapter.b,
+        scaling=adapter.scaling, bias=linear.bias, dropout=dropout, training=training,
+    )  # fmt: skip
+
+
+def _several(linears: Sequence[Linear], x: Tensor, dropout: float, training: bool) -> tuple[Tensor, ...]:
+    adapters = [linear.adapter for linear in linears]
+    return kernels.lora_qkv(
+        x, [linear.weight for linear in linears],
+        [None if a is None else a.a for a in adapters],
+        [None if a is None else a.b for a in adapters],
+        scaling=[1.0 if a is None else a.scaling for a in adapters],
+        sizes=[linear.sizes[0] for linear in linears],
+        bias=[linear.bias for linear in linears],
+        dropout=dropout,
+        training=training,
+    )  # fmt: skip

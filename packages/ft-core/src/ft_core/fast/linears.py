@@ -1,0 +1,159 @@
+"""A linear layer as the kernels want it: its frozen weight in one of their forms, its bias, and the adapter on it.
+
+Read anew at each call, so that an adapter that is switched off, changed or added is seen at once; only the form of the
+frozen weight is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Adapter", "Linear", "base_of", "is_plain", "read", "trains"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One low-rank update: ``scaling · B A``, with dropout of its input."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer's parts.
+
+    Attributes:
+        module: the layer itself, with its adapter's wrapping.
+        weight: the frozen weight: a tensor ``[N, K]``, or an ``ft_kernels`` weight; None where the layer can only be
+            called as it is.
+        bias: ``[N]`` or None.
+        adapter: the adapter that is on, or None.
+        sizes: (N, K).
+    """
+
+    module: nn.Module
+    weight: Any
+    bias: Tensor | None
+    adapter: Adapter | None
+    sizes: tuple[int, int]
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer beneath an adapter's wrapping."""
+    inner = getattr(module, "base_layer", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nothing but its own forward runs when the layer is called: no hook, no forward of the instance."""
+    return all(
+        not part._forward_hooks
+        and not part._forward_pre_hooks
+        and not part._backward_hooks
+        and not part._backward_pre_hooks
+        and "forward" not in vars(part)
+        for part in module.modules()
+    )
+
+
+def read(module: nn.Module) -> Linear | None:
+    """The parts of a linear layer, or None for one that only its own code can compute."""
+    base = base_of(module)
+    found = _weight(base)
+    if found is None:
+        return None
+    weight, sizes = found
+    bias = getattr(base, "bias", None)
+    if base is module:
+        return Linear(module, weight, bias, None, sizes)
+    adapters = _adapters(module)
+    if adapters is None:
+        return None
+    return Linear(module, weight, bias, adapters[0] if adapters else None, sizes)
+
+
+def _adapters(module: Any) -> list[Adapter] | None:
+    """The adapters of PEFT's LoRA that are on: none or one; None for anything else."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        return None
+    if module.disable_adapters:
+        return None if module.merged else []
+    if module.merged:
+        return []
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if len(names) > 1:
+        return None
+    return [_adapter(module, name) for name in names] if _known(module, names) else None
+
+
+def _known(module: Any, names: list[str]) -> bool:
+    """Whether the adapters are nothing but A and B: no variant (DoRA has a form of its own), no bias of theirs."""
+    return all(
+        name not in module.lora_variant
+        and type(module.lora_A[name]) is nn.Linear
+        and type(module.lora_B[name]) is nn.Linear
+        and module.lora_B[name].bias is None
+        and isinstance(module.lora_dropout[name], nn.Identity | nn.Dropout)
+        for name in names
+    )
+
+
+def _adapter(module: Any, name: str) -> Adapter:
+    dropout = module.lora_dropout[name]
+    return Adapter(
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        float(module.scaling[name]),
+        float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0,
+    )
+
+
+def _weight(base: nn.Module) -> tuple[Any, tuple[int, int]] | None:
+    """A frozen weight in the kernels' form, with its sizes."""
+    weight = getattr(base, "weight", None)
+    if weight is None:
+        return None
+    if type(base) is nn.Linear:
+        if weight.dim() != 2 or not weight.is_floating_point():
+            return None
+        return weight, (weight.shape[0], weight.shape[1])
+    return _bitsandbytes(base, weight)
+
+
+def _bitsandbytes(base: Any, weight: Any) -> tuple[Any, tuple[int, int]] | None:
+    """bitsandbytes' weight as it lies in memory; None for another type, or before it is quantized.
+
+    Its 8-bit layers multiply rounded activations. Here the weight is expanded and they are not: a product of the same
+    frozen weight with less error.
+    """
+    from ft_kernels import Int8Weight, NestedScales, NF4Weight
+
+    kind = type(base).__name__
+    if kind == "Linear8bitLt":
+        codes = weight.CB if getattr(weight, "CB", None) is not None else weight.data
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else getattr(base.state, "SCB", None)
+        if codes.dtype != torch.int8 or scales is None:
+            return None
+        return Int8Weight(codes, scales), (codes.shape[0], codes.shape[1])
+    state = getattr(weight, "quant_state", None)
+    if kind != "Linear4bit" or state is None or state.quant_type != "nf4":
+        return None
+    nested = None
+    if state.nested:
+        nested = NestedScales(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
+    rows, columns = state.shape
+    return NF4Weight(weight.data, state.absmax, (rows, columns), state.blocksize, nested), (rows, columns)
+
+
+def trains(linear: Linear) -> bool:
+    """Whether the base weight or the bias is trained too."""
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in (linear.weight, linear.bias))
