@@ -25,8 +25,8 @@ from ft_core.errors import ConfigError, FtError
 
 MINIMAL = {"model": "some/model", "data": "rows.jsonl"}
 TOP = (
-    "model, method, data, eval_split, eval_data, quantization, max_length, packing, lora, training, activations, task, "
-    "output, sft"
+    "model, method, data, eval_split, eval_data, quantization, max_length, packing, lora, training, activations, "
+    "verify, task, output, sft"
 )
 Write = Callable[[str], Path]
 
@@ -87,6 +87,7 @@ def test_the_defaults() -> None:
             "seed": 0,
         },
         "activations": "auto",
+        "verify": "first-step",
         "task": "text",
         "output": "runs/model-sft",
     }
@@ -109,6 +110,7 @@ training: {epochs: 0.5, max_steps: 10, batch_size: 1, gradient_accumulation: 2, 
            optimizer: adafactor, scheduler: linear, warmup_ratio: 0.1, weight_decay: 0.01, max_grad_norm: 0.5,
            save_every: 5, keep_checkpoints: 3, eval_every: 2, seed: 7}
 activations: recompute
+verify: off
 task: text
 output: runs/mine
 sft: {train_on: all}
@@ -148,7 +150,7 @@ sft: {train_on: all}
         False,
         "recompute",
     )
-    assert (config.eval_data, config.output) == ("held_out.jsonl", "runs/mine")
+    assert (config.eval_data, config.output, config.verify) == ("held_out.jsonl", "runs/mine", "off")
     assert method_settings(config).model_dump() == {"train_on": "all"}
 
 
@@ -293,7 +295,7 @@ def test_a_mistake(changes: dict[str, Any], message: str) -> None:
     assert refused({**MINIMAL, **changes}) == message
 
 
-@pytest.mark.parametrize("key", ["memory", "verify", "rewards"])
+@pytest.mark.parametrize("key", ["memory", "rewards"])
 def test_keys_of_later_versions_are_known_and_refused(key: str) -> None:
     assert refused({**MINIMAL, key: None}) == f"{key}: this version of ft-core has no such setting yet; remove it"
 
@@ -315,7 +317,7 @@ def test_an_unknown_key_is_named_whatever_it_looks_like(section: str, key: str) 
 
 
 SECTIONS: dict[str, set[str]] = {
-    "": {*TrainConfig.model_fields, "sft", "memory", "verify", "rewards", "reward"},
+    "": {*TrainConfig.model_fields, "sft", "memory", "rewards", "reward"},
     "lora": set(LoraSettings.model_fields),
     "training": set(TrainingSettings.model_fields),
     "sft": {"train_on"},

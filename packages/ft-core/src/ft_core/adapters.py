@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ft_core.errors import ConfigError
@@ -42,7 +43,8 @@ def add_lora(
         rslora, dora, bias, modules_to_save: as in :class:`ft_core.config.LoraSettings`.
 
     Returns:
-        A ``peft.PeftModel``; any transformers or TRL trainer runs it. The adapter's weights are float32.
+        A ``peft.PeftModel``; any transformers or TRL trainer runs it. The adapter's weights are float32. On a GPU a
+        model of a known family computes with the fast layers from here on (:mod:`ft_core.fast`).
 
     Raises:
         ConfigError: a target or module that the model doesn't have.
@@ -71,9 +73,15 @@ def add_lora(
             "again; leave them out"
         )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora cannot be attached: {error}") from error
+    if next(model.parameters()).device.type == "cuda":
+        from ft_core import fast
+
+        with suppress(fast.NotFast):  # `ft train` says why
+            fast.enable(adapted)
+    return adapted
 
 
 def dense_targets(model: PreTrainedModel) -> list[str] | None:

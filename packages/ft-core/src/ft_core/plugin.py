@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from ft_core.plugins.specs import CommandSpec, MethodSpec, ModalitySpec
 
-__all__ = ["CHAT", "DOCTOR", "EVAL", "EXPORT", "GENERATE", "PLUGINS", "REPORT", "SFT", "TEXT", "TRAIN"]
+__all__ = [
+    "CHAT",
+    "DOCTOR",
+    "EVAL",
+    "EXPORT",
+    "GENERATE",
+    "MODELS",
+    "PLUGINS",
+    "REPORT",
+    "SFT",
+    "TEXT",
+    "TRAIN",
+    "VERIFY",
+]
 
 SFT = MethodSpec(
     name="sft",
@@ -29,3 +42,5 @@ EVAL = _command("eval", "measure a run on held-out data, before and after")
 EXPORT = _command("export", "write a run in the form that an engine serves")
 REPORT = _command("report", "write a run's report again")
 PLUGINS = _command("plugins", "list plugins, and say which are broken")
+MODELS = _command("models", "list model families, and what of each runs on the fast layers")
+VERIFY = _command("verify", "measure the fast layers and transformers' own against float64")

@@ -9,12 +9,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 __all__ = ["LATER", "DataSource", "LoraSettings", "TrainConfig", "TrainingSettings"]
 
-LATER = ("memory", "verify", "rewards")
+LATER = ("memory", "rewards")
 """Top-level keys that are reserved: this version knows their names and refuses them."""
 
 
 def _no_null(value: Any) -> Any:
     return "none" if value is None else value
+
+
+def _off(value: Any) -> Any:
+    """YAML reads `off` as false."""
+    return "off" if value is False else value
 
 
 def _only(value: Any) -> Any:
@@ -155,7 +160,8 @@ class TrainingSettings(Section):
 class TrainConfig(BaseModel):
     """A run's configuration; the documentation's page on configuration explains each key.
 
-    A method's own settings sit in a section under the method's name (``sft: {train_on: all}``).
+    A method's own settings sit in a section under the method's name (``sft: {train_on: all}``). ``activations`` and
+    ``verify``: the documentation's page on the fast path.
 
     Raises:
         pydantic.ValidationError: a key or value that is not allowed. ``ft_core.config.load_config`` turns it into a
@@ -176,6 +182,7 @@ class TrainConfig(BaseModel):
     lora: LoraSettings | None = Field(default_factory=LoraSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     activations: Literal["auto", "keep", "recompute"] = "auto"
+    verify: Annotated[Literal["first-step", "off"], BeforeValidator(_off)] = "first-step"
     task: str = "text"
     output: str | None = Field(default=None, min_length=1)
 

@@ -33,17 +33,22 @@ class Collator:
     Attributes:
         pad_token_id: what fills the ends of shorter rows; never trained nor attended to.
         padding_free: which of the two.
+        lengths: a padding-free batch states its documents' lengths too, ``document_lengths``, a list: ft's fast layers
+            then need not ask the GPU for them. transformers' own layers do not know the word.
     """
 
     pad_token_id: int
     padding_free: bool = True
+    lengths: bool = False
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         import torch
 
         documents = [document for feature in features for document in _documents(feature)]
         if self.padding_free:
+            lengths = {"document_lengths": [len(ids) for ids, _ in documents]} if self.lengths else {}
             return {
+                **lengths,
                 "input_ids": torch.cat([ids for ids, _ in documents])[None],
                 "labels": torch.cat([labels for _, labels in documents])[None],
                 "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in documents])[None],

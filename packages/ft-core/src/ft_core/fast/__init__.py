@@ -1,5 +1,6 @@
 """The fast path: a model's layers computed by ft_kernels, on the instance, with the same mathematics."""
 
+from ft_core.fast.check import Comparison, compare
 from ft_core.fast.find import NotFast, layout_of
 from ft_core.fast.layout import Activation, Attention, Layout, Mlp, Norm, Norms, activation
 from ft_core.fast.swap import FastPath, disable, enable, fast_path_of
@@ -7,6 +8,7 @@ from ft_core.fast.swap import FastPath, disable, enable, fast_path_of
 __all__ = [
     "Activation",
     "Attention",
+    "Comparison",
     "FastPath",
     "Layout",
     "Mlp",
@@ -14,6 +16,7 @@ __all__ = [
     "Norms",
     "NotFast",
     "activation",
+    "compare",
     "disable",
     "enable",
     "fast_path_of",

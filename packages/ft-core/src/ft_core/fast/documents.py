@@ -49,17 +49,21 @@ class Batch:
 
 
 def batch_of(
-    shape: tuple[int, int], attention_mask: Any, position_ids: Tensor | None, keywords: dict[str, Any]
+    shape: tuple[int, int],
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    lengths: Sequence[int] | None,
+    keywords: dict[str, Any],
 ) -> Batch | None:
     """The documents of a batch ``[B, S]``; None if they are no documents (a mask of pairs, or with holes).
 
     Args:
         attention_mask: ``[B, S]``, nonzero where a token is no padding, or None; anything else is not understood.
         position_ids: as the caller gave them; None means that each row counts from 0.
-        keywords: further keywords of the forward pass. ``document_lengths``, or transformers' ``cu_seq_lens_q`` and
-            ``max_length_q``, spare a look at the positions, which waits for the GPU.
+        lengths: of the documents in the batch's one row, or None. They spare a look at the positions, which waits for
+            the GPU.
+        keywords: further keywords of the forward pass; transformers' ``cu_seq_lens_q`` and ``max_length_q`` do as well.
     """
-    lengths = keywords.pop(LENGTHS, None)
     if lengths is not None:
         return Batch(plan_attention(lengths=list(lengths)))
     starts, longest = keywords.get("cu_seq_lens_q"), keywords.get("max_length_q")

@@ -21,7 +21,7 @@ def can_fuse(head: torch.nn.Module) -> bool:
     linear = read(head)
     if linear is None or not isinstance(linear.weight, Tensor):
         return False
-    return linear.adapter is None or linear.adapter.dropout == 0.0 or not head.training
+    return linear.adapter is None or linear.adapter.dropout == 0.0
 
 
 def loss_of(

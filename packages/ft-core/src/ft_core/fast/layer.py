@@ -111,7 +111,6 @@ class DecoderLayer:
                     activation=names.activation,
                     bias=[n.bias for n in known] if any(n.bias is not None for n in known) else None,
                     dropout=p,
-                    training=self.module.training,
                 )  # fmt: skip
         parts = _products(ins, x, None)
         both = parts[0] if len(parts) == 1 else None
@@ -131,9 +130,9 @@ def _products(modules: Sequence[nn.Module], x: Tensor, sizes: list[int] | None) 
     if known is None or p is None:
         outputs = [module(x) for module in modules]
     elif len(known) == 1 and (sizes is None or len(sizes) == 1):
-        outputs = [_one(known[0], x, p, modules[0].training)]
+        outputs = [_one(known[0], x, p)]
     else:
-        outputs = list(_several(known, x, p, modules[0].training))
+        outputs = list(_several(known, x, p))
     if sizes is not None and len(outputs) == 1 and len(sizes) > 1:
         outputs = list(outputs[0].split(sizes, -1))
     return outputs
@@ -153,17 +152,17 @@ def _dropout(linears: Sequence[Linear]) -> float | None:
     return found.pop() if len(found) == 1 else None if found else 0.0
 
 
-def _one(linear: Linear, x: Tensor, dropout: float, training: bool) -> Tensor:
+def _one(linear: Linear, x: Tensor, dropout: float) -> Tensor:
     adapter = linear.adapter
     if adapter is None:
         return kernels.lora_qkv(x, linear.weight, [None], [None], sizes=[linear.sizes[0]], bias=linear.bias)[0]
     return kernels.lora_linear(
         x, linear.weight, adapter.a, adapter.b,
-        scaling=adapter.scaling, bias=linear.bias, dropout=dropout, training=training,
+        scaling=adapter.scaling, bias=linear.bias, dropout=dropout,
     )  # fmt: skip
 
 
-def _several(linears: Sequence[Linear], x: Tensor, dropout: float, training: bool) -> tuple[Tensor, ...]:
+def _several(linears: Sequence[Linear], x: Tensor, dropout: float) -> tuple[Tensor, ...]:
     adapters = [linear.adapter for linear in linears]
     return kernels.lora_qkv(
         x, [linear.weight for linear in linears],
@@ -173,5 +172,4 @@ def _several(linears: Sequence[Linear], x: Tensor, dropout: float, training: boo
         sizes=[linear.sizes[0] for linear in linears],
         bias=[linear.bias for linear in linears],
         dropout=dropout,
-        training=training,
     )  # fmt: skip

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "Linear", "base_of", "is_plain", "read", "trains"]
+__all__ = ["Adapter", "Linear", "base_of", "is_plain", "numbers", "read", "trains"]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One low-rank update: ``scaling · B A``, with dropout of its input."""
+    """One low-rank update: ``scaling · B A``, with dropout of its input; 0 where it is switched off."""
 
     a: Tensor
     b: Tensor
@@ -113,7 +113,7 @@ def _adapter(module: Any, name: str) -> Adapter:
         module.lora_A[name].weight,
         module.lora_B[name].weight,
         float(module.scaling[name]),
-        float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0,
+        float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
     )
 
 
@@ -157,3 +157,22 @@ def _bitsandbytes(base: Any, weight: Any) -> tuple[Any, tuple[int, int]] | None:
 def trains(linear: Linear) -> bool:
     """Whether the base weight or the bias is trained too."""
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in (linear.weight, linear.bias))
+
+
+def numbers(module: nn.Module) -> Tensor | None:
+    """What a quantized layer's weight stands for, in float32; None for a layer that is not quantized."""
+    from ft_kernels import Int8Weight, NF4Weight, int8_dequantize, nf4_dequantize
+
+    if getattr(module, "base_layer", None) is not None or not isinstance(module, nn.Linear):
+        return None
+    found = _weight(module)
+    if found is None:
+        return None
+    weight, shape = found
+    if isinstance(weight, NF4Weight):
+        return nf4_dequantize(
+            weight.packed, weight.absmax, shape, torch.float32, weight.blocksize, nested=weight.nested
+        )
+    if isinstance(weight, Int8Weight):
+        return int8_dequantize(weight.quantized, weight.scales, torch.float32)
+    return None

@@ -8,14 +8,13 @@ before. A call that the fast layers are not made for (with a key-value cache, sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ft_core.fast.documents import Batch, batch_of
+from ft_core.fast.documents import LENGTHS, Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of
 from ft_core.fast.head import can_fuse, loss_of
 from ft_core.fast.layer import DecoderLayer, at, norm
@@ -27,9 +26,6 @@ __all__ = ["FastPath", "disable", "enable", "fast_path_of"]
 BATCH = "ft_batch"
 """The keyword by which the backbone hands the batch's documents to its layers."""
 HANDLE = "_ft_fast_path"
-OURS = "ft_fast_path"
-
-Forward = Callable[..., Any]
 
 
 @dataclass(eq=False)
@@ -47,12 +43,15 @@ class FastPath:
     on: bool = True
     _changed: list[nn.Module] = field(default_factory=list)
 
-    def replace(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
-        """Give an instance another forward, made from its own."""
-        own = module.forward
-        module.forward = functools.wraps(own)(make(own))
-        vars(module.forward)[OURS] = self
-        self._changed.append(module)
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The model's layers, in order."""
+        return list(at(at(self.model, self.layout.backbone), self.layout.layers))
+
+    def put(self, forward: _Forward) -> None:
+        """Give an instance another forward."""
+        forward.module.forward = forward  # type: ignore[assignment]
+        self._changed.append(forward.module)
 
     def undo(self) -> None:
         """Give every instance its own forward back.
@@ -61,7 +60,8 @@ class FastPath:
         """
         self.on = False
         for module in self._changed:
-            if vars(vars(module).get("forward", object)).get(OURS) is self:
+            forward = vars(module).get("forward")
+            if isinstance(forward, _Forward) and forward.path is self:
                 del module.forward
         self._changed.clear()
         vars(self.model).pop(HANDLE, None)
@@ -114,40 +114,49 @@ def enable(model: Any) -> FastPath:
             raise NotFast(f"something else has replaced the forward of its {type(part).__name__}")
     path = FastPath(model, layout)
     for layer in layers:
-        path.replace(layer, functools.partial(_layer_forward, DecoderLayer(layer, layout)))
-    last = at(backbone, layout.norm)
-    path.replace(last, functools.partial(_norm_forward, path, last))
-    path.replace(backbone, functools.partial(_backbone_forward, path))
+        path.put(_LayerForward(path, layer, DecoderLayer(layer, layout)))
+    path.put(_NormForward(path, at(backbone, layout.norm)))
+    path.put(_BackboneForward(path, backbone))
     if isinstance(getattr(model, layout.head, None), nn.Module) and "forward" not in vars(model):
-        path.replace(model, functools.partial(_model_forward, path, backbone))
+        path.put(_ModelForward(path, model, backbone))
     vars(model)[HANDLE] = path
     return path
 
 
-def _layer_forward(fast: DecoderLayer, own: Forward) -> Forward:
-    def forward(hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
+class _Forward:
+    """A forward of one instance. An object, not a function, so that a copy of the model has forwards of its own."""
+
+    def __init__(self, path: FastPath, module: nn.Module) -> None:
+        self.path, self.module, self.own = path, module, module.forward
+        wrapper: Any = self
+        functools.update_wrapper(wrapper, self.own)  # generate() and trainers look at the signature
+
+
+class _LayerForward(_Forward):
+    def __init__(self, path: FastPath, module: nn.Module, fast: DecoderLayer) -> None:
+        super().__init__(path, module)
+        self.fast = fast
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
         batch: Batch | None = keywords.pop(BATCH, None)
         if batch is None:
-            return own(hidden_states, *args, **keywords)
-        if all(is_plain(child) for child in fast.module.children()):
+            return self.own(hidden_states, *args, **keywords)
+        if all(is_plain(child) for child in self.module.children()):
             cos, sin = keywords["position_embeddings"]
-            return fast(hidden_states, cos, sin, batch)
+            return self.fast(hidden_states, cos, sin, batch)
         # Somebody listens to a part of this layer: it has to be called.
-        keywords["attention_mask"] = batch.pairs(hidden_states, fast.window)
-        return own(hidden_states, *args, **keywords)
-
-    return forward
+        keywords["attention_mask"] = batch.pairs(hidden_states, self.fast.window)
+        return self.own(hidden_states, *args, **keywords)
 
 
-def _norm_forward(path: FastPath, module: nn.Module, own: Forward) -> Forward:
-    def forward(hidden_states: Tensor) -> Any:
-        return norm(module, path.layout, hidden_states) if path.on else own(hidden_states)
-
-    return forward
+class _NormForward(_Forward):
+    def __call__(self, hidden_states: Tensor) -> Any:
+        return norm(self.module, self.path.layout, hidden_states) if self.path.on else self.own(hidden_states)
 
 
-def _backbone_forward(path: FastPath, own: Forward) -> Forward:
-    def forward(
+class _BackboneForward(_Forward):
+    def __call__(
+        self,
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
@@ -156,18 +165,21 @@ def _backbone_forward(path: FastPath, own: Forward) -> Forward:
         use_cache: bool | None = None,
         **keywords: Any,
     ) -> Any:
+        model = self.path.model
         tokens = input_ids if input_ids is not None else inputs_embeds
-        wants_cache = path.model.config.use_cache if use_cache is None else use_cache
-        if path.on and tokens is not None and past_key_values is None and (path.model.training or not wants_cache):
+        lengths = keywords.pop(LENGTHS, None)
+        wants_cache = model.config.use_cache if use_cache is None else use_cache
+        if self.path.on and tokens is not None and past_key_values is None and (model.training or not wants_cache):
             batch = None
             if not keywords.get("output_attentions"):
-                batch = batch_of((tokens.shape[0], tokens.shape[1]), attention_mask, position_ids, keywords)
+                shape = (tokens.shape[0], tokens.shape[1])
+                batch = batch_of(shape, attention_mask, position_ids, lengths, keywords)
             use_cache = False
             if batch is not None:
                 # A mask with four dimensions is handed on as it is: none is made, and the layers have the documents.
                 attention_mask = tokens.new_empty((1, 1, 0, 0), dtype=torch.bool)
                 keywords[BATCH] = batch
-        return own(
+        return self.own(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -177,23 +189,24 @@ def _backbone_forward(path: FastPath, own: Forward) -> Forward:
             **keywords,
         )
 
-    return forward
 
+class _ModelForward(_Forward):
+    def __init__(self, path: FastPath, module: nn.Module, backbone: nn.Module) -> None:
+        super().__init__(path, module)
+        self.backbone = backbone
 
-def _model_forward(path: FastPath, backbone: Any, own: Forward) -> Forward:
-    def forward(*args: Any, labels: Tensor | None = None, **keywords: Any) -> Any:
-        head = getattr(path.model, path.layout.head)
+    def __call__(self, *args: Any, labels: Tensor | None = None, **keywords: Any) -> Any:
+        layout = self.path.layout
+        head = getattr(self.path.model, layout.head)
         asked = args or keywords.get("logits_to_keep") or keywords.get("return_dict") is False
-        if not path.on or not path.model.training or labels is None or asked or not can_fuse(head):
-            return own(*args, labels=labels, **keywords)
+        if not self.path.on or not self.path.model.training or labels is None or asked or not can_fuse(head):
+            return self.own(*args, labels=labels, **keywords)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         count, shifted = keywords.pop("num_items_in_batch", None), keywords.pop("shift_labels", None)
         for name in ("logits_to_keep", "return_dict"):
             keywords.pop(name, None)
-        outputs = backbone(**keywords)
+        outputs = self.backbone(**keywords)
         known = labels if shifted is None else shifted
-        loss = loss_of(head, path.layout, outputs.last_hidden_state, known, count, shifted=shifted is not None)
+        loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None)
         return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
-
-    return forward

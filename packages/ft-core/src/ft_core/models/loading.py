@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "load_base",
     "load_for_training",
+    "load_layers",
     "load_run",
     "load_tokenizer",
     "positions",
@@ -162,6 +163,37 @@ def _load(
     _make_savable(model)
     if head == "score" and model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = model.config.get_text_config().eos_token_id
+    return model
+
+
+def load_layers(source: ModelSource, device: Device, quantization: str, dtype: str, layers: int) -> PreTrainedModel:
+    """A causal language model's first layers with its own embeddings, last norm and head; all, if it has no more.
+
+    Raises:
+        ModelError: as :func:`load`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        text = config.get_text_config()
+        text.num_hidden_layers = min(layers, text.num_hidden_layers)
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            device_map={"": torch.cuda.current_device() if device.type == "cuda" else device.type},
+            use_safetensors=True,
+            trust_remote_code=False,
+            quantization_config=_quantization_config(quantization, dtype),
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:
+        raise ModelError(f"the model {source.reference} cannot be loaded: {_first_sentence(error)}") from error
+    if device.type == "cpu":
+        _keep_trainable(model)
     return model
 
 

@@ -12,10 +12,11 @@ from ft_core.runs import Run
 __all__ = ["total_steps", "trainer_arguments"]
 
 
-def trainer_arguments(config: TrainConfig, run: Run, device: Device, *, evaluates: bool) -> dict[str, Any]:
+def trainer_arguments(
+    config: TrainConfig, run: Run, device: Device, *, evaluates: bool, recompute: bool
+) -> dict[str, Any]:
     """Keyword arguments for ``transformers.TrainingArguments`` and its subclasses."""
     t = config.training
-    recompute = config.activations == "recompute" or (config.activations == "auto" and device.type == "cuda")
     return {
         "output_dir": str(run.checkpoints),
         "per_device_train_batch_size": t.batch_size,

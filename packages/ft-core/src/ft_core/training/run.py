@@ -37,6 +37,7 @@ from ft_core.training.prepare import (
     prepare_rows,
 )
 from ft_core.training.ranks import Ranks
+from ft_core.training.speed import check_first_step, keeps_activations, speed_up
 from ft_core.training.trainer import last_whole_checkpoint, storage_error
 
 __all__ = ["TrainResult", "train"]
@@ -125,6 +126,7 @@ def _train(
     with run.claim() if ranks.is_main and not resuming else nullcontext():
         ranks.wait()
         model = prepare_model(config, spec, source, device, say)
+        speed_up(model, device, say)
         job = Job(
             config=config,
             settings=method_settings(config),
@@ -132,7 +134,9 @@ def _train(
             tokenizer=tokenizer,
             train_rows=train_rows,
             eval_rows=held_out,
-            arguments=trainer_arguments(config, run, device, evaluates=bool(held_out)),
+            arguments=trainer_arguments(
+                config, run, device, evaluates=bool(held_out), recompute=not keeps_activations(model, config, device)
+            ),
             callbacks=[],
             counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},
             say=say,
@@ -179,6 +183,7 @@ class _Session:
         comparison = self._before()
         if self.checkpoint:
             job.say(f"going on from step {self.step} ({self.checkpoint})")
+        check_first_step(trainer, job.config, job.say)
         if self.ranks.is_main:
             run.truncate_metrics(self.step)
         # What was measured before training must not change the training.

@@ -48,6 +48,7 @@ def build(job: Job) -> Trainer:
     from trl import SFTConfig, SFTTrainer
 
     from ft_core.data import keeps_documents_apart
+    from ft_core.fast import fast_path_of
     from ft_core.training.trainer import RunTrainerMixin
     from ft_kernels.functional import cross_entropy
 
@@ -57,6 +58,8 @@ def build(job: Job) -> Trainer:
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
+            if self.model.training and not return_outputs and not self.aux_loss_enabled and fast_path_of(self.model):
+                return self._fast_loss(model, inputs, num_items_in_batch)
             kept = None if return_outputs else _kept_positions(inputs, self.model.config.get_text_config().vocab_size)
             if kept is None or self.aux_loss_enabled:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -71,6 +74,13 @@ def build(job: Job) -> Trainer:
             mode = "train" if self.model.training else "eval"
             right = (logits.detach().argmax(-1) == targets)[trained].float().mean().item()
             self._metrics[mode]["mean_token_accuracy"].append(right)
+            return loss
+
+        def _fast_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+            """The fast path's head: the loss alone, without TRL's entropy and accuracy, which cost a pass each."""
+            loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes
             return loss
 
     _check_head(job.model)
@@ -89,7 +99,12 @@ def build(job: Job) -> Trainer:
     return SftTrainer(
         model=job.model,
         args=arguments,
-        data_collator=_collate(job.tokenizer.pad_token_id, padding_free=padding_free, on_cpu=job.arguments["use_cpu"]),
+        data_collator=_collate(
+            job.tokenizer.pad_token_id,
+            padding_free=padding_free,
+            on_cpu=job.arguments["use_cpu"],
+            lengths=fast_path_of(job.model) is not None,
+        ),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=job.tokenizer,
@@ -123,7 +138,9 @@ def _kept_positions(inputs: dict[str, Any], vocabulary: int) -> Any | None:
     return kept if 0 < len(kept) * len(labels) * vocabulary <= FEW_LOGITS else None
 
 
-def _collate(pad: int, *, padding_free: bool, on_cpu: bool) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
+def _collate(
+    pad: int, *, padding_free: bool, on_cpu: bool, lengths: bool
+) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
     """Batches without padding; on a CPU a batch of nearly equal documents is rather padded, a document a row.
 
     Torch's attention on a CPU computes what the mask between documents then discards, and that costs more than the
@@ -131,7 +148,7 @@ def _collate(pad: int, *, padding_free: bool, on_cpu: bool) -> Callable[[Sequenc
     """
     from ft_core.data import Collator
 
-    free, padded = Collator(pad), Collator(pad, padding_free=False)
+    free, padded = Collator(pad, lengths=lengths), Collator(pad, padding_free=False)
     if not padding_free:
         return padded
     if not on_cpu:

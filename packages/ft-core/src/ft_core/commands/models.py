@@ -1,0 +1,47 @@
+"""``ft models``: the model families that ft knows, and which parts of each run on ft_kernels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+__all__ = ["add_arguments", "run"]
+
+PARTS = ("norms", "linears", "rotary", "activation", "head")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List every architecture in the registry; those that cannot be described say why."""
+    from ft_core.plugins import ArchitectureSpec, registry
+
+    known = registry()
+    rows = [_row(known.get(ArchitectureSpec, name)) for name in known.names(ArchitectureSpec.group)]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    width = max((len(row["name"]) for row in rows), default=0)
+    print("families whose layers ft computes with its own kernels; any other model of transformers trains on its own\n")
+    for row in rows:
+        parts = row["problem"] or f"{', '.join(row['parts'])}: {'all' if row['fast'] else 'not all'} on the fast path"
+        print(f"{row['name']:{width}}  {row['summary']}\n{'':{width}}  {parts}")
+    return 0
+
+
+def _row(spec: Any) -> dict[str, Any]:
+    """What a family's layout says of the configuration that transformers has by default."""
+    from ft_core.plugins import resolve
+
+    row: dict[str, Any] = {"name": spec.name, "model_types": list(spec.model_types), "summary": spec.summary}
+    try:
+        from transformers import CONFIG_MAPPING
+
+        layout = resolve(spec.describe)(CONFIG_MAPPING[spec.model_types[0]]())
+    except Exception as error:
+        return {**row, "parts": [], "fast": False, "problem": f"cannot be described: {error}"}
+    parts = [part for part in PARTS if part != "rotary" or layout.attention.rotary]
+    return {**row, "parts": parts, "fast": len(parts) == len(PARTS), "problem": None}

@@ -1,0 +1,106 @@
+"""Whether the fast layers compute what transformers' own do: on the model itself, with one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ft_core.fast.swap import FastPath
+
+__all__ = ["Comparison", "bound", "compare"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the fast layers are from transformers' own on one batch.
+
+    Attributes:
+        losses: the fast loss and the plain one.
+        gradients: for each trained parameter by name, the relative L2 distance of its gradients. Where the gradient is
+            under a thousandth of the largest, it is relative to that: it may be nothing but rounding.
+        limit: what they may be at most.
+    """
+
+    losses: tuple[float, float]
+    gradients: dict[str, float]
+    limit: float
+
+    @property
+    def mismatch(self) -> str | None:
+        """The name of what differs most, if it differs too much: a parameter, or ``loss``."""
+        fast, plain = self.losses
+        if not math.isclose(fast, plain, rel_tol=self.limit, abs_tol=self.limit):
+            return "loss"
+        worst = max(self.gradients, key=lambda name: _order(self.gradients[name]), default=None)
+        return worst if worst is not None and not self.gradients[worst] <= self.limit else None
+
+
+def _order(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def bound(dtype: torch.dtype, layers: int, terms: int) -> float:
+    """The largest distance that rounding explains.
+
+    Each layer rounds some sixteen results, whose errors of half a unit in the last place are independent, and which are
+    sums of up to ``terms`` products added in fp32; the errors of the layers add up as a random walk. Both sides round:
+    2 · sqrt(16) · (eps + eps₃₂ · sqrt(terms)) / 2 · sqrt(layers), doubled.
+    """
+    each = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * math.sqrt(terms)
+    return 8 * each * math.sqrt(max(layers, 1))
+
+
+def compare(path: FastPath, model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None = None) -> Comparison:
+    """Loss and gradients of a batch with the fast layers and with them switched off.
+
+    Args:
+        path: the fast layers of the model.
+        model: what is called: the model, or what wraps it.
+        batch: its arguments, with labels.
+        dtype: what autocast computes in; None for no autocast.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(model.parameters()).device
+    with _without_dropout(model), torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
+        results = []
+        for on in (True, False):
+            path.on = on
+            try:
+                loss = model(**batch).loss
+                results.append((loss, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)))
+            finally:
+                path.on = True
+    (fast_loss, fast), (plain_loss, plain) = results
+    largest = max((float(g.norm()) for g in plain if g is not None), default=0.0)
+    distances = {name: _distance(one, two, largest) for name, one, two in zip(parameters, fast, plain, strict=True)}
+    computed = dtype or next(iter(model.parameters())).dtype
+    terms = max(path.model.config.get_text_config().intermediate_size, batch["input_ids"].numel())
+    limit = bound(computed, len(path.layers), terms)
+    return Comparison((float(fast_loss), float(plain_loss)), distances, limit)
+
+
+def _distance(one: Tensor | None, two: Tensor | None, largest: float) -> float:
+    if one is None or two is None:
+        return 0.0 if one is two else math.inf
+    scale = max(float(two.float().norm()), 1e-3 * largest)
+    difference = float((one.float() - two.float()).norm())
+    return difference / scale if scale else 0.0 if difference == 0 else math.inf
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model in training mode, save for its dropouts, which would differ."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in model.modules():
+            module.training = not isinstance(module, nn.Dropout)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

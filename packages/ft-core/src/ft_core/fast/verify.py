@@ -1,0 +1,257 @@
+"""How exact the fast layers are: their loss and gradients, and transformers' own, against float64.
+
+Three fresh loads of the model, cut to a few layers, see the same batches with the same adapter: transformers' layers in
+float64, transformers' layers as they train, and ft's. The distance of each gradient from the float64 one, relative to
+its length, is the error; the fast layers may not have more than twice the error of transformers' own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import mean, median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Ledger", "Line", "in_float64", "verify"]
+
+TOO_MUCH = 2.0
+"""Times transformers' own error from which the fast layers' is called a mismatch."""
+FEW = 1e-3
+"""Gradients shorter than this share of the longest are measured by that: they may be nothing but rounding."""
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One parameter: the mean errors of its gradient over the batches, relative L2 against float64."""
+
+    name: str
+    fast: float
+    plain: float
+
+    @property
+    def ratio(self) -> float:
+        """The fast error over the plain one."""
+        return self.fast / self.plain if self.plain else 1.0 if not self.fast else math.inf
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What was compared, and found.
+
+    Attributes:
+        model, family, dtype, quantization, parameters: of what. ``parameters``: "adapter" or "all".
+        layers, batches, tokens: how much of it.
+        losses: the mean relative errors of the loss, fast and plain.
+        lines: one for each parameter.
+        floor: errors under this are rounding of the dtype itself, whatever their ratio.
+    """
+
+    model: str
+    family: str
+    dtype: str
+    quantization: str
+    parameters: str
+    layers: int
+    batches: int
+    tokens: int
+    losses: tuple[float, float]
+    lines: tuple[Line, ...]
+    floor: float
+
+    @property
+    def mismatches(self) -> list[Line]:
+        """Parameters whose gradient is wrong, the worst first."""
+        wrong = [n for n in self.lines if not n.fast <= TOO_MUCH * max(n.plain, self.floor)]
+        return sorted(wrong, key=lambda n: -math.inf if math.isnan(n.fast) else -n.ratio)
+
+    def summary(self) -> dict[str, float]:
+        """Medians and the largest ratio."""
+        return {
+            "median_fast": median(n.fast for n in self.lines),
+            "median_plain": median(n.plain for n in self.lines),
+            "largest_ratio": max(n.fast / max(n.plain, self.floor) for n in self.lines),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, as plain values."""
+        return {**asdict(self), "summary": self.summary(), "mismatches": [n.name for n in self.mismatches]}
+
+
+class in_float64(TorchFunctionMode):
+    """Within it, what asks torch for float32 gets float64.
+
+    transformers computes norms, angles, softmax and losses in float32 whatever a model's dtype; a float64 model is
+    exact to float64 only where that is left out.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.float:
+            function = Tensor.double
+        return function(*_wider(args), **_wider(kwargs or {}))
+
+
+def _wider(value: Any) -> Any:
+    if value is torch.float32:
+        return torch.float64
+    if isinstance(value, tuple | list):
+        return type(value)(_wider(v) for v in value) if type(value) in (tuple, list) else value
+    if isinstance(value, dict):
+        return {key: _wider(v) for key, v in value.items()}
+    return value
+
+
+def verify(
+    load: Callable[[bool], Any],
+    *,
+    name: str,
+    dtype: torch.dtype,
+    quantization: str = "none",
+    parameters: Literal["adapter", "all"] = "adapter",
+    batches: int = 5,
+    tokens: int = 256,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Ledger:
+    """Compare the fast layers of a model, transformers' own and float64.
+
+    Args:
+        load: loads the model afresh, on the device, as it is trained; given True, without quantization.
+        name, quantization: for the ledger.
+        dtype: what it is trained in.
+        parameters: whose gradients: those of an adapter on all linear layers with random A and B, or all.
+        batches, tokens: how many batches, of so many tokens in three documents each.
+        progress: told what comes next.
+
+    Raises:
+        NotFast: the model is not one that the fast layers can compute.
+    """
+    from ft_core.fast.swap import enable
+
+    results: dict[str, list[tuple[float, Gradients]]] = {}
+    family, layers, frozen = "", 0, None
+    for role in ("plain", "fast", "exact"):
+        progress(f"{role}: loading")
+        model = load(role == "exact")
+        if role == "exact":
+            model = model.to(torch.float64)  # the weights that are trained with, not others rounded less
+            _copy_weights(model, frozen or {})
+        elif quantization != "none" and frozen is None:
+            frozen = _dequantized(model)
+        config = model.config.get_text_config()
+        family, layers = config.model_type, config.num_hidden_layers
+        model = _prepared(model, parameters, seed, torch.float64 if role == "exact" else None)
+        if role == "fast":
+            enable(model)
+        results[role] = []
+        for i in range(batches):
+            progress(f"{role}: batch {i + 1} of {batches}")
+            batch = _batch(config.vocab_size, tokens, seed + i, next(model.parameters()).device)
+            results[role].append(_step(model, batch, role, dtype))
+        del model
+    return Ledger(
+        name, family, str(dtype).removeprefix("torch."), quantization, parameters, layers, batches, tokens,
+        _loss_errors(results), _lines(results), torch.finfo(dtype).eps / 4,
+    )  # fmt: skip
+
+
+def _prepared(model: Any, parameters: str, seed: int, dtype: torch.dtype | None) -> Any:
+    """With what is to be trained, the same numbers in each load."""
+    model.config.use_cache = False
+    if parameters == "all":
+        return model.requires_grad_(True).train()
+    from ft_core.adapters import add_lora
+    from ft_core.fast.swap import disable
+
+    model = add_lora(model, r=16)
+    disable(model)  # for one of the three they are switched on again
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            scale = parameter.shape[-1] ** -0.5 * (0.1 if "lora_B" in name else 1.0)
+            # As fp32 holds them, in each dtype alike.
+            values = (torch.randn(parameter.shape, generator=generator) * scale).to(torch.bfloat16)
+            parameter.data = values.to(parameter.device, dtype or torch.float32)
+    return model.train()
+
+
+def _batch(vocabulary: int, tokens: int, seed: int, device: torch.device) -> dict[str, Any]:
+    """A row of three documents of random tokens, all but the first of each trained on."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = tokens // 2, tokens // 3
+    lengths = [first, second, tokens - first - second]
+    ids = torch.randint(vocabulary, (1, tokens), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    labels = torch.where(positions == 0, -100, ids)
+    given = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {name: value.to(device) for name, value in given.items()}
+
+
+def _step(model: Any, batch: Mapping[str, Any], role: str, dtype: torch.dtype) -> tuple[float, Gradients]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with _arithmetic(role, batch["input_ids"].device, dtype):
+        loss = model(**batch, use_cache=False).loss
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    made = zip(parameters, gradients, strict=True)
+    return float(loss), {name: g.detach().cpu() for name, g in made if g is not None}
+
+
+@contextmanager
+def _arithmetic(role: str, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """float64 throughout; or autocast as in training, where that computes in 16 bits."""
+    if role == "exact":
+        with in_float64():
+            yield
+    else:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            yield
+
+
+def _loss_errors(results: dict[str, list[tuple[float, Gradients]]]) -> tuple[float, float]:
+    exact = [loss for loss, _ in results["exact"]]
+    fast, plain = (
+        mean(abs(loss - right) / abs(right) for (loss, _), right in zip(results[role], exact, strict=True))
+        for role in ("fast", "plain")
+    )
+    return fast, plain
+
+
+def _lines(results: dict[str, list[tuple[float, Gradients]]]) -> tuple[Line, ...]:
+    names = list(results["exact"][0][1])
+    errors: dict[str, dict[str, list[float]]] = {role: {name: [] for name in names} for role in ("fast", "plain")}
+    for i, (_, exact) in enumerate(results["exact"]):
+        longest = max(float(g.norm()) for g in exact.values())
+        for role in ("fast", "plain"):
+            made = results[role][i][1]
+            for name in names:
+                scale = max(float(exact[name].norm()), FEW * longest)
+                given = made.get(name)
+                error = math.inf if given is None else float((given.double() - exact[name]).norm()) / scale
+                errors[role][name].append(error)
+    return tuple(Line(name, mean(errors["fast"][name]), mean(errors["plain"][name])) for name in names)
+
+
+def _dequantized(model: Any) -> dict[str, Tensor]:
+    """The numbers that quantized weights stand for, by the names of their layers, on the CPU."""
+    from ft_core.fast.linears import numbers
+
+    found = {}
+    for name, module in model.named_modules():
+        values = numbers(module)
+        if values is not None:
+            found[name] = values.cpu()
+    return found
+
+
+def _copy_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, values in weights.items():
+            target = model.get_submodule(name).weight
+            target.copy_(values.to(target.device, target.dtype))

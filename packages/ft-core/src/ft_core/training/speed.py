@@ -1,0 +1,113 @@
+"""The fast layers in a training: switched on where they pay, checked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ft_core.config import TrainConfig
+from ft_core.errors import RunError
+from ft_core.models import Device
+
+__all__ = ["check_first_step", "keeps_activations", "runs_kernels", "speed_up"]
+
+CHECKED = 256
+"""Tokens of the row that the first step is checked on."""
+SPARE = 0.6
+"""The share of the free memory that kept activations may fill."""
+
+
+def runs_kernels(device: Device) -> bool:
+    """Whether the kernels run there: on a CPU their references would, which gain nothing."""
+    return device.type == "cuda"
+
+
+def speed_up(model: Any, device: Device, say: Callable[[str], None]) -> None:
+    """Let the model train on the fast layers, or say in one line why it does not."""
+    if not runs_kernels(device):
+        return
+    from ft_core import fast
+
+    try:
+        fast.enable(model)
+    except fast.NotFast as reason:
+        say(f"trained on transformers' own layers, slower than need be: {reason}")
+
+
+def keeps_activations(model: Any, config: TrainConfig, device: Device) -> bool:
+    """Whether activations are kept for the backward pass, and not computed again.
+
+    ``activations: auto`` keeps them on a CPU, and on a GPU if the fast layers' fit into what is free.
+    """
+    from ft_core import fast
+
+    if config.activations != "auto":
+        return config.activations == "keep"
+    if device.type != "cuda":
+        return True
+    path = fast.fast_path_of(model)
+    if path is None:
+        return False
+    import torch
+
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return bytes_a_token(path) * config.training.batch_size * config.max_length <= SPARE * free
+
+
+def bytes_a_token(path: Any) -> int:
+    """About what the fast layers keep for backward, for each token of a micro-batch, in 16 bits."""
+    layout, text = path.layout, path.model.config.get_text_config()
+    hidden, inner = text.hidden_size, text.intermediate_size
+    attention = (2 * layout.heads + 2 * layout.kv_heads) * layout.head_dim
+    return int(2 * (6 * hidden + attention + 2 * inner) * text.num_hidden_layers)
+
+
+def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Compare the fast layers with transformers' own on one short row, before they train anything.
+
+    Raises:
+        RunError: they differ; it names the parameter.
+    """
+    from ft_core import fast
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    path = fast.fast_path_of(model)
+    if path is None or not path.on or config.verify == "off" or len(trainer.train_dataset) == 0:
+        return
+    import torch
+
+    row = _short(trainer.train_dataset[0])
+    device = next(model.parameters()).device
+    batch = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in trainer.data_collator([row]).items()
+    }
+    arguments = trainer.args
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    result = fast.compare(path, model, batch, dtype)
+    if (name := result.mismatch) is not None:
+        if name == "loss":
+            what = "the loss is {:.6g}, transformers' own {:.6g}".format(*result.losses)
+        else:
+            distance = result.gradients[name]
+            what = f"the gradient of {name} differs by {distance:.2g} (rounding explains {result.limit:.2g})"
+        raise RunError(
+            f"the fast layers do not compute what transformers' own do: {what}; nothing was trained. Please report it; "
+            "`verify: off` trains on them unchecked"
+        )
+    worst = max(result.gradients.values(), default=0.0)
+    say(f"fast layers: checked against transformers' own on a row, gradients within {worst:.1g}")
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """The first tokens of a row, as documents of their own."""
+    taken, lengths = 0, []
+    for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+        lengths.append(min(length, CHECKED - taken))
+        taken += lengths[-1]
+        if taken == CHECKED:
+            break
+    labels = list(row["labels"][:taken])
+    if all(label == -100 for label in labels[1:]):
+        labels = list(row["input_ids"][:taken])  # a row whose answer comes later
+    return {"input_ids": list(row["input_ids"][:taken]), "labels": labels, "seq_lengths": lengths}
