@@ -15,6 +15,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.cli": ["main"],
     "ft_core.commands": [],
     "ft_core.commands.arguments": ["count", "count_or_none", "share", "temperature"],
+    "ft_core.commands.bench": ["add_arguments", "run"],
     "ft_core.commands.chat": ["add_arguments", "run"],
     "ft_core.commands.doctor": ["add_arguments", "run"],
     "ft_core.commands.eval": ["add_arguments", "run"],
@@ -135,6 +136,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.models.opening": ["open_model"],
     "ft_core.models.source": ["ModelSource", "check_folder", "find_model"],
     "ft_core.plugin": [
+        "BENCH",
         "CHAT",
         "DOCTOR",
         "EVAL",
@@ -247,7 +249,8 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.ranks": ["Ranks"],
     "ft_core.training.run": ["TrainResult", "train"],
     "ft_core.training.sft": ["SftSettings", "build"],
-    "ft_core.training.speed": ["check_first_step", "keeps_activations", "runs_kernels", "speed_up"],
+    "ft_core.training.speed": ["check_first_step", "recomputes", "runs_kernels", "speed_up"],
+    "ft_core.training.timing": ["PARTS", "Timing", "time_steps"],
     "ft_core.training.trainer": ["MANIFEST", "RunTrainerMixin", "last_whole_checkpoint", "storage_error"],
 }
 

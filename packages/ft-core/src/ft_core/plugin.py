@@ -5,6 +5,7 @@ from __future__ import annotations
 from ft_core.plugins.specs import CommandSpec, MethodSpec, ModalitySpec
 
 __all__ = [
+    "BENCH",
     "CHAT",
     "DOCTOR",
     "EVAL",
@@ -42,5 +43,6 @@ EVAL = _command("eval", "measure a run on held-out data, before and after")
 EXPORT = _command("export", "write a run in the form that an engine serves")
 REPORT = _command("report", "write a run's report again")
 PLUGINS = _command("plugins", "list plugins, and say which are broken")
+BENCH = _command("bench", "time the parts of a configuration's training step")
 MODELS = _command("models", "list model families, and what of each runs on the fast layers")
 VERIFY = _command("verify", "measure the fast layers and transformers' own against float64")

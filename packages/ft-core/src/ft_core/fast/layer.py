@@ -6,14 +6,16 @@ it wants one. A part that only its own code can compute (an adapter with a varia
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ft_kernels as kernels
+from ft_core.fast.blocks import Blocks
 from ft_core.fast.documents import Batch
 from ft_core.fast.layout import Layout
 from ft_core.fast.linears import Linear, read, trains
@@ -41,10 +43,15 @@ class DecoderLayer:
     Attributes:
         module: transformers' layer, whose modules and parameters stay where they are.
         layout: where they are.
+        blocks: its halves as one operation each, where they can be.
     """
 
     module: nn.Module
     layout: Layout
+    blocks: Blocks = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.blocks = Blocks(self.module, self.layout)
 
     @property
     def window(self) -> int | None:
@@ -61,10 +68,27 @@ class DecoderLayer:
             batch: the documents.
         """
         norms, scale = self.layout.norms, self.layout.residual_scale
-        branch = self._attention(self._norm(norms.attention, x), cos, sin, batch)
-        x = self._joined(x, branch, norms.after_attention, scale)
-        branch = self._mlp(self._norm(norms.mlp, x))
-        return self._joined(x, branch, norms.after_mlp, scale)
+        attend = self._attend(batch)
+        after = self.blocks.attention(x, cos, sin, attend)
+        if after is None:
+            branch = self._attention(self._norm(norms.attention, x), cos, sin, attend)
+            after = self._joined(x, branch, norms.after_attention, scale)
+        done = self.blocks.mlp(after)
+        if done is None:
+            done = self._joined(after, self._mlp(self._norm(norms.mlp, after)), norms.after_mlp, scale)
+        return done
+
+    def _attend(self, batch: Batch) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Attention over the batch's documents, of q, k and v ``[B, S, heads, D]``."""
+        names = self.layout.attention
+        module = at(self.module, names.module)
+        return functools.partial(
+            kernels.packed_attention,
+            plan=batch.plan,
+            window=self.window,
+            softcap=None if names.softcap is None else at(module, names.softcap),
+            scale=at(module, names.scaling),
+        )
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return norm(at(self.module, name), self.layout, x)
@@ -74,7 +98,9 @@ class DecoderLayer:
             branch = self._norm(after, branch)
         return x + branch if scale == 1.0 else torch.add(x, branch, alpha=scale)
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+    def _attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
         layout, names = self.layout, self.layout.attention
         module = at(self.module, names.module)
         d = layout.head_dim
@@ -86,13 +112,7 @@ class DecoderLayer:
             k = norm(at(module, names.k_norm), layout, k)
         if names.rotary:
             q, k = kernels.rope(q, k, cos, sin, layout=names.rotary)
-        out = kernels.packed_attention(
-            q, k, v,
-            plan=batch.plan,
-            window=self.window,
-            softcap=None if names.softcap is None else at(module, names.softcap),
-            scale=at(module, names.scaling),
-        )  # fmt: skip
+        out = attend(q, k, v)
         return _products([at(module, names.out)], out.flatten(-2), [x.shape[-1]])[0]
 
     def _mlp(self, x: Tensor) -> Tensor:

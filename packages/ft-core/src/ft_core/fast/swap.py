@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ft_core.fast.blocks import Keep
 from ft_core.fast.documents import LENGTHS, Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of
 from ft_core.fast.head import can_fuse, loss_of
@@ -48,6 +49,20 @@ class FastPath:
         """The model's layers, in order."""
         return list(at(at(self.model, self.layout.backbone), self.layout.layers))
 
+    @property
+    def decoders(self) -> list[DecoderLayer]:
+        """What computes each layer, in order."""
+        forwards = [vars(layer).get("forward") for layer in self.layers]
+        return [forward.fast for forward in forwards if isinstance(forward, _LayerForward)]
+
+    def keep(self, what: Keep) -> None:
+        """Choose what stays in memory between forward and backward (see :func:`ft_kernels.attention_block`).
+
+        It holds for the layers whose halves are one operation each; what the single operations keep is fixed.
+        """
+        for decoder in self.decoders:
+            decoder.blocks.keep = what
+
     def put(self, forward: _Forward) -> None:
         """Give an instance another forward."""
         forward.module.forward = forward  # type: ignore[assignment]
@@ -59,6 +74,8 @@ class FastPath:
         One that somebody has wrapped since (TRL's trainers wrap the model's) stays, and does nothing any more.
         """
         self.on = False
+        for decoder in self.decoders:
+            decoder.blocks.wide.undo(list(decoder.module.parameters()))
         for module in self._changed:
             forward = vars(module).get("forward")
             if isinstance(forward, _Forward) and forward.path is self:

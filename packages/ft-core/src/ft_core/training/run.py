@@ -37,7 +37,7 @@ from ft_core.training.prepare import (
     prepare_rows,
 )
 from ft_core.training.ranks import Ranks
-from ft_core.training.speed import check_first_step, keeps_activations, speed_up
+from ft_core.training.speed import check_first_step, recomputes, speed_up
 from ft_core.training.trainer import last_whole_checkpoint, storage_error
 
 __all__ = ["TrainResult", "train"]
@@ -135,7 +135,7 @@ def _train(
             train_rows=train_rows,
             eval_rows=held_out,
             arguments=trainer_arguments(
-                config, run, device, evaluates=bool(held_out), recompute=not keeps_activations(model, config, device)
+                config, run, device, evaluates=bool(held_out), recompute=recomputes(model, config, device)
             ),
             callbacks=[],
             counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},

@@ -9,7 +9,7 @@ from ft_core.config import TrainConfig
 from ft_core.errors import RunError
 from ft_core.models import Device
 
-__all__ = ["check_first_step", "keeps_activations", "runs_kernels", "speed_up"]
+__all__ = ["check_first_step", "recomputes", "runs_kernels", "speed_up"]
 
 CHECKED = 256
 """Tokens of the row that the first step is checked on."""
@@ -34,20 +34,25 @@ def speed_up(model: Any, device: Device, say: Callable[[str], None]) -> None:
         say(f"trained on transformers' own layers, slower than need be: {reason}")
 
 
-def keeps_activations(model: Any, config: TrainConfig, device: Device) -> bool:
-    """Whether activations are kept for the backward pass, and not computed again.
+def recomputes(model: Any, config: TrainConfig, device: Device) -> bool:
+    """Whether the trainer has to compute activations again (transformers' checkpointing of whole layers).
 
-    ``activations: auto`` keeps them on a CPU, and on a GPU if the fast layers' fit into what is free.
+    ``activations: auto`` keeps them on a CPU, and on a GPU if the fast layers' fit into what is free. Fast layers that
+    compute again do so themselves, all but attention.
     """
     from ft_core import fast
 
-    if config.activations != "auto":
-        return config.activations == "keep"
-    if device.type != "cuda":
-        return True
     path = fast.fast_path_of(model)
-    if path is None:
-        return False
+    wanted = config.activations == "recompute"
+    if config.activations == "auto" and device.type == "cuda":
+        wanted = path is None or not _fits(path, config)
+    if not wanted or path is None or not all(decoder.blocks.able for decoder in path.decoders):
+        return wanted
+    path.keep("inputs")
+    return False
+
+
+def _fits(path: Any, config: TrainConfig) -> bool:
     import torch
 
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -59,7 +64,7 @@ def bytes_a_token(path: Any) -> int:
     layout, text = path.layout, path.model.config.get_text_config()
     hidden, inner = text.hidden_size, text.intermediate_size
     attention = (2 * layout.heads + 2 * layout.kv_heads) * layout.head_dim
-    return int(2 * (6 * hidden + attention + 2 * inner) * text.num_hidden_layers)
+    return int(2 * (3 * hidden + attention + 2 * inner) * text.num_hidden_layers)
 
 
 def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], None]) -> None:

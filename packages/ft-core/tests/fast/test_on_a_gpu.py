@@ -1,0 +1,124 @@
+"""The fast layers with the kernels themselves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from ft_core import fast
+from ft_core.fast.verify import verify
+
+pytestmark = pytest.mark.gpu
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MAKE = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=40)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=128)),
+}
+
+
+def make(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    torch.manual_seed(0)
+    model = MAKE[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to("cuda", dtype)
+
+
+@pytest.mark.parametrize("family", MAKE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_as_exact_as_transformers(family, dtype):
+    ledger = verify(lambda exact: make(family, dtype), name=family, dtype=dtype, batches=5, tokens=384)
+    assert not ledger.mismatches
+    found = ledger.summary()
+    assert found["median_fast"] <= 1.02 * found["median_plain"]
+    assert found["largest_ratio"] <= 1.25
+
+
+def adapted(family: str = "llama") -> Any:
+    model = get_peft_model(make(family), LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+    return model.train()
+
+
+def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids = torch.randint(1000, (2, 200), generator=torch.Generator().manual_seed(1)).cuda()
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", MAKE)
+def test_whatever_is_kept_the_result_is_the_same(family):
+    model = adapted(family)
+    path = fast.enable(model)
+    results = []
+    for keep in ("all", "most", "inputs", "none"):
+        path.keep(keep)
+        torch.cuda.reset_peak_memory_stats()
+        results.append(step(model))
+    for loss, gradients in results[1:]:
+        assert loss == results[0][0]
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, results[0][1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_weights_with_room_are_the_same_weights(tmp_path):
+    model = adapted()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fast.enable(model)
+    step(model)
+    assert any(not p.is_contiguous() for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    copied = step(copy.deepcopy(model))
+    assert copied[0] == step(model)[0]
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(merged.parameters(), again.parameters(), strict=True))
+    fast.disable(model)
+    assert all(p.is_contiguous() for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_every_layer_runs_as_blocks(monkeypatch):
+    from ft_core.fast import layer
+
+    def refuse(*args: Any, **keywords: Any) -> Any:
+        raise AssertionError("single operations were used")
+
+    model = adapted("qwen3")
+    fast.enable(model)
+    monkeypatch.setattr(layer, "_products", refuse)
+    step(model)
+
+
+def test_adapters_added_and_switched_later():
+    model = adapted()
+    fast.enable(model)
+    first = step(model)
+    model.add_adapter("second", LoraConfig(r=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model.set_adapter("second")
+    fast.fast_path_of(model).on = False
+    plain = step(model)
+    fast.fast_path_of(model).on = True
+    quick = step(model)
+    assert abs(quick[0] - plain[0]) < 2e-2 * plain[0]
+    model.set_adapter("default")
+    assert step(model)[0] == first[0]
