@@ -220,8 +220,8 @@ def _b_gradient(
 
 @triton.jit
 def _a_gradient(
-    x, x_stride, low, low_stride, packed, dx, dx_stride, partial, split_stride, seed, threshold, inverse,
-    M, K, R, ranks_given, share, end0, end1,
+    x, x_stride, low, low_stride, packed, dx, dx_stride, out, out_stride, partial, split_stride,
+    seed, threshold, inverse, M, K, R, ranks_given, share, end0, end1,
     UPDATE: tl.constexpr, SUM: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
     STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +256,8 @@ def _a_gradient(
             if UPDATE:
                 result += kept(tl.dot(mine, a), seed, rows[:, None], cols[None, :], threshold, inverse, i)
         if UPDATE:
-            tl.store(slot, rounded(result, dx, BY_HAND), mask=mask)
+            slot = out + rows[:, None] * out_stride + cols[None, :]
+            tl.store(slot, rounded(result, out, BY_HAND), mask=mask)
     if SUM:
         slot = partial + split.to(tl.int64) * split_stride + ranks[None, :] * K + cols[:, None]
         tl.store(slot, total, mask=(cols < K)[:, None] & (ranks < ranks_given)[None, :])
@@ -394,9 +395,12 @@ def b_gradient(dy: Tensor, tail: Tensor, low: Any, partial: Tensor, offset: int)
 
 def a_gradient(
     x: Tensor, k: int, dlow: Tensor, packed: Tensor, low: Any, partial: Tensor | None, dx: Tensor | None, parts: int,
-    drop: Any,
+    drop: Any, out: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Each part's dA ``[R, K]`` to the start of ``partial [parts, ...]``, and ``dx += dlow A``; either may be None."""
+    """Each part's dA ``[R, K]`` to the start of ``partial [parts, ...]``, and ``dx + dlow A`` over dx or into ``out``.
+
+    Either of ``partial`` and dx may be None.
+    """
     m, device = dlow.shape[0], x.device
     rp = ranks_block(low.padded)
     # Two tiles, their sum and, with dropout, the state of the random numbers share the registers.
@@ -408,11 +412,12 @@ def a_gradient(
     default, *more = [_option(*option, 2, rp, device, "STAGES") for option in options]
     key = (k, rp, dx is not None, partial is not None, drop.p > 0)
     tiling = tuning.settings("lora_a_gradient", device, key, default=default, candidates=more)
-    target, out = x if dx is None else dx, dlow if partial is None else partial
+    source, sums = x if dx is None else dx, dlow if partial is None else partial
+    target = source if out is None else out
     launch(
         "lora_a_gradient", _a_gradient, (triton.cdiv(k, tiling["BC"]), parts), device,
-        x, x.stride(0), dlow, dlow.stride(0), packed, target, target.stride(0), out, out.stride(0),
-        *drop.arguments(x), m, k, low.padded, low.r, share(m, parts, tiling["BM"]), *low.ends(),
+        x, x.stride(0), dlow, dlow.stride(0), packed, source, source.stride(0), target, target.stride(0),
+        sums, sums.stride(0), *drop.arguments(x), m, k, low.padded, low.r, share(m, parts, tiling["BM"]), *low.ends(),
         UPDATE=dx is not None, SUM=partial is not None, DROPS=len(low.a) if drop.p else 0, RP=rp,
         BY_HAND=rounds_by_hand(x.dtype), INTERPRETED=interpreting(), **tiling,
     )  # fmt: skip

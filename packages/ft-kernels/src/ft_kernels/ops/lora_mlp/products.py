@@ -67,6 +67,7 @@ def _deactivate(dh: Tensor, gate_up: Tensor, kind: int) -> None:
 def forward(
     x: Tensor, gate_up: Base, first: Low, down: Base, second: Low, kind: int,
     drop: Drop | None = None, drop_hidden: Drop | None = None,
+    *, bias: tuple[Tensor | None, Tensor | None] = (None, None), residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Y, ``[G | U]``, and what the first and the second product's adapters made of their inputs.
 
@@ -74,10 +75,11 @@ def forward(
         x: ``[M, K]``, or a whole row buffer (see :func:`ft_kernels.ops.lora.products.forward`).
         first: the adapters of gate (from output 0 on) and up (from output I on), or one of both.
         kind: the activation's number in ``glu.reference.KINDS``.
+        bias: of gate and up together, and of down. residual: ``[M, N]``, added to Y.
     """
     drop_hidden = drop_hidden or Drop()
     m, i, r = x.shape[0], down.k, second.padded
-    both, tail = products.forward(x, gate_up, first, None, drop)
+    both, tail = products.forward(x, gate_up, first, bias[0], drop)
     if _fuses(both, first, second):
         widened = products.widened_weight(down, r, m, x.dtype)
         if widened is not None:
@@ -86,10 +88,11 @@ def forward(
             packed = products.pack(second, i, widened[:, i : i + r])
             row = row_buffer(m, i, r, x.dtype, x.device)
             hidden_tail = kernels.hidden(both, row, packed, kind, drop_hidden)
-            return F.linear(row[:, : i + r], widened[:, : i + r]), both, tail, hidden_tail
+            y = products.linear(row[:, : i + r], widened[:, : i + r], bias[1], residual)
+            return y, both, tail, hidden_tail
     row = row_buffer(m, i, r, x.dtype, x.device)
     h = _activate(both, kind, row[:, :i])
-    y, hidden_tail = products.forward(row if r else h, down, second, None, drop_hidden)
+    y, hidden_tail = products.forward(row if r else h, down, second, bias[1], drop_hidden, residual=residual)
     return y, both, tail, hidden_tail
 
 
@@ -122,7 +125,8 @@ def backward(
         flats.append(products.gradients(dy, h, hidden_tail, dlow, dh, packed, second, drop_hidden))
     _deactivate(dh, both, kind)
     dx, own = products.backward(both, x, tail, gate_up, first, drop, need_x=need_x)
-    return dx, torch.cat([flat for flat in (own, *flats) if flat is not None])
+    given = [flat for flat in (own, *flats) if flat is not None]
+    return dx, torch.cat(given) if given else some.new_empty(0)
 
 
 def _fused(
