@@ -39,7 +39,7 @@ PUBLIC = {
         "swiglu",
         "widen",
     ],
-    "ft_kernels.dispatch": ["Rows", "allocate", "interpreting", "launch", "launches", "use_triton"],
+    "ft_kernels.dispatch": ["Rows", "allocate", "interpreting", "launch", "launches", "native", "use_triton"],
     "ft_kernels.functional": [
         "Activation",
         "AttentionPlan",

@@ -58,8 +58,8 @@ def attention_block(
 
     ``keep`` is what stays in memory between forward and backward, in bytes a token, with e bytes an element, H the
     width of x, N and G the widths of q and k, r and s the ranks of q, k and v together and of o, each rounded up to a
-    multiple of 16, w(n) the next multiple of 64, f = 4 (8 in fp32), and T what ``attention`` keeps of its own (its
-    output N·e, and of torch's and our kernels 4 · heads):
+    multiple of 16, w(n) the next multiple of 64, f = 4 (8 in fp32, or for norms of up to 32 numbers), and T what
+    ``attention`` keeps of its own (its output N·e, and for torch's and our kernels 4 · heads):
 
     ========== =======================================================================================================
     "all"      (H + N + 2·G + r + s)·e + f + T, and for the normed rows w(H + r)·e, which fills little: no default.
@@ -263,7 +263,7 @@ def _adapters(
     split, count = len(sizes[0]), len(sizes[0]) + 1
     if len(a) != count or len(b) != count:
         raise ValueError(f"{name}: there are {len(a)} a and {len(b)} b; give {count} of each, None where there is none")
-    biases = [None] * count if bias is None else list(bias)
+    biases: list[Tensor | None] = [None] * count if bias is None else list(bias)
     if len(biases) != count:
         raise ValueError(f"{name}: there are {len(biases)} biases; give {count}, None where there is none")
     for shift, n in zip(biases, [*sizes[0], *sizes[1]], strict=True):

@@ -128,7 +128,8 @@ def _project(
 def _checked(block: Attention, out: Tensor, q: Tensor) -> Tensor:
     if out.shape != q.shape or out.dtype != q.dtype:
         raise ValueError(
-            f"attention_block: attention gave {list(out.shape)} in {out.dtype}; it needs q's {list(q.shape)} in {q.dtype}"
+            f"attention_block: attention gave {list(out.shape)} in {out.dtype}; "
+            f"it needs q's {list(q.shape)} in {q.dtype}"
         )
     return out
 
@@ -175,8 +176,10 @@ class AttentionBlock(torch.autograd.Function):
                 row = None
             q, k, q_rstd, k_rstd = given.q, given.k, given.q_rstd, given.k_rstd
             qkv: Tensor | None = given.qkv
+            graph: Recorded | None = None
+            kept: list[Tensor] = []
             if keep == "none":
-                out, graph, kept = _checked(block, block.attend(q, k, given.v), q), None, []
+                out = _checked(block, block.attend(q, k, given.v), q)
             else:
                 out, graph, kept = _attend(block, given)
             del given
@@ -191,13 +194,13 @@ class AttentionBlock(torch.autograd.Function):
             qkv if keep in ("all", "most") else None,
             q if whole and q_rstd is not None else None, k if whole and k_rstd is not None else None,
             q_rstd if whole else None, k_rstd if whole else None,
-            out if keep != "none" and (second.r or graph_needs(graph, block)) else None,
+            out if keep != "none" and (second.r or _reads_output(graph, block)) else None,
             *kept, *adapters,
         )  # fmt: skip
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(ctx.needs_input_grad)
         if dy is None:
@@ -259,7 +262,7 @@ class AttentionBlock(torch.autograd.Function):
         return None, dx, None, *result
 
 
-def graph_needs(graph: Recorded | None, block: Attention) -> bool:
+def _reads_output(graph: Recorded | None, block: Attention) -> bool:
     """Whether the attention's backward reads its output."""
     index = 1 + (block.q_norm is not None) + (block.k_norm is not None)
     return graph is not None and any(not isinstance(p, int) and p.index == index for p in graph.saved)
@@ -285,7 +288,7 @@ def _joint(block: Attention, grads: Sequence[Tensor | None], given: _Inputs, lea
         ]
     norms = ((block.q_norm, given.q_rstd), (block.k_norm, given.k_rstd))
     for d, source, target, (norm, rstd) in zip(turned, sources, targets, norms, strict=False):
-        if norm is not None:
+        if norm is not None and rstd is not None:
             from ft_kernels.ops.rms_norm import kernels
 
             kernels.backward(d, source, norm.weight, rstd, norm.offset, False, None, target)

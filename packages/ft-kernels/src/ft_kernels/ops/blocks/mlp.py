@@ -3,7 +3,8 @@
     N = rms_norm(X)      [G | U] = N W_gate_upᵀ + update      Y = X + (a(G)·U) W_downᵀ + update
 
 The norm writes into the row that the product reads, and X is added by the last product. Backwards the gradient of Y
-past the block is added by the norm's. a(G)·U is never kept: the pass that makes the gradients of G and U makes it again.
+past the block is added by the norm's. a(G)·U is never kept: the pass that makes the gradients of G and U makes it once
+more.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class MLPBlock(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)

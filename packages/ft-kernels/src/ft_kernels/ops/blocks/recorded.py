@@ -67,7 +67,7 @@ class Recorded:
 def _place(t: Tensor, known: Sequence[Tensor]) -> _Place | None:
     extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
     for index, memory in enumerate(known):
-        offset = t.storage_offset() - memory.storage_offset()
+        offset = int(t.storage_offset() - memory.storage_offset())
         same = t.dtype == memory.dtype and t.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
         if same and offset >= 0 and offset + extent <= memory.numel():
             return _Place(index, tuple(t.shape), t.stride(), offset)
