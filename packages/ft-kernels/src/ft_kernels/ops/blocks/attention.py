@@ -26,6 +26,7 @@ from ft_kernels.ops.blocks.parts import (
     normed,
     normed_backward,
     refuse_twice,
+    row_norm,
     split_adapters,
 )
 from ft_kernels.ops.blocks.recorded import Recorded, record
@@ -246,11 +247,13 @@ class AttentionBlock(torch.autograd.Function):
                 del dout, out, kept
                 joint = _joint(block, grads, given, leading)
                 del given, grads
-                if first.r and row is None and need_first[0]:
+                # Gradients of A need the normed rows, which a kernel makes as it reads x.
+                if row is None and need_first[0] and not products.norms_rows(rows, first):
                     row, rstd = normed(rows, block.norm, first)
                 dn, flat = products.backward(
                     joint, rows if row is None else row, tail, block.qkv.base, first, drop,
                     need_x=need_x, need_a=need_first[0], need_b=need_first[1],
+                    norm=row_norm(block.norm, rstd) if row is None and need_first[0] else None,
                 )  # fmt: skip
                 if dn is not None:
                     dx = normed_backward(dn, rows, block.norm, rstd, dys).view(x.shape)

@@ -24,6 +24,7 @@ from ft_kernels.ops.blocks.parts import (
     normed,
     normed_backward,
     refuse_twice,
+    row_norm,
     split_adapters,
 )
 from ft_kernels.ops.lora import products
@@ -104,13 +105,16 @@ class MLPBlock(torch.autograd.Function):
             first, second = (p.low(*ab) for p, ab in sides)
             drop, drop_hidden = drops(block.dropout, seed)
             rows, dys = as_rows(x), as_rows(dy)
-            if row is None and (both is None or first.r):
+            # Gradients of A need the normed rows, which a kernel makes as it reads x.
+            alone = both is not None and products.norms_rows(rows, first)
+            if row is None and (both is None or (first.r and not alone)):
                 row, rstd = normed(rows, block.norm, first)
             if both is None:
                 both, _ = products.forward(row, block.gate_up.base, first, block.gate_up.bias, drop, tail=tail)
             dn, flat = mlp_products.backward(
                 dys, rows if row is None else row, both, tail, hidden_tail, block.gate_up.base, first,
                 block.down.base, second, block.kind, drop, drop_hidden, need_x=need_x,
+                norm=row_norm(block.norm, rstd) if row is None and first.r else None,
             )  # fmt: skip
             dx = normed_backward(dn, rows, block.norm, rstd, dys).view(x.shape) if dn is not None else None
         needs = split_adapters((block.gate_up, block.down), ctx.needs_input_grad[3:])

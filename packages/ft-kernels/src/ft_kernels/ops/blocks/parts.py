@@ -9,12 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from ft_kernels import dispatch
-from ft_kernels.ops.lora.operands import Base, Drop, Low, row_buffer
+from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
 
-__all__ = ["KEEP", "Norm", "Product", "drops", "normed", "normed_backward", "refuse_twice", "split_adapters"]
-
-KEEP = ("all", "most", "inputs", "none")
-"""What is kept for backward, from most to least."""
+__all__ = [
+    "Norm",
+    "Product",
+    "drops",
+    "normed",
+    "normed_backward",
+    "refuse_twice",
+    "row_norm",
+    "split_adapters",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +88,11 @@ def normed_backward(dn: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: T
 
     dx = dispatch.allocate(x.shape, x.dtype, x.device)
     return kernels.backward(dn, x, norm.weight, rstd, norm.offset, False, residual, dx)[0]
+
+
+def row_norm(norm: Norm, rstd: Tensor) -> RowNorm:
+    """The norm for a kernel that makes normed rows as it reads x."""
+    return RowNorm(norm.weight, rstd, norm.offset)
 
 
 def refuse_twice(ctx: Any, name: str) -> None:

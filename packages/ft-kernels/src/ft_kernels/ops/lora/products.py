@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ft_kernels import dispatch, tuning
 from ft_kernels.ops.lora import scaled
-from ft_kernels.ops.lora.operands import Base, Drop, Low, row_buffer
+from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
 from ft_kernels.ops.lora.reference import keep_mask
 from ft_kernels.ops.lora.reference import row_norms as reference_norms
 
@@ -30,6 +30,7 @@ __all__ = [
     "gradients",
     "input_gradient",
     "linear",
+    "norms_rows",
     "pack",
     "row_norms",
     "sum_parts",
@@ -50,6 +51,12 @@ def uses_kernels(x: Tensor, rank: int) -> bool:
     if tuning.family(x.device) == "turing":
         return x.dtype == torch.float16 and rank <= MOST_RANKS // 4
     return rank <= MOST_RANKS
+
+
+def norms_rows(x: Tensor, low: Low) -> bool:
+    """Whether backward can take x itself where the product's input was its norm."""
+    # Rows this short are normed in float64.
+    return 0 < len(low.a) <= 3 and uses_kernels(x, low.padded) and x.shape[1] > 32
 
 
 def pack(low: Low, k: int, columns: Tensor) -> Tensor:
@@ -193,13 +200,14 @@ def _dense_product(x: Tensor, base: Base, bias: Tensor | None, residual: Tensor 
 
 def backward(
     dy: Tensor, x: Tensor, tail: Tensor, base: Base, low: Low, drop: Drop | None = None,
-    *, need_x: bool = True, need_a: bool = True, need_b: bool = True, dense: bool = False,
+    *, need_x: bool = True, need_a: bool = True, need_b: bool = True, dense: bool = False, norm: RowNorm | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dX, the left part of a row buffer, and all adapters' gradients in one flat tensor; None for what is not needed.
 
     Args:
         dy: ``[M, N]``. x: ``[M, K]``. Both with the last dimension contiguous. tail: ``X Aᵀ`` from forward.
         dense: dX with one row right after the other, which costs nothing where a kernel adds the adapters' share.
+        norm: X is the norm of the given one; only where :func:`norms_rows` says so. dX is still that of X.
     """
     drop = drop or Drop()
     if not dy.numel() or not base.k:
@@ -209,7 +217,9 @@ def backward(
     if not low.r:
         return (dx.contiguous() if dense and dx is not None else dx), None
     out = dispatch.allocate(dx.shape, dx.dtype, dx.device) if dense and dx is not None else None
-    flat = gradients(dy, x[:, : base.k], tail, dlow, dx, packed, low, drop, need_a=need_a, need_b=need_b, out=out)
+    flat = gradients(
+        dy, x[:, : base.k], tail, dlow, dx, packed, low, drop, need_a=need_a, need_b=need_b, out=out, norm=norm
+    )
     return dx if out is None else out, flat
 
 
@@ -246,11 +256,13 @@ def input_gradient(
 def gradients(
     dy: Tensor, x: Tensor, tail: Tensor, dlow: Tensor | None, dx: Tensor | None, packed: Tensor | None, low: Low,
     drop: Drop, *, need_a: bool = True, need_b: bool = True, out: Tensor | None = None,
+    norm: RowNorm | None = None,
 ) -> Tensor | None:  # fmt: skip
     """All adapters' gradients in one flat tensor (see :class:`Low`) of their dtype; adds the adapters' share to dx.
 
     Args:
         out: where dx with that share goes; None is over dx.
+        norm: as for :func:`backward`.
     """
     m, k = x.shape
     dtype = low.a[0].dtype
@@ -268,7 +280,7 @@ def gradients(
         if not (need_a and need_b):
             partial.zero_()
     if dlow is not None and packed is not None and (need_a or dx is not None):
-        kernels.a_gradient(x, k, dlow, packed, low, partial if need_a else None, dx, parts, drop, out)
+        kernels.a_gradient(x, k, dlow, packed, low, partial if need_a else None, dx, parts, drop, out, norm)
     if partial is None:
         return None
     if need_b:
