@@ -98,8 +98,8 @@ def attention_block(
         ``[..., S, H]`` in x's dtype. Gradients come back for x, a and b, once: a second backward through the same
         graph raises a RuntimeError unless keep is "none".
 
-        Under autocast everything is computed in x's dtype all the same. ``torch.compile`` leaves the block as it is: the
-        graph breaks around it.
+        Under autocast everything is computed in x's dtype all the same. ``torch.compile`` does not look into the
+        block: the graph breaks around it.
 
     Raises:
         TypeError: a dtype does not fit.
