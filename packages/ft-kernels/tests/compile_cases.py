@@ -166,6 +166,34 @@ def mlp(make: Make) -> None:
         backward(lora_mlp(make(rows, k), gate_up, down, a, b, dropout=dropout, activation=activation))
 
 
+def blocks(make: Make) -> None:
+    """What a layer's halves need beyond their parts' kernels: gradients from rows that are normed as they are read."""
+    if make.dtype == torch.float32:
+        return  # torch's products
+    full = Make(torch.float32, make.device)
+    rows, k, wide, heads, d = 128, 1024, 512, 8, 128
+
+    def adapters(rank: int, *sizes: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
+        return [full(rank, inputs) for _, inputs in sizes], [full(n, rank) for n, _ in sizes]
+
+    norm, head_norm = ft.Norm(make.frozen(k), 1e-5), ft.Norm(make.frozen(d), 1e-5)
+    widths = (heads * d, 2 * d, 2 * d)
+    qkv, o = widen([make.frozen(n, k) for n in widths], 3 * 20), widen(make.frozen(k, k), 20)
+    turns = {"cos": make.frozen(rows, d), "sin": make.frozen(rows, d)}
+    for rank, dropout in ((16, 0.0), (16, 0.1), (20, 0.0)):
+        backward(
+            ft.attention_block(
+                make(1, rows, k), norm, qkv, o, *adapters(rank, *((n, k) for n in widths), (k, k)), heads=heads,
+                kv_heads=2, head_dim=d, **turns, attention=lambda q, k, v: q + k.repeat(1, 1, 4, 1), q_norm=head_norm,
+                k_norm=head_norm, dropout=dropout,
+            )
+        )  # fmt: skip
+    gate_up, down = widen([make.frozen(wide, k) for _ in range(2)], 32), widen(make.frozen(k, wide), 16)
+    sizes = ((wide, k), (wide, k), (k, wide))
+    backward(ft.mlp_block(make(rows, k), norm, gate_up, down, *adapters(16, *sizes)))
+
+
 CASES: list[Callable[[Make], None]] = [
-    rms_norm, layer_norm, rope, glu, cross_entropy, linear_heads, nf4, int8, fp8, lora, mlp, packed_attention,
+    rms_norm, layer_norm, rope, glu, cross_entropy, linear_heads, nf4, int8, fp8, lora, mlp, blocks,
+    packed_attention,
 ]  # fmt: skip

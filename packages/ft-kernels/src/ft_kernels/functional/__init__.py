@@ -2,6 +2,7 @@
 
 from ft_kernels.functional.activations import geglu, swiglu
 from ft_kernels.functional.attention import AttentionPlan, packed_attention, plan_attention
+from ft_kernels.functional.blocks import Keep, Norm, attention_block, mlp_block
 from ft_kernels.functional.heads import Lora, TokenLogProbs, linear_cross_entropy, linear_logprob
 from ft_kernels.functional.lora import lora_linear, lora_qkv
 from ft_kernels.functional.lora_mlp import Activation, lora_mlp
@@ -17,14 +18,17 @@ __all__ = [
     "BaseWeight",
     "Fp8Weight",
     "Int8Weight",
+    "Keep",
     "Lora",
     "NF4Weight",
     "NestedScales",
+    "Norm",
     "Reduction",
     "RopeLayout",
     "TokenLogProbs",
     "WideWeight",
     "add_rms_norm",
+    "attention_block",
     "cross_entropy",
     "fp8_quantize",
     "geglu",
@@ -35,6 +39,7 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "mlp_block",
     "nf4_dequantize",
     "nf4_quantize",
     "packed_attention",

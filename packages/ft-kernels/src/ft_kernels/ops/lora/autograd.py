@@ -112,7 +112,7 @@ def lora_linear_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x (rows of a wider buffer) and all adapters' in one; empty where not needed."""
     base, low, drop = Base(kind, weight, k, sizes, meta), Low(a, b, starts, scaling), Drop(dropout, seed)
-    needs = {"need_x": need_x, "need_a": need_a, "need_b": need_b}
+    needs: dict[str, Any] = {"need_x": need_x, "need_a": need_a, "need_b": need_b}
     with torch.autocast(x.device.type, enabled=False):
         dx, flat = products.backward(as_rows(dy), as_rows(x), tail, base, low, drop, **needs)
     dx = x.new_empty(0) if dx is None else dx.view(*x.shape[:-1], k)

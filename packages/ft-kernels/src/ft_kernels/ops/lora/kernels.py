@@ -24,6 +24,7 @@ from torch import Tensor
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import interpreting, launch
 from ft_kernels.ops.lora.tiles import kept, loads_ahead, operand, ranks_block, rounded, rounds_by_hand
+from ft_kernels.ops.rms_norm.kernels import two_floats
 
 __all__ = [
     "a_gradient",
@@ -171,14 +172,16 @@ def _b_gradient(
 
 @triton.jit
 def _a_gradient(
-    x, x_stride, low, low_stride, packed, dx, dx_stride, partial, split_stride, seed, threshold, inverse,
-    M, K, R, ranks_given, share, end0, end1,
-    UPDATE: tl.constexpr, SUM: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
-    STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
+    x, x_stride, low, low_stride, packed, dx, dx_stride, out, out_stride, partial, split_stride,
+    norm, rstd, offset, offset_rest, seed, threshold, inverse, M, K, R, ranks_given, share, end0, end1,
+    NORM: tl.constexpr, UPDATE: tl.constexpr, SUM: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, RP: tl.constexpr, STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     ranks = tl.arange(0, RP)
+    if NORM:
+        scale = (tl.load(norm + cols, mask=cols < K, other=0.0).to(tl.float32) + offset + offset_rest)[None, :]
     total = tl.zeros((BC, RP), tl.float32)
     inside = (ranks < R)[:, None] & (cols < K)[None, :]
     a = operand(tl.load(packed + ranks[:, None] * K + cols[None, :], mask=inside, other=0.0), INTERPRETED)
@@ -191,6 +194,9 @@ def _a_gradient(
         up = operand(tl.load(low + rows[:, None] * low_stride + ranks[None, :], mask=low_mask, other=0.0), INTERPRETED)
         if SUM:
             values = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0)
+            if NORM:
+                factor = tl.load(rstd + rows, mask=rows < M, other=0.0)[:, None]
+                values = rounded(values.to(tl.float32) * factor * scale, x, BY_HAND)
         if UPDATE:
             slot = dx + rows[:, None] * dx_stride + cols[None, :]
             result = tl.load(slot, mask=mask, other=0.0).to(tl.float32)
@@ -207,7 +213,8 @@ def _a_gradient(
             if UPDATE:
                 result += kept(tl.dot(mine, a), seed, rows[:, None], cols[None, :], threshold, inverse, i)
         if UPDATE:
-            tl.store(slot, rounded(result, dx, BY_HAND), mask=mask)
+            slot = out + rows[:, None] * out_stride + cols[None, :]
+            tl.store(slot, rounded(result, out, BY_HAND), mask=mask)
     if SUM:
         slot = partial + split.to(tl.int64) * split_stride + ranks[None, :] * K + cols[:, None]
         tl.store(slot, total, mask=(cols < K)[:, None] & (ranks < ranks_given)[None, :])
@@ -333,9 +340,12 @@ def b_gradient(dy: Tensor, tail: Tensor, low: Any, partial: Tensor, offset: int)
 
 def a_gradient(
     x: Tensor, k: int, dlow: Tensor, packed: Tensor, low: Any, partial: Tensor | None, dx: Tensor | None, parts: int,
-    drop: Any,
+    drop: Any, out: Tensor | None = None, norm: Any = None,
 ) -> None:  # fmt: skip
-    """Each part's dA ``[R, K]`` to the start of ``partial [parts, ...]``, and ``dx += dlow A``; either may be None."""
+    """Each part's dA ``[R, K]`` to the start of ``partial [parts, ...]``, and ``dx + dlow A`` over dx or into ``out``.
+
+    Either of ``partial`` and dx may be None. With a norm x is taken as it says.
+    """
     m, device = dlow.shape[0], x.device
     rp = ranks_block(low.padded)
     # Two tiles, their sum and, with dropout, the state of the random numbers share the registers.
@@ -345,13 +355,15 @@ def a_gradient(
     if tuning.family(device) == "turing":
         options = [(32, 64, 8)]
     default, *more = [_option(*option, 2, rp, device, "STAGES") for option in options]
-    key = (k, rp, dx is not None, partial is not None, drop.p > 0)
+    key = (k, rp, dx is not None, partial is not None, drop.p > 0, *(["norm"] if norm else []))
     tiling = tuning.settings("lora_a_gradient", device, key, default=default, candidates=more)
-    target, out = x if dx is None else dx, dlow if partial is None else partial
+    source, sums = x if dx is None else dx, dlow if partial is None else partial
+    target = source if out is None else out
+    scale = (x, sums, 0.0, 0.0) if norm is None else (norm.weight.contiguous(), norm.rstd, *two_floats(norm.offset))
     launch(
         "lora_a_gradient", _a_gradient, (triton.cdiv(k, tiling["BC"]), parts), device,
-        x, x.stride(0), dlow, dlow.stride(0), packed, target, target.stride(0), out, out.stride(0),
-        *drop.arguments(x), m, k, low.padded, low.r, share(m, parts, tiling["BM"]), *low.ends(),
-        UPDATE=dx is not None, SUM=partial is not None, DROPS=len(low.a) if drop.p else 0, RP=rp,
-        BY_HAND=rounds_by_hand(x.dtype), INTERPRETED=interpreting(), **tiling,
+        x, x.stride(0), dlow, dlow.stride(0), packed, source, source.stride(0), target, target.stride(0),
+        sums, sums.stride(0), *scale, *drop.arguments(x), m, k, low.padded, low.r, share(m, parts, tiling["BM"]),
+        *low.ends(), NORM=norm is not None, UPDATE=dx is not None, SUM=partial is not None,
+        DROPS=len(low.a) if drop.p else 0, RP=rp, BY_HAND=rounds_by_hand(x.dtype), INTERPRETED=interpreting(), **tiling,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from ft_kernels import dispatch
 from ft_kernels.ops.int8 import reference as int8
 from ft_kernels.ops.nf4 import reference as nf4
 
-__all__ = ["Base", "Drop", "Low", "padded", "row_buffer", "width"]
+__all__ = ["Base", "Drop", "Low", "RowNorm", "padded", "row_buffer", "width"]
 
 ALIGN = 64
 """Rows are a multiple of this many elements long: 128 bytes in 16 bits, one line of the second-level cache."""
@@ -79,6 +79,19 @@ class Drop:
     def arguments(self, other: Tensor) -> tuple[Tensor, int, float]:
         """What the kernels take: the seed, the smallest number that is kept, and what the kept are multiplied with."""
         return (other if self.seed is None else self.seed), round(self.p * 2**32), 1 / (1 - self.p)
+
+
+@dataclass(eq=False)
+class RowNorm:
+    """X of a product as the RMS norm of what is given for it: ``x · rstd · (weight + offset)``, rounded once.
+
+    Attributes:
+        weight: ``[K]``. rstd: ``[M]``, fp32. offset: as in :func:`ft_kernels.rms_norm`.
+    """
+
+    weight: Tensor
+    rstd: Tensor
+    offset: float
 
 
 @dataclass(eq=False)

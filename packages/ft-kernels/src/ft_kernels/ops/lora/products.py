@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ft_kernels import dispatch, tuning
 from ft_kernels.ops.lora import scaled
-from ft_kernels.ops.lora.operands import Base, Drop, Low, row_buffer
+from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
 from ft_kernels.ops.lora.reference import keep_mask
 from ft_kernels.ops.lora.reference import row_norms as reference_norms
 
@@ -29,6 +29,8 @@ __all__ = [
     "forward",
     "gradients",
     "input_gradient",
+    "linear",
+    "norms_rows",
     "pack",
     "row_norms",
     "sum_parts",
@@ -49,6 +51,12 @@ def uses_kernels(x: Tensor, rank: int) -> bool:
     if tuning.family(x.device) == "turing":
         return x.dtype == torch.float16 and rank <= MOST_RANKS // 4
     return rank <= MOST_RANKS
+
+
+def norms_rows(x: Tensor, low: Low) -> bool:
+    """Whether backward can take x itself where the product's input was its norm."""
+    # Rows this short are normed in float64.
+    return 0 < len(low.a) <= 3 and uses_kernels(x, low.padded) and x.shape[1] > 32
 
 
 def pack(low: Low, k: int, columns: Tensor) -> Tensor:
@@ -126,40 +134,60 @@ def widened_weight(base: Base, r: int, m: int, dtype: torch.dtype) -> Tensor | N
 
 
 def forward(
-    x: Tensor, base: Base, low: Low, bias: Tensor | None = None, drop: Drop | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, base: Base, low: Low, bias: Tensor | None = None, drop: Drop | None = None,
+    *, residual: Tensor | None = None, tail: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Y ``[M, N]`` and ``X Aᵀ`` ``[M, R]``, which backward wants.
 
     Args:
         x: ``[M, K]``, or a whole row buffer ``[M, ≥ K + R]`` with X in its left part, whose tail is filled.
+        residual: ``[M, N]``, added to Y, inside the product where that rounds less.
+        tail: ``X Aᵀ`` where it is known, from an earlier forward.
     """
     k, r, m = base.k, low.padded, x.shape[0]
     row = x if x.shape[1] > k else None
     x = x[:, :k]
     if not r or not x.numel():
-        return _dense_product(x, base, bias), x.new_zeros(m, r)
+        return _dense_product(x, base, bias, residual), x.new_zeros(m, r)
     widened = widened_weight(base, r, m, x.dtype)
     if widened is None:
         columns = dispatch.allocate((base.n, r), x.dtype, x.device)
         packed = pack(low, k, columns)
-        tail = fill_tail(x, packed, low, None, drop)
+        if tail is None:
+            tail = fill_tail(x, packed, low, None, drop)
         y = _dense_product(x, base, bias)
         for outputs, ranks in _blocks(low, x.dtype):
             add_product(y[:, outputs], tail[:, ranks], columns[outputs, ranks].t())
-        return y, tail
+        # Added last: a residual is large, and each step would round at its size.
+        return y if residual is None else y.add_(residual), tail
     packed = pack(low, k, widened[:, k : k + r])
     if row is None:
         row = row_buffer(m, k, r, x.dtype, x.device)
-    tail = fill_tail(x, packed, low, row, drop)
-    return F.linear(row[:, : k + r], widened[:, : k + r], bias), tail
+        if tail is not None:
+            row[:, :k].copy_(x)
+    if tail is None:
+        tail = fill_tail(x, packed, low, row, drop)
+    else:
+        row[:, k : k + r].copy_(tail)
+    return linear(row[:, : k + r], widened[:, : k + r], bias, residual), tail
 
 
-def _dense_product(x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """``X Wᵀ + bias + residual``; with a residual alone, in 16 bits, rounded once."""
+    if residual is None:
+        return F.linear(x, weight, bias)
+    if bias is None and x.dtype.itemsize <= 2:
+        return torch.addmm(residual, x, weight.t())
+    return F.linear(x, weight, bias).add_(residual)  # see add_product
+
+
+def _dense_product(x: Tensor, base: Base, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     if base.kind == "fp8":
-        return scaled.forward(x, base, bias)
+        y = scaled.forward(x, base, bias)
+        return y if residual is None else y.add_(residual)
     weights = base.dense(x.dtype)
     if len(weights) == 1:
-        return F.linear(x, weights[0], bias)
+        return linear(x, weights[0], bias, residual)
     y = dispatch.allocate((x.shape[0], base.n), x.dtype, x.device)
     biases = [None] * len(weights) if bias is None else bias.split([w.shape[0] for w in weights])
     for part, weight, shift in zip(y.split([w.shape[0] for w in weights], 1), weights, biases, strict=True):
@@ -167,17 +195,19 @@ def _dense_product(x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
             torch.mm(x, weight.t(), out=part)
         else:
             torch.addmm(shift, x, weight.t(), out=part)
-    return y
+    return y if residual is None else y.add_(residual)
 
 
 def backward(
     dy: Tensor, x: Tensor, tail: Tensor, base: Base, low: Low, drop: Drop | None = None,
-    *, need_x: bool = True, need_a: bool = True, need_b: bool = True,
+    *, need_x: bool = True, need_a: bool = True, need_b: bool = True, dense: bool = False, norm: RowNorm | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dX, the left part of a row buffer, and all adapters' gradients in one flat tensor; None for what is not needed.
 
     Args:
         dy: ``[M, N]``. x: ``[M, K]``. Both with the last dimension contiguous. tail: ``X Aᵀ`` from forward.
+        dense: dX with one row right after the other, which costs nothing where a kernel adds the adapters' share.
+        norm: X is the norm of the given one; only where :func:`norms_rows` says so. dX is still that of X.
     """
     drop = drop or Drop()
     if not dy.numel() or not base.k:
@@ -185,9 +215,12 @@ def backward(
         return (row_buffer(dy.shape[0], base.k, low.r, dy.dtype, dy.device)[:, : base.k] if need_x else None), flat
     dx, dlow, packed = input_gradient(dy, base, low, need_x, need_x or need_a)
     if not low.r:
-        return dx, None
-    flat = gradients(dy, x[:, : base.k], tail, dlow, dx, packed, low, drop, need_a=need_a, need_b=need_b)
-    return dx, flat
+        return (dx.contiguous() if dense and dx is not None else dx), None
+    out = dispatch.allocate(dx.shape, dx.dtype, dx.device) if dense and dx is not None else None
+    flat = gradients(
+        dy, x[:, : base.k], tail, dlow, dx, packed, low, drop, need_a=need_a, need_b=need_b, out=out, norm=norm
+    )
+    return dx if out is None else out, flat
 
 
 def input_gradient(
@@ -222,13 +255,22 @@ def input_gradient(
 
 def gradients(
     dy: Tensor, x: Tensor, tail: Tensor, dlow: Tensor | None, dx: Tensor | None, packed: Tensor | None, low: Low,
-    drop: Drop, *, need_a: bool = True, need_b: bool = True,
+    drop: Drop, *, need_a: bool = True, need_b: bool = True, out: Tensor | None = None,
+    norm: RowNorm | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """All adapters' gradients in one flat tensor (see :class:`Low`) of their dtype; adds the adapters' share to dx."""
+    """All adapters' gradients in one flat tensor (see :class:`Low`) of their dtype; adds the adapters' share to dx.
+
+    Args:
+        out: where dx with that share goes; None is over dx.
+        norm: as for :func:`backward`.
+    """
     m, k = x.shape
     dtype = low.a[0].dtype
     if not uses_kernels(x, low.padded) or len(low.a) > 3:
-        return _gradients_by_torch(dy, x, tail, dlow, dx, packed, low, drop, need_a, need_b)
+        flat = _gradients_by_torch(dy, x, tail, dlow, dx, packed, low, drop, need_a, need_b)
+        if out is not None and dx is not None:
+            out.copy_(dx)
+        return flat
     from ft_kernels.ops.lora import kernels
 
     parts = kernels.splits(m, k, x.device)
@@ -238,7 +280,7 @@ def gradients(
         if not (need_a and need_b):
             partial.zero_()
     if dlow is not None and packed is not None and (need_a or dx is not None):
-        kernels.a_gradient(x, k, dlow, packed, low, partial if need_a else None, dx, parts, drop)
+        kernels.a_gradient(x, k, dlow, packed, low, partial if need_a else None, dx, parts, drop, out, norm)
     if partial is None:
         return None
     if need_b:

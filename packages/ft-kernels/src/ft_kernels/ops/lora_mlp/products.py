@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ft_kernels import dispatch, tuning
 from ft_kernels.ops.glu import reference as glu
 from ft_kernels.ops.lora import products
-from ft_kernels.ops.lora.operands import Base, Drop, Low, row_buffer
+from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
 
 __all__ = ["backward", "forward"]
 
@@ -67,6 +67,7 @@ def _deactivate(dh: Tensor, gate_up: Tensor, kind: int) -> None:
 def forward(
     x: Tensor, gate_up: Base, first: Low, down: Base, second: Low, kind: int,
     drop: Drop | None = None, drop_hidden: Drop | None = None,
+    *, bias: tuple[Tensor | None, Tensor | None] = (None, None), residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Y, ``[G | U]``, and what the first and the second product's adapters made of their inputs.
 
@@ -74,10 +75,11 @@ def forward(
         x: ``[M, K]``, or a whole row buffer (see :func:`ft_kernels.ops.lora.products.forward`).
         first: the adapters of gate (from output 0 on) and up (from output I on), or one of both.
         kind: the activation's number in ``glu.reference.KINDS``.
+        bias: of gate and up together, and of down. residual: ``[M, N]``, added to Y.
     """
     drop_hidden = drop_hidden or Drop()
     m, i, r = x.shape[0], down.k, second.padded
-    both, tail = products.forward(x, gate_up, first, None, drop)
+    both, tail = products.forward(x, gate_up, first, bias[0], drop)
     if _fuses(both, first, second):
         widened = products.widened_weight(down, r, m, x.dtype)
         if widened is not None:
@@ -86,22 +88,24 @@ def forward(
             packed = products.pack(second, i, widened[:, i : i + r])
             row = row_buffer(m, i, r, x.dtype, x.device)
             hidden_tail = kernels.hidden(both, row, packed, kind, drop_hidden)
-            return F.linear(row[:, : i + r], widened[:, : i + r]), both, tail, hidden_tail
+            y = products.linear(row[:, : i + r], widened[:, : i + r], bias[1], residual)
+            return y, both, tail, hidden_tail
     row = row_buffer(m, i, r, x.dtype, x.device)
     h = _activate(both, kind, row[:, :i])
-    y, hidden_tail = products.forward(row if r else h, down, second, None, drop_hidden)
+    y, hidden_tail = products.forward(row if r else h, down, second, bias[1], drop_hidden, residual=residual)
     return y, both, tail, hidden_tail
 
 
 def backward(
     dy: Tensor, x: Tensor, both: Tensor, tail: Tensor, hidden_tail: Tensor, gate_up: Base, first: Low, down: Base,
     second: Low, kind: int, drop: Drop | None = None, drop_hidden: Drop | None = None,
-    *, need_x: bool = True,
+    *, need_x: bool = True, norm: RowNorm | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """dX, the left part of a row buffer, and all adapters' gradients in one flat tensor, the first product's first.
 
     Args:
         both: ``[G | U]``, which their gradients are written over.
+        norm: as for :func:`ft_kernels.ops.lora.products.backward`.
     """
     drop, drop_hidden = drop or Drop(), drop_hidden or Drop()
     m, k, i = x.shape[0], gate_up.k, down.k
@@ -114,20 +118,23 @@ def backward(
     assert dh is not None
     if _fuses(both, first, second) and dlow is not None and packed is not None:
         return _fused(
-            dy, x, both, tail, hidden_tail, dh, dlow, packed, gate_up, first, second, kind, drop, drop_hidden, need_x
-        )
+            dy, x, both, tail, hidden_tail, dh, dlow, packed, gate_up, first, second, kind, drop, drop_hidden, need_x,
+            norm,
+        )  # fmt: skip
     h = _activate(both, kind, dispatch.allocate((m, i), x.dtype, x.device))
     flats: list[Tensor | None] = []
     if second.r:
         flats.append(products.gradients(dy, h, hidden_tail, dlow, dh, packed, second, drop_hidden))
     _deactivate(dh, both, kind)
-    dx, own = products.backward(both, x, tail, gate_up, first, drop, need_x=need_x)
-    return dx, torch.cat([flat for flat in (own, *flats) if flat is not None])
+    dx, own = products.backward(both, x, tail, gate_up, first, drop, need_x=need_x, norm=norm)
+    given = [flat for flat in (own, *flats) if flat is not None]
+    return dx, torch.cat(given) if given else some.new_empty(0)
 
 
 def _fused(
     dy: Tensor, x: Tensor, both: Tensor, tail: Tensor, hidden_tail: Tensor, dh: Tensor, dlow: Tensor, packed: Tensor,
     gate_up: Base, first: Low, second: Low, kind: int, drop: Drop, drop_hidden: Drop, need_x: bool,
+    norm: RowNorm | None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     from ft_kernels.ops.lora import kernels as sums
     from ft_kernels.ops.lora_mlp import kernels
@@ -143,7 +150,7 @@ def _fused(
     )  # fmt: skip
     dx, dfirst, stacked = products.input_gradient(both, gate_up, first, need_x)
     if dfirst is not None and stacked is not None:
-        sums.a_gradient(x, k, dfirst, stacked, first, partial, dx, parts, drop)
+        sums.a_gradient(x, k, dfirst, stacked, first, partial, dx, parts, drop, None, norm)
     return dx, products.sum_parts(partial, second.a[0].dtype)
 
 

@@ -155,8 +155,9 @@ def rotate(
     interleaved_sections: bool = False,
     back: bool = False,
     inplace: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Turn q and k, into new memory (contiguous) or where they are.
+    """Turn q and k, into new memory (contiguous), into ``out`` or where they are.
 
     Args:
         q, k: ``[B, S, heads, D]``, any strides; each its own number of heads and dtype.
@@ -168,8 +169,9 @@ def rotate(
         interleaved_sections: how streams share the pairs, see ``reference.streams_of_pairs``.
         back: turn by the negative angle. This is the backward pass, with the gradients for q and k.
         inplace: write the result over q and k; the dimensions after the pairs are then not touched at all.
+        out: where to write, of any strides but for the last dimension, which is contiguous.
     """
-    outs = (q, k) if inplace else tuple(dispatch.allocate(t.shape, t.dtype, t.device) for t in (q, k))
+    outs = out or ((q, k) if inplace else tuple(dispatch.allocate(t.shape, t.dtype, t.device) for t in (q, k)))
     if q.numel() + k.numel() == 0:
         return outs[0], outs[1]
     sources = [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k)]

@@ -1,0 +1,126 @@
+"""The gated multilayer perceptron half of a decoder layer, forward and backward, on buffers.
+
+    N = rms_norm(X)      [G | U] = N W_gate_upᵀ + update      Y = X + (a(G)·U) W_downᵀ + update
+
+The norm writes into the row that the product reads, and X is added by the last product. Backwards the gradient of Y
+past the block is added by the norm's. a(G)·U is never kept: the pass that makes the gradients of G and U makes it once
+more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ft_kernels.ops.blocks.parts import (
+    Norm,
+    Product,
+    drops,
+    normed,
+    normed_backward,
+    refuse_twice,
+    row_norm,
+    split_adapters,
+)
+from ft_kernels.ops.lora import products
+from ft_kernels.ops.lora.autograd import as_rows, unflatten
+from ft_kernels.ops.lora_mlp import products as mlp_products
+
+__all__ = ["MLP", "MLPBlock", "run"]
+
+
+@dataclass(frozen=True, eq=False)
+class MLP:
+    """What does not change from call to call, or is no activation; ``kind`` is the activation's number."""
+
+    norm: Norm
+    gate_up: Product
+    down: Product
+    kind: int
+    dropout: float
+    keep: str
+
+
+def _forward(
+    block: MLP, x: Tensor, seed: Tensor | None, adapters: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Y, and all there is to keep: the normed row, 1/rms, [G | U] and both products' low-rank inputs."""
+    first, second = (p.low(*ab) for p, ab in _sides(block, adapters))
+    drop, drop_hidden = drops(block.dropout, seed)
+    rows = as_rows(x)
+    row, rstd = normed(rows, block.norm, first)
+    y, both, tail, hidden_tail = mlp_products.forward(
+        row, block.gate_up.base, first, block.down.base, second, block.kind, drop, drop_hidden,
+        bias=(block.gate_up.bias, block.down.bias), residual=rows,
+    )  # fmt: skip
+    return y.view(x.shape), (row, rstd, both, tail, hidden_tail)
+
+
+def _sides(block: MLP, adapters: Sequence[Any]) -> list[tuple[Product, tuple[Any, Any]]]:
+    two = (block.gate_up, block.down)
+    return list(zip(two, split_adapters(two, adapters), strict=True))
+
+
+def run(block: MLP, x: Tensor, seed: Tensor | None, *adapters: Tensor) -> Tensor:
+    """The block without anything kept."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _forward(block, x, seed, adapters)[0]
+
+
+class MLPBlock(torch.autograd.Function):
+    """:func:`run` with a backward."""
+
+    @staticmethod
+    def forward(ctx: Any, block: MLP, x: Tensor, seed: Tensor | None, *adapters: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y, (row, rstd, both, tail, hidden_tail) = _forward(block, x, seed, adapters)
+        ctx.set_materialize_grads(False)
+        ctx.block = block
+        activations = block.keep in ("all", "most")
+        ctx.save_for_backward(
+            x, seed, tail, hidden_tail,
+            row if block.keep == "all" and block.gate_up.starts else None,
+            rstd if activations else None, both if activations else None,
+            *adapters,
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        block: MLP = ctx.block
+        if block.keep in ("all", "most"):
+            refuse_twice(ctx, "mlp_block")
+        x, seed, tail, hidden_tail, row, rstd, both, *adapters = ctx.saved_tensors
+        need_x = ctx.needs_input_grad[1]
+        with torch.autocast(x.device.type, enabled=False):
+            sides = _sides(block, adapters)
+            first, second = (p.low(*ab) for p, ab in sides)
+            drop, drop_hidden = drops(block.dropout, seed)
+            rows, dys = as_rows(x), as_rows(dy)
+            # Gradients of A need the normed rows, which a kernel makes as it reads x.
+            alone = both is not None and products.norms_rows(rows, first)
+            if row is None and (both is None or (first.r and not alone)):
+                row, rstd = normed(rows, block.norm, first)
+            if both is None:
+                both, _ = products.forward(row, block.gate_up.base, first, block.gate_up.bias, drop, tail=tail)
+            dn, flat = mlp_products.backward(
+                dys, rows if row is None else row, both, tail, hidden_tail, block.gate_up.base, first,
+                block.down.base, second, block.kind, drop, drop_hidden, need_x=need_x,
+                norm=row_norm(block.norm, rstd) if row is None and first.r else None,
+            )  # fmt: skip
+            dx = normed_backward(dn, rows, block.norm, rstd, dys).view(x.shape) if dn is not None else None
+        needs = split_adapters((block.gate_up, block.down), ctx.needs_input_grad[3:])
+        result: list[Tensor | None] = []
+        parts = flat.split([first.numel, second.numel])
+        for side, need, part in zip(sides, needs, parts, strict=True):
+            da, db = unflatten(part, *side[1], *need)
+            result += [*da, *db]
+        return None, dx, None, *result

@@ -1,0 +1,105 @@
+"""What both halves of a layer are made of: their norm, their products, and what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ft_kernels import dispatch
+from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
+
+__all__ = [
+    "Norm",
+    "Product",
+    "drops",
+    "normed",
+    "normed_backward",
+    "refuse_twice",
+    "row_norm",
+    "split_adapters",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """An RMS norm with a frozen weight, as :func:`ft_kernels.rms_norm` computes it.
+
+    Attributes:
+        weight: ``[H]``, or ``[head_dim]`` for a norm of heads.
+        eps: added to the mean square.
+        offset: added to the weight; 1 for families that store it around zero (Gemma).
+    """
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A frozen weight with what does not change of its adapters.
+
+    Attributes:
+        starts, scaling: of each adapter that there is, as ``Low`` has them.
+        bias: ``[N]`` in the weight's dtype, or None.
+    """
+
+    base: Base
+    starts: Sequence[int]
+    scaling: Sequence[float]
+    bias: Tensor | None
+
+    def low(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Low:
+        return Low(a, b, self.starts, self.scaling)
+
+
+def split_adapters(products: Sequence[Product], adapters: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """a and b of each product from all in one list: a and b of the first, a and b of the second."""
+    pairs, place = [], 0
+    for product in products:
+        count = len(product.starts)
+        pairs.append((adapters[place : place + count], adapters[place + count : place + 2 * count]))
+        place += 2 * count
+    return pairs
+
+
+def drops(dropout: float, seed: Tensor | None) -> tuple[Drop, Drop]:
+    """The dropout of the first and of the second product's input."""
+    first, second = (Drop(dropout, None if seed is None else seed[i : i + 1]) for i in range(2))
+    return first, second
+
+
+def normed(x: Tensor, norm: Norm, low: Low) -> tuple[Tensor, Tensor]:
+    """A row buffer with the norm of x ``[M, H]`` in its left part, its tail not filled, and 1/rms ``[M]``."""
+    from ft_kernels.ops.rms_norm import kernels
+
+    m, h = x.shape
+    row = row_buffer(m, h, low.padded, x.dtype, x.device)
+    _, rstd, _ = kernels.forward(x, norm.weight, norm.eps, norm.offset, out=row[:, :h])
+    return row, rstd
+
+
+def normed_backward(dn: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor) -> Tensor:
+    """The gradient of x ``[M, H]``: through its norm, from ``dn``, and past it, ``residual``; rounded once."""
+    from ft_kernels.ops.rms_norm import kernels
+
+    dx = dispatch.allocate(x.shape, x.dtype, x.device)
+    return kernels.backward(dn, x, norm.weight, rstd, norm.offset, False, residual, dx)[0]
+
+
+def row_norm(norm: Norm, rstd: Tensor) -> RowNorm:
+    """The norm for a kernel that makes normed rows as it reads x."""
+    return RowNorm(norm.weight, rstd, norm.offset)
+
+
+def refuse_twice(ctx: Any, name: str) -> None:
+    """Raise in a second backward pass through memory that the first has written over."""
+    if getattr(ctx, "consumed", False):
+        raise RuntimeError(
+            f"{name}: backward was called a second time; it writes gradients over what forward kept. "
+            f"Call {name} again, or add the losses up before one backward"
+        )
+    ctx.consumed = True
