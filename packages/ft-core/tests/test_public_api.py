@@ -88,6 +88,7 @@ EXPECTED: dict[str, list[str]] = {
         "fast_path_of",
         "layout_of",
     ],
+    "ft_core.fast.blocks": ["Blocks", "Keep"],
     "ft_core.fast.check": ["Comparison", "bound", "compare"],
     "ft_core.fast.documents": ["Batch", "LENGTHS", "batch_of"],
     "ft_core.fast.families": [],
@@ -99,6 +100,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.layout": ["Activation", "Attention", "Layout", "Mlp", "Norm", "Norms", "activation"],
     "ft_core.fast.linears": ["Adapter", "Linear", "base_of", "is_plain", "numbers", "read", "trains"],
     "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of"],
+    "ft_core.fast.wide": ["Wide"],
     "ft_core.fast.verify": ["Ledger", "Line", "in_float64", "verify"],
     "ft_core.generation": [
         "encode_prompt",

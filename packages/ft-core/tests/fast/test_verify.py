@@ -47,9 +47,13 @@ def test_the_fast_layers_are_as_exact(dtype, parameters):
 
 @pytest.mark.parametrize("fault", ["angle", "norm", "scale"])
 def test_a_fault_is_called_one(monkeypatch, fault):
-    rope, rms_norm, attention = layer.kernels.rope, layer.kernels.rms_norm, layer.kernels.packed_attention
+    block, rms_norm, attention = (
+        getattr(layer.kernels, n) for n in ("attention_block", "rms_norm", "packed_attention")
+    )
     if fault == "angle":
-        monkeypatch.setattr(layer.kernels, "rope", lambda q, k, c, s, **words: rope(q, k, c, s * 1.02, **words))
+        monkeypatch.setattr(
+            layer.kernels, "attention_block", lambda *a, sin, **words: block(*a, sin=sin * 1.02, **words)
+        )
     elif fault == "norm":
         monkeypatch.setattr(layer.kernels, "rms_norm", lambda x, w, e, **words: rms_norm(x, w * 1.02, e, **words))
     else:
