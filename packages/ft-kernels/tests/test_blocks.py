@@ -329,10 +329,9 @@ def formula(problem, keep):
 @pytest.mark.parametrize(
     ("half", "dtype", "options"),
     [
-        ("attention", BRAIN, {}),
-        ("attention", BRAIN, {"qk_norm": True, "ranks": [4, None, 20, 3]}),
+        ("attention", HALF, {"qk_norm": True, "ranks": [4, None, 20, 3]}),
         ("attention", FULL, {"ranks": [None, None, None, 4]}),
-        ("mlp", BRAIN, {}),
+        ("mlp", HALF, {}),
         ("mlp", FULL, {"ranks": [None, None, 4]}),
     ],
 )
@@ -341,7 +340,8 @@ def test_bytes_kept(device, keep, half, dtype, options):
     problem = Problem(half, device, dtype, adapters=FULL, **options)
     weights = problem.forms("wide")
     block, leaves = problem.block(weights=weights, attention=ft.packed_attention, keep=keep), problem.leaves()
-    block(*leaves)  # what is made once for a device is there
+    if device == "cuda":
+        block(*leaves)  # what is made once for a device is there
     rows = problem.x.numel() // H
     expected = rows * formula(problem, keep)
     if half == "attention" and keep != "none":
@@ -366,7 +366,7 @@ def test_bytes_kept(device, keep, half, dtype, options):
 @pytest.mark.parametrize(("half", "keep"), [("attention", "most"), ("attention", "inputs"), ("mlp", "most")])
 def test_around_the_block(device, half, keep):
     """Under hooks that move what is saved, under checkpoint, autocast and without gradients it is the same."""
-    problem = Problem(half, device, BRAIN, adapters=FULL, qk_norm=True, shape=(2, 6))
+    problem = Problem(half, device, HALF, adapters=FULL, qk_norm=True, shape=(2, 6))  # the interpreter is slow in bf16
     block = problem.block(attention=attend, keep=keep)
     expected = problem.run(block)
 
@@ -379,7 +379,7 @@ def test_around_the_block(device, half, keep):
         return checkpoint(lambda x, *ab: block(x, ab[: len(a)], ab[len(a) :]), x, *pairs, use_reentrant=reentrant)
 
     def autocast(x, a, b):
-        with torch.autocast(device, HALF):
+        with torch.autocast(device, BRAIN):
             return block(x, a, b)
 
     for compute in (moved, checkpointed, autocast):
