@@ -15,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from importlib.metadata import distributions, packages_distributions, requires
+from importlib.metadata import distributions, metadata, packages_distributions, requires
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +99,14 @@ def use_kernels() -> None:
     loss = ft_kernels.cross_entropy(torch.zeros(3, 50), torch.tensor([0, 7, 49]))
     assert abs(loss.item() - math.log(50)) < 1e-6, loss
     assert ft_kernels.rms_norm(torch.full((2, 8), 3.0), torch.ones(8), eps=0.0).sub(1).abs().max() < 1e-6
+    # The README's examples, as the wheel carries them.
+    text = str(metadata("ft-kernels").get_payload())
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2, len(examples)
+    for example in examples:
+        done = subprocess.run([sys.executable, "-I", "-c", example], check=False, capture_output=True, text=True)
+        losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", done.stdout)]
+        assert done.returncode == 0 and losses[-1] < losses[0], done
 
 
 def ft(*words: str) -> str:
