@@ -106,7 +106,8 @@ def use_kernels() -> None:
     for example in examples:
         done = subprocess.run([sys.executable, "-I", "-c", example], check=False, capture_output=True, text=True)
         losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", done.stdout)]
-        assert done.returncode == 0 and losses[-1] < losses[0], done
+        assert done.returncode == 0, done.stderr
+        assert losses[-1] < losses[0], losses
 
 
 def ft(*words: str) -> str:
