@@ -69,6 +69,19 @@ def test_a_mistake_is_refused_by_name(ft, configure, tmp_path, monkeypatch, fast
     assert done.code == 0, done.err
 
 
+def test_layers_that_fail_are_taken_out(ft, configure, metrics, tmp_path, monkeypatch, fast_layers):
+    from ft_core.fast import layer
+
+    def fail(*args: Any, **keywords: Any) -> Any:
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(layer.kernels, "mlp_block", fail)
+    done = ft("train", configure(output=str(tmp_path / "run"), training={"max_steps": 2}))
+    assert done.code == 0, done.err
+    assert "the fast ones fail on this machine (RuntimeError: no such instruction)" in done.out + done.err
+    assert len(metrics(tmp_path / "run")) == 2
+
+
 def test_an_unknown_family_says_why(ft, configure, tmp_path, monkeypatch, fast_layers):
     from ft_core.fast import find
 

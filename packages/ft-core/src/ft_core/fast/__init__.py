@@ -1,6 +1,6 @@
 """The fast path: a model's layers computed by ft_kernels, on the instance, with the same mathematics."""
 
-from ft_core.fast.check import Comparison, compare
+from ft_core.fast.check import Comparison, compare, trial
 from ft_core.fast.find import NotFast, layout_of
 from ft_core.fast.layout import Activation, Attention, Layout, Mlp, Norm, Norms, activation
 from ft_core.fast.swap import FastPath, disable, enable, fast_path_of
@@ -21,4 +21,5 @@ __all__ = [
     "enable",
     "fast_path_of",
     "layout_of",
+    "trial",
 ]

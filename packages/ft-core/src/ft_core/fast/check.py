@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ft_core.fast.layer import at
 from ft_core.fast.swap import FastPath
 
-__all__ = ["Comparison", "bound", "compare"]
+__all__ = ["Comparison", "bound", "compare", "trial"]
+
+TRIED = 160
+"""Tokens of a trial: from 128 on, products take the way that long rows take."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,21 @@ def compare(path: FastPath, model: nn.Module, batch: dict[str, Any], dtype: torc
     terms = max(path.model.config.get_text_config().intermediate_size, batch["input_ids"].numel())
     limit = bound(computed, len(path.layers), terms)
     return Comparison((float(fast_loss), float(plain_loss)), distances, limit)
+
+
+def trial(path: FastPath) -> None:
+    """Run the fast layers forward and backward on a few tokens; raises whatever they raise on this machine."""
+    model = path.model
+    backbone = at(model, path.layout.backbone)
+    device = next(model.parameters()).device
+    dtype = next(backbone.parameters()).dtype
+    ids = torch.arange(TRIED, device=device)[None] % model.config.get_text_config().vocab_size
+    with _without_dropout(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2):
+            hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        parameters = [p for p in backbone.parameters() if p.requires_grad]
+        if parameters:
+            torch.autograd.grad(hidden.float().sum(), parameters, allow_unused=True)
 
 
 def _distance(one: Tensor | None, two: Tensor | None, largest: float) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.errors import RunError
+from ft_core.memory import is_memory_error
 from ft_core.models import Device
 
 __all__ = ["check_first_step", "recomputes", "runs_kernels", "speed_up"]
@@ -23,15 +24,24 @@ def runs_kernels(device: Device) -> bool:
 
 
 def speed_up(model: Any, device: Device, say: Callable[[str], None]) -> None:
-    """Let the model train on the fast layers, or say in one line why it does not."""
+    """Let the model train on the fast layers, or say in one line why not: they do not know it, or fail here."""
     if not runs_kernels(device):
         return
     from ft_core import fast
 
     try:
-        fast.enable(model)
+        path = fast.enable(model)
     except fast.NotFast as reason:
         say(f"trained on transformers' own layers, slower than need be: {reason}")
+        return
+    try:
+        fast.trial(path)
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        fast.disable(model)
+        words = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        say(f"trained on transformers' own layers: the fast ones fail on this machine ({words})")
 
 
 def recomputes(model: Any, config: TrainConfig, device: Device) -> bool:
