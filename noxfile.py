@@ -143,7 +143,10 @@ def tests(session: nox.Session, package: str) -> None:
     if package == "ft-kernels":
         # Triton's interpreter is one thread of Python, which measuring coverage makes three times as slow.
         measure = ["-n", "2"]
-        env["OMP_NUM_THREADS"] = "1"
+    if package == "ft-core":
+        measure += ["-n", "2", "--dist", "loadfile"]  # fixtures of a file share the models that they make
+    if package in ("ft-kernels", "ft-core"):
+        env["OMP_NUM_THREADS"] = "1"  # a thread for each of the two processes
     dev_python(session, "-m", "pytest", f"packages/{package}/tests", *measure, *session.posargs, env=env)
 
 

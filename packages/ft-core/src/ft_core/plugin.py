@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ft_core.plugins.specs import CommandSpec, MethodSpec, ModalitySpec
+from ft_core.plugins.specs import ArchitectureSpec, CommandSpec, MethodSpec, ModalitySpec
 
 __all__ = [
     "BENCH",
@@ -11,8 +11,12 @@ __all__ = [
     "EVAL",
     "EXPORT",
     "GENERATE",
+    "LLAMA",
+    "MISTRAL",
     "MODELS",
     "PLUGINS",
+    "QWEN2",
+    "QWEN3",
     "REPORT",
     "SFT",
     "TEXT",
@@ -29,6 +33,17 @@ SFT = MethodSpec(
     formats=("messages", "prompt-completion", "alpaca", "sharegpt", "text"),
 )
 TEXT = ModalitySpec(name="text", summary="language models on text", load="ft_core.models:load_for_training")
+
+
+def _family(name: str, summary: str, module: str) -> ArchitectureSpec:
+    describe = f"ft_core.fast.families.{module}:describe_{name}"
+    return ArchitectureSpec(name=name, summary=summary, model_types=(name,), describe=describe)
+
+
+LLAMA = _family("llama", "Llama 2 and 3, SmolLM2 and other models of the type llama", "llama")
+MISTRAL = _family("mistral", "Mistral 7B and its relatives, with or without a sliding window", "llama")
+QWEN2 = _family("qwen2", "Qwen 2 and 2.5, with biases on q, k and v", "qwen")
+QWEN3 = _family("qwen3", "Qwen 3, dense, with norms on each head's queries and keys", "qwen")
 
 
 def _command(name: str, summary: str) -> CommandSpec:
