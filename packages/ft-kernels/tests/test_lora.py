@@ -103,6 +103,25 @@ def plain(problem, scaling, weight=None):
     return compute
 
 
+def in_another_order(problem, scaling, seed):
+    """What PEFT computes with features shuffled: another order of each sum, another sample of eager's error in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    ins = torch.randperm(problem.x.shape[1], generator=generator).to(problem.x.device)
+    outs = [torch.randperm(n, generator=generator).to(ins) for n in problem.sizes]
+    starts = [sum(problem.sizes[:i]) for i in range(len(outs))]
+    every = torch.cat([start + order for start, order in zip(starts, outs, strict=True)])
+    other = problem.cast(problem.x.dtype)
+    other.weights = [w[order][:, ins] for w, order in zip(problem.weights, outs, strict=True)]
+    plainly = plain(other, scaling)
+
+    def compute(x, a, b, bias, magnitude):
+        a = [None if t is None else t[:, ins] for t in a]
+        b, magnitude = ([None if t is None else t[o] for t, o in zip(ts, outs, strict=True)] for ts in (b, magnitude))
+        return plainly(x[:, ins], a, b, None if bias is None else bias[every], magnitude)[:, every.argsort()]
+
+    return compute
+
+
 def ours(problem, weight, scaling):
 
     def compute(x, a, b, bias, magnitude):
@@ -127,10 +146,12 @@ def judge(exact_enough, problem, form, scaling, **options):
     weight, same_weight = formed(problem, form)
     actual = problem.run(ours(problem, weight, scaling), **options)
     same = problem.cast(problem.x.dtype)
-    eager = same.run(plain(same, scaling, same_weight), **options)
+    eager = [same.run(plain(same, scaling, same_weight), **options)]
+    for seed in range(4 if problem.x.dtype == torch.float32 else 0):
+        eager.append(same.run(in_another_order(same, scaling, seed), **options))
     exact = problem.cast(torch.float64)
     exact = exact.run(plain(exact, scaling), **options)
-    for i, three in enumerate(zip(actual, eager, exact, strict=True)):
+    for i, three in enumerate(zip(actual, zip(*eager, strict=True), exact, strict=True)):
         exact_enough(f"number {i} of y, dx, da, db, dbias, dmagnitude", *three)
 
 
@@ -330,13 +351,16 @@ def test_mlp_exact(device, exact_enough, launched, kind, pair, form, ranks):
     eager = [same.run(gated(same, scaling, kind, len(ranks) == 2, problem.sizes))]
     for seed in range(4 if pair[0] == torch.float32 else 0):
         # Where the products round as much as all else, one order of their sums shows but one sample of eager's error.
-        order = torch.randperm(72, generator=torch.Generator().manual_seed(seed)).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        order, inner = (torch.randperm(n, generator=generator).to(device) for n in (72, 104))
         other = problem.cast(problem.x.dtype)
-        other.weights = [*(w[:, order] for w in same.weights[:-1]), same.weights[-1]]
+        other.weights = [*(w[inner][:, order] for w in same.weights[:-1]), same.weights[-1][:, inner]]
         plainly = gated(other, scaling, kind, len(ranks) == 2, problem.sizes)
+        rows = torch.cat([inner, 104 + inner]) if len(ranks) == 2 else inner
 
-        def shuffled(x, a, *rest, order=order, plainly=plainly):
-            return plainly(x[:, order], [*(t[:, order] for t in a[:-1]), a[-1]], *rest)
+        def shuffled(x, a, b, *rest, order=order, inner=inner, rows=rows, plainly=plainly):
+            a = [*(t[:, order] for t in a[:-1]), a[-1][:, inner]]
+            return plainly(x[:, order], a, [*(t[rows] for t in b[:-1]), b[-1]], *rest)
 
         eager.append(same.run(shuffled))
     eager = zip(*eager, strict=True)

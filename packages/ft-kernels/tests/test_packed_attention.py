@@ -606,5 +606,5 @@ def test_more_than_two_to_the_31_elements(launched):
         (dq,) = torch.autograd.grad(out, q, out.detach())
     last = [x[-4096:].detach() for x in (q, k, v)]
     end = both(ours("chunked"), *last, None, out[-4096:].detach(), lengths=[4096], window=64)
-    torch.testing.assert_close(out[-4096:], end[0], rtol=2**-6, atol=2**-6)
-    torch.testing.assert_close(dq[-4096:], end[1], rtol=2**-6, atol=2**-6)
+    for one, other in zip((out[-4096:], dq[-4096:]), end, strict=False):
+        assert (one - other).norm() < 2**-6 * other.norm()

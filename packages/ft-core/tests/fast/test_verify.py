@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ft_core.fast import layer
-from ft_core.fast.verify import in_float64, verify
+from ft_core.fast.verify import Float64, verify
 
 SIZES = {
     "vocab_size": 97,
@@ -74,7 +74,7 @@ def test_float64_is_float64():
     right = x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
     with torch.no_grad():
         assert (norm(x) - right).abs().max() > 1e-9
-        with in_float64():
+        with Float64():
             assert (norm(x) - right).abs().max() < 1e-14
             cos, _ = model.model.rotary_emb(x, torch.arange(5)[None])
             angles = torch.arange(5, dtype=torch.float64)[:, None] * model.model.rotary_emb.inv_freq

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["IGNORE", "Collator", "keeps_documents_apart"]
+__all__ = ["IGNORE", "LENGTHS", "Collator", "keeps_documents_apart"]
 
 IGNORE = -100
 """The label that torch's and transformers' cross-entropy leave out."""
+LENGTHS = "document_lengths"
+"""The key of a batch, and the keyword of a forward pass, that states the documents' lengths."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Collator:
 
         documents = [document for feature in features for document in _documents(feature)]
         if self.padding_free:
-            lengths = {"document_lengths": [len(ids) for ids, _ in documents]} if self.lengths else {}
+            lengths = {LENGTHS: [len(ids) for ids, _ in documents]} if self.lengths else {}
             return {
                 **lengths,
                 "input_ids": torch.cat([ids for ids, _ in documents])[None],

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import ft_kernels as kernels
-from ft_core.fast.layout import Layout
-from ft_core.fast.linears import Linear, read, trains
+from ft_core.fast.layout import Layout, at
+from ft_core.fast.linears import frozen, read, updates
 from ft_core.fast.wide import Wide
 
 __all__ = ["Blocks", "Keep"]
@@ -81,34 +81,22 @@ class Blocks:
 
     def _norm(self, module: Any) -> Any:
         form = self.layout.norm_form
-        eps: Any = module
-        for name in form.eps.split("."):
-            eps = getattr(eps, name)
-        return kernels.Norm(module.weight, eps, form.offset)
+        return kernels.Norm(module.weight, at(module, form.eps), form.offset)
 
     def _half(self, where: str, ins: Sequence[str], out: str, norm: str, after: str | None, count: int) -> _Half | None:
         if after is not None or self.layout.residual_scale != 1.0 or len(ins) != count:
             return None
         own = self.module.get_submodule(where)
-        linears = [read(own.get_submodule(name)) for name in (*ins, out)]
-        known = [linear for linear in linears if linear is not None and not trains(linear)]
-        if len(known) != count + 1 or len({type(linear.weight) for linear in known}) != 1:
-            return None
+        known = frozen([read(own.get_submodule(name)) for name in (*ins, out)])
         first = self._norm(self.module.get_submodule(norm))
-        dropouts = {linear.adapter.dropout for linear in known if linear.adapter is not None}
-        dtypes = {linear.adapter.a.dtype for linear in known if linear.adapter is not None}
-        if first.weight.requires_grad or len(dropouts) > 1 or len(dtypes) > 1:
+        if known is None or first.weight.requires_grad:
+            return None
+        if len({linear.adapter.a.dtype for linear in known if linear.adapter is not None}) > 1:
             return None
         weights = self.wide.of(where + ".in", known[:-1]), self.wide.of(where + ".out", known[-1:])
-        return _Half(
-            (first, *weights, [_a(linear) for linear in known], [_b(linear) for linear in known]),
-            {
-                "scaling": [1.0 if linear.adapter is None else linear.adapter.scaling for linear in known],
-                "bias": [linear.bias for linear in known] if any(n.bias is not None for n in known) else None,
-                "dropout": dropouts.pop() if dropouts else 0.0,
-            },
-            known[0].weight.dtype if isinstance(known[0].weight, Tensor) else None,
-        )
+        a, b, named = updates(known)
+        dtype = known[0].weight.dtype if isinstance(known[0].weight, Tensor) else None
+        return _Half((first, *weights, a, b), named, dtype)
 
 
 @dataclass(frozen=True)
@@ -120,11 +108,3 @@ class _Half:
     def fits(self, x: Tensor) -> bool:
         """Whether the input is in the weights' dtype, as the blocks want it; quantized weights have none."""
         return self.dtype in (None, x.dtype)
-
-
-def _a(linear: Linear) -> Tensor | None:
-    return None if linear.adapter is None else linear.adapter.a
-
-
-def _b(linear: Linear) -> Tensor | None:
-    return None if linear.adapter is None else linear.adapter.b

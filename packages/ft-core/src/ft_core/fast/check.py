@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ft_core.fast.layer import at
+from ft_core.fast.layout import at
 from ft_core.fast.swap import FastPath
 
 __all__ = ["Comparison", "bound", "compare", "trial"]

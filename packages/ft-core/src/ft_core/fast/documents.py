@@ -16,10 +16,7 @@ from torch import Tensor
 
 from ft_kernels import AttentionPlan, plan_attention
 
-__all__ = ["LENGTHS", "Batch", "batch_of"]
-
-LENGTHS = "document_lengths"
-"""A keyword of the forward pass by which a collator that knows the documents' lengths may state them: a list."""
+__all__ = ["Batch", "batch_of"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ft_core.fast.layer import at
-from ft_core.fast.layout import Layout
+from ft_core.fast.layout import Layout, at
 from ft_core.plugins import ArchitectureSpec, registry, resolve
 
 __all__ = ["NotFast", "layout_of"]

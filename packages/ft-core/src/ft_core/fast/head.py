@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 import ft_kernels as kernels
+from ft_core.data.collating import IGNORE
 from ft_core.fast.layout import Layout
 from ft_core.fast.linears import read
 
-__all__ = ["IGNORE", "can_fuse", "loss_of"]
-
-IGNORE = -100
+__all__ = ["can_fuse", "loss_of"]
 
 
 def can_fuse(head: torch.nn.Module) -> bool:

@@ -17,17 +17,10 @@ from torch import Tensor, nn
 import ft_kernels as kernels
 from ft_core.fast.blocks import Blocks
 from ft_core.fast.documents import Batch
-from ft_core.fast.layout import Layout
-from ft_core.fast.linears import Linear, read, trains
+from ft_core.fast.layout import Layout, at
+from ft_core.fast.linears import frozen, read, updates
 
-__all__ = ["DecoderLayer", "at", "norm"]
-
-
-def at(module: Any, path: str) -> Any:
-    """The attribute at a dotted path."""
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
+__all__ = ["DecoderLayer", "norm"]
 
 
 def norm(module: nn.Module, layout: Layout, x: Tensor) -> Tensor:
@@ -110,8 +103,7 @@ class DecoderLayer:
             q = norm(at(module, names.q_norm), layout, q)
         if names.k_norm is not None:
             k = norm(at(module, names.k_norm), layout, k)
-        if names.rotary:
-            q, k = kernels.rope(q, k, cos, sin, layout=names.rotary)
+        q, k = kernels.rope(q, k, cos, sin, layout=names.rotary)
         out = attend(q, k, v)
         return _products([at(module, names.out)], out.flatten(-2), [x.shape[-1]])[0]
 
@@ -119,22 +111,8 @@ class DecoderLayer:
         names = self.layout.mlp
         module = at(self.module, names.module)
         ins, out = [at(module, name) for name in names.gate_up], at(module, names.down)
-        linears = [read(part) for part in (*ins, out)]
-        if len(ins) == 2 and (known := _frozen(linears)) is not None:
-            p = _dropout(known)
-            if p is not None and any(linear.adapter for linear in known):
-                return kernels.lora_mlp(
-                    x, [known[0].weight, known[1].weight], known[2].weight,
-                    [None if n.adapter is None else n.adapter.a for n in known],
-                    [None if n.adapter is None else n.adapter.b for n in known],
-                    scaling=[1.0 if n.adapter is None else n.adapter.scaling for n in known],
-                    activation=names.activation,
-                    bias=[n.bias for n in known] if any(n.bias is not None for n in known) else None,
-                    dropout=p,
-                )  # fmt: skip
         parts = _products(ins, x, None)
-        both = parts[0] if len(parts) == 1 else None
-        gate, up = (both, None) if both is not None else parts
+        gate, up = parts if len(parts) == 2 else (parts[0], None)  # one layer makes both
         if names.activation == "silu":
             h = kernels.swiglu(gate, up)
         else:
@@ -144,52 +122,14 @@ class DecoderLayer:
 
 def _products(modules: Sequence[nn.Module], x: Tensor, sizes: list[int] | None) -> list[Tensor]:
     """The outputs of linear layers of one input; of one that makes several parts, split by sizes."""
-    linears = [read(module) for module in modules]
-    known = _frozen(linears)
-    p = None if known is None else _dropout(known)
-    if known is None or p is None:
+    known = frozen([read(module) for module in modules])
+    if known is None:
         outputs = [module(x) for module in modules]
-    elif len(known) == 1 and (sizes is None or len(sizes) == 1):
-        outputs = [_one(known[0], x, p)]
     else:
-        outputs = list(_several(known, x, p))
+        weights = [linear.weight for linear in known]
+        a, b, named = updates(known)
+        given = weights if len(weights) > 1 else weights[0]
+        outputs = list(kernels.lora_qkv(x, given, a, b, sizes=[linear.sizes[0] for linear in known], **named))
     if sizes is not None and len(outputs) == 1 and len(sizes) > 1:
         outputs = list(outputs[0].split(sizes, -1))
     return outputs
-
-
-def _frozen(linears: Sequence[Linear | None]) -> list[Linear] | None:
-    """All of them, if the kernels can compute them: frozen weights of one kind."""
-    known = [linear for linear in linears if linear is not None and not trains(linear)]
-    if len(known) != len(linears) or len({type(linear.weight) for linear in known}) != 1:
-        return None
-    return known
-
-
-def _dropout(linears: Sequence[Linear]) -> float | None:
-    """The dropout that all adapters share; None where they differ."""
-    found = {linear.adapter.dropout for linear in linears if linear.adapter is not None}
-    return found.pop() if len(found) == 1 else None if found else 0.0
-
-
-def _one(linear: Linear, x: Tensor, dropout: float) -> Tensor:
-    adapter = linear.adapter
-    if adapter is None:
-        return kernels.lora_qkv(x, linear.weight, [None], [None], sizes=[linear.sizes[0]], bias=linear.bias)[0]
-    return kernels.lora_linear(
-        x, linear.weight, adapter.a, adapter.b,
-        scaling=adapter.scaling, bias=linear.bias, dropout=dropout,
-    )  # fmt: skip
-
-
-def _several(linears: Sequence[Linear], x: Tensor, dropout: float) -> tuple[Tensor, ...]:
-    adapters = [linear.adapter for linear in linears]
-    return kernels.lora_qkv(
-        x, [linear.weight for linear in linears],
-        [None if a is None else a.a for a in adapters],
-        [None if a is None else a.b for a in adapters],
-        scaling=[1.0 if a is None else a.scaling for a in adapters],
-        sizes=[linear.sizes[0] for linear in linears],
-        bias=[linear.bias for linear in linears],
-        dropout=dropout,
-    )  # fmt: skip

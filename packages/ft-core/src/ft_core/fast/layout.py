@@ -9,9 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Activation", "Attention", "Layout", "Mlp", "Norm", "Norms", "activation"]
+__all__ = ["Activation", "Attention", "Layout", "Mlp", "Norm", "Norms", "activation", "at"]
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+def at(module: Any, path: str) -> Any:
+    """The attribute at a dotted path."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +59,7 @@ class Attention:
         qkv: the projections of q, k and v; one name where they are one linear layer (Phi 3).
         out: the output projection.
         q_norm, k_norm: norms over each head's dimensions, before the rotation (Qwen 3, Gemma 3), or None.
-        rotary: whether a layer's queries and keys are rotated, and in which pairs.
+        rotary: which dimensions of a head are turned together.
         scaling: the attribute that multiplies the products of q and k.
         window: the attribute that holds the sliding window, or None where every layer sees everything before.
         softcap: the attribute that holds the bound on the scores (Gemma 2), or None.

@@ -6,13 +6,14 @@ frozen weight is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "Linear", "base_of", "is_plain", "numbers", "read", "trains"]
+__all__ = ["Adapter", "Linear", "base_of", "frozen", "is_plain", "numbers", "read", "trains", "updates"]
 
 
 @dataclass(frozen=True)
@@ -176,3 +177,26 @@ def numbers(module: nn.Module) -> Tensor | None:
     if isinstance(weight, Int8Weight):
         return int8_dequantize(weight.quantized, weight.scales, torch.float32)
     return None
+
+
+def frozen(linears: Sequence[Linear | None]) -> list[Linear] | None:
+    """All of them, if one product can compute them: frozen weights of one kind, adapters of one dropout."""
+    known = [linear for linear in linears if linear is not None and not trains(linear)]
+    if len(known) != len(linears) or len({type(linear.weight) for linear in known}) != 1:
+        return None
+    return known if len({linear.adapter.dropout for linear in known if linear.adapter is not None}) <= 1 else None
+
+
+def updates(linears: Sequence[Linear]) -> tuple[list[Tensor | None], list[Tensor | None], dict[str, Any]]:
+    """A and B of each layer, None where there is none, and the products' keywords: scaling, bias and dropout."""
+    adapters = [linear.adapter for linear in linears]
+    biases = [linear.bias for linear in linears]
+    return (
+        [None if adapter is None else adapter.a for adapter in adapters],
+        [None if adapter is None else adapter.b for adapter in adapters],
+        {
+            "scaling": [1.0 if adapter is None else adapter.scaling for adapter in adapters],
+            "bias": biases if any(bias is not None for bias in biases) else None,
+            "dropout": max((adapter.dropout for adapter in adapters if adapter is not None), default=0.0),
+        },
+    )

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ft_core.data.collating import LENGTHS
 from ft_core.fast.blocks import Keep
-from ft_core.fast.documents import LENGTHS, Batch, batch_of
+from ft_core.fast.documents import Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of
 from ft_core.fast.head import can_fuse, loss_of
-from ft_core.fast.layer import DecoderLayer, at, norm
-from ft_core.fast.layout import Layout
+from ft_core.fast.layer import DecoderLayer, norm
+from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
 
 __all__ = ["FastPath", "disable", "enable", "fast_path_of"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Ledger", "Line", "in_float64", "verify"]
+__all__ = ["Float64", "Ledger", "Line", "verify"]
 
 TOO_MUCH = 2.0
 """Times transformers' own error from which the fast layers' is called a mismatch."""
@@ -85,7 +85,7 @@ class Ledger:
         return {**asdict(self), "summary": self.summary(), "mismatches": [n.name for n in self.mismatches]}
 
 
-class in_float64(TorchFunctionMode):
+class Float64(TorchFunctionMode):
     """Within it, what asks torch for float32 gets float64.
 
     transformers computes norms, angles, softmax and losses in float32 whatever a model's dtype; a float64 model is
@@ -207,7 +207,7 @@ def _step(model: Any, batch: Mapping[str, Any], role: str, dtype: torch.dtype) -
 def _arithmetic(role: str, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """float64 throughout; or autocast as in training, where that computes in 16 bits."""
     if role == "exact":
-        with in_float64():
+        with Float64():
             yield
     else:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -19,6 +19,7 @@ from ft_core.fast.linears import Linear
 __all__ = ["Wide"]
 
 ALIGN = 16
+"""The products fill ranks up to a multiple of this."""
 
 
 class Wide:
@@ -52,13 +53,12 @@ class Wide:
 
 
 def _can_move(weight: Any) -> bool:
-    """A plain frozen parameter in 16 bits on a GPU, not a shard that a distributed engine gathers and frees."""
+    """A plain frozen parameter in 16 bits on a GPU; a distributed engine's sharded one is of another type."""
     return (
         type(weight) in (Tensor, torch.nn.Parameter)
         and not weight.requires_grad
         and weight.is_cuda
         and weight.dtype in (torch.float16, torch.bfloat16)
-        and not getattr(weight, "_is_sharded", False)
     )
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ft_core.config import TrainConfig
 
-__all__ = ["Job"]
+__all__ = ["Job", "build_trainer"]
 
 
 @dataclass
@@ -43,3 +43,16 @@ class Job:
     callbacks: list[TrainerCallback]
     counts: dict[str, int] = field(default_factory=dict)
     say: Callable[[str], None] = print
+
+
+def build_trainer(build: Callable[[Job], Any], job: Job) -> Any:
+    """The method's trainer, the adapter's weights as they were: TRL's trainers round those of a quantized model.
+
+    They hold them in bfloat16 (Dettmers et al. 2023 did), where most updates of a usual learning rate are lost.
+    """
+    trained = [(p, p.data) for p in job.model.parameters() if p.requires_grad]
+    trainer = build(job)
+    for parameter, data in trained:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
+    return trainer

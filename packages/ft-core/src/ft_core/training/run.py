@@ -25,7 +25,7 @@ from ft_core.report import write_report
 from ft_core.runs import Run, write_json, write_text
 from ft_core.training.arguments import total_steps, trainer_arguments
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
-from ft_core.training.job import Job
+from ft_core.training.job import Job, build_trainer
 from ft_core.training.lock import held
 from ft_core.training.memory import memory_errors_said
 from ft_core.training.prepare import (
@@ -168,7 +168,7 @@ class _Session:
         self.writer = MetricsWriter(metrics, seconds=run.seconds_until(step))
         self.interruption = Interruption(job.say, ranks.any)
         job.callbacks += [self.writer, *([Progress(self.writer)] if ranks.is_main else []), self.interruption]
-        self.trainer: Any = _build(resolve(spec.trainer), job)
+        self.trainer: Any = build_trainer(resolve(spec.trainer), job)
         self.trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; Progress shows what matters
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
         self.step = step
@@ -309,19 +309,6 @@ class _Session:
             "memory": {phase: self.memory[phase] for phase in PHASES if phase in self.memory},
         }
         write_json(self.run.path / self.run.SUMMARY, summary)
-
-
-def _build(build: Callable[[Job], Any], job: Job) -> Any:
-    """The method's trainer, the adapter's weights as they were: TRL's trainers round those of a quantized model.
-
-    They hold them in bfloat16 (Dettmers et al. 2023 did), where most updates of a usual learning rate are lost.
-    """
-    trained = [(p, p.data) for p in job.model.parameters() if p.requires_grad]
-    trainer = build(job)
-    for parameter, data in trained:
-        if parameter.dtype != data.dtype:
-            parameter.data = data.to(parameter.device)
-    return trainer
 
 
 def _silent(line: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ft_core.data.collating import IGNORE
 from ft_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SftSettings", "build"]
 
-
-IGNORE = -100
 
 WASTE = 0.25
 """Padding, as a share of the tokens, that costs less on a CPU than attention over a packed row."""

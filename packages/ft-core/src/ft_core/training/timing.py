@@ -18,7 +18,7 @@ from ft_core.models.loading import fitting_length
 from ft_core.plugins import MethodSpec, registry, resolve
 from ft_core.runs import Run
 from ft_core.training.arguments import trainer_arguments
-from ft_core.training.job import Job
+from ft_core.training.job import Job, build_trainer
 from ft_core.training.prepare import prepare_model, prepare_rows
 from ft_core.training.speed import recomputes, speed_up
 
@@ -87,8 +87,7 @@ def time_steps(
             config=config, settings=method_settings(config), model=model, tokenizer=load_tokenizer(source),
             train_rows=rows, eval_rows=None, arguments=arguments, callbacks=[], say=say,
         )  # fmt: skip
-        trainer: Any = resolve(spec.trainer)(job)
-        return _timed(trainer, device, loaded, steps, warm)
+        return _timed(build_trainer(resolve(spec.trainer), job), device, loaded, steps, warm)
 
 
 def _timed(trainer: Any, device: Any, loaded: float, steps: int, warm: int) -> Timing:

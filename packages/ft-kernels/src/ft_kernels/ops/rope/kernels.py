@@ -1,7 +1,8 @@
 """Rotary position embedding in Triton, queries and keys in one launch.
 
-A pair (a, b) at angle θ becomes (a·cos θ − b·sin θ, b·cos θ + a·sin θ), in fp32; the gradient is turned back by −θ. A
-program takes some heads of some tokens, reads all it needs before it writes, and may therefore write in place.
+A pair (a, b) at angle θ becomes (a·cos θ − b·sin θ, b·cos θ + a·sin θ), in fp32, or in fp64 for fp32 tensors; the
+gradient is turned back by −θ. A program takes some heads of some tokens, reads all it needs before it writes, and may
+therefore write in place.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,16 +25,18 @@ TILE = 4096
 
 
 @triton.jit
-def _load_pairs(start, mask, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+def _load_pairs(
+    start, mask, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK)[None, None, :]
-        both = tl.load(start + cols, mask=mask & (cols < 2 * PAIRS), other=0.0).to(tl.float32)
+        both = tl.load(start + cols, mask=mask & (cols < 2 * PAIRS), other=0.0).to(WIDE)
         first, second = tl.split(tl.reshape(both, (both.shape[0], both.shape[1], BLOCK, 2)))
     else:
         cols = tl.arange(0, BLOCK)[None, None, :]
         there = mask & (cols < PAIRS)
-        first = tl.load(start + cols, mask=there, other=0.0).to(tl.float32)
-        second = tl.load(start + (PAIRS + cols), mask=there, other=0.0).to(tl.float32)
+        first = tl.load(start + cols, mask=there, other=0.0).to(WIDE)
+        second = tl.load(start + (PAIRS + cols), mask=there, other=0.0).to(WIDE)
     return first, second
 
 
@@ -70,7 +74,7 @@ def _rotate(
     positions, p_stream_stride, p_batch_stride, p_token_stride,
     N, S, q_heads, k_heads, end0, end1, end2,
     PAIRS: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, SECTIONS: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, SECTIONS: tl.constexpr, WIDE: tl.constexpr,
     TOKENS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -85,8 +89,8 @@ def _rotate(
     k_mask = there[:, None, None] & (k_numbers < k_heads)[None, :, None]
     q_start = _head_starts(q, batch, place, q_numbers, q_batch_stride, q_token_stride, q_head_stride)
     k_start = _head_starts(k, batch, place, k_numbers, k_batch_stride, k_token_stride, k_head_stride)
-    q_first, q_second = _load_pairs(q_start, q_mask, PAIRS, INTERLEAVED, BLOCK)
-    k_first, k_second = _load_pairs(k_start, k_mask, PAIRS, INTERLEAVED, BLOCK)
+    q_first, q_second = _load_pairs(q_start, q_mask, PAIRS, INTERLEAVED, BLOCK, WIDE)
+    k_first, k_second = _load_pairs(k_start, k_mask, PAIRS, INTERLEAVED, BLOCK, WIDE)
 
     if SECTIONS == 0:
         streams = tl.zeros((1, BLOCK), tl.int64)
@@ -109,8 +113,8 @@ def _rotate(
         slots = (batch * table_batch_stride + place * table_token_stride)[:, None] + streams * table_stream_stride
     slots += (pairs * table_pair_stride)[None, :]
     # A position that is not in the table cannot be reported from here: it gives nan.
-    c = tl.load(cos + slots, mask=known, other=float("nan")).to(tl.float32)[:, None, :]
-    s = tl.load(sin + slots, mask=known, other=float("nan")).to(tl.float32)[:, None, :]
+    c = tl.load(cos + slots, mask=known, other=float("nan")).to(WIDE)[:, None, :]
+    s = tl.load(sin + slots, mask=known, other=float("nan")).to(WIDE)[:, None, :]
     if BACK:
         s = -s
 
@@ -200,6 +204,7 @@ def rotate(
         batches * length, length, q_heads, k_heads, *ends[:3],
         PAIRS=pairs, REST=rest, INTERLEAVED=interleaved, BACK=back, HAS_POSITIONS=positions is not None,
         SECTIONS=(2 if interleaved_sections else 1) if sections else 0,
+        WIDE=tl.float64 if q.dtype == k.dtype == torch.float32 else tl.float32,
         BLOCK=triton.next_power_of_2(pairs), REST_BLOCK=triton.next_power_of_2(max(1, rest)), **tiling,
     )  # fmt: skip
     if inplace:
