@@ -78,13 +78,16 @@ class Problem:
         return [y, *(torch.cat([grads.pop(0).flatten() for _ in kind]) for kind in kinds if kind)]
 
 
-def plain(problem, scaling, weight=None):
-    """What PEFT computes: the updates added to the base's output."""
+def plain(problem, scaling, weight=None, apart=False):
+    """What PEFT computes: the updates added to the base's output, which is one product or one a projection."""
     weight = torch.cat(problem.weights) if weight is None else weight
 
     def compute(x, a, b, bias, magnitude):
-        base = F.linear(x, weight, bias)
         shifts = [None] * len(a) if bias is None else bias.split(problem.sizes)
+        if apart:
+            base = torch.cat([F.linear(x, w, shift) for w, shift in zip(problem.weights, shifts, strict=True)], -1)
+        else:
+            base = F.linear(x, weight, bias)
         outputs = list(base.split(problem.sizes, -1))
         for i, (part, down, up, vector, s) in enumerate(zip(problem.weights, a, b, magnitude, scaling, strict=True)):
             if down is None:
@@ -103,8 +106,16 @@ def plain(problem, scaling, weight=None):
     return compute
 
 
+def with_gaps(weight):
+    """The same numbers, with memory between the rows."""
+    return F.pad(weight, (0, 16))[:, : weight.shape[1]]
+
+
 def in_another_order(problem, scaling, seed):
-    """What PEFT computes with features shuffled: another order of each sum, another sample of eager's error in fp32."""
+    """What PEFT computes with features shuffled: another order of each sum, another sample of eager's error in fp32.
+
+    torch takes other kernels for other memory layouts, so these change too.
+    """
     generator = torch.Generator().manual_seed(seed)
     ins = torch.randperm(problem.x.shape[1], generator=generator).to(problem.x.device)
     outs = [torch.randperm(n, generator=generator).to(ins) for n in problem.sizes]
@@ -112,7 +123,9 @@ def in_another_order(problem, scaling, seed):
     every = torch.cat([start + order for start, order in zip(starts, outs, strict=True)])
     other = problem.cast(problem.x.dtype)
     other.weights = [w[order][:, ins] for w, order in zip(problem.weights, outs, strict=True)]
-    plainly = plain(other, scaling)
+    if seed % 4 > 1:
+        other.weights = [with_gaps(w) for w in other.weights]
+    plainly = plain(other, scaling, with_gaps(torch.cat(other.weights)) if seed % 4 > 1 else None, seed % 2 == 0)
 
     def compute(x, a, b, bias, magnitude):
         a = [None if t is None else t[:, ins] for t in a]
@@ -355,6 +368,8 @@ def test_mlp_exact(device, exact_enough, launched, kind, pair, form, ranks):
         order, inner = (torch.randperm(n, generator=generator).to(device) for n in (72, 104))
         other = problem.cast(problem.x.dtype)
         other.weights = [*(w[inner][:, order] for w in same.weights[:-1]), same.weights[-1][:, inner]]
+        if seed > 1:
+            other.weights = [with_gaps(w) for w in other.weights]
         plainly = gated(other, scaling, kind, len(ranks) == 2, problem.sizes)
         rows = torch.cat([inner, 104 + inner]) if len(ranks) == 2 else inner
 

@@ -420,7 +420,7 @@ def test_device_that_is_not_current_and_graph(device, launched):
         turned = rope(q, k, angles.cos(), angles.sin(), rotary_dim=128)
         return [*turned, *torch.autograd.grad(turned, [q, k], [t.detach() for t in turned])]
 
-    expected = step()
+    expected = [t.detach() for t in step()]  # without a graph, whose nodes belong to the stream that made it
     with torch.cuda.device(target):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -75,13 +75,44 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def launch(name: str, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
-    """Launch a Triton kernel on the current stream of the tensors' device, current or not, and count it."""
+    """Launch a Triton kernel on the current stream of the tensors' device, current or not, and count it.
+
+    A layer makes some thirty launches, so what a launch costs the host is what bounds small batches. Triton looks at
+    each argument and option anew; a kernel that it has compiled for arguments like these is found here by less.
+    """
     launches[name] += 1
-    with (
-        torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
-        tuning.trial(name, device),
-    ):
-        kernel[grid](*args, **meta)
+    if device.type != "cuda" or not native() or kernel.pre_run_hooks:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[grid](*args, **meta)
+        return
+    elsewhere = torch.cuda.current_device() != device.index
+    with torch.cuda.device(device) if elsewhere else _NOTHING, tuning.trial(name, device):
+        key = (id(kernel), device.index, *meta.values(), *map(_trait, args))
+        found = _compiled.get(key)
+        if found is None:
+            compiled = kernel[grid](*args, **meta)
+            names = kernel.arg_names[len(args) :]
+            if all(parameter in meta for parameter in names):
+                _compiled[key] = (compiled, [meta[parameter] for parameter in names])
+            return
+        compiled, constants = found
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+_NOTHING = contextlib.nullcontext()
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+"""By kernel, device, options and the arguments' traits: what triton compiled, and its constants in order."""
+
+
+def _trait(argument: Any) -> Any:
+    """What triton compiles a kernel for, of an argument: a dtype and 16-byte alignment, or facts about a number."""
+    kind = type(argument)
+    if kind is int:
+        fits = -(2**31) <= argument < 2**31
+        return (1 if argument == 1 else 2 if argument % 16 == 0 else 3) + (0 if fits else 3)
+    if isinstance(argument, Tensor):
+        return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
+    return argument if argument is None else kind
 
 
 class Rows:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ft_kernels.dispatch import use_triton
 from ft_kernels.ops.packed_attention.choose import BACKENDS, Backend, case_of, choose, why_not
+from ft_kernels.ops.packed_attention.direct import Direct, direct
 from ft_kernels.ops.packed_attention.plan import AttentionPlan
 
-__all__ = ["AttentionPlan", "Backend", "packed_attention", "plan_attention"]
+if TYPE_CHECKING:
+    from ft_kernels.ops.packed_attention.backends import Settings
+
+__all__ = ["AttentionPlan", "Backend", "direct_attention", "packed_attention", "plan_attention"]
 
 
 def plan_attention(
@@ -152,7 +156,59 @@ def packed_attention(
         TypeError: a dtype is not floating point, or q, k and v differ in it.
         ValueError: shapes, devices, documents or settings do not fit, or the backend asked for cannot compute them.
     """
-    _check_tensors(q, k, v, sinks, heads_first)
+    shape = q.shape
+    if heads_first:
+        _check_tensors(q, k, v, sinks, heads_first)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        shape = q.shape
+    documents = (lengths, cu_seqlens, position_ids, max_length)
+    backend, plan, settings = _decide(q, k, v, plan, documents, causal, window, softcap, sinks, scale, backend)
+    if q.dim() == 4:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    from ft_kernels.ops.packed_attention.backends import RUN
+
+    out = RUN[backend](q, k, v, sinks, plan, settings)
+    if len(shape) == 4:
+        out = out.unflatten(0, shape[:2])
+    return out.transpose(1, 2) if heads_first else out
+
+
+def direct_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: AttentionPlan | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    backend: Backend | str = "auto",
+) -> Direct | None:
+    """The kernels that :func:`packed_attention` would launch; None where there are none to be called by themselves."""
+    if not q.numel() or any(x.stride(-1) != 1 for x in (q, k, v)):
+        return None
+    backend, plan, settings = _decide(q, k, v, plan, (None,) * 4, causal, window, softcap, None, scale, backend)
+    return direct(backend, plan, settings, q)
+
+
+def _decide(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan | None,
+    documents: tuple[Any, ...],
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    backend: str,
+) -> tuple[str, AttentionPlan, Settings]:
+    """The backend, the documents and the settings for q ``[T, H, D]`` or ``[B, S, H, D]``, after all checks."""
+    from ft_kernels.ops.packed_attention.backends import Settings
+
+    _check_tensors(q, k, v, sinks, False)
     if window is not None and (window < 1 or not causal):
         raise ValueError(
             f"packed_attention: window={window} with causal={causal}; a window is 1 or more, and needs causal=True"
@@ -161,17 +217,32 @@ def packed_attention(
         raise ValueError(f"packed_attention: softcap={softcap}; allowed is a positive number, or None for no cap")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"packed_attention: backend={backend!r}; allowed are 'auto', {', '.join(map(repr, BACKENDS))}")
-    shape = q.shape
-    if heads_first:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        shape = q.shape
-    if q.dim() == 4:
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    plan = _plan(shape, plan, lengths, cu_seqlens, position_ids, max_length)
-    out = _rows(q, k, v, sinks, plan, causal, window, softcap, scale, backend)
-    if len(shape) == 4:
-        out = out.unflatten(0, shape[:2])
-    return out.transpose(1, 2) if heads_first else out
+    plan = _plan(q.shape, plan, *documents)
+    if window is not None and window >= plan.max_length:
+        window = None  # it hides nothing
+    settings = Settings(causal, window, softcap, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale))
+    return _backend(q, plan, settings, sinks is not None, backend), plan, settings
+
+
+def _backend(q: Tensor, plan: AttentionPlan, settings: Settings, sinks: bool, backend: str) -> str:
+    if q.numel() == 0:
+        return "chunked"
+    case = case_of(
+        q,
+        max_length=plan.max_length,
+        equal=plan.equal,
+        counted=plan.count is not None,
+        mean_length=0 if plan.lengths is None else math.prod(q.shape[:-2]) // max(len(plan.lengths), 1),
+        causal=settings.causal,
+        window=settings.window is not None,
+        softcap=settings.softcap is not None,
+        sinks=sinks,
+    )
+    if backend == "auto":
+        return choose(case)
+    if (reason := why_not(backend, case)) and not (backend == "triton" and use_triton(q)):
+        raise ValueError(f"packed_attention: backend={backend!r} cannot compute this: {reason}; use 'auto'")
+    return backend
 
 
 def _plan(shape: torch.Size, plan: AttentionPlan | None, *documents: Any) -> AttentionPlan:
@@ -190,44 +261,6 @@ def _plan(shape: torch.Size, plan: AttentionPlan | None, *documents: Any) -> Att
             "padding being documents too"
         )
     return plan
-
-
-def _rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    plan: AttentionPlan,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float | None,
-    backend: str,
-) -> Tensor:
-    from ft_kernels.ops.packed_attention.backends import RUN, Settings
-
-    if window is not None and window >= plan.max_length:
-        window = None  # it hides nothing
-    if q.shape[0] == 0:
-        backend = "chunked"
-    else:
-        case = case_of(
-            q,
-            max_length=plan.max_length,
-            equal=plan.equal,
-            counted=plan.count is not None,
-            mean_length=0 if plan.lengths is None else q.shape[0] // max(len(plan.lengths), 1),
-            causal=causal,
-            window=window is not None,
-            softcap=softcap is not None,
-            sinks=sinks is not None,
-        )
-        if backend == "auto":
-            backend = choose(case)
-        elif (reason := why_not(backend, case)) and not (backend == "triton" and use_triton(q)):
-            raise ValueError(f"packed_attention: backend={backend!r} cannot compute this: {reason}; use 'auto'")
-    settings = Settings(causal, window, softcap, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale))
-    return RUN[backend](q, k, v, sinks, plan, settings)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, heads_first: bool) -> None:

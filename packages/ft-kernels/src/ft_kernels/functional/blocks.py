@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ft_kernels.dispatch import use_triton
+from ft_kernels.functional.attention import direct_attention, packed_attention
 from ft_kernels.functional.lora_mlp import Activation
 from ft_kernels.functional.lora_weights import BaseWeight, Part, base_of
 from ft_kernels.functional.rope import RopeLayout, _check, _for_tokens, _pairs
@@ -19,10 +22,12 @@ from ft_kernels.ops.blocks.parts import Norm, Product
 from ft_kernels.ops.glu.reference import KINDS
 from ft_kernels.ops.lora.arguments import Adapters, check_product, draw_seed, numbers
 from ft_kernels.ops.lora.operands import Base
+from ft_kernels.ops.packed_attention.direct import Direct
 
 __all__ = ["Keep", "Norm", "attention_block", "mlp_block"]
 
 Keep = Literal["all", "most", "inputs", "none"]
+_OF_DIRECT_ATTENTION = frozenset(inspect.signature(direct_attention).parameters)
 
 
 def attention_block(
@@ -85,7 +90,8 @@ def attention_block(
             where nothing is rotated.
         attention: from q ``[..., S, heads, D]``, k and v ``[..., S, kv_heads, D]`` to ``[..., S, heads, D]``, by
             operations that autograd can differentiate and that write over none of the three (a
-            ``functools.partial(packed_attention, plan=plan)``). It gets no other gradients than theirs; with "none" it
+            ``functools.partial(packed_attention, plan=plan)``, whose kernels are then launched without a graph around
+            them). It gets no other gradients than theirs; with "none" it
             is called again in backward, and must then draw no random numbers.
         scaling: of the updates; one number, or one for each of q, k, v and o.
         bias: of q, k, v and o, each ``[N_i]`` or None; frozen. None for none.
@@ -132,11 +138,20 @@ def attention_block(
     block = attention_ops.Attention(
         norm, _product(x, first, one, biases[:3], sizes), _product(x, second, two, biases[3:], [second.n]),
         heads, kv_heads, head_dim, tables, layout == "interleaved", q_norm, k_norm, attention, p, keep,
+        _kernels_of(attention),
     )  # fmt: skip
     every = [*one.a, *one.b, *two.a, *two.b]
     seed = draw_seed(x, p, 2) if every else None
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *every))
     return _untraced(attention_ops.AttentionBlock.apply if recorded else attention_ops.run, block, x, seed, *every)
+
+
+def _kernels_of(attention: Callable[..., Tensor]) -> Callable[..., Direct | None] | None:
+    """From q, k and v to the kernels that a partial of packed_attention launches."""
+    if not isinstance(attention, functools.partial) or attention.func is not packed_attention or attention.args:
+        return None
+    known = attention.keywords.keys() <= _OF_DIRECT_ATTENTION
+    return functools.partial(direct_attention, **attention.keywords) if known else None
 
 
 def mlp_block(

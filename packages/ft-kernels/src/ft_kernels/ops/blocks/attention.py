@@ -5,7 +5,8 @@
 
 The norm writes into the row that the product reads, the rotation writes over Q and K, and X is added by the product.
 Backwards the gradients of Q, K and V are turned into one buffer, and that of Y past the block is added by the norm's.
-The attention itself is a function of the caller's, whose graph is recorded without its memory (see ``recorded``).
+The attention itself is a function of the caller's, whose graph is recorded without its memory (see ``recorded``), or
+kernels that are launched without a graph.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ft_kernels.ops.blocks.recorded import Recorded, record
 from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.autograd import as_rows, unflatten
 from ft_kernels.ops.lora.operands import Drop, Low
+from ft_kernels.ops.packed_attention.direct import Direct
 
 __all__ = ["Attention", "AttentionBlock", "run"]
 
@@ -44,6 +46,7 @@ class Attention:
     Attributes:
         tables: cos and sin as the rotation's kernel takes them, or None for no rotation.
         attend: from q ``[..., S, heads, D]``, k and v to ``[..., S, heads, D]``.
+        direct: from the same to the kernels that attend would launch, or None; None where only attend is known.
     """
 
     norm: Norm
@@ -59,6 +62,7 @@ class Attention:
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     dropout: float
     keep: str
+    direct: Callable[[Tensor, Tensor, Tensor], Direct | None] | None = None
 
     def parts(self, whole: Tensor, leading: Sequence[int]) -> list[Tensor]:
         """Views ``[..., heads, D]`` of q, k and v in ``[M, N]``."""
@@ -135,9 +139,44 @@ def _checked(block: Attention, out: Tensor, q: Tensor) -> Tensor:
     return out
 
 
-def _attend(block: Attention, given: _Inputs) -> tuple[Tensor, Recorded, list[Tensor]]:
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """The attention's way back.
+
+    Attributes:
+        way: the graph of the caller's function, or kernels.
+        reads_output: whether it wants the output.
+    """
+
+    way: Recorded | Direct
+    reads_output: bool
+
+    def backward(
+        self, grad: Tensor, given: _Inputs, out: Tensor | None, kept: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        if isinstance(self.way, Recorded):
+            return self.way.backward(grad, [*given.known(), out], kept)
+        assert out is not None
+        return self.way.backward(grad, given.q, given.k, given.v, out, kept[0])
+
+
+def _attend(block: Attention, given: _Inputs) -> tuple[Tensor, _Graph, list[Tensor]]:
+    """The output, the way back, and what must be kept for it beside the inputs and the output."""
     inputs = (given.q, given.k, given.v)
-    return record(lambda q, k, v: _checked(block, block.attend(q, k, v), q), inputs, given.known())
+    kernels = None if block.direct is None else block.direct(*inputs)
+    if kernels is not None:
+        out, lse = kernels.forward(*inputs)
+        return out, _Graph(kernels, True), [lse]
+    known = given.known()
+    out, graph, kept = record(lambda q, k, v: _checked(block, block.attend(q, k, v), q), inputs, known)
+    return out, _Graph(graph, any(not isinstance(p, int) and p.index == len(known) for p in graph.saved)), kept
+
+
+def _output(block: Attention, given: _Inputs) -> Tensor:
+    """The output alone."""
+    inputs = (given.q, given.k, given.v)
+    kernels = None if block.direct is None else block.direct(*inputs)
+    return _checked(block, block.attend(*inputs), given.q) if kernels is None else kernels.forward(*inputs)[0]
 
 
 def run(block: Attention, x: Tensor, seed: Tensor | None, *adapters: Tensor) -> Tensor:
@@ -149,7 +188,7 @@ def run(block: Attention, x: Tensor, seed: Tensor | None, *adapters: Tensor) -> 
         row, _ = normed(rows, block.norm, first)
         given, _ = _project(block, row, first, drop, None, x.shape[:-1])
         del row
-        out = _checked(block, block.attend(given.q, given.k, given.v), given.q)
+        out = _output(block, given)
         del given
         o = as_rows(out.flatten(-2))
         y, _ = products.forward(o, block.o.base, second, block.o.bias, drop_out, residual=rows)
@@ -177,10 +216,10 @@ class AttentionBlock(torch.autograd.Function):
                 row = None
             q, k, q_rstd, k_rstd = given.q, given.k, given.q_rstd, given.k_rstd
             qkv: Tensor | None = given.qkv
-            graph: Recorded | None = None
+            graph: _Graph | None = None
             kept: list[Tensor] = []
             if keep == "none":
-                out = _checked(block, block.attend(q, k, given.v), q)
+                out = _output(block, given)
             else:
                 out, graph, kept = _attend(block, given)
             del given
@@ -195,7 +234,7 @@ class AttentionBlock(torch.autograd.Function):
             qkv if keep in ("all", "most") else None,
             q if whole and q_rstd is not None else None, k if whole and k_rstd is not None else None,
             q_rstd if whole else None, k_rstd if whole else None,
-            out if keep != "none" and (second.r or _reads_output(graph, block)) else None,
+            out if graph is not None and (second.r or graph.reads_output) else None,
             *kept, *adapters,
         )  # fmt: skip
         return y.view(x.shape)
@@ -243,7 +282,7 @@ class AttentionBlock(torch.autograd.Function):
             if dout is not None:
                 assert given is not None
                 heads = (*leading, block.heads, block.head_dim)
-                grads = graph.backward(dout.view(heads), [*given.known(), out], kept)
+                grads = graph.backward(dout.view(heads), given, out, kept)
                 del dout, out, kept
                 joint = _joint(block, grads, given, leading)
                 del given, grads
@@ -263,12 +302,6 @@ class AttentionBlock(torch.autograd.Function):
             da, db = unflatten(part, a, b, *need) if part is not None else ([None] * len(a), [None] * len(b))
             result += [*da, *db]
         return None, dx, None, *result
-
-
-def _reads_output(graph: Recorded | None, block: Attention) -> bool:
-    """Whether the attention's backward reads its output."""
-    index = 1 + (block.q_norm is not None) + (block.k_norm is not None)
-    return graph is not None and any(not isinstance(p, int) and p.index == index for p in graph.saved)
 
 
 def _joint(block: Attention, grads: Sequence[Tensor | None], given: _Inputs, leading: Sequence[int]) -> Tensor:

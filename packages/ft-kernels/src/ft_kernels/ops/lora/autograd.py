@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ft_kernels.ops.lora import products
-from ft_kernels.ops.lora.operands import Base, Drop, Low, padded, width
+from ft_kernels.ops.lora.operands import Base, Drop, Low, padded
 
 __all__ = ["as_rows", "lora_linear_backward_op", "lora_linear_op", "lora_row_norms_op", "no_gradient", "unflatten"]
 
@@ -110,11 +110,15 @@ def lora_linear_backward_op(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x (rows of a wider buffer) and all adapters' in one; empty where not needed."""
+    """The gradient of x and all adapters' in one; empty where not needed.
+
+    That of x lies without gaps: cuDNN's attention reads the gradient of its output as if it did, whatever its strides
+    (torch 2.11), and this may be it.
+    """
     base, low, drop = Base(kind, weight, k, sizes, meta), Low(a, b, starts, scaling), Drop(dropout, seed)
     needs: dict[str, Any] = {"need_x": need_x, "need_a": need_a, "need_b": need_b}
     with torch.autocast(x.device.type, enabled=False):
-        dx, flat = products.backward(as_rows(dy), as_rows(x), tail, base, low, drop, **needs)
+        dx, flat = products.backward(as_rows(dy), as_rows(x), tail, base, low, drop, dense=True, **needs)
     dx = x.new_empty(0) if dx is None else dx.view(*x.shape[:-1], k)
     return dx, x.new_empty(0) if flat is None else flat
 
@@ -139,9 +143,7 @@ def _(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
-    dx = x.new_empty(0)
-    if need_x:
-        dx = x.new_empty(*x.shape[:-1], width(k, sum(t.shape[0] for t in a)))[..., :k]
+    dx = x.new_empty(*x.shape[:-1], k) if need_x else x.new_empty(0)
     if a and (need_a or need_b):
         return dx, a[0].new_empty(sum(t.numel() for t in (*a, *b)))
     return dx, x.new_empty(0)

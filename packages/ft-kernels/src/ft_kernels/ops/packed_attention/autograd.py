@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["torch_op", "triton_op"]
+__all__ = ["by_torch", "by_torch_backward", "torch_op", "triton_op"]
 
 
 def _no_sinks(like: Tensor) -> Tensor:
@@ -112,13 +112,7 @@ def _row(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).contiguous()
 
 
-@torch.library.custom_op(
-    "ft_kernels::packed_attention_by_torch",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? sinks, str kind, int max_length, bool causal, "
-    "int window, float scale) -> (Tensor, Tensor)",
-)
-def torch_op(
+def by_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -157,6 +151,14 @@ def torch_op(
     return out.contiguous(), lse
 
 
+torch_op = torch.library.custom_op(
+    "ft_kernels::packed_attention_by_torch",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? sinks, str kind, int max_length, bool causal, "
+    "int window, float scale) -> (Tensor, Tensor)",
+)(by_torch)
+
+
 def _window_sizes(causal: bool, window: int) -> dict[str, int]:
     return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
 
@@ -182,13 +184,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(_lse_shape(q, kind, max_length), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "ft_kernels::packed_attention_by_torch_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? sinks, Tensor out, Tensor lse, "
-    "str kind, int max_length, bool causal, int window, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def torch_backward_op(
+def by_torch_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -228,6 +224,14 @@ def torch_backward_op(
 
     share = (sinks.float()[:, None] - flat).exp_().mul_(delta(grad, out))
     return grads[0], grads[1], grads[2], -share.sum(1).to(sinks.dtype)
+
+
+torch_backward_op = torch.library.custom_op(
+    "ft_kernels::packed_attention_by_torch_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? sinks, Tensor out, Tensor lse, "
+    "str kind, int max_length, bool causal, int window, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)(by_torch_backward)
 
 
 @torch_backward_op.register_fake

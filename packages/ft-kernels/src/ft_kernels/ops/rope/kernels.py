@@ -25,9 +25,7 @@ TILE = 4096
 
 
 @triton.jit
-def _load_pairs(
-    start, mask, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):
+def _load_pairs(start, mask, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK)[None, None, :]
         both = tl.load(start + cols, mask=mask & (cols < 2 * PAIRS), other=0.0).to(WIDE)
