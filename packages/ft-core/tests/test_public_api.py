@@ -107,6 +107,7 @@ EXPECTED: dict[str, list[str]] = {
         "is_plain",
         "numbers",
         "read",
+        "state",
         "trains",
         "updates",
     ],

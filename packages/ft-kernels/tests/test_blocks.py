@@ -17,7 +17,7 @@ from ft_kernels.functional.lora import Fp8Weight, Int8Weight, NF4Weight, widen
 from ft_kernels.ops.blocks import reference
 from ft_kernels.ops.lora import products
 
-BLOCKS = importlib.import_module("ft_kernels.functional.blocks")
+BLOCKS = importlib.import_module("ft_kernels.functional.checked_blocks")
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 H, HEADS, KV_HEADS, D, INNER = 64, 4, 2, 16, 96
 N, G = HEADS * D, KV_HEADS * D

@@ -2,9 +2,11 @@
 
 from ft_kernels import nn
 from ft_kernels.functional import (
+    AttentionBlock,
     AttentionPlan,
     Fp8Weight,
     Int8Weight,
+    MLPBlock,
     NestedScales,
     NF4Weight,
     Norm,
@@ -33,9 +35,11 @@ from ft_kernels.functional import (
 )
 
 __all__ = [
+    "AttentionBlock",
     "AttentionPlan",
     "Fp8Weight",
     "Int8Weight",
+    "MLPBlock",
     "NF4Weight",
     "NestedScales",
     "Norm",

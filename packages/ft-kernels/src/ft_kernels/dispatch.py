@@ -18,7 +18,17 @@ from torch import Tensor
 
 from ft_kernels import tuning
 
-__all__ = ["Rows", "allocate", "interpreting", "launch", "launches", "native", "use_triton"]
+__all__ = [
+    "Rows",
+    "allocate",
+    "cdiv",
+    "interpreting",
+    "launch",
+    "launches",
+    "native",
+    "power_of_2",
+    "use_triton",
+]
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -67,6 +77,16 @@ def use_triton(*tensors: Tensor | None) -> bool:
     if any(t.is_floating_point() and t.dtype not in KERNEL_DTYPES for t in given):
         return False
     return _kernels_run_on(given[0].device)
+
+
+def cdiv(n: int, d: int) -> int:
+    """How many times d goes into n, the last time perhaps in part (triton's own takes ten times as long)."""
+    return -(-n // d)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -139,6 +159,8 @@ class Rows:
 
 
 def _layout(tensor: Tensor) -> tuple[int, int, int] | None:
+    if tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.shape[0] > 1:
+        return tensor.shape[0], 0, tensor.stride(0)
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return None
     merged: list[tuple[int, int]] = []  # (size, stride), innermost first

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -57,11 +57,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 def family(device: torch.device) -> str:
     """turing (7.x), ampere (8.0), ada (8.6 to 8.9), hopper (9.0), blackwell (10 and later), other (CPU, ROCm)."""
     major, minor = capability(device)
+    if major == 9:
+        return "hopper"
     if major == 8:
         return "ampere" if minor == 0 else "ada"
-    if major >= 10:
-        return "blackwell"
-    return {7: "turing", 9: "hopper"}.get(major, "other")
+    return "blackwell" if major >= 10 else "turing" if major == 7 else "other"
 
 
 def shared_memory(device: torch.device) -> int:
@@ -86,7 +86,7 @@ def settings(
     key: Hashable = (),
     *,
     default: Mapping[str, Any],
-    candidates: Sequence[Mapping[str, Any]] = (),
+    candidates: Sequence[Mapping[str, Any]] | Callable[[], Sequence[Mapping[str, Any]]] = (),
 ) -> Settings:
     """The settings to launch kernel ``name`` with, to be called right before ``dispatch.launch(name, ...)``.
 
@@ -96,13 +96,17 @@ def settings(
         key: whatever the best choice depends on: widths and dtypes, but not the number of rows, which changes all the
             time. Its ``repr`` is what is stored.
         default: what the kernel's module would take.
-        candidates: complete alternatives to the default; each must be right for these arguments and fit the device.
+        candidates: complete alternatives to the default, or what makes them; each must be right for these arguments
+            and fit the device.
 
     Returns:
         What autotune found, or is just trying; else the default with the table's line for this architecture.
     """
     chosen = {**default, **TABLE.get(family(device), {}).get(name, {})} if TABLE.get(family(device)) else dict(default)
-    if not _state.used or len(candidates) == 0 or device.type != "cuda":
+    if not _state.used or device.type != "cuda":
+        return chosen
+    candidates = candidates() if callable(candidates) else candidates
+    if len(candidates) == 0:
         return chosen
     return _state.pick(name, device, repr(key), [chosen, *(dict(c) for c in candidates if dict(c) != chosen)])
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ft_kernels as kernels
 from ft_core.fast.layout import Layout, at
-from ft_core.fast.linears import frozen, read, updates
+from ft_core.fast.linears import frozen, read, state, updates
 from ft_core.fast.wide import Wide
 
 __all__ = ["Blocks", "Keep"]
@@ -37,74 +37,108 @@ class Blocks:
     layout: Layout
     keep: Keep = "most"
     wide: Wide = field(default_factory=Wide)
+    _known: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def attention(
         self, x: Tensor, cos: Tensor, sin: Tensor, attention: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor | None:
         """``x`` with the attention's branch added, or None where it cannot be one operation."""
-        parts, heads = self._first(), self._head_norms()
-        if parts is None or any(n is not None and n.weight.requires_grad for n in heads) or not parts.fits(x):
+        half = self._first()
+        if half is None or not half.fits(x):
             return None
-        layout, names = self.layout, self.layout.attention
-        return kernels.attention_block(
-            x, *parts.positional,
-            heads=layout.heads, kv_heads=layout.kv_heads, head_dim=layout.head_dim, cos=cos, sin=sin,
-            attention=attention, q_norm=heads[0], k_norm=heads[1], layout=names.rotary, keep=self.keep, **parts.named,
-        )  # fmt: skip
+        out: Tensor = half.block(x, cos=cos, sin=sin, attention=attention, keep=self.keep)
+        return out
 
     def mlp(self, x: Tensor) -> Tensor | None:
         """``x`` with the perceptron's branch added, or None where it cannot be one operation."""
-        parts = self._second()
-        if parts is None or not parts.fits(x):
+        half = self._second()
+        if half is None or not half.fits(x):
             return None
-        activation = self.layout.mlp.activation
-        return kernels.mlp_block(x, *parts.positional, activation=activation, keep=self.keep, **parts.named)
+        out: Tensor = half.block(x, keep=self.keep)
+        return out
+
+    def undo(self) -> None:
+        """Forget what was made, and give the weights memory of their own again."""
+        self._known.clear()
+        self.wide.undo(list(self.module.parameters()))
 
     @property
     def able(self) -> bool:
         """Whether both halves can be one operation each, as the layer is now."""
-        trained = any(n is not None and n.weight.requires_grad for n in self._head_norms())
-        return not trained and self._first() is not None and self._second() is not None
+        return self._first() is not None and self._second() is not None
 
     def _first(self) -> _Half | None:
-        names, norms = self.layout.attention, self.layout.norms
-        return self._half(names.module, names.qkv, names.out, norms.attention, norms.after_attention, 3)
+        layout, names, norms = self.layout, self.layout.attention, self.layout.norms
+        own = at(self.module, names.module)
+        heads = [None if name is None else at(own, name) for name in (names.q_norm, names.k_norm)]
+
+        def make(*given: Any, **named: Any) -> Any:
+            q_norm, k_norm = (None if module is None else self._norm(module) for module in heads)
+            return kernels.AttentionBlock(
+                *given, heads=layout.heads, kv_heads=layout.kv_heads, head_dim=layout.head_dim,
+                q_norm=q_norm, k_norm=k_norm, layout=names.rotary, **named,
+            )  # fmt: skip
+
+        return self._half(
+            names.module, (*names.qkv, names.out), [norms.attention], norms.after_attention, 3, heads, make
+        )  # fmt: skip
 
     def _second(self) -> _Half | None:
         names, norms = self.layout.mlp, self.layout.norms
-        return self._half(names.module, names.gate_up, names.down, norms.mlp, norms.after_mlp, 2)
 
-    def _head_norms(self) -> list[Any]:
-        names = self.layout.attention
-        own = self.module.get_submodule(names.module)
-        return [None if n is None else self._norm(own.get_submodule(n)) for n in (names.q_norm, names.k_norm)]
+        def make(*given: Any, **named: Any) -> Any:
+            return kernels.MLPBlock(*given, activation=names.activation, **named)
+
+        return self._half(names.module, (*names.gate_up, names.down), [norms.mlp], norms.after_mlp, 2, [], make)
 
     def _norm(self, module: Any) -> Any:
         form = self.layout.norm_form
         return kernels.Norm(module.weight, at(module, form.eps), form.offset)
 
-    def _half(self, where: str, ins: Sequence[str], out: str, norm: str, after: str | None, count: int) -> _Half | None:
-        if after is not None or self.layout.residual_scale != 1.0 or len(ins) != count:
+    def _half(
+        self, where: str, linears: Sequence[str], norm: list[str], after: str | None, count: int, heads: list[Any],
+        make: Callable[..., Any],
+    ) -> _Half | None:  # fmt: skip
+        """What was made last, if nothing that it was made from has changed since."""
+        if after is not None or self.layout.residual_scale != 1.0 or len(linears) != count + 1:
             return None
-        own = self.module.get_submodule(where)
-        known = frozen([read(own.get_submodule(name)) for name in (*ins, out)])
-        first = self._norm(self.module.get_submodule(norm))
-        if known is None or first.weight.requires_grad:
+        own = at(self.module, where)
+        modules = [at(own, name) for name in linears]
+        norms = [at(self.module, norm[0]), *(module for module in heads if module is not None)]
+        now = [state(module) for module in modules]
+        now += [(id(n.weight), n.weight.requires_grad, at(n, self.layout.norm_form.eps)) for n in norms]
+        half: _Half | None
+        known, half = self._known.get(where, (None, None))
+        if known != now:
+            half = self._made(where, modules, norms, make)
+            self._known[where] = ([state(module) for module in modules] + now[len(modules) :], half)
+        return half
+
+    def _made(self, where: str, modules: list[Any], norms: list[Any], make: Callable[..., Any]) -> _Half | None:
+        known = frozen([read(module) for module in modules])
+        if known is None or any(module.weight.requires_grad for module in norms):
             return None
         if len({linear.adapter.a.dtype for linear in known if linear.adapter is not None}) > 1:
             return None
         weights = self.wide.of(where + ".in", known[:-1]), self.wide.of(where + ".out", known[-1:])
         a, b, named = updates(known)
         dtype = known[0].weight.dtype if isinstance(known[0].weight, Tensor) else None
-        return _Half((first, *weights, a, b), named, dtype)
+        return _Half(make(self._norm(norms[0]), *weights, a, b, **named), dtype, (modules, norms, known))
 
 
 @dataclass(frozen=True)
 class _Half:
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
+    """One half, as an operation.
+
+    Attributes:
+        dtype: of its weights, None for quantized ones.
+        made_from: kept, so that the identities in a state stay theirs.
+    """
+
+    block: Any
     dtype: torch.dtype | None
+    made_from: Any
 
     def fits(self, x: Tensor) -> bool:
-        """Whether the input is in the weights' dtype, as the blocks want it; quantized weights have none."""
-        return self.dtype in (None, x.dtype)
+        """Whether the input is in the weights' dtype, as the blocks want it."""
+        return self.dtype is None or self.dtype == x.dtype

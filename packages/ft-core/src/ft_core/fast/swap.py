@@ -76,7 +76,7 @@ class FastPath:
         """
         self.on = False
         for decoder in self.decoders:
-            decoder.blocks.wide.undo(list(decoder.module.parameters()))
+            decoder.blocks.undo()
         for module in self._changed:
             forward = vars(module).get("forward")
             if isinstance(forward, _Forward) and forward.path is self:

@@ -2,7 +2,7 @@
 
 from ft_kernels.functional.activations import geglu, swiglu
 from ft_kernels.functional.attention import AttentionPlan, packed_attention, plan_attention
-from ft_kernels.functional.blocks import Keep, Norm, attention_block, mlp_block
+from ft_kernels.functional.blocks import AttentionBlock, Keep, MLPBlock, Norm, attention_block, mlp_block
 from ft_kernels.functional.heads import Lora, TokenLogProbs, linear_cross_entropy, linear_logprob
 from ft_kernels.functional.lora import lora_linear, lora_qkv
 from ft_kernels.functional.lora_mlp import Activation, lora_mlp
@@ -14,12 +14,14 @@ from ft_kernels.functional.rope import RopeLayout, rope
 
 __all__ = [
     "Activation",
+    "AttentionBlock",
     "AttentionPlan",
     "BaseWeight",
     "Fp8Weight",
     "Int8Weight",
     "Keep",
     "Lora",
+    "MLPBlock",
     "NF4Weight",
     "NestedScales",
     "Norm",

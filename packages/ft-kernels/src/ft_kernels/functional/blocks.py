@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
-from ft_kernels.dispatch import use_triton
-from ft_kernels.functional.attention import direct_attention, packed_attention
+from ft_kernels.functional.checked_blocks import AttentionBlock, Keep, MLPBlock
 from ft_kernels.functional.lora_mlp import Activation
-from ft_kernels.functional.lora_weights import BaseWeight, Part, base_of
-from ft_kernels.functional.rope import RopeLayout, _check, _for_tokens, _pairs
-from ft_kernels.ops.blocks import attention as attention_ops
-from ft_kernels.ops.blocks import mlp as mlp_ops
-from ft_kernels.ops.blocks import reference
-from ft_kernels.ops.blocks.parts import Norm, Product
-from ft_kernels.ops.glu.reference import KINDS
-from ft_kernels.ops.lora.arguments import Adapters, check_product, draw_seed, numbers
-from ft_kernels.ops.lora.operands import Base
-from ft_kernels.ops.packed_attention.direct import Direct
+from ft_kernels.functional.lora_weights import BaseWeight, Part
+from ft_kernels.functional.rope import RopeLayout
+from ft_kernels.ops.blocks.parts import Norm
 
-__all__ = ["Keep", "Norm", "attention_block", "mlp_block"]
-
-Keep = Literal["all", "most", "inputs", "none"]
-_OF_DIRECT_ATTENTION = frozenset(inspect.signature(direct_attention).parameters)
+__all__ = ["AttentionBlock", "Keep", "MLPBlock", "Norm", "attention_block", "mlp_block"]
 
 
 def attention_block(
@@ -111,47 +96,11 @@ def attention_block(
         TypeError: a dtype does not fit.
         ValueError: shapes, devices or settings do not fit, or a frozen tensor requires a gradient.
     """
-    name = "attention_block"
-    sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-    first, second = base_of(name, qkv), base_of(name, o)
-    _check_rows(name, x, (first, second), keep)
-    if min(heads, kv_heads, head_dim) < 1 or first.n != sum(sizes) or second.k != sizes[0]:
-        raise ValueError(
-            f"{name}: heads={heads}, kv_heads={kv_heads} and head_dim={head_dim} make {sizes} outputs; qkv has "
-            f"{first.n} in all, o {second.k} inputs"
-        )
-    for what, own, width in (("norm", norm, x.shape[-1]), ("q_norm", q_norm, head_dim), ("k_norm", k_norm, head_dim)):
-        _check_norm(name, what, own, x, width)
-    factors, biases, (one, two) = _adapters(name, a, b, scaling, bias, (sizes, [second.n]))
-    _check_products(name, x, (first, second), (one, two), biases, dropout)
-    p = dropout if training else 0.0
-    turned = {"rotary_dim": rotary_dim, "layout": layout}
-    tables = _tables(x, heads, kv_heads, head_dim, cos, sin, rotary_dim, layout)
-    norms = [n.weight for n in (norm, q_norm, k_norm) if n is not None]
-    if not x.numel() or not use_triton(x, *norms, *(tables or ())):
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.attention_block(
-                x, norm, qkv, o, a, b, heads=heads, kv_heads=kv_heads, head_dim=head_dim, cos=cos, sin=sin,
-                attention=attention, scaling=factors, bias=biases, q_norm=q_norm, k_norm=k_norm, dropout=dropout,
-                training=training, **turned,
-            )  # fmt: skip
-    block = attention_ops.Attention(
-        norm, _product(x, first, one, biases[:3], sizes), _product(x, second, two, biases[3:], [second.n]),
-        heads, kv_heads, head_dim, tables, layout == "interleaved", q_norm, k_norm, attention, p, keep,
-        _kernels_of(attention),
+    block = AttentionBlock(
+        norm, qkv, o, a, b, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scaling=scaling, bias=bias,
+        q_norm=q_norm, k_norm=k_norm, rotary_dim=rotary_dim, layout=layout, dropout=dropout,
     )  # fmt: skip
-    every = [*one.a, *one.b, *two.a, *two.b]
-    seed = draw_seed(x, p, 2) if every else None
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *every))
-    return _untraced(attention_ops.AttentionBlock.apply if recorded else attention_ops.run, block, x, seed, *every)
-
-
-def _kernels_of(attention: Callable[..., Tensor]) -> Callable[..., Direct | None] | None:
-    """From q, k and v to the kernels that a partial of packed_attention launches."""
-    if not isinstance(attention, functools.partial) or attention.func is not packed_attention or attention.args:
-        return None
-    known = attention.keywords.keys() <= _OF_DIRECT_ATTENTION
-    return functools.partial(direct_attention, **attention.keywords) if known else None
+    return block(x, cos=cos, sin=sin, attention=attention, training=training, keep=keep)
 
 
 def mlp_block(
@@ -200,148 +149,5 @@ def mlp_block(
     Raises:
         TypeError, ValueError: as :func:`attention_block`.
     """
-    name = "mlp_block"
-    if activation not in KINDS:
-        raise ValueError(f"{name}: activation={activation!r}; allowed are {', '.join(map(repr, KINDS))}")
-    first, second = base_of(name, gate_up), base_of(name, down)
-    _check_rows(name, x, (first, second), keep)
-    width = second.k
-    if first.n != 2 * width:
-        raise ValueError(f"{name}: gate_up has {first.n} outputs, down {width} inputs; gate_up needs twice as many")
-    _check_norm(name, "norm", norm, x, x.shape[-1])
-    factors, biases, (one, two) = _adapters(name, a, b, scaling, bias, ([width, width], [second.n]))
-    _check_products(name, x, (first, second), (one, two), biases, dropout)
-    p = dropout if training else 0.0
-    if not x.numel() or not use_triton(x, norm.weight):
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.mlp_block(
-                x, norm, gate_up, down, a, b, activation=activation, scaling=factors, bias=biases, dropout=dropout,
-                training=training,
-            )  # fmt: skip
-    block = mlp_ops.MLP(
-        norm, _product(x, first, one, biases[:2], [width, width]), _product(x, second, two, biases[2:], [second.n]),
-        KINDS.index(activation), p, keep,
-    )  # fmt: skip
-    every = [*one.a, *one.b, *two.a, *two.b]
-    seed = draw_seed(x, p, 2) if every else None
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *every))
-    return _untraced(mlp_ops.MLPBlock.apply if recorded else mlp_ops.run, block, x, seed, *every)
-
-
-def _untraced(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Call what torch.compile must not look into: it launches kernels itself, and one argument is a function."""
-    if torch.compiler.is_compiling():
-        function = torch.compiler.disable(function)
-    return function(*arguments)
-
-
-def _check_rows(name: str, x: Tensor, bases: tuple[Base, Base], keep: str) -> None:
-    first, second = bases
-    if keep not in get_args(Keep):
-        raise ValueError(f"{name}: keep={keep!r}; allowed are {', '.join(map(repr, get_args(Keep)))}")
-    if x.dim() < 2 or (name == "attention_block" and x.dim() > 3) or x.shape[-1] != first.k:
-        leading = "[S, {0}] or [B, S, {0}]" if name == "attention_block" else "[..., {0}]"
-        raise ValueError(f"{name}: x has shape {list(x.shape)}; the weights need {leading.format(first.k)}")
-    if second.n != first.k:
-        raise ValueError(f"{name}: the last weight has {second.n} outputs; x has {first.k}, to which they are added")
-    for base in bases:
-        dtype = base.tensors[0].dtype
-        if not base.quantized and dtype != x.dtype:
-            raise TypeError(f"{name}: x has dtype {x.dtype}, a weight {dtype}; use one dtype, that of the weights")
-
-
-def _check_norm(name: str, what: str, norm: Norm | None, x: Tensor, width: int) -> None:
-    if norm is None:
-        return
-    weight = norm.weight
-    if not weight.is_floating_point():
-        raise TypeError(f"{name}: {what} has a weight of dtype {weight.dtype}; use a floating-point dtype")
-    if list(weight.shape) != [width] or weight.device != x.device:
-        raise ValueError(
-            f"{name}: {what} has a weight {list(weight.shape)} on {weight.device}; it needs [{width}] on {x.device}"
-        )
-    _check_frozen(name, f"the weight of {what}", weight)
-
-
-def _check_frozen(name: str, what: str, tensor: Tensor) -> None:
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{name}: {what} requires a gradient, which is not computed here; freeze it (requires_grad_(False)), or "
-            "train it with the single functions"
-        )
-
-
-def _adapters(
-    name: str,
-    a: Sequence[Tensor | None],
-    b: Sequence[Tensor | None],
-    scaling: float | Sequence[float],
-    bias: Sequence[Tensor | None] | None,
-    sizes: tuple[list[int], list[int]],
-) -> tuple[list[float], list[Tensor | None], tuple[Adapters, Adapters]]:
-    """A factor and a bias for each projection, and each product's adapters."""
-    split, count = len(sizes[0]), len(sizes[0]) + 1
-    if len(a) != count or len(b) != count:
-        raise ValueError(f"{name}: there are {len(a)} a and {len(b)} b; give {count} of each, None where there is none")
-    biases: list[Tensor | None] = [None] * count if bias is None else list(bias)
-    if len(biases) != count:
-        raise ValueError(f"{name}: there are {len(biases)} biases; give {count}, None where there is none")
-    for shift, n in zip(biases, [*sizes[0], *sizes[1]], strict=True):
-        if shift is not None and (shift.shape != (n,) or not shift.is_floating_point()):
-            raise ValueError(f"{name}: a bias has shape {list(shift.shape)} and dtype {shift.dtype}; it needs [{n}]")
-        if shift is not None:
-            _check_frozen(name, "a bias", shift)
-    factors = numbers(name, scaling, count)
-    one = Adapters.some(name, a[:split], b[:split], sizes[0], factors[:split])
-    two = Adapters.some(name, a[split:], b[split:], sizes[1], factors[split:])
-    dtypes = sorted({str(t.dtype) for t in (*one.a, *two.a)})
-    if len(dtypes) > 1:
-        raise TypeError(f"{name}: the adapters have dtypes {dtypes}; use one for all")
-    return factors, biases, (one, two)
-
-
-def _check_products(
-    name: str,
-    x: Tensor,
-    bases: tuple[Base, Base],
-    adapters: tuple[Adapters, Adapters],
-    biases: Sequence[Tensor | None],
-    dropout: float,
-) -> None:
-    for base, own in zip(bases, adapters, strict=True):
-        check_product(name, x.new_empty(0, base.k), base, own, None, dropout)
-    if any(shift is not None and shift.device != x.device for shift in biases):
-        raise ValueError(f"{name}: a bias is not on {x.device}, where x is; use one device")
-
-
-def _product(
-    x: Tensor, base: Base, adapters: Adapters, biases: Sequence[Tensor | None], sizes: Sequence[int]
-) -> Product:
-    bias = None
-    if any(shift is not None for shift in biases):
-        parts = [x.new_zeros(n) if t is None else t.to(x.dtype) for t, n in zip(biases, sizes, strict=True)]
-        bias = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return Product(base, adapters.starts, adapters.scaling, bias)
-
-
-def _tables(
-    x: Tensor,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    rotary_dim: int | None,
-    layout: str,
-) -> tuple[Tensor, Tensor] | None:
-    """cos and sin ``[1, B, S, pairs]``."""
-    if cos is None or sin is None:
-        if cos is not sin:
-            raise ValueError("attention_block: only one of cos and sin is given; give both, or None for both")
-        return None
-    q, k = (x.new_empty(0).expand(*x.shape[:-1], n, 0) for n in (heads, kv_heads))
-    _check(q, k, cos, sin, None, layout, -2)
-    pairs = _pairs(head_dim, cos.shape[-1], rotary_dim)
-    batches, length = (1, *x.shape[:-1])[-2:]
-    first, second = (_for_tokens("cos and sin", t.detach(), [], batches, length, 1)[..., :pairs] for t in (cos, sin))
-    return first, second
+    block = MLPBlock(norm, gate_up, down, a, b, activation=activation, scaling=scaling, bias=bias, dropout=dropout)
+    return block(x, training=training, keep=keep)

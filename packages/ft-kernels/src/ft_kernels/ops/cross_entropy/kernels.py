@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import Rows, launch
+from ft_kernels.dispatch import Rows, cdiv, launch, power_of_2
 from ft_kernels.ops.cross_entropy.reference import Settings
 from ft_kernels.ops.row_softmax.kernels import changed, exp_wide, fold, narrowed, plain_gradient, slope
 
@@ -247,7 +247,7 @@ def _tiling(rows: Rows, vocabulary: int, gradient: bool) -> dict[str, int]:
 
     def tiling(warps: int, loads: int) -> dict[str, int]:
         unroll = loads if pack > 1 else 4 * loads
-        warps = min(warps, triton.next_power_of_2(triton.cdiv(vocabulary, 32 * pack * unroll)))
+        warps = min(warps, power_of_2(cdiv(vocabulary, 32 * pack * unroll)))
         return {"UNROLL": unroll, "LANES": 32 * warps, "PACK": pack, "num_warps": warps}
 
     wide = rows.tensor.dtype == torch.float32
@@ -311,9 +311,9 @@ def backward_into(
             many columns there are in all.
     """
     rows, width = Rows(logits), logits.shape[-1]
-    block = min(triton.next_power_of_2(width), MAX_BLOCK)
+    block = min(power_of_2(width), MAX_BLOCK)
     launch(
-        "cross_entropy_backward", _backward, (rows.count, triton.cdiv(width, block)), logits.device,
+        "cross_entropy_backward", _backward, (rows.count, cdiv(width, block)), logits.device,
         grads, grads if entropy_grads is None else entropy_grads, rows.tensor, *rows.layout, targets, lses, rests,
         lses if entropies is None else entropies, out, out.stride(-2) if out.dim() > 1 else 0, width, first,
         share=settings.label_smoothing / (vocabulary or width), ENTROPY=entropy_grads is not None,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import tuning
-from ft_kernels.dispatch import Rows, interpreting, launch
+from ft_kernels.dispatch import Rows, cdiv, interpreting, launch, power_of_2
 
 __all__ = ["quantize"]
 
@@ -129,7 +129,7 @@ def _blocks(x, row_stride, column_stride, out, scales, scales_stride, N, K, FP8:
 
 @cache
 def _row_tiling(width: int) -> dict[str, Any]:
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     whole = block <= MAX_BLOCK
     block = min(block, MAX_BLOCK // (1 if whole else 4))
     rows = max(1, TILE // block)
@@ -160,7 +160,7 @@ def quantize(x: Tensor, scaling: int, out: Tensor, scale: Tensor) -> None:
     constants = {"FP8": not interpreting() and tuning.capability(device) >= (8, 9)}
     numbers = out.view(torch.uint8)
     if scaling == 2:
-        grid = (triton.cdiv(x.shape[0], 128) * triton.cdiv(width, 128),)
+        grid = (cdiv(x.shape[0], 128) * cdiv(width, 128),)
         launch(
             "fp8_quantize_blocks", _blocks, grid, device,
             x, *x.stride(), numbers, scale, scale.stride(0), x.shape[0], width,
@@ -175,11 +175,11 @@ def quantize(x: Tensor, scaling: int, out: Tensor, scale: Tensor) -> None:
             "fp8_quantize_rows", device, (width, x.dtype),
             default=_row_tiling(width), candidates=_row_candidates(width),
         )  # fmt: skip
-        grid = (triton.cdiv(rows.count, settings["ROWS"]),)
+        grid = (cdiv(rows.count, settings["ROWS"]),)
         launch("fp8_quantize_rows", _rows, grid, device, *arguments, **constants, **settings)
         return
     settings = tuning.settings(
         "fp8_quantize_groups", device, (width, x.dtype), default=_group_tiling(), candidates=_group_candidates()
     )  # fmt: skip
-    grid = (triton.cdiv(rows.count, settings["ROWS"]) * triton.cdiv(width, settings["GROUPS"] * 128),)
+    grid = (cdiv(rows.count, settings["ROWS"]) * cdiv(width, settings["GROUPS"] * 128),)
     launch("fp8_quantize_groups", _groups, grid, device, *arguments, **constants, **settings)

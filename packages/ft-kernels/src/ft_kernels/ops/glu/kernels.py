@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import Rows, launch
+from ft_kernels.dispatch import Rows, cdiv, launch, power_of_2
 from ft_kernels.ops.glu.reference import halves
 
 __all__ = ["backward", "forward"]
@@ -172,8 +172,8 @@ def _backward(
 @cache
 def _tiling(width: int, wide: torch.dtype, tile: int = TILE) -> dict[str, Any]:
     """A tile of whole or part rows; the widest block that wastes little on the last one of a row."""
-    block = min(triton.next_power_of_2(max(width, 1)), tile)
-    if width > tile and triton.cdiv(width, tile) * tile > width * 1.05:
+    block = min(power_of_2(max(width, 1)), tile)
+    if width > tile and cdiv(width, tile) * tile > width * 1.05:
         block = max(tile // 4, 512)
     warps = tile // (128 if wide == torch.float64 else 512)
     return {"BLOCK": block, "ROWS": max(1, tile // block), "num_warps": min(16, max(1, warps))}
@@ -191,7 +191,7 @@ def _settings(name: str, rows: list[Rows], kind: int, dtype: torch.dtype) -> tup
     settings = tuning.settings(
         name, device, (kind, width, dtype), default=_tiling(width, wide), candidates=_candidates(width, wide)
     )  # fmt: skip
-    grid = triton.cdiv(rows[0].count, settings["ROWS"]) * triton.cdiv(width, settings["BLOCK"])
+    grid = cdiv(rows[0].count, settings["ROWS"]) * cdiv(width, settings["BLOCK"])
     return (grid,), {
         "KIND": kind,
         "SPLIT": any(r.layout[0] != r.count for r in rows),

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import Rows, launch, native
+from ft_kernels.dispatch import Rows, cdiv, launch, native, power_of_2
 from ft_kernels.ops.nf4.kernels import rounded
 
 __all__ = ["dequantize"]
@@ -43,8 +43,8 @@ def _dequantize(
 @cache
 def _tiling(width: int, tile: int = TILE) -> dict[str, Any]:
     """A tile of whole or part rows; the widest block that wastes little on the last one of a row."""
-    block = min(triton.next_power_of_2(max(width, 1)), tile)
-    while block > 512 and triton.cdiv(width, block) * block > width * 1.05:
+    block = min(power_of_2(max(width, 1)), tile)
+    while block > 512 and cdiv(width, block) * block > width * 1.05:
         block //= 2
     return {"BLOCK": block, "ROWS": max(1, tile // block), "num_warps": max(1, tile // 512)}
 
@@ -65,7 +65,7 @@ def dequantize(quantized: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     settings = tuning.settings(
         "int8_dequantize", out.device, (width, out.dtype), default=_tiling(width), candidates=_candidates(width)
     )  # fmt: skip
-    grid = (triton.cdiv(source.count, settings["ROWS"]) * triton.cdiv(width, settings["BLOCK"]),)
+    grid = (cdiv(source.count, settings["ROWS"]) * cdiv(width, settings["BLOCK"]),)
     launch(
         "int8_dequantize", _dequantize, grid, out.device,
         source.tensor, *source.layout, scales.contiguous(), target.tensor, *target.layout, source.count, width,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import Rows, launch
+from ft_kernels.dispatch import Rows, cdiv, launch
 from ft_kernels.ops.rms_norm.kernels import (
     backward_candidates,
     backward_tiling,
@@ -184,7 +184,7 @@ def forward(
     default = forward_tiling(h, wide) | {"HOIST": wide == torch.float32}
     tiling = tuning.settings("layer_norm_forward", x.device, (h, x.dtype), default=default)
     launch(
-        "layer_norm_forward", _forward, (triton.cdiv(source.count, tiling["ROWS"]),), x.device,
+        "layer_norm_forward", _forward, (cdiv(source.count, tiling["ROWS"]),), x.device,
         source.tensor, *source.layout, scale, shift, written, *target.layout, mean, rstd, source.count, h,
         *two_floats(eps), HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, WIDE=triton_dtype(wide), **tiling,
     )  # fmt: skip
@@ -217,9 +217,9 @@ def backward(
     default["HOIST"] &= not (looping and rstd.dtype == torch.float64)  # with two sums in fp64 registers run out
     key = (h, x.dtype, dy.dtype, need_weight, need_bias)
     tiling = tuning.settings(
-        "layer_norm_backward", x.device, key, default=default, candidates=backward_candidates(default)
+        "layer_norm_backward", x.device, key, default=default, candidates=lambda: backward_candidates(default)
     )
-    programs, per_sm = triton.cdiv(source.count, tiling["ROWS"]), tiling.pop("PER_SM")
+    programs, per_sm = cdiv(source.count, tiling["ROWS"]), tiling.pop("PER_SM")
     if looping:
         programs = sharing_programs(x.device, programs, per_sm)
     partial = dispatch.allocate((programs if looping else 0, sum(needs), h), rstd.dtype, x.device)

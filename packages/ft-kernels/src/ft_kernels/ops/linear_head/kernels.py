@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch
-from ft_kernels.dispatch import launch
+from ft_kernels.dispatch import cdiv, launch, power_of_2
 from ft_kernels.ops.row_softmax.kernels import narrowed
 
 __all__ = ["scaled_into"]
@@ -40,9 +40,9 @@ def scaled_into(x: Tensor, factor: Tensor, dtype: torch.dtype, out: Tensor | Non
     result = dispatch.allocate(x.shape, dtype, x.device) if out is None else out
     if x.numel():
         width = x.shape[-1] if factor.dim() else min(MAX_BLOCK, x.numel())
-        block = min(triton.next_power_of_2(width), MAX_BLOCK)
+        block = min(power_of_2(width), MAX_BLOCK)
         launch(
-            "linear_head_scaled", _scaled, (triton.cdiv(x.numel(), width), triton.cdiv(width, block)), x.device,
+            "linear_head_scaled", _scaled, (cdiv(x.numel(), width), cdiv(width, block)), x.device,
             x, factor, factor.stride(0) if factor.dim() else 0, result, width, x.numel(),
             IN_PLACE=out is x, BLOCK=block, num_warps=min(8, max(1, block // 512)),
         )  # fmt: skip

@@ -14,6 +14,7 @@ order, so that every result is the same bit for bit each time.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import interpreting, launch
+from ft_kernels.dispatch import cdiv, interpreting, launch
 from ft_kernels.ops.lora.tiles import kept, loads_ahead, operand, ranks_block, rounded, rounds_by_hand
 from ft_kernels.ops.rms_norm.kernels import two_floats
 
 __all__ = [
+    "Options",
     "a_gradient",
     "b_gradient",
     "column_share",
@@ -36,6 +38,9 @@ __all__ = [
     "share",
     "splits",
 ]
+
+Options = tuple[dict[str, Any], list[dict[str, Any]]]
+"""Launch settings, and others that may be tried."""
 
 
 @triton.jit
@@ -233,9 +238,9 @@ def pack(low: Any, k: int, columns: Tensor) -> Tensor:
     packed = a[0] if plain else dispatch.allocate((r, k), columns.dtype, device)
     rp, block = ranks_block(r), 2048
     tile = max(1, 4096 // rp)
-    a_programs = 0 if plain else r * triton.cdiv(k, block)
+    a_programs = 0 if plain else r * cdiv(k, block)
     launch(
-        "lora_pack", _pack, (a_programs + triton.cdiv(n, tile),), device,
+        "lora_pack", _pack, (a_programs + cdiv(n, tile),), device,
         *_three(a, a[0]), *_three(b, b[0]), packed, columns, columns.stride(0), k, n, r, a_programs,
         *_three(low.starts, 0), *_three(low.sizes, 0), *_three(low.ranks, 0), *_three(low.scaling, 0.0),
         COUNT=len(a), BLOCK=block, ROWS=tile, RP=rp, BY_HAND=rounds_by_hand(columns.dtype), num_warps=4,
@@ -248,20 +253,12 @@ def rows(x: Tensor, k: int, packed: Tensor, low: Any, wide: Tensor | None, drop:
     m, r, device = x.shape[0], low.padded, x.device
     copy = wide is not None and wide.data_ptr() != x.data_ptr()
     rp = ranks_block(r)
-    options = [(64, 64, 4, 4), (128, 64, 4, 4), (64, 64, 8, 4), (32, 128, 4, 4)]
-    if drop.p or rp > 64 or tuning.capability(device) < (9, 0):
-        options = [(32, 64, 4, 4), (32, 64, 8, 4)]
-    if tuning.family(device) == "turing":
-        options = [(16, 64, 4, 1)]
-    default, *more = [
-        {"BM": bm, "BK": bk, "num_warps": warps, "num_stages": loads_ahead((bm + rp) * bk * 2, most, device)}
-        for bm, bk, warps, most in options
-    ]
+    default, more = _rows_options(rp, drop.p > 0, device)
     tiling = tuning.settings("lora_rows", device, (k, r, copy, drop.p > 0), default=default, candidates=more)
     each, parts = column_share(m, k, tiling["BM"], tiling["BK"], device)
     partial = dispatch.allocate((parts, m, r), torch.float32, device)
     launch(
-        "lora_rows", _rows, (triton.cdiv(m, tiling["BM"]), parts), device,
+        "lora_rows", _rows, (cdiv(m, tiling["BM"]), parts), device,
         x, x.stride(0), x if wide is None else wide, 0 if wide is None else wide.stride(0), partial, packed,
         *drop.arguments(x), m, k, r, each, *low.ends(),
         COPY=copy, DROPS=len(low.a) if drop.p else 0, RP=rp,
@@ -270,19 +267,34 @@ def rows(x: Tensor, k: int, packed: Tensor, low: Any, wide: Tensor | None, drop:
     return join(partial, wide, k, x.dtype)
 
 
+@functools.cache
+def _rows_options(rp: int, drops: bool, device: torch.device) -> Options:
+    options = [(64, 64, 4, 4), (128, 64, 4, 4), (64, 64, 8, 4), (32, 128, 4, 4)]
+    if drops or rp > 64 or tuning.capability(device) < (9, 0):
+        options = [(32, 64, 4, 4), (32, 64, 8, 4)]
+    if tuning.family(device) == "turing":
+        options = [(16, 64, 4, 1)]
+    default, *more = [
+        {"BM": bm, "BK": bk, "num_warps": warps, "num_stages": loads_ahead((bm + rp) * bk * 2, most, device)}
+        for bm, bk, warps, most in options
+    ]
+    return default, more
+
+
+@functools.cache
 def column_share(m: int, k: int, bm: int, bk: int, device: torch.device, programs: int = 2) -> tuple[int, int]:
     """Of K columns, how many a program goes through and among how many programs a row is split.
 
     There are so many ``programs`` for each multiprocessor if there are columns enough: they hide one another's waiting.
     """
-    tiles = triton.cdiv(k, bk)
+    tiles = cdiv(k, bk)
     if interpreting():
         parts = min(2, tiles)
     else:
-        wanted = triton.cdiv(programs * tuning.multiprocessors(device), triton.cdiv(m, bm))
+        wanted = cdiv(programs * tuning.multiprocessors(device), cdiv(m, bm))
         parts = max(1, min(wanted, tiles // 2, 32))
-    each = triton.cdiv(tiles, parts) * bk
-    return each, triton.cdiv(k, each)
+    each = cdiv(tiles, parts) * bk
+    return each, cdiv(k, each)
 
 
 def join(partial: Tensor, wide: Tensor | None, k: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -292,7 +304,7 @@ def join(partial: Tensor, wide: Tensor | None, k: int, dtype: torch.dtype | None
     tail = dispatch.allocate((m, r), dtype or partial.dtype if wide is None else wide.dtype, device)
     block = 1024
     launch(
-        "lora_join", _join, (triton.cdiv(m * r, block),), device,
+        "lora_join", _join, (cdiv(m * r, block),), device,
         partial, tail, tail if wide is None else wide, 0 if wide is None else wide.stride(0), k, m * r, r, parts,
         WIDE=wide is not None, BLOCK=block, BY_HAND=rounds_by_hand(tail.dtype), num_warps=4,
     )  # fmt: skip
@@ -318,18 +330,34 @@ def _option(
     return {"BM": bm, "BC": bc, "num_warps": warps, stages: loads_ahead((tiles * bc + rp) * bm * 2, 4, device)}
 
 
-def b_gradient(dy: Tensor, tail: Tensor, low: Any, partial: Tensor, offset: int) -> None:
-    """Each part's dB (scaled), one adapter after the other, into ``partial [parts, ...]`` from ``offset`` on."""
-    m, parts, device = dy.shape[0], partial.shape[0], dy.device
-    rp = ranks_block(max(low.ranks))
+@functools.cache
+def _b_options(rp: int, device: torch.device) -> Options:
     options = [(64, 128, 4), (64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 4)]
     if tuning.family(device) == "turing":
         options = [(32, 64, 4)]
     default, *more = [_option(*option, 1, rp, device) for option in options]
-    tiling = tuning.settings(
-        "lora_b_gradient", device, (*low.sizes, rp), default=default, candidates=more if rp <= 64 else []
-    )
-    tiles = [triton.cdiv(n, tiling["BC"]) for n in low.sizes]
+    return default, more if rp <= 64 else []
+
+
+@functools.cache
+def _a_options(rp: int, drops: bool, device: torch.device) -> Options:
+    # Two tiles, their sum and, with dropout, the state of the random numbers share the registers.
+    options = [(64, 128, 8), (64, 64, 4), (32, 128, 8), (32, 64, 4)]
+    if drops or rp > 32 or tuning.capability(device) < (9, 0):
+        options = [(32, 64, 8)] if drops or rp > 64 else [(32, 128, 8), (32, 64, 4)]
+    if tuning.family(device) == "turing":
+        options = [(32, 64, 8)]
+    default, *more = [_option(*option, 2, rp, device, "STAGES") for option in options]
+    return default, more
+
+
+def b_gradient(dy: Tensor, tail: Tensor, low: Any, partial: Tensor, offset: int) -> None:
+    """Each part's dB (scaled), one adapter after the other, into ``partial [parts, ...]`` from ``offset`` on."""
+    m, parts, device = dy.shape[0], partial.shape[0], dy.device
+    rp = ranks_block(max(low.ranks))
+    default, more = _b_options(rp, device)
+    tiling = tuning.settings("lora_b_gradient", device, (*low.sizes, rp), default=default, candidates=more)
+    tiles = [cdiv(n, tiling["BC"]) for n in low.sizes]
     launch(
         "lora_b_gradient", _b_gradient, (sum(tiles), parts), device,
         dy, dy.stride(0), tail, partial, partial.stride(0), m, low.padded, share(m, parts, tiling["BM"]),
@@ -348,20 +376,14 @@ def a_gradient(
     """
     m, device = dlow.shape[0], x.device
     rp = ranks_block(low.padded)
-    # Two tiles, their sum and, with dropout, the state of the random numbers share the registers.
-    options = [(64, 128, 8), (64, 64, 4), (32, 128, 8), (32, 64, 4)]
-    if drop.p or rp > 32 or tuning.capability(device) < (9, 0):
-        options = [(32, 64, 8)] if drop.p or rp > 64 else [(32, 128, 8), (32, 64, 4)]
-    if tuning.family(device) == "turing":
-        options = [(32, 64, 8)]
-    default, *more = [_option(*option, 2, rp, device, "STAGES") for option in options]
+    default, more = _a_options(rp, drop.p > 0, device)
     key = (k, rp, dx is not None, partial is not None, drop.p > 0, *(["norm"] if norm else []))
     tiling = tuning.settings("lora_a_gradient", device, key, default=default, candidates=more)
     source, sums = x if dx is None else dx, dlow if partial is None else partial
     target = source if out is None else out
     scale = (x, sums, 0.0, 0.0) if norm is None else (norm.weight.contiguous(), norm.rstd, *two_floats(norm.offset))
     launch(
-        "lora_a_gradient", _a_gradient, (triton.cdiv(k, tiling["BC"]), parts), device,
+        "lora_a_gradient", _a_gradient, (cdiv(k, tiling["BC"]), parts), device,
         x, x.stride(0), dlow, dlow.stride(0), packed, source, source.stride(0), target, target.stride(0),
         sums, sums.stride(0), *scale, *drop.arguments(x), m, k, low.padded, low.r, share(m, parts, tiling["BM"]),
         *low.ends(), NORM=norm is not None, UPDATE=dx is not None, SUM=partial is not None,

@@ -12,6 +12,7 @@ fixed order.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import interpreting, launch, native
+from ft_kernels.dispatch import cdiv, interpreting, launch, native
 from ft_kernels.ops.glu.kernels import _activation as activation
-from ft_kernels.ops.lora.kernels import column_share, join, share
+from ft_kernels.ops.lora.kernels import Options, column_share, join, share
 from ft_kernels.ops.lora.tiles import (
     computed_once,
     kept,
@@ -127,18 +128,35 @@ def _middle(
         tl.store(slot, up_total * up_scaling, mask=there & (others < up_ranks))
 
 
+HIDDEN = [
+    {"BM": bm, "BK": bk, "num_warps": warps, "num_stages": 1}
+    for bm, bk, warps in [(32, 128, 4), (16, 128, 4), (16, 256, 4), (32, 64, 4)]
+]
+
+
+@functools.cache
+def _middle_options(rp: int, rt: int, drops: bool, device: torch.device) -> Options:
+    options = [(16, 64, 4), (32, 64, 4), (32, 64, 8), (16, 128, 8)]
+    if max(rp, rt) > 32 or drops:
+        options = [(32, 64, 8), (16, 64, 4)]
+    default, *more = [
+        {"BM": bm, "BC": bc, "num_warps": w, "STAGES": loads_ahead((3 * bc + rp + 2 * rt) * bm * 2, 3, device)}
+        for bm, bc, w in options
+    ]
+    return default, more
+
+
 def hidden(gate_up: Tensor, row: Tensor, packed: Tensor, kind: int, drop: Any) -> Tensor:
     """h in the left part of ``row``, ``h Aᵀ`` in its tail and, returned, by itself."""
     (m, twice), r, device = gate_up.shape, packed.shape[0], gate_up.device
     i = twice // 2
     rp = ranks_block(r)
-    options = [(32, 128, 4), (16, 128, 4), (16, 256, 4), (32, 64, 4)]
-    default, *more = [{"BM": bm, "BK": bk, "num_warps": w, "num_stages": 1} for bm, bk, w in options]
+    default, *more = HIDDEN
     tiling = tuning.settings("lora_hidden", device, (i, rp, kind, drop.p > 0), default=default, candidates=more)
     each, parts = column_share(m, i, tiling["BM"], tiling["BK"], device, 24)
     partial = dispatch.allocate((parts, m, r), torch.float32, device)
     launch(
-        "lora_hidden", _hidden, (triton.cdiv(m, tiling["BM"]), parts), device,
+        "lora_hidden", _hidden, (cdiv(m, tiling["BM"]), parts), device,
         gate_up, gate_up.stride(0), row, row.stride(0), partial, packed, *drop.arguments(gate_up), m, i, r, each,
         KIND=kind, DROP=drop.p > 0, RP=rp, BY_HAND=rounds_by_hand(gate_up.dtype), INTERPRETED=interpreting(),
         NATIVE=native(), **tiling,
@@ -162,17 +180,11 @@ def middle(
     gate_slot, gate_first, gate_ranks, gate_scaling = gate or nothing
     up_slot, up_first, up_ranks, up_scaling = up or nothing
     rp, rt = ranks_block(r), ranks_block(max(gate_ranks, up_ranks))
-    options = [(16, 64, 4), (32, 64, 4), (32, 64, 8), (16, 128, 8)]
-    if max(rp, rt) > 32 or drop.p:
-        options = [(32, 64, 8), (16, 64, 4)]
-    default, *more = [
-        {"BM": bm, "BC": bc, "num_warps": w, "STAGES": loads_ahead((3 * bc + rp + 2 * rt) * bm * 2, 3, device)}
-        for bm, bc, w in options
-    ]
+    default, more = _middle_options(rp, rt, drop.p > 0, device)
     key = (i, rp, rt, kind, drop.p > 0)
     tiling = tuning.settings("lora_middle", device, key, default=default, candidates=more)
     launch(
-        "lora_middle", _middle, (triton.cdiv(i, tiling["BC"]), parts), device,
+        "lora_middle", _middle, (cdiv(i, tiling["BC"]), parts), device,
         gate_up, gate_up.stride(0), dh, dh.stride(0), dlow, dlow.stride(0), packed, tail, tail.stride(0),
         partial, partial.stride(0), a_slot, gate_slot, up_slot, *drop.arguments(gate_up), m, i, r,
         a_ranks, gate_ranks, up_ranks, gate_first, up_first, gate_scaling, up_scaling, share(m, parts, tiling["BM"]),

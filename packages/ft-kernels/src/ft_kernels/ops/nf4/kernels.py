@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import Rows, launch, native
+from ft_kernels.dispatch import Rows, cdiv, launch, native, power_of_2
 from ft_kernels.ops.nf4.format import NESTED_BLOCKSIZE, dynamic_code
 
 __all__ = ["dequantize", "quantize", "rounded"]
@@ -140,8 +140,8 @@ def _dequantize_values(
 def _tiling(row_words: int, words: int = WORDS) -> dict[str, Any]:
     """Words across and rows down, for which least of the last tile of a row is idle."""
     widths = [w for w in (1024, 512, 256, 128) if w <= words] or [words]
-    width = min(widths, key=lambda w: (triton.cdiv(row_words, w) * w, -w))
-    width = min(width, triton.next_power_of_2(row_words))
+    width = min(widths, key=lambda w: (cdiv(row_words, w) * w, -w))
+    width = min(width, power_of_2(row_words))
     return {"WIDTH": width, "ROWS": words // width, "num_warps": max(1, words // 128)}
 
 
@@ -197,7 +197,7 @@ def dequantize(
             "nf4_dequantize", out.device, (row_words, blocksize, out.dtype),
             default=_tiling(row_words), candidates=_candidates(row_words),
         )  # fmt: skip
-        grid = (triton.cdiv(count, settings["ROWS"]) * triton.cdiv(row_words, settings["WIDTH"]),)
+        grid = (cdiv(count, settings["ROWS"]) * cdiv(row_words, settings["WIDTH"]),)
         launch(
             "nf4_dequantize", _dequantize_words, grid, out.device,
             packed.view(torch.int32), *tables, rows.tensor, stride, count, row_words,
@@ -205,7 +205,7 @@ def dequantize(
         )  # fmt: skip
     else:
         launch(
-            "nf4_dequantize_values", _dequantize_values, (triton.cdiv(out.numel(), PLAIN_BLOCK),), out.device,
+            "nf4_dequantize_values", _dequantize_values, (cdiv(out.numel(), PLAIN_BLOCK),), out.device,
             packed, *tables, rows.tensor, *rows.layout, out.numel(), out.shape[-1],
             BLOCK_BITS=blocksize.bit_length() - 1, **constants, BLOCK=PLAIN_BLOCK, num_warps=4,
         )  # fmt: skip
@@ -287,13 +287,13 @@ def _quantize8(x, code, numbers, absmax, COUNT, BLOCKSIZE: tl.constexpr, BLOCKS:
 def quantize(x: Tensor, blocksize: int, nested: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Bytes, scales (fp32, or 8-bit numbers), and for these their scales, code and offset; else three empty tensors."""
     device, count = x.device, x.numel()
-    blocks = triton.cdiv(count, blocksize)
+    blocks = cdiv(count, blocksize)
     packed = dispatch.allocate(((count + 1) // 2,), torch.uint8, device)
     absmax = dispatch.allocate((blocks,), torch.float32, device)
     if count:
         per_program = max(1, 4096 // blocksize)
         launch(
-            "nf4_quantize", _quantize, (triton.cdiv(blocks, per_program),), device,
+            "nf4_quantize", _quantize, (cdiv(blocks, per_program),), device,
             x.contiguous(), packed, absmax, count,
             BLOCKSIZE=blocksize, BLOCKS=per_program, NATIVE=native(), num_warps=8,
         )  # fmt: skip
@@ -304,11 +304,11 @@ def quantize(x: Tensor, blocksize: int, nested: bool) -> tuple[Tensor, Tensor, T
     offset = absmax.mean()
     code2 = dynamic_code(device).clone()
     numbers = dispatch.allocate((blocks,), torch.uint8, device)
-    groups = triton.cdiv(blocks, NESTED_BLOCKSIZE)
+    groups = cdiv(blocks, NESTED_BLOCKSIZE)
     absmax2 = dispatch.allocate((groups,), torch.float32, device)
     if count:
         launch(
-            "nf4_quantize_scales", _quantize8, (triton.cdiv(groups, 4),), device,
+            "nf4_quantize_scales", _quantize8, (cdiv(groups, 4),), device,
             absmax - offset, code2, numbers, absmax2, blocks,
             BLOCKSIZE=NESTED_BLOCKSIZE, BLOCKS=4, NATIVE=native(), num_warps=8,
         )  # fmt: skip

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import interpreting, launch
+from ft_kernels.dispatch import cdiv, interpreting, launch, power_of_2
 from ft_kernels.ops.packed_attention.tiles import tiles
 
 __all__ = ["backward", "delta", "forward"]
@@ -320,11 +320,11 @@ def forward(
     lse = dispatch.allocate((heads, total), torch.float32, q.device)
     if out.numel() == 0:
         return out, lse
-    block = max(16, triton.next_power_of_2(d))
+    block = max(16, power_of_2(d))
     name, key = "packed_attention_forward", (block, softcap > 0)
     setting = tuning.settings(name, q.device, key, default=tiles("forward", block, q.device))
     launch(
-        name, _forward, (triton.cdiv(total, setting["M"]) * heads,), q.device,
+        name, _forward, (cdiv(total, setting["M"]) * heads,), q.device,
         *_strided(q), *_strided(k), *_strided(v), out, lse, intervals, lse if sinks is None else sinks.contiguous(),
         total, heads, heads // k.shape[1], _factor(scale, softcap), softcap,
         D=d, BLOCK_D=block, SOFTCAP=softcap > 0, SINKS=sinks is not None, DOT=_dot_dtype(q), **setting,
@@ -339,8 +339,8 @@ def delta(grad: Tensor, out: Tensor) -> Tensor:
     if result.numel():
         rows = 16 if interpreting() else 64
         launch(
-            "packed_attention_delta", _delta, (triton.cdiv(total, rows) * heads,), out.device,
-            *_strided(grad), *_strided(out), result, total, heads, d, M=rows, BLOCK_D=triton.next_power_of_2(d),
+            "packed_attention_delta", _delta, (cdiv(total, rows) * heads,), out.device,
+            *_strided(grad), *_strided(out), result, total, heads, d, M=rows, BLOCK_D=power_of_2(d),
         )  # fmt: skip
     return result
 
@@ -362,20 +362,20 @@ def backward(
     dq, dk, dv = (dispatch.allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
     if dq.numel() == 0:
         return dq, dk, dv, lse.new_zeros(0) if sinks is None else torch.zeros_like(sinks)
-    block, product = max(16, triton.next_power_of_2(d)), delta(grad, out)
+    block, product = max(16, power_of_2(d)), delta(grad, out)
     inputs = (*_strided(q), *_strided(k), *_strided(v), *_strided(grad), lse, product, intervals)
     numbers = (heads // key_heads, scale, _factor(scale, softcap), softcap)
     meta = {"D": d, "BLOCK_D": block, "SOFTCAP": softcap > 0, "DOT": _dot_dtype(q)}
     name, key = "packed_attention_backward_keys", (block, softcap > 0)
     setting = tuning.settings(name, q.device, key, default=tiles("keys", block, q.device))
     launch(
-        name, _backward_keys, (triton.cdiv(total, setting["N"]) * key_heads,), q.device,
+        name, _backward_keys, (cdiv(total, setting["N"]) * key_heads,), q.device,
         *inputs, dk, dv, total, key_heads, *numbers, **meta, **setting,
     )  # fmt: skip
     name = "packed_attention_backward_queries"
     setting = tuning.settings(name, q.device, key, default=tiles("queries", block, q.device))
     launch(
-        name, _backward_queries, (triton.cdiv(total, setting["M"]) * heads,), q.device,
+        name, _backward_queries, (cdiv(total, setting["M"]) * heads,), q.device,
         *inputs, dq, total, heads, *numbers, **meta, **setting,
     )  # fmt: skip
     if sinks is None:

@@ -13,6 +13,7 @@ computed in fp64 too, because the two terms of dx cancel there (for a row of one
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import Rows, interpreting, launch
+from ft_kernels.dispatch import Rows, cdiv, interpreting, launch, power_of_2
 
 __all__ = [
     "backward",
@@ -58,6 +59,7 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+@functools.cache
 def two_floats(value: float) -> tuple[float, float]:
     """The value as a sum of two fp32 numbers: Triton passes a Python float as fp32, too coarse for fp64 arithmetic."""
     high: float = struct.unpack("f", struct.pack("f", value))[0]
@@ -233,7 +235,7 @@ def column_sums(name: str, partial: Tensor, dtypes: Sequence[torch.dtype]) -> li
     outs = [dispatch.allocate((h,), dtype, partial.device) for dtype in dtypes]
     block = 1024 if interpreting() else 32  # 128 bytes a line of fp32; the interpreter takes long for each program
     launch(
-        name, _sum_columns, (triton.cdiv(h, block), parts), partial.device,
+        name, _sum_columns, (cdiv(h, block), parts), partial.device,
         partial, partial.stride(0), partial.stride(1), outs[0], outs[-1], h, lines,
         LINE_BLOCK=64, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -248,7 +250,7 @@ def sharing_programs(device: torch.device, tiles: int, per_sm: int) -> int:
 
 def _tiling(h: int, wide: torch.dtype) -> dict[str, Any]:
     longest = MAX_BLOCK // 2 if wide == torch.float64 else MAX_BLOCK
-    block = triton.next_power_of_2(max(h, 1))
+    block = power_of_2(max(h, 1))
     whole = block <= longest
     block = min(block, longest)
     return {"BLOCK": block, "ROWS": max(1, TILE // block) if whole else 1, "WHOLE": whole}
@@ -330,7 +332,7 @@ def forward(
     h = x.shape[-1]
     tiling = tuning.settings("rms_norm_forward", x.device, (h, x.dtype), default=forward_tiling(h, wide))
     launch(
-        "rms_norm_forward", _forward, (triton.cdiv(source.count, tiling["ROWS"]),), x.device,
+        "rms_norm_forward", _forward, (cdiv(source.count, tiling["ROWS"]),), x.device,
         source.tensor, *source.layout, other.tensor, *other.layout, x if weight is None else weight.contiguous(),
         written, *target.layout, y if total is None else total, rstd, source.count, h,
         *two_floats(eps), *two_floats(offset),
@@ -374,9 +376,9 @@ def backward(
     default = backward_tiling(h, rstd.dtype, x.device, loop_bytes if need_weight else 0)
     key = (h, x.dtype, dy.dtype, need_weight, add is not None)
     tiling = tuning.settings(
-        "rms_norm_backward", x.device, key, default=default, candidates=backward_candidates(default)
+        "rms_norm_backward", x.device, key, default=default, candidates=lambda: backward_candidates(default)
     )
-    programs, per_sm = triton.cdiv(source.count, tiling["ROWS"]), tiling.pop("PER_SM")
+    programs, per_sm = cdiv(source.count, tiling["ROWS"]), tiling.pop("PER_SM")
     if need_weight:
         programs = sharing_programs(x.device, programs, per_sm)
     partial = dispatch.allocate((programs, 1, h) if need_weight else (0,), rstd.dtype, x.device)

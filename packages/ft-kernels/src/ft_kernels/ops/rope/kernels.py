@@ -7,6 +7,7 @@ therefore write in place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import launch
+from ft_kernels.dispatch import cdiv, launch, power_of_2
 
 __all__ = ["rotate"]
 
@@ -127,11 +128,12 @@ def _rotate(
         _copy_rest(k_start, k_target, k_mask, 2 * PAIRS, REST, REST_BLOCK)
 
 
+@functools.cache
 def _tiling(q_heads: int, k_heads: int, d: int) -> dict[str, Any]:
     """Launch settings: 16 to 32 elements of the queries a thread; the keys come with them, as many parts of them."""
-    parts = triton.cdiv(max(q_heads, k_heads) * d, 2 * TILE)
-    q_block, k_block = (triton.next_power_of_2(max(1, triton.cdiv(heads, parts))) for heads in (q_heads, k_heads))
-    elements = max(q_block, k_block) * triton.next_power_of_2(d)
+    parts = cdiv(max(q_heads, k_heads) * d, 2 * TILE)
+    q_block, k_block = (power_of_2(max(1, cdiv(heads, parts))) for heads in (q_heads, k_heads))
+    elements = max(q_block, k_block) * power_of_2(d)
     tokens = max(1, TILE // elements)
     return {
         "TOKENS": tokens,
@@ -192,10 +194,10 @@ def rotate(
     default = _tiling(q_heads, k_heads, d)
     name = "rope_backward" if back else "rope"
     key = (q_heads, k_heads, d, pairs, interleaved, q.dtype)
-    tiling = tuning.settings(name, q.device, key, default=default, candidates=_candidates(default))
-    parts = max(triton.cdiv(q_heads, tiling["Q_HEADS"]), triton.cdiv(k_heads, tiling["K_HEADS"]))
+    tiling = tuning.settings(name, q.device, key, default=default, candidates=lambda: _candidates(default))
+    parts = max(cdiv(q_heads, tiling["Q_HEADS"]), cdiv(k_heads, tiling["K_HEADS"]))
     launch(
-        name, _rotate, (triton.cdiv(batches * length, tiling["TOKENS"]), parts), q.device,
+        name, _rotate, (cdiv(batches * length, tiling["TOKENS"]), parts), q.device,
         sources[0], *sources[0].stride()[:3], sources[1], *sources[1].stride()[:3],
         written[0], *written[0].stride()[:3], written[1], *written[1].stride()[:3],
         cos, sin, *table, rows, cos if positions is None else positions, *places,
@@ -203,7 +205,7 @@ def rotate(
         PAIRS=pairs, REST=rest, INTERLEAVED=interleaved, BACK=back, HAS_POSITIONS=positions is not None,
         SECTIONS=(2 if interleaved_sections else 1) if sections else 0,
         WIDE=tl.float64 if q.dtype == k.dtype == torch.float32 else tl.float32,
-        BLOCK=triton.next_power_of_2(pairs), REST_BLOCK=triton.next_power_of_2(max(1, rest)), **tiling,
+        BLOCK=power_of_2(pairs), REST_BLOCK=power_of_2(max(1, rest)), **tiling,
     )  # fmt: skip
     if inplace:
         for original, turned in zip((q, k), written, strict=True):

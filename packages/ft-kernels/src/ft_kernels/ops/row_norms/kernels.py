@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch
-from ft_kernels.dispatch import interpreting, launch
+from ft_kernels.dispatch import cdiv, interpreting, launch
 from ft_kernels.ops.lora.tiles import loads_ahead, operand, ranks_block
 
 __all__ = ["row_norms"]
@@ -43,7 +43,7 @@ def row_norms(weight: Tensor, columns: Tensor, packed: Tensor) -> Tensor:
     norms = dispatch.allocate((n,), torch.float32, device)
     tile = 16
     launch(
-        "lora_row_norms", _row_norms, (triton.cdiv(n, tile),), device,
+        "lora_row_norms", _row_norms, (cdiv(n, tile),), device,
         weight, weight.stride(0), columns, columns.stride(0), packed, norms, n, k, r,
         BN=tile, BK=128, RP=ranks_block(r), INTERPRETED=interpreting(),
         num_warps=4, num_stages=loads_ahead(96 * 256, 4, device),
