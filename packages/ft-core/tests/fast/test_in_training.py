@@ -57,8 +57,9 @@ def test_losses_are_those_of_plain_layers(kind, ft, configure, metrics, tmp_path
 def test_a_mistake_is_refused_by_name(ft, configure, tmp_path, monkeypatch, fast_layers):
     from ft_core.fast import layer
 
-    block = layer.kernels.attention_block
-    monkeypatch.setattr(layer.kernels, "attention_block", lambda *a, sin, **words: block(*a, sin=sin * 0.9, **words))
+    block = layer.kernels.AttentionBlock
+    call = block.__call__
+    monkeypatch.setattr(block, "__call__", lambda self, x, *, sin, **words: call(self, x, sin=sin * 0.9, **words))
     done = ft("train", configure(output=str(tmp_path / "run")))
     assert done.code == 2
     assert "the fast layers do not compute what transformers' own do" in done.err

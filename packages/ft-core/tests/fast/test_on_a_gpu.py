@@ -122,3 +122,91 @@ def test_adapters_added_and_switched_later():
     assert abs(quick[0] - plain[0]) < 2e-2 * plain[0]
     model.set_adapter("default")
     assert step(model)[0] == first[0]
+
+
+def train(model: Any, steps: int, rows: list[int], accumulate: int = 1, **keywords: Any) -> list[float]:
+    """The losses of a bare loop, whose batches have so many rows in turn."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    generator, losses = torch.Generator().manual_seed(3), []
+    for i in range(steps * accumulate):
+        ids = torch.randint(1000, (rows[i % len(rows)], 200), generator=generator).cuda()
+        labels = ids.masked_fill(torch.rand(ids.shape, generator=generator).cuda() < 0.3, -100)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels, **keywords).loss
+        (loss / accumulate).backward()
+        losses.append(loss.detach())
+        if i % accumulate == accumulate - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [float(loss) for loss in losses]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"accumulate": 3}, {"rows": [2] * 6 + [1] * 6}, {"num_items_in_batch": 321}, {"dropout": 0.2}],
+    ids=str,
+)
+@pytest.mark.parametrize("family", MAKE)
+def test_a_recorded_step_is_the_step(family, case):
+    """Bit for bit, with new weights and other tokens at each step."""
+    case = {"rows": [2], **case}
+    dropout, results = case.pop("dropout", 0.0), []
+    for on in (False, True):
+        model = adapted(family)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        graphs = fast.enable(model).graphs
+        graphs.on = on
+        losses = train(model, 12, **case)
+        assert graphs.reason is None
+        assert graphs.recorded == (len(set(case["rows"])) if on else 0)
+        results.append((losses, [p.detach() for p in model.parameters() if p.requires_grad]))
+    if not dropout:
+        assert results[0][0] == results[1][0]
+        assert all(torch.equal(p, q) for p, q in zip(results[0][1], results[1][1], strict=True))
+    assert len(set(results[1][0])) == len(results[1][0])
+
+
+def test_what_a_recorded_step_must_notice():
+    model = adapted()
+    path = fast.enable(model)
+    ids = torch.randint(1000, (2, 64)).cuda()
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return model(input_ids=ids, labels=ids).loss
+
+    def gradient(value: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(value, next(p for p in model.parameters() if p.requires_grad))[0]
+
+    for _ in range(4):
+        expected = gradient(loss())
+    assert path.graphs.replays
+    # Two losses whose backward passes come later: only one of them can be the recorded one.
+    one, two = loss(), loss()
+    assert torch.equal(gradient(one), expected)
+    assert torch.equal(gradient(two), expected)
+    once = loss()
+    once.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        once.backward()
+    called = []
+    hook = path.layers[0].self_attn.register_forward_hook(lambda *_: called.append(1))
+    loss()
+    assert called
+    hook.remove()
+    with model.disable_adapter(), torch.no_grad():
+        without = loss()
+    assert without != loss().detach()
+    for layer in path.layers:
+        layer.mlp.down_proj.scaling["default"] *= 3
+    path.on = False
+    plain = loss().detach()
+    path.on = True
+    assert abs(loss().detach() - plain) < 2e-2 * plain
+    copied = copy.deepcopy(model)
+    assert not fast.fast_path_of(copied).graphs.replays
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(copied(input_ids=ids, labels=ids).loss, loss())

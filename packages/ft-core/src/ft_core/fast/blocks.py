@@ -65,7 +65,11 @@ class Blocks:
     @property
     def able(self) -> bool:
         """Whether both halves can be one operation each, as the layer is now."""
-        return self._first() is not None and self._second() is not None
+        return None not in self.halves()
+
+    def halves(self) -> tuple[_Half | None, _Half | None]:
+        """Both halves as operations, the same objects as long as nothing has changed; None for one that is none."""
+        return self._first(), self._second()
 
     def _first(self) -> _Half | None:
         layout, names, norms = self.layout, self.layout.attention, self.layout.norms

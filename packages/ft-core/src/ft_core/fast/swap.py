@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ft_core.data.collating import LENGTHS
 from ft_core.fast.blocks import Keep
 from ft_core.fast.documents import Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of
+from ft_core.fast.graphs import Graphs
 from ft_core.fast.head import can_fuse, loss_of
 from ft_core.fast.layer import DecoderLayer, norm
 from ft_core.fast.layout import Layout, at
@@ -38,11 +40,13 @@ class FastPath:
         model: the model with its head, not an adapter's wrapping.
         layout: of its family.
         on: whether the fast layers are used; while they are not, every call is transformers' own.
+        graphs: recorded steps, for batches of rows without padding (``graphs.on = False`` does without).
     """
 
     model: Any
     layout: Layout
     on: bool = True
+    graphs: Graphs = field(default_factory=Graphs)
     _changed: list[nn.Module] = field(default_factory=list)
 
     @property
@@ -224,7 +228,74 @@ class _ModelForward(_Forward):
         count, shifted = keywords.pop("num_items_in_batch", None), keywords.pop("shift_labels", None)
         for name in ("logits_to_keep", "return_dict"):
             keywords.pop(name, None)
-        outputs = self.backbone(**keywords)
         known = labels if shifted is None else shifted
+        loss = self._replayed(head, known, count, shifted is not None, **keywords)
+        if loss is not None:
+            return CausalLMOutputWithPast(loss=loss)
+        outputs = self.backbone(**keywords)
         loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None)
         return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
+
+    def _replayed(
+        self,
+        head: nn.Module,
+        labels: Tensor,
+        count: Any,
+        shifted: bool,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        use_cache: Any = None,
+        **others: Any,
+    ) -> Tensor | None:
+        """The loss by a recorded step, for rows of tokens without padding; None where it has to be computed."""
+        path = self.path
+        if input_ids is None or not input_ids.is_cuda or any(value is not None for value in others.values()):
+            return None
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not path.graphs.on or several or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if not all(decoder.blocks.able for decoder in path.decoders) or not self._silent():
+            return None
+        batch = batch_of((input_ids.shape[0], input_ids.shape[1]), attention_mask, None, None, {})
+        if batch is None or batch.plan is not None:
+            return None
+
+        def compute(ids: Tensor, labels: Tensor, count: Tensor | None = None) -> Tensor:
+            hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+            return loss_of(head, path.layout, hidden, labels, count, shifted=shifted)
+
+        given = {"ids": input_ids, "labels": labels.to(input_ids.device)}
+        if count is not None:
+            given["count"] = torch.as_tensor(count, device=input_ids.device, dtype=torch.float32)
+        halves = [decoder.blocks.halves() for decoder in path.decoders]
+        parameters = list(path.model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        key = (
+            shifted, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
+            tuple(decoder.blocks.keep for decoder in path.decoders),
+            tuple(id(half) for pair in halves for half in pair),
+            tuple((id(parameter), parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
+        )  # fmt: skip
+        return path.graphs.loss(compute, given, key, (halves, parameters), trained)
+
+    def _silent(self) -> bool:
+        """Whether no part of the model has code of a user's to run: hooks, or a forward of its own."""
+        parts: list[nn.Module] = [self.backbone, getattr(self.path.model, self.path.layout.head)]
+        while parts:
+            part = parts.pop()
+            own = vars(part)
+            forward = own.get("forward")
+            if forward is not None and not isinstance(forward, _Forward):
+                return False
+            hooks = [
+                own["_forward_hooks"],
+                own["_forward_pre_hooks"],
+                own["_backward_hooks"],
+                own["_backward_pre_hooks"],
+            ]
+            # transformers' enable_input_require_grads: it asks for a gradient, and computes nothing.
+            if any(getattr(h, "__name__", "") != "make_inputs_require_grads" for h in chain(*map(dict.values, hooks))):
+                return False
+            parts += [child for child in own["_modules"].values() if child is not None]
+        return not getattr(self.backbone, "gradient_checkpointing", False)
