@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--quantization", default="none,nf4")
     parser.add_argument("--shapes", default="2x2048,1x8192", help="rows x tokens, comma-separated")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--unsloth-path", help="put before PYTHONPATH for unsloth alone, which wants an older trl")
+    parser.add_argument("--make", action="store_true", help="make the model and stop")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step (for contestant ft)")
     parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "QUANTIZATION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -46,11 +48,19 @@ def main() -> None:
         return
     if not (folder / "config.json").is_file():
         make(folder, args.layers)
-    rows = []
+    if args.make:
+        return
+    rows: list[dict[str, Any]] = []
+    RESULTS.parent.mkdir(exist_ok=True)
+    facts = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "layers": args.layers}
     for quantization in args.quantization.split(","):
         for contestant in args.contestants.split(","):
             command = [sys.executable, __file__, *sys.argv[1:], "--one", contestant, quantization]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            environment = dict(os.environ)
+            if contestant.startswith("unsloth") and args.unsloth_path:
+                paths = [args.unsloth_path, environment.get("PYTHONPATH")]
+                environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+            done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
             lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             if args.profile:
                 print("\n".join(line for line in done.stdout.splitlines() if not line.startswith("{")))
@@ -60,10 +70,8 @@ def main() -> None:
             rows += lines
             for line in lines:
                 print(table_line(line), flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    facts = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "layers": args.layers}
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)
+            with open(RESULTS, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({**facts, **line}) + "\n" for line in lines)
     print()
     for row in rows:
         print(table_line(row))

@@ -97,7 +97,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.families.qwen": ["describe_qwen2", "describe_qwen3"],
     "ft_core.fast.find": ["NotFast", "layout_of"],
     "ft_core.fast.graphs": ["Graphs"],
-    "ft_core.fast.head": ["can_fuse", "loss_of"],
+    "ft_core.fast.head": ["as_count", "can_fuse", "loss_of"],
     "ft_core.fast.layer": ["DecoderLayer", "norm"],
     "ft_core.fast.layout": ["Activation", "Attention", "Layout", "Mlp", "Norm", "Norms", "activation", "at"],
     "ft_core.fast.linears": [

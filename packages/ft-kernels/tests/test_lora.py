@@ -305,8 +305,11 @@ def test_as_peft(device, exact_enough, dtype, settings_):
             exact_enough(what, *three)
 
 
-def gated(problem, scaling, kind, packed, sizes):
-    """The multilayer perceptron as PEFT and transformers compute it. Its weights are gate, up and down."""
+def gated(problem, scaling, kind, packed, sizes, joined=False):
+    """The multilayer perceptron as PEFT and transformers compute it. Its weights are gate, up and down.
+
+    joined: gate and up are one product, whose kernel adds up in another order.
+    """
 
     def compute(x, a, b, *_):
         gate, up, down = problem.weights
@@ -317,7 +320,10 @@ def gated(problem, scaling, kind, packed, sizes):
         if packed:
             g, u = (F.linear(x, torch.cat([gate, up])) + update(x, 0)).chunk(2, -1)
         else:
-            g, u = F.linear(x, gate) + update(x, 0), F.linear(x, up) + update(x, 1)
+            products = (
+                F.linear(x, torch.cat([gate, up])).chunk(2, -1) if joined else (F.linear(x, w) for w in (gate, up))
+            )
+            g, u = (product + update(x, i) for i, product in enumerate(products))
         active = F.silu(g) if kind == "silu" else F.gelu(g, approximate="tanh" if kind == "gelu_tanh" else "none")
         h = active * u
         return F.linear(h, down) + update(h, len(a) - 1)
@@ -370,7 +376,7 @@ def test_mlp_exact(device, exact_enough, launched, kind, pair, form, ranks):
         other.weights = [*(w[inner][:, order] for w in same.weights[:-1]), same.weights[-1][:, inner]]
         if seed > 1:
             other.weights = [with_gaps(w) for w in other.weights]
-        plainly = gated(other, scaling, kind, len(ranks) == 2, problem.sizes)
+        plainly = gated(other, scaling, kind, len(ranks) == 2, problem.sizes, joined=seed % 2 == 0)
         rows = torch.cat([inner, 104 + inner]) if len(ranks) == 2 else inner
 
         def shuffled(x, a, b, *rest, order=order, inner=inner, rows=rows, plainly=plainly):

@@ -76,7 +76,7 @@ def test_layers_that_fail_are_taken_out(ft, configure, metrics, tmp_path, monkey
     def fail(*args: Any, **keywords: Any) -> Any:
         raise RuntimeError("no such instruction\nand more")
 
-    monkeypatch.setattr(layer.kernels, "mlp_block", fail)
+    monkeypatch.setattr(layer.kernels.MLPBlock, "__call__", fail)
     done = ft("train", configure(output=str(tmp_path / "run"), training={"max_steps": 2}))
     assert done.code == 0, done.err
     assert "the fast ones fail on this machine (RuntimeError: no such instruction)" in done.out + done.err

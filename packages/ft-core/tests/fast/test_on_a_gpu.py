@@ -169,6 +169,33 @@ def test_a_recorded_step_is_the_step(family, case):
     assert len(set(results[1][0])) == len(results[1][0])
 
 
+class Waiting(torch.nn.Embedding):
+    """A class's own forward cannot be seen; this one waits for the GPU, which is an error in a recording."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        embedded = super().forward(ids)
+        assert float(embedded.sum()) < 1e6
+        return embedded
+
+
+def test_what_cannot_be_recorded_is_computed():
+    model = adapted()
+    path = fast.enable(model)
+    path.model.model.embed_tokens.__class__ = Waiting
+    losses = train(model, 8, [2])
+    assert path.graphs.reason is not None
+    assert not path.graphs.replays
+    path.model.model.embed_tokens.__class__ = torch.nn.Embedding
+    other = adapted()
+    fast.enable(other).graphs.on = False
+    assert train(other, 8, [2]) == losses
+    assert torch.randn(3, device="cuda").isfinite().all()
+    fast.disable(other)
+    again = fast.enable(other)
+    train(other, 5, [2])
+    assert again.graphs.replays
+
+
 def test_what_a_recorded_step_must_notice():
     model = adapted()
     path = fast.enable(model)

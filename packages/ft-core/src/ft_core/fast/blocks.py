@@ -6,7 +6,8 @@ trained base weight, norms after a branch, an adapter that is no plain low-rank 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,6 +57,15 @@ class Blocks:
             return None
         out: Tensor = half.block(x, keep=self.keep)
         return out
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What is made inside is made for other parameters in the places of these, and forgotten."""
+        known, self._known = self._known, {}
+        try:
+            yield
+        finally:
+            self._known = known
 
     def undo(self) -> None:
         """Forget what was made, and give the weights memory of their own again."""

@@ -7,12 +7,13 @@ kernels in the same order, on the same parameters; its input is copied into its 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 __all__ = ["Graphs"]
@@ -56,7 +57,7 @@ class Graphs:
         given: Mapping[str, Tensor],
         key: Any,
         kept: Any,
-        parameters: Sequence[Tensor],
+        model: nn.Module,
     ) -> Tensor | None:
         """The loss with a graph to the parameters, replayed; None where the caller has to compute it.
 
@@ -65,7 +66,7 @@ class Graphs:
             given: what changes from step to step, on the GPU.
             key: all else that the loss depends on and that is no number in a parameter.
             kept: what must live as long as the key is compared.
-            parameters: what may get a gradient.
+            model: whose parameters may get a gradient.
         """
         if not self.on or self.reason is not None or torch.cuda.is_current_stream_capturing():
             return None
@@ -81,9 +82,44 @@ class Graphs:
                 self.reason = "shapes change too often" if self.recorded == MOST else "too little memory is free"
                 return None
             self.recorded += 1
-            with torch.cuda.device(device):
-                self._step = _Step(compute, given, parameters)
+            self._step = self._record(compute, given, model, device)
+            if self._step is None:
+                return None
         return None if self._step.waits() else self._step(given)
+
+    def _record(
+        self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module, device: torch.device
+    ) -> _Step | None:
+        generator = torch.cuda.default_generators[device.index]
+        state = generator.clone_state()
+        try:
+            with torch.cuda.device(device):
+                return _Step(compute, given, model)
+        except Exception as error:
+            # Something waited for the GPU, say. The layers can still be computed kernel by kernel.
+            self.reason = f"{type(error).__name__}: {error}"
+            generator.graphsafe_set_state(state)  # which a recording that broke off leaves as if it went on
+            return None
+
+
+@contextlib.contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The trained parameters, and tensors of the same memory that stand in their places for a while.
+
+    A parameter's gradient is handed over on the stream on which it was first used, as long as any loss from then is
+    alive, and on that stream nothing is recorded.
+    """
+    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+    others = {id(p): p.detach().requires_grad_() for _, _, p in places if p.requires_grad}
+    changed = [(m, name, p) for m, name, p in places if id(p) in others]
+    try:
+        for module, name, parameter in changed:
+            module._parameters[name] = others[id(parameter)]  # type: ignore[assignment]
+        known = {id(p): p for _, _, p in changed}
+        yield list(known.values()), [others[key] for key in known]
+    finally:
+        for module, name, parameter in changed:
+            module._parameters[name] = parameter
 
 
 def _fits(device: torch.device) -> bool:
@@ -103,23 +139,22 @@ class _Turn:
 class _Step:
     """A recorded forward and backward pass."""
 
-    def __init__(
-        self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], parameters: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module) -> None:
         self.given = {name: t.detach().clone() for name, t in given.items()}
-        self.parameters = list(parameters)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._turn: Callable[[], _Turn | None] = lambda: None
         pool = torch.cuda.graph_pool_handle()
         # Threads that load data may allocate meanwhile. A cast that autocast keeps would lie in the graph's memory.
-        with torch.autocast(
-            "cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False
+        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        with (
+            torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
+            _stand_ins(model) as (self.parameters, stand_ins),
         ):
             with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
                 loss = compute(**self.given)
             self.up = torch.ones_like(loss)
             with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
-                grads = torch.autograd.grad(loss, self.parameters, self.up, allow_unused=True)
+                grads = torch.autograd.grad(loss, stand_ins, self.up, allow_unused=True)
                 self.dtypes = sorted({g.dtype for g in grads if g is not None}, key=str)
                 self.flats = [torch.cat([g.flatten() for g in grads if g is not None and g.dtype == d])
                               for d in self.dtypes]  # fmt: skip

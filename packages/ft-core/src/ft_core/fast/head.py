@@ -12,7 +12,7 @@ from ft_core.data.collating import IGNORE
 from ft_core.fast.layout import Layout
 from ft_core.fast.linears import read
 
-__all__ = ["can_fuse", "loss_of"]
+__all__ = ["as_count", "can_fuse", "loss_of"]
 
 
 def can_fuse(head: torch.nn.Module) -> bool:
@@ -21,6 +21,13 @@ def can_fuse(head: torch.nn.Module) -> bool:
     if linear is None or not isinstance(linear.weight, Tensor):
         return False
     return linear.adapter is None or linear.adapter.dropout == 0.0
+
+
+def as_count(count: Any, device: torch.device) -> Tensor:
+    """A number of tokens, which trainers give as a number or a tensor, as float32 on the device, without waiting."""
+    if isinstance(count, Tensor):
+        return count.to(device, torch.float32, non_blocking=True)
+    return torch.full((), float(count), dtype=torch.float32, device=device)
 
 
 def loss_of(
@@ -51,4 +58,4 @@ def loss_of(
         logit_scale=layout.logit_scale,
         reduction="mean" if count is None else "sum",
     )  # fmt: skip
-    return loss if count is None else loss / count
+    return loss if count is None else loss / as_count(count, loss.device)

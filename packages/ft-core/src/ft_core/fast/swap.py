@@ -7,6 +7,7 @@ before. A call that the fast layers are not made for (with a key-value cache, sa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,7 +21,7 @@ from ft_core.fast.blocks import Keep
 from ft_core.fast.documents import Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of
 from ft_core.fast.graphs import Graphs
-from ft_core.fast.head import can_fuse, loss_of
+from ft_core.fast.head import as_count, can_fuse, loss_of
 from ft_core.fast.layer import DecoderLayer, norm
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
@@ -262,22 +263,24 @@ class _ModelForward(_Forward):
             return None
 
         def compute(ids: Tensor, labels: Tensor, count: Tensor | None = None) -> Tensor:
-            hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
-            return loss_of(head, path.layout, hidden, labels, count, shifted=shifted)
+            with contextlib.ExitStack() as stack:
+                for decoder in path.decoders:
+                    stack.enter_context(decoder.blocks.set_aside())
+                hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+                return loss_of(head, path.layout, hidden, labels, count, shifted=shifted)
 
         given = {"ids": input_ids, "labels": labels.to(input_ids.device)}
         if count is not None:
-            given["count"] = torch.as_tensor(count, device=input_ids.device, dtype=torch.float32)
+            given["count"] = as_count(count, input_ids.device)
         halves = [decoder.blocks.halves() for decoder in path.decoders]
         parameters = list(path.model.parameters())
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
         key = (
             shifted, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
             tuple(decoder.blocks.keep for decoder in path.decoders),
             tuple(id(half) for pair in halves for half in pair),
             tuple((id(parameter), parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
         )  # fmt: skip
-        return path.graphs.loss(compute, given, key, (halves, parameters), trained)
+        return path.graphs.loss(compute, given, key, (halves, parameters), path.model)
 
     def _silent(self) -> bool:
         """Whether no part of the model has code of a user's to run: hooks, or a forward of its own."""
