@@ -1,8 +1,9 @@
 """Training steps on the fast path beside its peers, on one GPU: python benchmarks/fast_path.py --work DIR [...]
 
 A model of the shape of Llama 3.1 8B with random weights is made once in DIR (16 GB). Each contestant runs in a process
-of its own: a bare loop, the same 8-bit AdamW, labels on every token, LoRA of rank 16 on all linear layers; the median
-of the steps after the first few, and torch's own count of the most memory allocated. A row for each is added to
+of its own: a bare loop, the same optimizer (bitsandbytes' 8-bit AdamW, or torch's fused one), labels on every token,
+LoRA of rank 16 on all linear layers; the median of the steps after the first few, of which the time until backward has
+ended on the GPU is given too, and torch's own count of the most memory allocated. A row for each is added to
 benchmarks/results/fast_path.jsonl, and a table is printed.
 
 Contestants: ft, ft-recompute (ft's layers, each computed again in backward), transformers (with PEFT and
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import statistics
@@ -26,6 +28,7 @@ from typing import Any
 RESULTS = Path(__file__).with_name("results") / "fast_path.jsonl"
 CONTESTANTS = ("ft", "ft-recompute", "transformers", "liger", "unsloth", "unsloth-keep")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OPTIMIZERS = ("adamw8bit", "fused")
 WARM, TIMED = 5, 10
 
 
@@ -35,16 +38,17 @@ def main() -> None:
     parser.add_argument("--contestants", default=",".join(CONTESTANTS))
     parser.add_argument("--quantization", default="none,nf4")
     parser.add_argument("--shapes", default="2x2048,1x8192", help="rows x tokens, comma-separated")
+    parser.add_argument("--optimizers", default="adamw8bit", help=f"comma-separated, of {', '.join(OPTIMIZERS)}")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--unsloth-path", help="put before PYTHONPATH for unsloth alone, which wants an older trl")
     parser.add_argument("--make", action="store_true", help="make the model and stop")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of a step (for contestant ft)")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "QUANTIZATION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
     folder = args.work / f"llama-8b-{args.layers}"
     if args.one:
-        run(*args.one, folder, shapes, args.profile)
+        run(*args.one, folder, shapes, args.optimizers.split(","), args.profile)
         return
     if not (folder / "config.json").is_file():
         make(folder, args.layers)
@@ -84,6 +88,7 @@ def table_line(row: dict[str, Any]) -> str:
         return f"{head} {row['error']}"
     return (
         f"{head} {row['rows']}x{row['tokens']:<6} {row['tokens_per_second']:8.0f} tok/s  {row['peak_gib']:6.2f} GiB  "
+        f"{row['optimizer']:9} of {row['step_s'] * 1e3:.0f} ms {row['backward_s'] * 1e3:.0f} to backward's end  "
         f"first step after {row['first_step_s']:.0f} s  loss {row['loss']:.4f}"
     )
 
@@ -178,7 +183,14 @@ def load(contestant: str, quantization: str, folder: Path, longest: int) -> Any:
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
 
 
-def run(contestant: str, quantization: str, folder: Path, shapes: list[tuple[int, ...]], profile: bool) -> None:
+def run(
+    contestant: str,
+    quantization: str,
+    folder: Path,
+    shapes: list[tuple[int, ...]],
+    optimizers: list[str],
+    profile: bool,
+) -> None:
     """Print a line of JSON for each shape."""
     began = time.perf_counter()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -188,35 +200,45 @@ def run(contestant: str, quantization: str, folder: Path, shapes: list[tuple[int
     import torch
 
     model = load(contestant, quantization, folder, max(tokens for _, tokens in shapes)).train()
-    optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
     first = 0.0
-    for rows, tokens in shapes:
+    for name, (rows, tokens) in itertools.product(optimizers, shapes):
+        if name == "fused":
+            optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        else:
+            optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        seconds, loss = [], 0.0
+        seconds, backward, loss = [], [], 0.0
         for step in range(WARM + TIMED):
             ids = torch.randint(3, 128000, (rows, tokens), generator=torch.Generator().manual_seed(step)).cuda()
             mask = {} if contestant.startswith(("unsloth", "ft")) else {"attention_mask": torch.ones_like(ids)}
+            done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             start = time.perf_counter()
+            done[0].record()
             with torch.autocast("cuda", torch.bfloat16):
                 out = model(input_ids=ids, labels=ids.clone(), **mask).loss
             out.backward()
+            done[1].record()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+            backward.append(done[0].elapsed_time(done[1]) / 1e3)
             first = first or time.perf_counter() - began
             loss = out.item()
         median = statistics.median(seconds[WARM:])
         row = {
             "contestant": contestant, "quantization": quantization, "rows": rows, "tokens": tokens,
-            "step_s": round(median, 4), "tokens_per_second": round(rows * tokens / median),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "first_step_s": round(first, 1),
-            "loss": round(loss, 5), "gpu": torch.cuda.get_device_name(), "versions": versions(),
+            "optimizer": name, "step_s": round(median, 4), "backward_s": round(statistics.median(backward[WARM:]), 4),
+            "tokens_per_second": round(rows * tokens / median), "first_step_s": round(first, 1),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "loss": round(loss, 5),
+            "gpu": torch.cuda.get_device_name(), "versions": versions(),
         }  # fmt: skip
         print(json.dumps(row), flush=True)
-        if profile and contestant.startswith("ft"):
+        if profile:
             from torch.profiler import ProfilerActivity
             from torch.profiler import profile as profiler
 

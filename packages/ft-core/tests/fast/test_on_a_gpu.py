@@ -237,3 +237,24 @@ def test_what_a_recorded_step_must_notice():
     assert not fast.fast_path_of(copied).graphs.replays
     with torch.autocast("cuda", torch.bfloat16):
         assert torch.equal(copied(input_ids=ids, labels=ids).loss, loss())
+
+
+def test_a_step_thrown_away_takes_no_random_numbers():
+    model = adapted()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    graphs = fast.enable(model).graphs
+    train(model, 6, [2])
+    assert graphs.replays
+    ids = torch.randint(1000, (2, 64)).cuda()
+    for layer in fast.fast_path_of(model).layers:
+        layer.mlp.down_proj.scaling["default"] *= 2
+    losses = []
+    for on in (True, False):
+        graphs.on = on
+        torch.manual_seed(7)
+        with torch.autocast("cuda", torch.bfloat16):
+            losses.append([float(model(input_ids=ids, labels=ids).loss) for _ in range(2)])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]

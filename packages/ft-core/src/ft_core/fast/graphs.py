@@ -40,6 +40,7 @@ class Graphs:
         self.reason: str | None = None
         self._key: Any = None
         self._kept: Any = None
+        self._shapes: Any = None
         self._seen = 0
         self._step: _Step | None = None
 
@@ -55,8 +56,7 @@ class Graphs:
         self,
         compute: Callable[..., Tensor],
         given: Mapping[str, Tensor],
-        key: Any,
-        kept: Any,
+        look: Callable[[], tuple[Any, Any] | None],
         model: nn.Module,
     ) -> Tensor | None:
         """The loss with a graph to the parameters, replayed; None where the caller has to compute it.
@@ -64,20 +64,33 @@ class Graphs:
         Args:
             compute: the loss of ``given``, on the GPU, without waiting for it.
             given: what changes from step to step, on the GPU.
-            key: all else that the loss depends on and that is no number in a parameter.
-            kept: what must live as long as the key is compared.
+            look: gives all else that the loss depends on and that is no number in a parameter, to be compared, and what
+                must live as long as that is; None where a step cannot be recorded. It may take its time: meanwhile the
+                GPU computes the step recorded for these shapes, which is thrown away if it isn't the one.
             model: whose parameters may get a gradient.
         """
         if not self.on or self.reason is not None or torch.cuda.is_current_stream_capturing():
             return None
-        key = (key, *((name, t.shape, t.dtype, t.device) for name, t in given.items()))
-        if key != self._key:
-            self._key, self._kept, self._seen, self._step = key, kept, 0, None
+        device = next(iter(given.values())).device
+        generator = torch.cuda.default_generators[device.index]
+        shapes = tuple((name, t.shape, t.dtype, t.device) for name, t in given.items())
+        before, begun = generator.get_offset(), None
+        if self._step is not None and shapes == self._shapes and self._step.stands() and not self._step.waits():
+            begun = self._step(given)
+        found = look()
+        key, kept = found if found is not None else (None, None)
+        if begun is not None and key == self._key:
+            return begun
+        if begun is not None:
+            generator.set_offset(before)  # its random numbers are the next step's
+        if key is None or key != self._key or shapes != self._shapes:
+            self._key, self._kept, self._shapes, self._seen, self._step = key, kept, shapes, 0, None
+        if key is None:
+            return None
         self._seen += 1
         if self._step is None:
             if self._seen <= AFTER:
                 return None
-            device = next(iter(given.values())).device
             if self.recorded == MOST or not _fits(device):
                 self.reason = "shapes change too often" if self.recorded == MOST else "too little memory is free"
                 return None
@@ -158,8 +171,13 @@ class _Step:
                 self.dtypes = sorted({g.dtype for g in grads if g is not None}, key=str)
                 self.flats = [torch.cat([g.flatten() for g in grads if g is not None and g.dtype == d])
                               for d in self.dtypes]  # fmt: skip
+        self.places = [(p, p.data_ptr(), p.requires_grad) for p in model.parameters()]
         self.known = [None if g is None else self.dtypes.index(g.dtype) for g in grads]
         self.result = loss.detach()
+
+    def stands(self) -> bool:
+        """Whether the parameters it was recorded with lie where they did."""
+        return all(p.data_ptr() == place and p.requires_grad == trained for p, place, trained in self.places)
 
     def waits(self) -> bool:
         """Whether a backward pass through the last use may still come."""

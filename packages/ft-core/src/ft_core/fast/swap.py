@@ -256,8 +256,6 @@ class _ModelForward(_Forward):
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not path.graphs.on or several or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if not all(decoder.blocks.able for decoder in path.decoders) or not self._silent():
-            return None
         batch = batch_of((input_ids.shape[0], input_ids.shape[1]), attention_mask, None, None, {})
         if batch is None or batch.plan is not None:
             return None
@@ -272,15 +270,21 @@ class _ModelForward(_Forward):
         given = {"ids": input_ids, "labels": labels.to(input_ids.device)}
         if count is not None:
             given["count"] = as_count(count, input_ids.device)
-        halves = [decoder.blocks.halves() for decoder in path.decoders]
+        return path.graphs.loss(compute, given, functools.partial(self._looks, shifted), path.model)
+
+    def _looks(self, shifted: bool) -> tuple[Any, Any] | None:
+        """What a recorded step depends on but for its input, and what that is made of; None where none can be."""
+        path = self.path
+        halves = [half for decoder in path.decoders for half in decoder.blocks.halves()]
+        if None in halves or not self._silent():
+            return None
         parameters = list(path.model.parameters())
         key = (
             shifted, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
-            tuple(decoder.blocks.keep for decoder in path.decoders),
-            tuple(id(half) for pair in halves for half in pair),
+            tuple(decoder.blocks.keep for decoder in path.decoders), tuple(map(id, halves)),
             tuple((id(parameter), parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
         )  # fmt: skip
-        return path.graphs.loss(compute, given, key, (halves, parameters), path.model)
+        return key, (halves, parameters)
 
     def _silent(self) -> bool:
         """Whether no part of the model has code of a user's to run: hooks, or a forward of its own."""

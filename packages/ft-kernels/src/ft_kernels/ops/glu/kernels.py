@@ -27,6 +27,7 @@ from torch import Tensor
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import Rows, cdiv, launch, power_of_2
 from ft_kernels.ops.glu.reference import halves
+from ft_kernels.ops.row_softmax.kernels import exp_wide
 
 __all__ = ["backward", "forward"]
 
@@ -36,23 +37,8 @@ TILE = 2048
 
 @triton.jit
 def _exp(d, WIDE: tl.constexpr):
-    """exp of d ≤ 0; in fp64 from d = n·ln 2 + f with |f| ≤ 0.35 and exp f = 1 + f + f²·q(f), its last part fp32."""
-    if tl.float64 == WIDE:
-        near = tl.where(d < -200.0, -200.0, d)
-        n = tl.floor(near.to(tl.float32) * 1.44269504 + 0.5)
-        f = near - n.to(tl.float64) * 0.6931471805599453
-        h = f.to(tl.float32)
-        q = h * (1.0 / 40320) + 1.0 / 5040
-        q = h * q + 1.0 / 720
-        q = h * q + 1.0 / 120
-        q = h * q + 1.0 / 24
-        q = h * q + 1.0 / 6
-        q = h * q + 0.5
-        power = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)  # 2 to the n, by its bits
-        e = tl.where(d < -200.0, 0.0, ((h * h * q).to(tl.float64) + f + 1.0) * power)
-    else:
-        e = tl.exp(d)
-    return e
+    """exp of d ≤ 0."""
+    return exp_wide(d) if tl.float64 == WIDE else tl.exp(d)
 
 
 @triton.jit
