@@ -50,9 +50,9 @@ def test_as_exact_as_transformers(family, dtype):
     assert found["largest_ratio"] <= 1.25
 
 
-def adapted(family: str = "llama") -> Any:
-    model = get_peft_model(make(family), LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
-    return model.train()
+def adapted(family: str = "llama", dropout: float = 0.0) -> Any:
+    config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout)
+    return get_peft_model(make(family), config).train()
 
 
 def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -153,10 +153,7 @@ def test_a_recorded_step_is_the_step(family, case):
     case = {"rows": [2], **case}
     dropout, results = case.pop("dropout", 0.0), []
     for on in (False, True):
-        model = adapted(family)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = dropout
+        model = adapted(family, dropout)
         graphs = fast.enable(model).graphs
         graphs.on = on
         losses = train(model, 12, **case)
@@ -240,14 +237,11 @@ def test_what_a_recorded_step_must_notice():
 
 
 def test_a_step_thrown_away_takes_no_random_numbers():
-    model = adapted()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
+    model = adapted(dropout=0.5)
     graphs = fast.enable(model).graphs
     train(model, 6, [2])
     assert graphs.replays
-    ids = torch.randint(1000, (2, 64)).cuda()
+    ids = torch.randint(1000, (2, 200)).cuda()
     for layer in fast.fast_path_of(model).layers:
         layer.mlp.down_proj.scaling["default"] *= 2
     losses = []
