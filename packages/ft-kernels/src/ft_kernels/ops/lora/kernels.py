@@ -333,6 +333,8 @@ def _option(
 @functools.cache
 def _b_options(rp: int, device: torch.device) -> Options:
     options = [(64, 128, 4), (64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 4)]
+    if tuning.family(device) == "hopper" and rp <= 64:
+        options = [(64, 64, 4), (64, 128, 4), (32, 64, 4), (128, 32, 4)]
     if tuning.family(device) == "turing":
         options = [(32, 64, 4)]
     default, *more = [_option(*option, 1, rp, device) for option in options]
@@ -345,6 +347,8 @@ def _a_options(rp: int, drops: bool, device: torch.device) -> Options:
     options = [(64, 128, 8), (64, 64, 4), (32, 128, 8), (32, 64, 4)]
     if drops or rp > 32 or tuning.capability(device) < (9, 0):
         options = [(32, 64, 8)] if drops or rp > 64 else [(32, 128, 8), (32, 64, 4)]
+    if tuning.family(device) == "hopper" and not drops and rp <= 64:
+        options = [(32, 64, 4), (64, 64, 4), (64, 128, 8), (16, 64, 4), (32, 32, 2), (32, 32, 1)]
     if tuning.family(device) == "turing":
         options = [(32, 64, 8)]
     default, *more = [_option(*option, 2, rp, device, "STAGES") for option in options]

@@ -181,7 +181,8 @@ HIDDEN = [
 
 @functools.cache
 def _middle_options(rp: int, rt: int, drops: bool, device: torch.device) -> Options:
-    options = [(16, 64, 4), (32, 64, 4), (32, 64, 8), (16, 128, 8)]
+    # Fewer warps have less to wait for one another, more of them fill the multiprocessor.
+    options = [(16, 64, 4), (32, 64, 4), (16, 32, 1), (16, 32, 2), (32, 32, 2), (16, 16, 1), (32, 16, 1)]
     if max(rp, rt) > 32 or drops:
         options = [(32, 64, 8), (16, 64, 4)]
     default, *more = [
