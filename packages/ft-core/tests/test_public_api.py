@@ -257,6 +257,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.job": ["Job", "build_trainer"],
     "ft_core.training.lock": ["held"],
     "ft_core.training.memory": ["memory_errors_said"],
+    "ft_core.training.optimizers": ["QueuedUpdates", "queued"],
     "ft_core.training.prepare": [
         "check_resumable",
         "check_unfinished",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ft_core.errors import RunError
+from ft_core.training.optimizers import queued
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -33,6 +34,7 @@ class RunTrainerMixin(_Base):
     """
 
     _staging: Path | None = None
+    optimizer_cls_and_kwargs: Any
     keep_checkpoints: int = 2
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -84,9 +86,18 @@ class RunTrainerMixin(_Base):
         """Counts tokens too, all but padding, which transformers counts where pad and end are one token."""
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         count = mask.sum() if mask is not None else None if ids is None else torch.tensor(ids.numel())
+        if count is not None and self.accelerator.num_processes > 1:
+            count = self.accelerator.reduce(count.to(self.args.device))
         if count is not None:
-            self.state.num_input_tokens_seen += int(self.accelerator.reduce(count.to(self.args.device)))
+            self.state.num_input_tokens_seen += int(count)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' choice, without what would let the GPU wait (see :mod:`ft_core.training.optimizers`)."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            chosen, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer_cls_and_kwargs = (queued(chosen), settings)
+        return super().create_optimizer(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Draws from no random numbers of the training: how often one measures changes no loss."""

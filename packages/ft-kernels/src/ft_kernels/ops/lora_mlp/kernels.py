@@ -137,11 +137,8 @@ def _middle(
         up_low = operand(tl.load(here, mask=there & (ranks < R)[None, :], other=0.0), INTERPRETED)
         active, slope = _active(x, KIND, NATIVE)
         h = computed_once(rounded(active * u, gate_up, BY_HAND), NATIVE)
-        if LONG_SIDE:
-            # A tile of few rows would be computed by several warps at once, and all that follows it.
-            more = tl.trans(tl.dot(tl.trans(a), tl.trans(up_low)))
-        else:
-            more = tl.dot(up_low, a)
+        # The long side first: a tile of few rows would be computed by several warps at once, and all that follows it.
+        more = tl.trans(tl.dot(tl.trans(a), tl.trans(up_low))) if LONG_SIDE else tl.dot(up_low, a)
         if DROP:
             d += kept(more, seed, rows[:, None], cols[None, :], threshold, inverse, 0)
             h = rounded(kept(h, seed, rows[:, None], cols[None, :], threshold, inverse, 0), gate_up, BY_HAND)
