@@ -1,19 +1,24 @@
 """Training steps on the fast path beside its peers, on one GPU: python benchmarks/fast_path.py --work DIR [...]
 
-A model of the shape of Llama 3.1 8B with random weights is made once in DIR (16 GB). Each contestant runs in a process
-of its own: a bare loop, the same optimizer (bitsandbytes' 8-bit AdamW, or torch's fused one), labels on every token,
-LoRA of rank 16 on all linear layers; the median of the steps after the first few, of which the time until backward has
-ended on the GPU is given too, and torch's own count of the most memory allocated. A row for each is added to
-benchmarks/results/fast_path.jsonl, and a table is printed.
+A model of the shape of Llama 3.1 8B with random weights is made once in DIR (16 GB; /dev/shm is fast). Each contestant
+runs in a process of its own: a bare loop, the same optimizer (bitsandbytes' 8-bit AdamW, or torch's fused one), labels
+on every token, LoRA of rank 16 on all linear layers; the median of the steps after the first few, of which the time
+until backward has ended on the GPU is given too, and torch's own count of the most memory allocated. A row for each is
+added to benchmarks/results/fast_path.jsonl, and a table is printed.
 
-Contestants: ft, ft-recompute (ft's layers, each computed again in backward), transformers (with PEFT and
-checkpointing), liger, unsloth, unsloth-keep (its checkpointing off). One that isn't installed is a row with its error.
+With --together all contestants load at the same time, on the same GPU, and then take turns: much less time in all, but
+loading is not timed, and the GPU's memory has to hold all their models.
+
+Contestants: ft (all activations kept), ft-recompute (each layer computed again in backward from its input), ft-offload
+(the same, these inputs in host memory), ft-capped (what fits under --cap), transformers (with PEFT and checkpointing),
+liger, unsloth, unsloth-keep (its checkpointing off). One that isn't installed, or fails, is a row with its error.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -21,15 +26,19 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from turns import Player, my_turn, play
+
 RESULTS = Path(__file__).with_name("results") / "fast_path.jsonl"
-CONTESTANTS = ("ft", "ft-recompute", "transformers", "liger", "unsloth", "unsloth-keep")
+CONTESTANTS = (
+    "ft", "ft-recompute", "ft-offload", "ft-capped", "transformers", "liger", "unsloth", "unsloth-keep",
+)  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIMIZERS = ("adamw8bit", "fused")
-WARM, TIMED = 5, 10
 
 
 def main() -> None:
@@ -40,42 +49,63 @@ def main() -> None:
     parser.add_argument("--shapes", default="2x2048,1x8192", help="rows x tokens, comma-separated")
     parser.add_argument("--optimizers", default="adamw8bit", help=f"comma-separated, of {', '.join(OPTIMIZERS)}")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--warm", type=int, default=5, help="steps before them")
+    parser.add_argument("--cap", type=float, help="GiB that ft-capped may use (default: 16.4, with nf4 6.8)")
+    parser.add_argument("--together", action="store_true", help="load all at the same time, then take turns")
+    parser.add_argument("--turn", type=float, default=120.0, help="seconds after which a contestant's turn is ended")
     parser.add_argument("--unsloth-path", help="put before PYTHONPATH for unsloth alone, which wants an older trl")
     parser.add_argument("--make", action="store_true", help="make the model and stop")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a tiny model, to test this program
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "QUANTIZATION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
-    folder = args.work / f"llama-8b-{args.layers}"
+    if unknown := sorted(set(args.contestants.split(",")) - set(CONTESTANTS)):
+        parser.error(f"unknown contestants: {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
+    args.folder = args.work / f"llama-{'8b' if args.device == 'cuda' else 'tiny'}-{args.layers}"
     if args.one:
-        run(*args.one, folder, shapes, args.optimizers.split(","), args.profile)
+        run(*args.one, args)
         return
-    if not (folder / "config.json").is_file():
-        make(folder, args.layers)
+    if not (args.folder / "config.json").is_file():
+        if args.make:
+            make(args.folder, args.layers, args.device)
+        else:  # in a process of its own, which gives its memory on the GPU back
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)
     if args.make:
         return
-    rows: list[dict[str, Any]] = []
-    RESULTS.parent.mkdir(exist_ok=True)
+    compete(args)
+
+
+def compete(args: argparse.Namespace) -> None:
+    """Let the contestants run, and write down what they print."""
     facts = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "layers": args.layers}
-    for quantization in args.quantization.split(","):
-        for contestant in args.contestants.split(","):
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", contestant, quantization]
-            environment = dict(os.environ)
-            if contestant.startswith("unsloth") and args.unsloth_path:
-                paths = [args.unsloth_path, environment.get("PYTHONPATH")]
-                environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-            done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-            lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-            if args.profile:
-                print("\n".join(line for line in done.stdout.splitlines() if not line.startswith("{")))
-            if done.returncode:
-                words = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
-                lines.append({"contestant": contestant, "quantization": quantization, "error": words[-1][:300]})
-            rows += lines
-            for line in lines:
-                print(table_line(line), flush=True)
-            with open(RESULTS, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({**facts, **line}) + "\n" for line in lines)
+    facts |= {"together": True} if args.together else {}
+    pairs = list(itertools.product(args.quantization.split(","), args.contestants.split(",")))
+    rows: list[dict[str, Any]] = []
+    args.results.parent.mkdir(exist_ok=True)
+
+    def start(quantization: str, contestant: str) -> Player:
+        environment = dict(os.environ)
+        if contestant.startswith("unsloth") and args.unsloth_path:
+            paths = [args.unsloth_path, environment.get("PYTHONPATH")]
+            environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        return Player([sys.executable, __file__, *sys.argv[1:], "--one", contestant, quantization], environment)
+
+    def done(number: int, player: Player) -> None:
+        quantization, contestant = pairs[number]
+        lines = [json.loads(line) for line in player.lines if line.startswith("{")]
+        if args.profile:
+            print("\n".join(line for line in player.lines if not line.startswith("{")))
+        if player.error is not None:
+            lines.append({"contestant": contestant, "quantization": quantization, "error": player.error})
+        rows.extend(lines)
+        for line in lines:
+            print(table_line(line), flush=True)
+        with open(args.results, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**facts, **line}) + "\n" for line in lines)
+
+    play([functools.partial(start, *pair) for pair in pairs], done, together=args.together, turn=args.turn)
     print()
     for row in rows:
         print(table_line(row))
@@ -86,33 +116,76 @@ def table_line(row: dict[str, Any]) -> str:
     head = f"{row['contestant']:13} {row['quantization']:4}"
     if "error" in row:
         return f"{head} {row['error']}"
+    first = f"first step after {row['first_step_s']:.0f} s  " if "first_step_s" in row else ""
     return (
         f"{head} {row['rows']}x{row['tokens']:<6} {row['tokens_per_second']:8.0f} tok/s  {row['peak_gib']:6.2f} GiB  "
         f"{row['optimizer']:9} of {row['step_s'] * 1e3:.0f} ms {row['backward_s'] * 1e3:.0f} to backward's end  "
-        f"first step after {row['first_step_s']:.0f} s  loss {row['loss']:.4f}"
+        f"{first}loss {row['loss']:.4f}"
     )
 
 
-def make(folder: Path, layers: int) -> None:
-    """A model of the shape of Llama 3.1 8B with random weights."""
+def make(folder: Path, layers: int, device: str) -> None:
+    """A model of the shape of Llama 3.1 8B with random weights, or for a CPU a tiny one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if device == "cuda":
+        sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+        sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+    else:
+        sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5,
+        **sizes, num_hidden_layers=layers, max_position_embeddings=131072, rms_norm_eps=1e-5,
         rope_parameters=rope, bos_token_id=0, eos_token_id=1, pad_token_id=2, tie_word_embeddings=False,
-        dtype="bfloat16",
+        dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(model.state_dict(), folder)
     tokenizer(folder)
+    config.save_pretrained(folder)  # last: it tells that all is there
+
+
+def write(state: dict[str, Any], folder: Path, files: int = 16) -> None:
+    """Weights as safetensors in several files at once, which takes a third of ``save_pretrained``'s time.
+
+    The format: the length of a JSON header in eight bytes, the header, and the numbers of each tensor.
+    """
+    import torch
+
+    names = list(state)
+    index: dict[str, str] = {}
+
+    def one(number: int) -> None:
+        mine, place = names[number::files], 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name in mine:
+            tensor = state[name]
+            assert tensor.dtype == torch.bfloat16
+            end = place + tensor.numel() * tensor.element_size()
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [place, end]}
+            place = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in mine:
+                out.write(state[name].contiguous().cpu().view(torch.uint8).numpy().data)
+                index[name] = file
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(files)))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 def tokenizer(folder: Path) -> None:
@@ -129,8 +202,9 @@ def tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=made, **words, model_max_length=131072).save_pretrained(folder)
 
 
-def load(contestant: str, quantization: str, folder: Path, longest: int) -> Any:
+def load(contestant: str, quantization: str, args: argparse.Namespace, longest: int) -> Any:
     """The model with its adapter, as the contestant's users have it."""
+    folder = args.folder
     if contestant.startswith("unsloth"):
         from unsloth import FastLanguageModel
 
@@ -167,7 +241,8 @@ def load(contestant: str, quantization: str, folder: Path, longest: int) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa",
+        folder, dtype=torch.bfloat16, device_map={"": 0 if args.device == "cuda" else "cpu"},
+        attn_implementation="sdpa",
         quantization_config=four_bits if quantization == "nf4" else None,
     )  # fmt: skip
     model.config.use_cache = False
@@ -183,15 +258,8 @@ def load(contestant: str, quantization: str, folder: Path, longest: int) -> Any:
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
 
 
-def run(
-    contestant: str,
-    quantization: str,
-    folder: Path,
-    shapes: list[tuple[int, ...]],
-    optimizers: list[str],
-    profile: bool,
-) -> None:
-    """Print a line of JSON for each shape."""
+def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
+    """Load, wait for the turn, and print a line of JSON for each shape."""
     began = time.perf_counter()
     os.environ["HF_HUB_OFFLINE"] = "1"
     if contestant.startswith("unsloth"):
@@ -199,55 +267,88 @@ def run(
     import bitsandbytes
     import torch
 
-    model = load(contestant, quantization, folder, max(tokens for _, tokens in shapes)).train()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
+    model = load(contestant, quantization, args, max(tokens for _, tokens in shapes)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
+    cuda = args.device == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what loading needed for a while is the others'
+    my_turn()
     optimizer: torch.optim.Optimizer
     first = 0.0
-    for name, (rows, tokens) in itertools.product(optimizers, shapes):
+    for name, (rows, tokens) in itertools.product(args.optimizers.split(","), shapes):
         if name == "fused":
             optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         else:
             optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         seconds, backward, loss = [], [], 0.0
-        for step in range(WARM + TIMED):
-            ids = torch.randint(3, 128000, (rows, tokens), generator=torch.Generator().manual_seed(step)).cuda()
+        for step in range(args.warm + args.steps):
+            ids = torch.randint(3, 512 if not cuda else 128000, (rows, tokens),
+                                generator=torch.Generator().manual_seed(step)).to(args.device)  # fmt: skip
             mask = {} if contestant.startswith(("unsloth", "ft")) else {"attention_mask": torch.ones_like(ids)}
-            done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            done[0].record()
-            with torch.autocast("cuda", torch.bfloat16):
+            marks = [_now(cuda)]
+            event = _event(cuda)
+            with torch.autocast(args.device, torch.bfloat16):
                 out = model(input_ids=ids, labels=ids.clone(), **mask).loss
             out.backward()
-            done[1].record()
+            there = _event(cuda)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            backward.append(done[0].elapsed_time(done[1]) / 1e3)
+            marks.append(_now(cuda))
+            seconds.append(marks[1] - marks[0])
+            backward.append(event.elapsed_time(there) / 1e3 if cuda else there - event)
             first = first or time.perf_counter() - began
             loss = out.item()
-        median = statistics.median(seconds[WARM:])
+        median = statistics.median(seconds[args.warm :])
         row = {
             "contestant": contestant, "quantization": quantization, "rows": rows, "tokens": tokens,
-            "optimizer": name, "step_s": round(median, 4), "backward_s": round(statistics.median(backward[WARM:]), 4),
-            "tokens_per_second": round(rows * tokens / median), "first_step_s": round(first, 1),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "loss": round(loss, 5),
-            "gpu": torch.cuda.get_device_name(), "versions": versions(),
+            "optimizer": name, "step_s": round(median, 4),
+            "backward_s": round(statistics.median(backward[args.warm :]), 4),
+            "tokens_per_second": round(rows * tokens / median),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0.0, "loss": round(loss, 5),
+            "gpu": torch.cuda.get_device_name() if cuda else "none", "versions": versions(),
         }  # fmt: skip
+        if not args.together:
+            row["first_step_s"] = round(first, 1)
         print(json.dumps(row), flush=True)
-        if profile:
-            from torch.profiler import ProfilerActivity
-            from torch.profiler import profile as profiler
+        if args.profile and cuda:
+            profiled(model, ids)
 
-            with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-                with torch.autocast("cuda", torch.bfloat16):
-                    out = model(input_ids=ids, labels=ids.clone()).loss
-                out.backward()
-                torch.cuda.synchronize()
-            print(profiled.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=60))
+
+def _now(cuda: bool) -> float:
+    import torch
+
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _event(cuda: bool) -> Any:
+    """Now, where the GPU is: an event on its stream."""
+    import torch
+
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def profiled(model: Any, ids: Any) -> None:
+    """Print the kernels of a step."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = model(input_ids=ids, labels=ids.clone()).loss
+        out.backward()
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=60))
 
 
 def versions() -> dict[str, str]:
