@@ -44,7 +44,9 @@ OPTIMIZERS = ("adamw8bit", "fused")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="where the model is made, and kept")
-    parser.add_argument("--contestants", default=",".join(CONTESTANTS))
+    parser.add_argument(
+        "--contestants", default=",".join(CONTESTANTS), help="comma-separated; NAME@2x2048 runs that shape alone"
+    )
     parser.add_argument("--quantization", default="none,nf4")
     parser.add_argument("--shapes", default="2x2048,1x8192", help="rows x tokens, comma-separated")
     parser.add_argument("--optimizers", default="adamw8bit", help=f"comma-separated, of {', '.join(OPTIMIZERS)}")
@@ -61,7 +63,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "QUANTIZATION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if unknown := sorted(set(args.contestants.split(",")) - set(CONTESTANTS)):
+    names = {word.partition("@")[0] for word in args.contestants.split(",")}
+    if unknown := sorted(names - set(CONTESTANTS)):
         parser.error(f"unknown contestants: {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
     args.folder = args.work / f"llama-{'8b' if args.device == 'cuda' else 'tiny'}-{args.layers}"
     if args.one:
@@ -90,7 +93,9 @@ def compete(args: argparse.Namespace) -> None:
         if contestant.startswith("unsloth") and args.unsloth_path:
             paths = [args.unsloth_path, environment.get("PYTHONPATH")]
             environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        return Player([sys.executable, __file__, *sys.argv[1:], "--one", contestant, quantization], environment)
+        name, _, shape = contestant.partition("@")
+        own = ["--shapes", shape] if shape else []
+        return Player([sys.executable, __file__, *sys.argv[1:], *own, "--one", name, quantization], environment)
 
     def done(number: int, player: Player) -> None:
         quantization, contestant = pairs[number]
@@ -98,7 +103,8 @@ def compete(args: argparse.Namespace) -> None:
         if args.profile:
             print("\n".join(line for line in player.lines if not line.startswith("{")))
         if player.error is not None:
-            lines.append({"contestant": contestant, "quantization": quantization, "error": player.error})
+            name = contestant.partition("@")[0]
+            lines.append({"contestant": name, "quantization": quantization, "error": player.error})
         rows.extend(lines)
         for line in lines:
             print(table_line(line), flush=True)
