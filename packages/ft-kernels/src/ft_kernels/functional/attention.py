@@ -82,7 +82,7 @@ def plan_attention(
         begins = begins.flatten()
         if begins.device.type != "cpu" and max_length is not None:
             return AttentionPlan(begins=begins, max_length=max_length)
-        starts = begins.nonzero().flatten().tolist()
+        starts = begins.cpu().nonzero().flatten().tolist()  # counted there, a GPU would be waited for twice
         found = [after - before for before, after in pairwise([*starts, begins.numel()])]
     else:
         found = lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths or ()]
