@@ -11,8 +11,7 @@ batch comes first, for the allocator, and the second is cut to a multiple of six
 kernels of their own.
 
 Contestants:
-- ft: the documents in one row without padding, as ft's collator makes it (positions restart, lengths are stated);
-  ft-recompute: the same, layers computed again in backward.
+- ft: the documents in one row without padding, as ft's collator makes it (positions restart, lengths are stated).
 - unsloth: its defaults in a bare loop, documents padded to the longest, with an attention mask.
 - unsloth-packed: the same model given one row without padding, with positions that restart and the documents' lengths
   as `packed_seq_lengths`, int32 [documents]: what its trainer hands to its models, according to its documentation
@@ -47,7 +46,7 @@ from turns import Player, my_turn, play
 
 RESULTS = Path(__file__).with_name("results") / "packed.jsonl"
 CONTESTANTS = ("ft", "unsloth", "unsloth-packed", "transformers")
-OTHERS = ("ft-recompute", "liger")
+OTHERS = ("liger",)
 DOCUMENTS = 16
 MEDIAN, SIGMA, SHORTEST, LONGEST = 350, 0.8, 50, 2000
 PAD = 2
@@ -154,7 +153,7 @@ def given(contestant: str, batch: Sequence[list[int]]) -> dict[str, Any]:
     from ft_core.data import Collator
 
     features = [{"input_ids": ids, "labels": ids} for ids in batch]
-    if contestant.startswith("ft"):
+    if contestant == "ft":
         return Collator(PAD, lengths=True)(features)
     if contestant == "unsloth-packed":
         lengths = torch.tensor([len(ids) for ids in batch], dtype=torch.int32)
@@ -172,10 +171,10 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
 
     cuda = args.device == "cuda"
     documents = batches(args.warm + args.steps, args.seed, 128000 if cuda else 512, args.divide)
-    packed = contestant.startswith("ft") or contestant == "unsloth-packed"
+    packed = contestant in ("ft", "unsloth-packed")
     longest = max((sum if packed else max)(map(len, batch)) for batch in documents)
     model = fast_path.load(contestant, quantization, args, longest).train()
-    if contestant.startswith("ft"):
+    if contestant == "ft":
         from ft_core import fast
 
         fast.enable(model)  # which a GPU does by itself
