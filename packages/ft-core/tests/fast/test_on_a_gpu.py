@@ -133,6 +133,31 @@ def test_a_packed_row_keeps_documents_apart(family):
             assert distance <= fast.check.bound(torch.bfloat16, 3, 640), length
 
 
+def test_a_packed_step_waits_for_nothing():
+    """Each batch has other documents, and none makes the host wait for the GPU."""
+    model = adapted()
+    fast.enable(model)
+
+    def given(lengths: list[int]) -> dict[str, Any]:
+        ids = torch.randint(1000, (1, sum(lengths))).cuda()
+        positions = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
+        return {"input_ids": ids, "labels": ids, "position_ids": positions, "document_lengths": lengths}
+
+    def packed_step(batch: dict[str, Any]) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+
+    for lengths in ([100, 60], [71, 300, 4]):  # kernels are compiled for totals of both kinds
+        packed_step(given(lengths))
+    batch = given([33, 250, 17, 87])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_adapters_added_and_switched_later():
     model = adapted()
     fast.enable(model)
