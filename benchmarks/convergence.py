@@ -65,16 +65,20 @@ def main() -> None:
     if args.one:
         print(json.dumps(run(args.one[0], int(args.one[1]), args)), flush=True)
         return
-    compete(args)
+    from ft_core.errors import FtError
+    from ft_core.models import find_model
+
+    try:
+        folder = str(find_model(args.model).path)  # a .gguf file is converted here, once
+    except FtError as error:
+        parser.exit(2, f"{error}\n")
+    compete(args, folder)
 
 
-def compete(args: argparse.Namespace) -> None:
+def compete(args: argparse.Namespace, folder: str) -> None:
     """Let all runs run, compare them, and write it down."""
     import torch
 
-    from ft_core.models import find_model
-
-    folder = str(find_model(args.model).path)  # a .gguf file is converted here, once
     pairs = [(way, seed) for seed in range(args.seeds) for way in WAYS if way != "again" or seed == 0]
     jobs = args.jobs or (len(pairs) if torch.cuda.is_available() else 1)
     given = [f"--{name}={value}" for name, value in vars(args).items() if name in ("steps", "seeds", "rows", "tokens")]
