@@ -44,6 +44,8 @@ EXPECTED: dict[str, list[str]] = {
         "FORMATS",
         "Format",
         "Packed",
+        "PackedStream",
+        "RowStream",
         "Rows",
         "Tokenized",
         "keeps_documents_apart",
@@ -58,7 +60,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.data.files": ["EXTENSIONS", "at", "nearest", "read_file"],
     "ft_core.data.formats": ["FORMATS", "Format", "ROLES", "recognise"],
     "ft_core.data.packing": ["Packed", "pack"],
-    "ft_core.data.reading": ["read_rows"],
+    "ft_core.data.reading": ["RowStream", "read_rows"],
     "ft_core.data.rendering": [
         "ALPACA_PROMPT",
         "ALPACA_PROMPT_WITH_INPUT",
@@ -68,7 +70,8 @@ EXPECTED: dict[str, list[str]] = {
         "render_prompt",
     ],
     "ft_core.data.rows": ["Rows", "split"],
-    "ft_core.data.tokenizing": ["Tokenized", "tokenize_rows"],
+    "ft_core.data.streaming": ["PackedStream"],
+    "ft_core.data.tokenizing": ["RowTokenizer", "Tokenized", "tokenize_rows"],
     "ft_core.errors": ["ConfigError", "DataError", "FtError", "ModelError", "PluginError", "RunError"],
     "ft_core.evaluation": ["Evaluation", "EvaluationJob", "Sample", "compare", "evaluate", "evaluate_answers", "table"],
     "ft_core.fast": [

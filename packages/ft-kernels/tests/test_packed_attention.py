@@ -376,6 +376,11 @@ CPU = Case("cpu", (0, 0), torch.float32, 64, 2048, equal=False)
     [
         (HOPPER, {"equal": True}, "dense"),
         (HOPPER, {"equal": True, "sinks": True}, "dense"),
+        (HOPPER, {"equal": True, "recurring": False}, "triton"),
+        (HOPPER, {"equal": True, "recurring": False, "max_length": 8191}, "flex"),
+        (HOPPER, {"equal": True, "recurring": False, "max_length": 16385}, "dense"),
+        (HOPPER, {"recurring": False, "max_length": 8192, "mean_length": 5000}, "flex"),
+        (HOPPER, {"recurring": False, "max_length": 30001, "mean_length": 20000}, "sdpa"),
         (HOPPER, {"equal": True, "dtype": torch.float32}, "chunked"),
         (HOPPER, {}, "triton"),
         (HOPPER, {"max_length": 3072}, "flex"),
@@ -387,6 +392,7 @@ CPU = Case("cpu", (0, 0), torch.float32, 64, 2048, equal=False)
         (HOPPER, {"max_length": 4096, "head_dim": 8}, "flash"),
         (HOPPER, {"head_dim": 4}, "triton"),
         (AMPERE, {"equal": True}, "dense"),
+        (AMPERE, {"equal": True, "recurring": False}, "dense"),
         (AMPERE, {"equal": True, "sinks": True}, "flash"),
         (AMPERE, {}, "flash"),
         (AMPERE, {"sinks": True, "window": True}, "flash"),
@@ -416,6 +422,15 @@ def test_choice(case, changes, expected):
     assert why_not(expected, case) is None
     # Whatever the hardware, everything can be computed, and a reason is one line.
     assert all("\n" not in (why_not(backend, case) or "") for backend in BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [([2048, 2048], True), ([640, 0, 64], True), ([2048, 1999], False), ([1000], False), ([], True)],
+)
+def test_lengths_that_come_again(lengths, expected):
+    """Round lengths are somebody's choice; a text's is not."""
+    assert plan_attention(lengths=lengths).recurs == expected
 
 
 def test_flash_attn_package(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ft_core.data import FORMATS, Rows, read_rows, recognise
+from ft_core.data import FORMATS, Rows, RowStream, read_rows, recognise
 from ft_core.errors import DataError
 
 ASK, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -363,9 +363,10 @@ def test_a_split_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     asked: list[Any] = []
 
-    def loaded(name: str, config: str | None, *, split: str) -> Any:
+    def loaded(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
         asked.append((name, config, split))
-        return datasets.Dataset.from_list([{"text": split}])
+        rows = datasets.Dataset.from_list([{"text": split}])
+        return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: asked.append(name))
@@ -379,6 +380,7 @@ def test_a_split_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         asked.clear()
         assert list(read_rows(source, SFT, seed=0)) == [{"text": wanted[2]}]
         assert asked == [wanted[0], wanted]
+        assert list(RowStream(source, SFT)) == [{"text": wanted[2]}]
     asked.clear()
     for drive in ("C:\\data\\train", "C:/data/train", "C:train.jsonl", "name:", "owner/name::test"):
         with pytest.raises(DataError, match=r"no such file or folder"):
@@ -396,6 +398,6 @@ def test_rows_of_a_dataset_are_read_like_those_of_a_file(tmp_path: Path) -> None
 
     given, normal = EXAMPLES["messages"]
     loaded = datasets.Dataset.from_list([given, given])
-    assert _read_one("owner/name", enumerate(loaded, 1), None, SFT) == Rows([normal, normal])
+    assert Rows.of_encoded(_read_one("owner/name", enumerate(loaded, 1), None, SFT)) == Rows([normal, normal])
     with pytest.raises(DataError, match="owner/name, row 1: is in the messages format"):
-        _read_one("owner/name", enumerate(loaded, 1), None, ["preference"])
+        list(_read_one("owner/name", enumerate(loaded, 1), None, ["preference"]))

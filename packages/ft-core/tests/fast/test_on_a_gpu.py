@@ -109,6 +109,55 @@ def test_every_layer_runs_as_blocks(monkeypatch):
     step(model)
 
 
+@pytest.mark.parametrize("family", MAKE)
+def test_a_packed_row_keeps_documents_apart(family):
+    """No document is moved by another's tokens, not by a bit; alone, each gives what it gives in the row."""
+    model = adapted(family).eval()
+    fast.enable(model)
+    lengths = [37, 200, 1, 122, 16, 131]  # together no multiple of 16
+    ids = torch.randint(1000, (1, sum(lengths)), generator=torch.Generator().manual_seed(1)).cuda()
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
+    given = {"position_ids": positions, "document_lengths": lengths, "use_cache": False}
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        row = model(input_ids=ids, **given).logits.split(lengths, 1)
+        for place, (length, part) in enumerate(zip(lengths, ids.split(lengths, 1), strict=True)):
+            others = list(((ids + 1) % 1000).split(lengths, 1))
+            others[place] = part
+            moved = model(input_ids=torch.cat(others, 1), **given).logits.split(lengths, 1)
+            assert torch.equal(moved[place], row[place])
+            if length == 1:
+                continue  # no row that anybody trains on by itself
+            alone = model(input_ids=part, use_cache=False).logits
+            # Other kernels compute a document alone: what rounding explains in three layers of sums of 640 terms.
+            distance = (alone.float() - row[place].float()).norm() / alone.float().norm()
+            assert distance <= fast.check.bound(torch.bfloat16, 3, 640), length
+
+
+def test_a_packed_step_waits_for_nothing():
+    """Each batch has other documents, and none makes the host wait for the GPU."""
+    model = adapted()
+    fast.enable(model)
+
+    def given(lengths: list[int]) -> dict[str, Any]:
+        ids = torch.randint(1000, (1, sum(lengths))).cuda()
+        positions = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
+        return {"input_ids": ids, "labels": ids, "position_ids": positions, "document_lengths": lengths}
+
+    def packed_step(batch: dict[str, Any]) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+
+    for lengths in ([100, 60], [71, 300, 4]):  # kernels are compiled for totals of both kinds
+        packed_step(given(lengths))
+    batch = given([33, 250, 17, 87])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_adapters_added_and_switched_later():
     model = adapted()
     fast.enable(model)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ft_core.data.files import EXTENSIONS, at, nearest, read_file
 from ft_core.data.formats import FORMATS, check_columns, needs, recognise
-from ft_core.data.rows import Rows
+from ft_core.data.rows import Rows, encode
 from ft_core.errors import DataError
 
-__all__ = ["read_rows"]
+__all__ = ["RowStream", "read_rows"]
 
 _HUB_NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)((:(?P<config>[\w.-]+))?:(?P<split>\w[^/\\]*))?"
@@ -47,22 +49,53 @@ def read_rows(sources: Any, formats: Sequence[str], *, seed: int) -> Rows:
     Raises:
         DataError: anything that is wrong with a file or row, with file, line and what is allowed.
     """
-    if isinstance(sources, (str, Path, Mapping)) or hasattr(sources, "path"):
-        sources = [sources]
     parts = []
-    for number, source in enumerate(sources):
-        path, weight, format = _source(source)
-        if format is not None and format not in FORMATS:
-            raise DataError(f"{path}: there is no format {format!r}; allowed are {', '.join(FORMATS)}")
-        part = _read_source(path, format, formats)
+    for number, (path, weight, format) in enumerate(_sources(sources)):
+        part = Rows.of_encoded(chain.from_iterable(_read_source(path, format, formats)))
         if weight != 1:
             part = part.weighted(weight, seed=f"{seed}:weight:{number}")
             if not len(part):
                 raise DataError(f"{path}: weight {weight} leaves none of its rows")
         parts.append(part)
-    if not parts:
-        raise DataError("data names no source: give a file, a folder or a Hub data set")
     return parts[0] if len(parts) == 1 else Rows.joined(parts)
+
+
+class RowStream(Iterable[dict[str, Any]]):
+    """The rows of :func:`read_rows`, read anew by each pass and never all in memory.
+
+    Files of lines (.jsonl, .csv) and .parquet are read as they are passed through, a Hub data set is downloaded so;
+    .json and .txt files are read whole, one at a time. The order is that of the sources, whose weights must be 1.
+
+    Args:
+        sources, formats: as for :func:`read_rows`.
+
+    Raises:
+        DataError: a source is wrong, or, while it is iterated, a row; with file, line and what is allowed.
+    """
+
+    def __init__(self, sources: Any, formats: Sequence[str]) -> None:
+        self._sources, self._formats = _sources(sources), formats
+        for path, weight, _ in self._sources:
+            if weight != 1:
+                raise DataError(f"{path}: weight {weight}: the rows of a stream are not counted, so its weight is 1")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for path, _, format in self._sources:
+            for row in chain.from_iterable(_read_source(path, format, self._formats, streaming=True)):
+                yield json.loads(row)
+
+
+def _sources(sources: Any) -> list[tuple[str, float, str | None]]:
+    """Path or name, weight and format of each source."""
+    if isinstance(sources, (str, Path, Mapping)) or hasattr(sources, "path"):
+        sources = [sources]
+    found = [_source(source) for source in sources]
+    for path, _, format in found:
+        if format is not None and format not in FORMATS:
+            raise DataError(f"{path}: there is no format {format!r}; allowed are {', '.join(FORMATS)}")
+    if not found:
+        raise DataError("data names no source: give a file, a folder or a Hub data set")
+    return found
 
 
 def _source(source: Any) -> tuple[str, float, str | None]:
@@ -79,21 +112,27 @@ def _source(source: Any) -> tuple[str, float, str | None]:
     return str(path), float(weight), format
 
 
-def _read_source(name: str, format: str | None, formats: Sequence[str]) -> Rows:
+def _read_source(
+    name: str, format: str | None, formats: Sequence[str], *, streaming: bool = False
+) -> Iterator[Iterator[bytes]]:
+    """The rows of each file of a source, encoded."""
     path = Path(name).expanduser()
     if path.is_dir():
         files = _files(path)
         if not files:
             raise DataError(f"{name}: the folder has no data files; {_extensions()} are read")
-        return Rows.joined(_read_one(str(file), read_file(file), format, formats) for file in files)
+        for file in files:
+            yield _read_one(str(file), read_file(file), format, formats)
+        return
     if path.exists():
         if path.suffix.lower() not in EXTENSIONS:
             raise DataError(f"{name}: data files end in {_extensions()}, not in {path.suffix or 'no extension'!r}")
-        return _read_one(name, read_file(path), format, formats)
+        yield _read_one(name, read_file(path), format, formats)
+        return
     on_hub = _HUB_NAME.fullmatch(name)
     if path.suffix.lower() in EXTENSIONS or on_hub is None or path.is_symlink():
         raise DataError(f"{name}: no such file or folder{nearest(path)}")
-    return _read_one(name, _read_hub(path, **on_hub.groupdict()), format, formats)
+    yield _read_one(name, _read_hub(path, **on_hub.groupdict(), streaming=streaming), format, formats)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -119,7 +158,9 @@ def _files(folder: Path) -> list[Path]:
     return [file for file in found if file.suffix.lower() != ".txt"] or found
 
 
-def _read_hub(path: Path, name: str, config: str | None, split: str | None) -> Iterable[tuple[int, Any]]:
+def _read_hub(
+    path: Path, name: str, config: str | None, split: str | None, *, streaming: bool
+) -> Iterator[tuple[int, Any]]:
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -135,7 +176,7 @@ def _read_hub(path: Path, name: str, config: str | None, split: str | None) -> I
         if not cached.is_dir():
             raise DataError(f"{missing}: the Hub is not reached ({_first_line(error)})") from error
     try:
-        return enumerate(datasets.load_dataset(name, config, split=split or "train"), start=1)
+        yield from enumerate(datasets.load_dataset(name, config, split=split or "train", streaming=streaming), start=1)
     except Exception as error:  # what datasets raises has no common base
         raise DataError(f"{name}: cannot be loaded from the Hub: {_first_line(error)}") from error
 
@@ -144,9 +185,11 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _read_one(name: str, numbered: Iterable[tuple[int, Any]], format: str | None, formats: Sequence[str]) -> Rows:
-    """The rows of one file, each checked and normalised."""
-    rows = Rows()
+def _read_one(
+    name: str, numbered: Iterable[tuple[int, Any]], format: str | None, formats: Sequence[str]
+) -> Iterator[bytes]:
+    """The rows of one file, each checked, normalised and encoded."""
+    count = 0
     chosen = FORMATS[format] if format else None
     for number, row in numbered:
         if not isinstance(row, dict):
@@ -158,12 +201,13 @@ def _read_one(name: str, numbered: Iterable[tuple[int, Any]], format: str | None
             if chosen.name not in formats:
                 raise DataError(f"is in the {chosen.name} format, which this method cannot train on; {needs(formats)}")
             check_columns(row, chosen)
-            rows.add([chosen.normalise(row)])
+            encoded = encode(chosen.normalise(row))
         except DataError as error:
             raise DataError(f"{at(name, number)}: {error}") from None
-    if not len(rows):
+        yield encoded
+        count += 1
+    if not count:
         raise DataError(f"{name}: the file is empty" if Path(name).suffix else f"{name}: there are no rows")
-    return rows
 
 
 def _extensions() -> str:

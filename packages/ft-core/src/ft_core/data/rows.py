@@ -71,6 +71,14 @@ class Rows(Sequence[dict[str, Any]]):
         return self._encoded[self._order[index]]
 
     @classmethod
+    def of_encoded(cls, encoded: Iterable[bytes]) -> Rows:
+        """Rows that :func:`encode` made."""
+        rows = cls()
+        rows._encoded.extend(encoded)
+        rows._order.extend(range(len(rows._encoded)))
+        return rows
+
+    @classmethod
     def joined(cls, parts: Iterable[Rows]) -> Rows:
         """The rows of several, one after the other."""
         whole = cls()

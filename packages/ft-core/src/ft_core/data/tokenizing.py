@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Tokenized", "tokenize_rows"]
+__all__ = ["RowTokenizer", "Tokenized", "tokenize_rows"]
 
 _BATCH = 512
 """Rows whose texts are given to the tokenizer at once."""
@@ -117,6 +118,59 @@ def _lists(offsets: Any, values: Any) -> Any:
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, pa.int32()))
 
 
+@dataclass(frozen=True)
+class RowTokenizer:
+    """Tokenizes some rows at a time; the arguments are those of :func:`tokenize_rows`.
+
+    Raises:
+        DataError: ``max_length`` is below 2, or the tokenizer has no end-of-sequence token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    train_on: Literal["answers", "all"] = "answers"
+    _renderer: Renderer = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise DataError(f"max_length must be at least 2, not {self.max_length}: a token is predicted from another")
+        if self.tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end-of-sequence token, so the model could not learn to stop")
+        object.__setattr__(self, "_renderer", Renderer(self.tokenizer))
+
+    def __call__(self, numbered: Sequence[tuple[int, Mapping[str, Any]]], result: Tokenized) -> None:
+        """Add the documents of rows in normal form, each with its number from 0, to what was tokenized before.
+
+        Raises:
+            DataError: a row cannot be rendered; with its number, counted from 1.
+        """
+        drafts = []
+        for number, row in numbered:
+            try:
+                drafts.append(self._renderer.drafts(row))
+            except DataError as error:
+                raise DataError(f"row {number + 1}: {error}") from None
+        each = [one for several in drafts for one in several]
+        encoded = iter(_encode(each, self.tokenizer, self._renderer.special_ids))
+        for (number, _), several in zip(numbered, drafts, strict=True):
+            result.rows += 1
+            overlong = False
+            for one in several:
+                ids, mask = next(encoded)
+                overlong |= len(ids) > self.max_length
+                all_on = self.train_on == "all"
+                labels = [token if all_on or on else IGNORE for token, on in zip(ids, mask, strict=True)]
+                if one.splittable and len(ids) > self.max_length:
+                    for start in range(0, len(ids), self.max_length):
+                        end = start + self.max_length
+                        result.pieces += result._append(ids[start:end], labels[start:end], number)
+                else:
+                    result._append(ids[: self.max_length], labels[: self.max_length], number)
+            result.dropped += not several
+            result.empty += not several
+            result.overlong += overlong
+
+
 def tokenize_rows(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -143,35 +197,9 @@ def tokenize_rows(
         DataError: a row cannot be rendered (with its number), the tokenizer has no end-of-sequence token, or no
             document is left.
     """
-    if max_length < 2:
-        raise DataError(f"max_length must be at least 2, not {max_length}: a token is predicted from another")
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-sequence token, so the model could not learn to stop")
-    result, renderer = Tokenized(), Renderer(tokenizer)
+    result, adding = Tokenized(), RowTokenizer(tokenizer, max_length, train_on)
     for numbered in _batches(enumerate(rows)):
-        drafts = []
-        for number, row in numbered:
-            try:
-                drafts.append(renderer.drafts(row))
-            except DataError as error:
-                raise DataError(f"row {number + 1}: {error}") from None
-        encoded = iter(_encode([one for several in drafts for one in several], tokenizer, renderer.special_ids))
-        for (number, _), several in zip(numbered, drafts, strict=True):
-            result.rows += 1
-            overlong = False
-            for one in several:
-                ids, mask = next(encoded)
-                overlong |= len(ids) > max_length
-                labels = [token if train_on == "all" or on else IGNORE for token, on in zip(ids, mask, strict=True)]
-                if one.splittable and len(ids) > max_length:
-                    for start in range(0, len(ids), max_length):
-                        end = start + max_length
-                        result.pieces += result._append(ids[start:end], labels[start:end], number)
-                else:
-                    result._append(ids[:max_length], labels[:max_length], number)
-            result.dropped += not several
-            result.empty += not several
-            result.overlong += overlong
+        adding(numbered, result)
     if not len(result):
         empty = f", {result.empty} have an empty text" if result.empty else ""
         raise DataError(

@@ -88,17 +88,18 @@ def batch_of(
 
 
 def _runs(attention_mask: Tensor) -> list[int] | None:
-    """The lengths of the runs of tokens and of padding, row after row; None if a row's tokens are not one run."""
-    mask = attention_mask.ne(0)
-    if bool(mask.all()):
-        return [mask.shape[1]] * mask.shape[0]
-    lengths: list[int] = []
-    for row in mask.tolist():
-        edges = [0, *(i for i in range(1, len(row)) if row[i] != row[i - 1]), len(row)]
-        if sum(row[i] for i in edges[:-1]) > 1:
-            return None
-        lengths += [b - a for a, b in pairwise(edges)]
-    return lengths
+    """The lengths of the runs of tokens and of padding, row after row; None if a row's tokens are not one run.
+
+    The mask is looked at on the host, all at once: one wait for the GPU, however many rows there are.
+    """
+    mask = attention_mask.ne(0).cpu()
+    before = torch.nn.functional.pad(mask[:, :-1], (1, 0))
+    if bool(((mask & ~before).sum(1) > 1).any()):
+        return None
+    edges = mask != before
+    edges[:, :1] = True  # each row begins a run
+    starts = edges.flatten().nonzero().flatten().tolist()
+    return [b - a for a, b in pairwise([*starts, mask.numel()])]
 
 
 def _counts(position_ids: Tensor, attention_mask: Any) -> bool:

@@ -53,9 +53,15 @@ def _check(model: Any, config: Any, layout: Layout) -> None:
     if getattr(config, "attention_dropout", 0.0):
         raise NotFast(f"its attention has a dropout of {config.attention_dropout}")
     for layer in layers:
-        if type(layer).__name__ != layout.layer_class:
-            raise NotFast(f"its layers are {type(layer).__name__}, not {layout.layer_class}")
+        if (kind := _kind(layer)) != layout.layer_class:
+            raise NotFast(f"its layers are {kind}, not {layout.layer_class}")
         _check_layer(layer, layout)
+
+
+def _kind(layer: nn.Module) -> str:
+    """The name of a layer's class. FSDP2 gives a module that it shards a class of its own, over FSDPModule and that."""
+    names = [kind.__name__ for kind in type(layer).__mro__]
+    return names[2] if names[1] == "FSDPModule" else names[0]
 
 
 def _check_layer(layer: nn.Module, layout: Layout) -> None:

@@ -2,7 +2,8 @@
 
 A layer's 16-bit weights of one input are copied once into a buffer with a few more columns, and the modules' parameters
 become views of it: what is saved, merged or loaded there is what is computed with. Only on a GPU, and only where the
-weight lies there whole and frozen.
+weight lies there whole and frozen. Weights that FSDP2 shards stay where they are: it lends them whole for as long as a
+layer computes, and a copy would be all of the model on each GPU again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ft_kernels as kernels
-from ft_core.fast.linears import Linear
+from ft_core.fast.linears import Linear, base_of
 
 __all__ = ["Wide"]
 
@@ -32,7 +33,7 @@ class Wide:
         """The weight of these layers as the products take it: wide, or a list of what they are."""
         found = [linear.weight for linear in linears]
         rank = sum(linear.adapter.a.shape[0] for linear in linears if linear.adapter is not None)
-        if not rank or not all(_can_move(weight) for weight in found):
+        if not rank or any(map(_is_lent, linears)) or not all(_can_move(weight) for weight in found):
             return found if len(found) > 1 else found[0]
         rank = -(-rank // ALIGN) * ALIGN
         known = self.weights.get(group)
@@ -52,8 +53,13 @@ class Wide:
         self.weights.clear()
 
 
+def _is_lent(linear: Linear) -> bool:
+    """Whether FSDP2 manages the layer (its own mark), whose weight then looks like any other while it is whole."""
+    return getattr(base_of(linear.module), "_is_fsdp_managed_module", False)
+
+
 def _can_move(weight: Any) -> bool:
-    """A plain frozen parameter in 16 bits on a GPU; a distributed engine's sharded one is of another type."""
+    """A plain frozen parameter in 16 bits on a GPU."""
     return (
         type(weight) in (Tensor, torch.nn.Parameter)
         and not weight.requires_grad

@@ -45,7 +45,9 @@ def trainer_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        # A batch is copied from pinned memory while the GPU still computes the last one; nobody waits for it.
         "dataloader_pin_memory": device.type == "cuda",
+        "accelerator_config": {"non_blocking": device.type == "cuda"},
     }
 
 

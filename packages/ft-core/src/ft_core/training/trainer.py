@@ -86,10 +86,10 @@ class RunTrainerMixin(_Base):
         """Counts tokens too, all but padding, which transformers counts where pad and end are one token."""
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         count = mask.sum() if mask is not None else None if ids is None else torch.tensor(ids.numel())
-        if count is not None and self.accelerator.num_processes > 1:
-            count = self.accelerator.reduce(count.to(self.args.device))
         if count is not None:
-            self.state.num_input_tokens_seen += int(count)
+            if self.accelerator.num_processes > 1:
+                count = self.accelerator.reduce(count.to(self.args.device))
+            self.state.num_input_tokens_seen += int(count)  # one process counts on the host, and waits for no GPU
         return super().training_step(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:

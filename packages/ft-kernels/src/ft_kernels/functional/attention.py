@@ -82,7 +82,7 @@ def plan_attention(
         begins = begins.flatten()
         if begins.device.type != "cpu" and max_length is not None:
             return AttentionPlan(begins=begins, max_length=max_length)
-        starts = begins.nonzero().flatten().tolist()
+        starts = begins.cpu().nonzero().flatten().tolist()  # counted there, a GPU would be waited for twice
         found = [after - before for before, after in pairwise([*starts, begins.numel()])]
     else:
         found = lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths or ()]
@@ -217,14 +217,16 @@ def _decide(
         raise ValueError(f"packed_attention: softcap={softcap}; allowed is a positive number, or None for no cap")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"packed_attention: backend={backend!r}; allowed are 'auto', {', '.join(map(repr, BACKENDS))}")
+    given = plan is not None or any(value is not None for value in documents)
     plan = _plan(q.shape, plan, *documents)
     if window is not None and window >= plan.max_length:
         window = None  # it hides nothing
     settings = Settings(causal, window, softcap, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale))
-    return _backend(q, plan, settings, sinks is not None, backend), plan, settings
+    recurring = not given or plan.recurs
+    return _backend(q, plan, settings, sinks is not None, recurring, backend), plan, settings
 
 
-def _backend(q: Tensor, plan: AttentionPlan, settings: Settings, sinks: bool, backend: str) -> str:
+def _backend(q: Tensor, plan: AttentionPlan, settings: Settings, sinks: bool, recurring: bool, backend: str) -> str:
     if q.numel() == 0:
         return "chunked"
     case = case_of(
@@ -233,6 +235,7 @@ def _backend(q: Tensor, plan: AttentionPlan, settings: Settings, sinks: bool, ba
         equal=plan.equal,
         counted=plan.count is not None,
         mean_length=0 if plan.lengths is None else math.prod(q.shape[:-2]) // max(len(plan.lengths), 1),
+        recurring=recurring,
         causal=settings.causal,
         window=settings.window is not None,
         softcap=settings.softcap is not None,

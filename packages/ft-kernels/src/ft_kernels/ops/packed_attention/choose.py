@@ -10,7 +10,7 @@ import torch
 
 from ft_kernels import tuning
 
-__all__ = ["BACKENDS", "LONG", "Backend", "Case", "case_of", "choose", "has_cudnn", "why_not"]
+__all__ = ["BACKENDS", "LONG", "ROUND", "Backend", "Case", "case_of", "choose", "has_cudnn", "why_not"]
 
 Backend = Literal["chunked", "dense", "flash", "flash_attn", "flex", "reference", "sdpa", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -28,6 +28,14 @@ LONG = 4096
 """Documents of this mean length are dense attention, one after the other: 4096 and 12288 tokens, as above, take 9.5 ms
 that way, 12.4 by flex; 1024 and 3072, many of them, 4.1 ms against 3.9."""
 
+ROUND = 64
+"""A packed document of a multiple of this length was cut to it, and others like it follow; any other length is that of
+a text, and the next batch's is another."""
+
+PLANNED = 16384
+"""From this length on cuDNN is worth a plan that is used in one batch only. Making one, there and back, took 150 ms on
+an H100, whatever the length; flex takes longer than cuDNN by 1.5 ms a layer at 8192 tokens, by 6 at 16384."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -41,6 +49,7 @@ class Case:
         equal: all documents have max_length tokens, as far as the host knows.
         counted: the host knows how many documents there are; without that, there are no cu_seqlens without waiting.
         mean_length: of the documents, where the host knows their lengths; else 0.
+        recurring: batches of the same lengths will follow, as far as one can tell (``ROUND``).
         causal, window, softcap, sinks: the settings, as far as they change anything.
         installed: of "triton" and "flash_attn" those that are there.
         hip: an AMD card.
@@ -54,6 +63,7 @@ class Case:
     equal: bool
     counted: bool = True
     mean_length: int = 0
+    recurring: bool = True
     causal: bool = True
     window: bool = False
     softcap: bool = False
@@ -70,6 +80,8 @@ def choose(case: Case) -> Backend:
     - Documents of one length are a batch: dense attention without a copy or a mask, by cuDNN from Hopper on (1.6 to 1.8
       times FlashAttention-2 there).
     - Hopper and later, documents that fill the card one by one (``LONG``): each by itself, by cuDNN.
+    - cuDNN plans anew for each new length, which takes longer than all layers' attention over a few thousand tokens; so
+      neither of these for lengths that will not come again, unless they are long (``PLANNED``).
     - Hopper and later, other documents: ``HOPPER_MIXED``. Softcap and sinks too: flex has both.
     - Ampere and Ada: FlashAttention-2 is at its best there, and needs no compilation; it has no softcap.
     - Whatever is left from Ampere on (softcap, heads of odd sizes): our own kernel, which does all.
@@ -77,11 +89,14 @@ def choose(case: Case) -> Backend:
       a batch for each length; in chunks what it doesn't know.
     """
     preferred: list[Backend] = []
-    if case.equal:
+    nvidia = case.device == "cuda" and not case.hip
+    by_cudnn = nvidia and case.capability >= (9, 0)
+    planned = case.recurring or max(case.mean_length, case.max_length * case.equal) >= PLANNED
+    if case.equal and (planned or not by_cudnn):
         preferred.append("dense")
-    if case.device == "cuda" and not case.hip:
-        if case.capability >= (9, 0):
-            if case.mean_length >= LONG:
+    if nvidia:
+        if by_cudnn:
+            if case.mean_length >= LONG and planned:
                 preferred.append("sdpa")
             preferred.append([name for least, name in HOPPER_MIXED if case.max_length >= least][-1])
         preferred += ["flash", "triton", "flex"]
@@ -154,6 +169,7 @@ def case_of(
     equal: bool,
     counted: bool = True,
     mean_length: int = 0,
+    recurring: bool = True,
     causal: bool = True,
     window: bool = False,
     softcap: bool = False,
@@ -169,6 +185,7 @@ def case_of(
         equal=equal,
         counted=counted,
         mean_length=mean_length,
+        recurring=recurring,
         causal=causal,
         window=window,
         softcap=softcap,

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ft_kernels.ops.packed_attention.choose import ROUND
+
 __all__ = ["AttentionPlan", "BlockLists", "block_lists"]
 
 T = TypeVar("T")
@@ -55,6 +57,11 @@ class AttentionPlan:
     def equal(self) -> bool:
         """Whether all documents are known to have one length, so that they are a batch without padding."""
         return self.lengths is not None and len(set(self.lengths)) == 1
+
+    @property
+    def recurs(self) -> bool:
+        """Whether all documents are known to have lengths that were chosen, not those of texts (``ROUND``)."""
+        return self.lengths is not None and all(length % ROUND == 0 for length in self.lengths)
 
     def keep(self, key: Any, make: Callable[[], T]) -> T:
         """What ``make`` gave the first time that this key was asked for."""
