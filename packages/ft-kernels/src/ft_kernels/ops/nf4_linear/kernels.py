@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import cdiv, interpreting, launch, native
-from ft_kernels.ops.lora.tiles import operand
+from ft_kernels.ops.lora.tiles import loads_ahead, operand
 from ft_kernels.ops.nf4.kernels import _codes, _times, rounded
 
 __all__ = ["MOST_PARTS", "product"]
@@ -135,14 +135,13 @@ def _some_rows(
     first = rows[:, None] * BLOCKS + block[None, :]
     place = first[:, :, None] * WORDS + inside[None, None, :]
     mask = there[:, None] & (block < BLOCKS)[None, :]
-    word = tl.load(words + place, mask=mask[:, :, None], other=0)
     number = tl.load(absmax + first, mask=mask, other=0)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     line = tl.arange(0, ACROSS * WORDS * 8)
     for start in range(0, BLOCKS, ACROSS):
         ahead = start + ACROSS
         more = there[:, None] & (block + ahead < BLOCKS)[None, :]
-        next_word = tl.load(words + place + ahead * WORDS, mask=more[:, :, None], other=0)
+        word = tl.load(words + place + start * WORDS, mask=mask[:, :, None], other=0)
         next_number = tl.load(absmax + first + ahead, mask=more, other=0)
         col = start * WORDS * 8 + line
         inputs = tl.load(
@@ -155,7 +154,6 @@ def _some_rows(
         weight = rounded(_times(codes, scale[:, :, None], NATIVE), x.dtype.element_ty, NATIVE)
         weight = tl.reshape(weight, [ROWS, ACROSS * WORDS * 8])
         acc = tl.dot(operand(weight, INTERPRETED), operand(inputs, INTERPRETED), acc)
-        word = next_word
         number = next_number
         mask = more
     target = y + tokens[None, :] * y_stride + (column + rows)[:, None]
@@ -163,21 +161,24 @@ def _some_rows(
 
 
 @cache
-def _tiling(rows: int, tokens: int, outputs: int, processors: int) -> dict[str, Any]:
+def _tiling(rows: int, tokens: int, outputs: int, device: torch.device) -> dict[str, Any]:
     """Few outputs a program where there are few, so that every multiprocessor has some programs to choose from."""
+    processors = tuning.multiprocessors(device)
     if rows == 1:
         return {"ROWS": 8 if outputs < 64 * processors else 16, "ACROSS": 16, "num_warps": 4}
-    wide = 16 if outputs < 48 * processors else 32 if outputs < 128 * processors else 64
-    return {"ROWS": wide if tokens <= 32 else 32, "ACROSS": 4 if tokens <= 32 else 2, "num_warps": 4, "num_stages": 3}
+    tile = {"ROWS": 16 if outputs < 48 * processors else 32, "ACROSS": 4 if tokens <= 32 else 2, "num_warps": 4}
+    values = tile["ACROSS"] * 64  # of a row, of the usual blocks of 64
+    most = 5 if tokens <= 32 else 3
+    return tile | {"num_stages": loads_ahead(values * (2 * tokens + tile["ROWS"] // 2), most, device)}
 
 
-def _candidates(rows: int, tokens: int) -> list[dict[str, Any]]:
+def _candidates(rows: int, tokens: int, device: torch.device) -> list[dict[str, Any]]:
     if rows == 1:
         return [{"ROWS": r, "ACROSS": a, "num_warps": w} for r in (4, 8, 16, 32) for a in (8, 16) for w in (2, 4, 8)]
     return [
         {"ROWS": r, "ACROSS": a, "num_warps": w, "num_stages": s}
-        for r in (16, 32, 64) for a in (2, 4) for w in (2, 4, 8) for s in (2, 3, 4)
-        if not (r == 16 and w == 8)
+        for r in (16, 32, 64) for a in (2, 4, 8) for w in (2, 4, 8) for s in (3, 5, 7)
+        if r * a * 64 // (32 * w) in (32, 64) and s <= loads_ahead(a * 64 * (2 * tokens + r // 2), s, device)
     ]  # fmt: skip
 
 
@@ -204,8 +205,8 @@ def product(x: Tensor, parts: Sequence[Sequence[Tensor | int]], blocksize: int, 
     name = "nf4_linear_one" if m == 1 else "nf4_linear_some"
     settings = tuning.settings(
         name, x.device, (k, outputs, len(parts), blocksize, tokens, x.dtype),
-        default=_tiling(min(m, 2), tokens, outputs, tuning.multiprocessors(x.device)),
-        candidates=lambda: _candidates(m, tokens),
+        default=_tiling(min(m, 2), tokens, outputs, x.device),
+        candidates=lambda: _candidates(m, tokens, x.device),
     )  # fmt: skip
     grid = (sum(cdiv(int(part[5]), settings["ROWS"]) for part in parts),)
     if m == 1:
