@@ -314,7 +314,9 @@ def test_answers_by_the_fast_layers(loaded: tuple[Any, Any]) -> None:
         torch.manual_seed(5)
         assert generate(asked, tokenizer, PROMPTS, max_new_tokens=12, temperature=1.5, top_p=0.9, fast=True) == drawn
     forget(model)
-    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == generate(loaded[0], tokenizer, PROMPTS, max_new_tokens=12)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == generate(
+        loaded[0], tokenizer, PROMPTS, max_new_tokens=12
+    )
     assert "_ft_decoder" not in vars(model)  # on a CPU nobody else makes one
 
 

@@ -181,7 +181,8 @@ def generate_ids(
                             input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=tokenizer, **last
                         )
                     said = [
-                        list(takewhile(lambda token: token not in stops, tokens)) for tokens in out[:, longest:].tolist()
+                        list(takewhile(lambda token: token not in stops, tokens))
+                        for tokens in out[:, longest:].tolist()
                     ]
             for i, tokens in zip(batch, said, strict=True):
                 answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)

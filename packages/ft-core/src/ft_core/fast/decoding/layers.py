@@ -61,9 +61,7 @@ class _Layer:
     def products(self) -> list[Product]:
         return [self.qkv, self.out, self.gate_up, self.down]
 
-    def heads(
-        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, few: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, few: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v ``[T, heads, D]`` of normed rows, q and k turned by the angles of their positions."""
         layout = self.layout
         groups = layout.heads, layout.kv_heads, layout.kv_heads

@@ -139,7 +139,7 @@ def _side_by_side(linears: Sequence[Linear], dtype: torch.dtype) -> Tensor | Non
 
 
 def _room(linears: Sequence[Linear], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Room for A ``[R, K]`` of all layers, one below the other, and for scaling · B in blocks ``[N_1 + N_2 + …, R]``."""
+    """Room for A ``[R, K]`` of all layers, one below the other, and for scaling · B ``[N_1 + …, R]`` in blocks."""
     rank = sum(linear.adapter.a.shape[0] for linear in linears if linear.adapter is not None)
     if not rank:
         return None, None
@@ -150,5 +150,7 @@ def _room(linears: Sequence[Linear], dtype: torch.dtype) -> tuple[Tensor | None,
 
 
 def _device(weight: Any) -> torch.device:
-    found: Tensor = weight if isinstance(weight, Tensor) else getattr(weight, "packed", getattr(weight, "quantized", None))
-    return found.device
+    for name in ("packed", "quantized"):
+        weight = getattr(weight, name, weight)
+    found: torch.device = weight.device
+    return found

@@ -11,9 +11,10 @@ __all__ = ["choose"]
 def choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     """The likeliest token of each row, or one drawn from the rows' distributions.
 
-    With a temperature, from ``softmax(logits / temperature)`` in fp32; with ``top_p`` below 1, from the likeliest tokens
-    that have this share together (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751), operation for operation as
-    transformers' ``TopPLogitsWarper``: the same tokens come of the same seed. Nothing waits for the device.
+    With a temperature, from ``softmax(logits / temperature)`` in fp32; with ``top_p`` below 1, from the likeliest
+    tokens that have this share together (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751), operation for
+    operation as transformers' ``TopPLogitsWarper``: the same tokens come of the same seed. Nothing waits for the
+    device.
 
     Args:
         logits: ``[B, V]``.

@@ -60,7 +60,7 @@ class Session:
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read prompts, of which there may be fewer than rows, and give the logits ``[prompts, V]`` that follow them."""
+        """Read prompts, of which there may be fewer than rows, and give the logits that follow, ``[prompts, V]``."""
         layers, device = self.layers, self.layers.device
         counts = [len(prompt) for prompt in prompts]
         flat = [token for prompt in prompts for token in prompt]

@@ -13,9 +13,7 @@ __all__ = ["decode_attention_op"]
     mutates_args=(),
     schema="(Tensor q, Tensor keys, Tensor values, Tensor lengths, int window, float scale) -> Tensor",
 )
-def decode_attention_op(
-    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, window: int, scale: float
-) -> Tensor:
+def decode_attention_op(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, window: int, scale: float) -> Tensor:
     """``[B, H, D]``, by the kernel; window 0 is none."""
     from ft_kernels.ops.decode_attention import kernels
 

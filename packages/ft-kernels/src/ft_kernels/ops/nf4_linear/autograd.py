@@ -24,8 +24,8 @@ def nf4_linear_op(
     """``[M, sum of sizes]``, by the kernel, of ``TENSORS`` tensors for each weight."""
     from ft_kernels.ops.nf4_linear import kernels
 
-    parts = [(*tensors[TENSORS * i : TENSORS * (i + 1)], size) for i, size in enumerate(sizes)]
-    return kernels.product(x, parts, blocksize, nested_blocksize)
+    parts = [tensors[TENSORS * i : TENSORS * (i + 1)] for i in range(len(sizes))]
+    return kernels.product(x, parts, sizes, blocksize, nested_blocksize)
 
 
 @nf4_linear_op.register_fake

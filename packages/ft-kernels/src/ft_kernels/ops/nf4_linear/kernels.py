@@ -174,28 +174,35 @@ def _tiling(rows: int, tokens: int, outputs: int, device: torch.device) -> dict[
 
 def _candidates(rows: int, tokens: int, device: torch.device) -> list[dict[str, Any]]:
     if rows == 1:
-        return [{"ROWS": r, "ACROSS": a, "num_warps": w} for r in (4, 8, 16, 32) for a in (8, 16) for w in (2, 4, 8)]
+        sizes = ((4, 16, 2), (4, 16, 4), (8, 8, 2), (8, 16, 4), (8, 16, 8), (16, 16, 4), (16, 16, 8))
+        return [{"ROWS": r, "ACROSS": a, "num_warps": w} for r, a, w in sizes]
+    tiles = ((16, 4, 2, 5), (16, 4, 4, 3), (16, 4, 4, 5), (16, 8, 4, 4), (32, 4, 4, 3), (32, 4, 4, 5), (64, 2, 4, 5))
     return [
         {"ROWS": r, "ACROSS": a, "num_warps": w, "num_stages": s}
-        for r in (16, 32, 64) for a in (2, 4, 8) for w in (2, 4, 8) for s in (3, 5, 7)
-        if r * a * 64 // (32 * w) in (32, 64) and s <= loads_ahead(a * 64 * (2 * tokens + r // 2), s, device)
-    ]  # fmt: skip
+        for r, a, w, s in tiles
+        if s <= loads_ahead(a * 64 * (2 * tokens + r // 2), s, device)
+    ]
 
 
-def product(x: Tensor, parts: Sequence[Sequence[Tensor | int]], blocksize: int, nested_blocksize: int) -> Tensor:
+def product(
+    x: Tensor, parts: Sequence[Sequence[Tensor]], sizes: Sequence[int], blocksize: int, nested_blocksize: int
+) -> Tensor:
     """``x`` times the transposed weights, side by side: ``[M, sum of N]`` in x's dtype.
 
     Args:
         x: ``[M, K]``, fp16 or bf16, the last dimension contiguous; K a multiple of the blocksize.
         parts: of one to three weights ``[N, K]``: the bytes, absmax, absmax2, code2 and offset as
-            ``ops.nf4.kernels.dequantize`` takes them (absmax three more times where it is not nested), and N.
+            ``ops.nf4.kernels.dequantize`` takes them (absmax three more times where it is not nested).
+        sizes: each weight's N.
         blocksize: values to a scale.
         nested_blocksize: scales to a scale of theirs; 0 where scales are fp32.
     """
     m, k = x.shape
-    outputs = sum(int(part[5]) for part in parts)
+    outputs = sum(sizes)
     y = dispatch.allocate((m, outputs), x.dtype, x.device)
-    given = [argument for part in parts for argument in (part[0].view(torch.int32), *part[1:])]  # type: ignore[union-attr]
+    given: list[Any] = []
+    for (packed, *tables), size in zip(parts, sizes, strict=True):
+        given += [packed.view(torch.int32), *tables, size]
     given += given[-6:] * (MOST_PARTS - len(parts))
     constants = {
         "BLOCKS": k // blocksize, "WORDS": blocksize // 8, "NESTED": nested_blocksize.bit_length() - 1,
@@ -208,7 +215,7 @@ def product(x: Tensor, parts: Sequence[Sequence[Tensor | int]], blocksize: int, 
         default=_tiling(min(m, 2), tokens, outputs, x.device),
         candidates=lambda: _candidates(m, tokens, x.device),
     )  # fmt: skip
-    grid = (sum(cdiv(int(part[5]), settings["ROWS"]) for part in parts),)
+    grid = (sum(cdiv(size, settings["ROWS"]) for size in sizes),)
     if m == 1:
         launch(name, _one_row, grid, x.device, x, y, *given, **constants, **settings)
     else:
