@@ -286,6 +286,82 @@ def test_an_error_while_streaming_is_raised_where_it_is_read(loaded: tuple[Any, 
         list(stream(model, tokenizer, [{"role": "user", "content": "a"}], max_new_tokens=0))
 
 
+# -- by the fast layers, here on a CPU
+
+
+def test_answers_by_the_fast_layers(loaded: tuple[Any, Any]) -> None:
+    """The same text, in batches of any size, with the model's settings left out, and streamed."""
+    import copy
+
+    import torch
+
+    from ft_core import add_lora
+    from ft_core.fast.decoding import forget
+
+    model, tokenizer = copy.deepcopy(loaded)
+    turn = [{"role": "user", "content": "add 3 and 4"}]
+    for asked in (model, add_lora(copy.deepcopy(model), r=2)):
+        plain = generate(asked, tokenizer, PROMPTS, max_new_tokens=12)
+        ids = [encode_prompt(render_chat([{"role": "user", "content": one}], tokenizer), tokenizer) for one in PROMPTS]
+        for batch_tokens in (1, 200, 8192):
+            given: dict[str, Any] = {"max_new_tokens": 12, "batch_tokens": batch_tokens, "fast": True}
+            assert generate_ids(asked, tokenizer, ids, **given) == plain
+        pieces = list(stream(asked, tokenizer, turn, max_new_tokens=12, fast=True))
+        assert "".join(pieces) == plain[0]
+        assert len(pieces) > 3
+        torch.manual_seed(5)
+        drawn = generate(asked, tokenizer, PROMPTS, max_new_tokens=12, temperature=1.5, top_p=0.9)
+        torch.manual_seed(5)
+        assert generate(asked, tokenizer, PROMPTS, max_new_tokens=12, temperature=1.5, top_p=0.9, fast=True) == drawn
+    forget(model)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == generate(
+        loaded[0], tokenizer, PROMPTS, max_new_tokens=12
+    )
+    assert "_ft_decoder" not in vars(model)  # on a CPU nobody else makes one
+
+
+def test_an_end_token_ends_what_the_fast_layers_write(loaded: tuple[Any, Any]) -> None:
+    import copy
+
+    model, tokenizer = copy.deepcopy(loaded)
+    turn = [{"role": "user", "content": "add 3 and 4"}]
+    plain = generate(model, tokenizer, [turn], max_new_tokens=6)[0]
+    tokens = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    last = next(i for i in range(1, len(tokens)) if tokens[i] not in tokens[:i])
+    model.generation_config.eos_token_id = tokens[last]
+    expected = tokenizer.decode(tokens[:last])
+    assert generate(model, tokenizer, [turn], max_new_tokens=6, fast=True) == [expected]
+    assert "".join(stream(model, tokenizer, turn, max_new_tokens=6, fast=True)) == expected
+
+
+def test_a_stream_of_the_fast_layers_is_stopped_or_closed(loaded: tuple[Any, Any]) -> None:
+    import threading
+
+    model, tokenizer = loaded
+    turn = [{"role": "user", "content": "a"}]
+    before = threading.active_count()
+    stopped = threading.Event()
+    pieces = stream(model, tokenizer, turn, max_new_tokens=400, stopped=stopped, fast=True)
+    first = next(pieces)
+    stopped.set()
+    rest = list(pieces)
+    assert len(first + "".join(rest)) < 400
+    again = stream(model, tokenizer, turn, max_new_tokens=400, fast=True)
+    assert next(again) == first
+    again.close()
+    assert threading.active_count() == before
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        list(stream(model, tokenizer, turn, max_new_tokens=0, fast=True))
+
+
+def test_answers_that_the_fast_layers_cannot_write(learned_positions: tuple[Any, Any]) -> None:
+    model, tokenizer = learned_positions
+    expected = r"^the fast layers cannot write this model's answers: the family gpt2 is not known to them"
+    with pytest.raises(RunError, match=expected):
+        generate_ids(model, tokenizer, [[5]], max_new_tokens=1, fast=True)
+    assert generate_ids(model, tokenizer, [[5]], max_new_tokens=1, fast=False)
+
+
 # -- ft generate
 
 Generate = Callable[..., Any]

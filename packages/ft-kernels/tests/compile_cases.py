@@ -193,7 +193,21 @@ def blocks(make: Make) -> None:
     backward(ft.mlp_block(make(rows, k), norm, gate_up, down, *adapters(16, *sizes)))
 
 
+def few_rows(make: Make) -> None:
+    if make.dtype == torch.float32 or torch.cuda.get_device_capability() < (8, 0):
+        return  # torch's products
+    for k, sizes, nested in ((H, (H, 1024, 1024), True), (INTERMEDIATE, (256,), True), (1024, (256, 256), False)):
+        weights = [ft.NF4Weight.quantize(make.frozen(n, k), nested=nested) for n in sizes]
+        for rows in (1, 16, 32, 128):
+            ft.nf4_linear(make.frozen(rows, k), weights)
+    for heads, kv_heads, d, rows in ((HEADS, KV_HEADS, HEAD_DIM, 1), (HEADS, KV_HEADS, HEAD_DIM, 16), (14, 2, 64, 1)):
+        kept = [make.frozen(rows, 1024, kv_heads, d) for _ in range(2)]
+        lengths = torch.full((rows,), 1000, dtype=torch.int32, device=make.device)
+        ft.decode_attention(make.frozen(rows, heads, d), *kept, lengths)
+        ft.decode_attention(make.frozen(rows, heads, d), *kept, lengths, window=100)
+
+
 CASES: list[Callable[[Make], None]] = [
     rms_norm, layer_norm, rope, glu, cross_entropy, linear_heads, nf4, int8, fp8, lora, mlp, blocks,
-    packed_attention,
+    packed_attention, few_rows,
 ]  # fmt: skip

@@ -161,6 +161,7 @@ def _nll(model: PreTrainedModel, ids: list[list[int]], labels: list[list[int]]) 
 
 def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
     from ft_core.data import render_prompt
+    from ft_core.fast.decoding import forget
     from ft_core.generation import encode_prompt, generate_ids
     from ft_core.models.loading import positions
 
@@ -187,6 +188,7 @@ def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
         max_new_tokens=longest,
         progress=lambda done, total: job.progress(done, total, "answers"),
     )
+    forget(job.model)  # a training may want the memory
     for i, answer in zip(fitting, found, strict=True):
         answers[i] = answer
     samples = [

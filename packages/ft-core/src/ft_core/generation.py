@@ -8,11 +8,13 @@ from itertools import takewhile
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from ft_core.errors import DataError
+from ft_core.errors import DataError, RunError
 from ft_core.memory import enough_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ft_core.fast.decoding import Decoder
 
 __all__ = [
     "encode_prompt",
@@ -121,8 +123,12 @@ def generate_ids(
     top_p: float = 1.0,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
+    fast: bool | None = None,
 ) -> list[str]:
-    """Answer prompts given as token ids, in batches of similar length padded on the left.
+    """Answer prompts given as token ids, in batches of similar length.
+
+    A model of a known family on a GPU answers by its fast layers (:mod:`ft_core.fast`), any other, or one that has more
+    on it than they compute, by transformers' own ``generate``.
 
     These arguments alone decide; of the model's own generation configuration only the end tokens count.
 
@@ -133,13 +139,14 @@ def generate_ids(
         top_p: nucleus sampling's share, with a temperature.
         batch_tokens: the most tokens (prompt and answer, padded) in a batch.
         progress: called with (answered, all).
+        fast: False never answers by the fast layers; True does so on any device, or refuses.
 
     Returns:
         The answers in the order of ``prompts``, without special tokens.
 
     Raises:
         DataError: a prompt is empty or fills the model's positions.
-        RunError: the memory is too small for a batch.
+        RunError: the memory is too small for a batch, or the fast layers were asked for and cannot answer.
     """
     import torch
 
@@ -153,6 +160,7 @@ def generate_ids(
     if progress:
         progress(0, len(order))
     try:
+        decoder = _decoder(model, fast)
         start = 0
         while start < len(order):
             new = room[order[start]]
@@ -160,22 +168,42 @@ def generate_ids(
             batch = [
                 i for i in batch if room[i] == new
             ]  # the first ones: where room is short, it grows along the order
-            ids, mask = _left_padded([prompts[i] for i in batch], tokenizer.pad_token_id or 0, model.device)
-            settings = _settings(tokenizer, stops, new, temperature, top_p)
-            memory = enough_memory(f"answering prompts of {ids.shape[1]} tokens with up to {new}", LESS_MEMORY)
-            with memory, _no_settings_of_its_own(model), torch.inference_mode():
-                out = model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=tokenizer, **last
-                )
-            for i, tokens in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-                said = list(takewhile(lambda token: token not in stops, tokens))
-                answers[i] = tokenizer.decode(said, skip_special_tokens=True)
+            given = [prompts[i] for i in batch]
+            longest = len(given[0])
+            with enough_memory(f"answering prompts of {longest} tokens with up to {new}", LESS_MEMORY):
+                if decoder is not None and decoder.fits(len(given), longest + new):
+                    said = decoder.answers(given, new=new, stops=stops, temperature=temperature, top_p=top_p)
+                else:
+                    ids, mask = _left_padded(given, tokenizer.pad_token_id or 0, model.device)
+                    settings = _settings(tokenizer, stops, new, temperature, top_p)
+                    with _no_settings_of_its_own(model), torch.inference_mode():
+                        out = model.generate(
+                            input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=tokenizer, **last
+                        )
+                    said = [
+                        list(takewhile(lambda token: token not in stops, tokens))
+                        for tokens in out[:, longest:].tolist()
+                    ]
+            for i, tokens in zip(batch, said, strict=True):
+                answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
             start += len(batch)
             if progress:
                 progress(start, len(order))
     finally:
         model.train(was_training)
     return answers
+
+
+def _decoder(model: Any, fast: bool | None) -> Decoder | None:
+    """What answers by the fast layers, or None where transformers does."""
+    from ft_core.fast.decoding import decoder_of
+
+    decoder = None if fast is False else decoder_of(model, anywhere=fast is True)
+    if decoder is None or decoder.reason is None:
+        return decoder
+    if fast:
+        raise RunError(f"the fast layers cannot write this model's answers: {decoder.reason}")
+    return None
 
 
 def _last_position(model: Any) -> dict[str, Any]:
@@ -216,6 +244,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
+    fast: bool | None = None,
 ) -> list[str]:
     """Answer prompts: a string is one user turn where the model has a chat template, else the text to go on from.
 
@@ -234,6 +263,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         progress=progress,
+        fast=fast,
     )
 
 
@@ -281,6 +311,7 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     stopped: Event | None = None,
+    fast: bool | None = None,
 ) -> Generator[str, None, None]:
     """Answer a conversation piece by piece, as the model writes it.
 
@@ -290,18 +321,19 @@ def stream(
 
     Raises:
         DataError: the conversation fills the model's positions, or the chat template refuses it.
-        RunError: the memory is too small.
+        RunError: the memory is too small, or the fast layers were asked for and cannot answer.
     """
+    import torch
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
     ended = Event()
 
+    def over() -> bool:
+        return ended.is_set() or (stopped is not None and stopped.is_set())
+
     class Closed(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-            import torch
-
-            over = ended.is_set() or (stopped is not None and stopped.is_set())
-            return torch.full((input_ids.shape[0],), over, device=input_ids.device, dtype=torch.bool)
+            return torch.full((input_ids.shape[0],), over(), device=input_ids.device, dtype=torch.bool)
 
     class Streamer(TextIteratorStreamer):
         def put(self, value: Any) -> None:
@@ -318,17 +350,34 @@ def stream(
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     memory = enough_memory(f"answering {len(prompt)} tokens with up to {new}", LESS_MEMORY)
     failed: list[BaseException] = []
+    decoder = _decoder(model, fast)
+
+    def write(decoder: Decoder) -> None:
+        streamer.put(ids)
+        steps = decoder.steps([prompt], new=new, temperature=temperature, top_p=top_p)
+        try:
+            for tokens in steps:
+                streamer.put(torch.tensor(tokens))
+                if tokens[0] in stops or over():
+                    break
+        finally:
+            steps.close()
+        streamer.end()
 
     def work() -> None:
         try:
-            with memory, _no_settings_of_its_own(model):
-                model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=settings,
-                    stopping_criteria=StoppingCriteriaList([Closed()]),
-                    streamer=streamer,
-                )
+            with memory:
+                if decoder is not None and decoder.fits(1, len(prompt) + new):
+                    write(decoder)
+                    return
+                with _no_settings_of_its_own(model):
+                    model.generate(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        generation_config=settings,
+                        stopping_criteria=StoppingCriteriaList([Closed()]),
+                        streamer=streamer,
+                    )
         except BaseException as error:  # handed to the caller's thread below
             failed.append(error)
             streamer.end()

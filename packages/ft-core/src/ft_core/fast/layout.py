@@ -107,6 +107,9 @@ class Layout:
         residual_scale: multiplies a branch's result before it is added to the residual (Granite); 1 without.
         logit_softcap: the bound on the logits (Gemma 2), or None.
         logit_scale: multiplies the logits (Cohere, Granite); 1 without.
+        plain: the model is nothing but its embedding, these layers one after the other, the last norm and the head: no
+            number is multiplied to the embedding, say. Only such a model answers without its own code (see
+            :mod:`ft_core.fast.decoding`).
     """
 
     layer_class: str
@@ -125,6 +128,7 @@ class Layout:
     residual_scale: float = 1.0
     logit_softcap: float | None = None
     logit_scale: float = 1.0
+    plain: bool = False
 
     @classmethod
     def of(cls, config: Any, layer_class: str, **parts: Any) -> Layout:

@@ -26,7 +26,7 @@ from ft_core.fast.layer import DecoderLayer, norm
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
 
-__all__ = ["FastPath", "disable", "enable", "fast_path_of"]
+__all__ = ["FastPath", "disable", "enable", "fast_path_of", "is_own", "unwrapped"]
 
 BATCH = "ft_batch"
 """The keyword by which the backbone hands the batch's documents to its layers."""
@@ -90,7 +90,7 @@ class FastPath:
         vars(self.model).pop(HANDLE, None)
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The transformers model that PEFT, DDP or torch.compile may have wrapped."""
     while True:
         if hasattr(model, "get_base_model"):
@@ -103,7 +103,7 @@ def _unwrapped(model: Any) -> Any:
 
 def fast_path_of(model: Any) -> FastPath | None:
     """The fast path of a model, or of what wraps it; None where there is none."""
-    path: FastPath | None = vars(_unwrapped(model)).get(HANDLE)
+    path: FastPath | None = vars(unwrapped(model)).get(HANDLE)
     return path
 
 
@@ -126,7 +126,7 @@ def enable(model: Any) -> FastPath:
     Raises:
         NotFast: the family is unknown, or this instance differs from what the family's layout says.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if (known := fast_path_of(model)) is not None:
         return known
     layout = layout_of(model)
@@ -153,6 +153,11 @@ class _Forward:
         self.path, self.module, self.own = path, module, module.forward
         wrapper: Any = self
         functools.update_wrapper(wrapper, self.own)  # generate() and trainers look at the signature
+
+
+def is_own(forward: Any) -> bool:
+    """Whether an instance's forward is one that the fast path has put there."""
+    return isinstance(forward, _Forward)
 
 
 class _LayerForward(_Forward):
@@ -293,7 +298,7 @@ class _ModelForward(_Forward):
             part = parts.pop()
             own = vars(part)
             forward = own.get("forward")
-            if forward is not None and not isinstance(forward, _Forward):
+            if forward is not None and not is_own(forward):
                 return False
             hooks = [
                 own["_forward_hooks"],

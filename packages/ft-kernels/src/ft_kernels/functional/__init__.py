@@ -3,6 +3,7 @@
 from ft_kernels.functional.activations import geglu, swiglu
 from ft_kernels.functional.attention import AttentionPlan, packed_attention, plan_attention
 from ft_kernels.functional.blocks import AttentionBlock, Keep, MLPBlock, Norm, attention_block, mlp_block
+from ft_kernels.functional.few_rows import decode_attention, nf4_linear
 from ft_kernels.functional.heads import Lora, TokenLogProbs, linear_cross_entropy, linear_logprob
 from ft_kernels.functional.lora import lora_linear, lora_qkv
 from ft_kernels.functional.lora_mlp import Activation, lora_mlp
@@ -32,6 +33,7 @@ __all__ = [
     "add_rms_norm",
     "attention_block",
     "cross_entropy",
+    "decode_attention",
     "fp8_quantize",
     "geglu",
     "int8_dequantize",
@@ -43,6 +45,7 @@ __all__ = [
     "lora_qkv",
     "mlp_block",
     "nf4_dequantize",
+    "nf4_linear",
     "nf4_quantize",
     "packed_attention",
     "plan_attention",

@@ -11,7 +11,7 @@ __all__ = ["describe_llama", "describe_mistral"]
 
 def describe_llama(config: Any) -> Layout:
     """The layout of a Llama."""
-    return Layout.of(config, "LlamaDecoderLayer", mlp=Mlp(activation=activation(config)))
+    return Layout.of(config, "LlamaDecoderLayer", mlp=Mlp(activation=activation(config)), plain=True)
 
 
 def describe_mistral(config: Any) -> Layout:
@@ -21,4 +21,5 @@ def describe_mistral(config: Any) -> Layout:
         "MistralDecoderLayer",
         attention=Attention(window="config.sliding_window"),
         mlp=Mlp(activation=activation(config)),
+        plain=True,
     )

@@ -16,6 +16,7 @@ def describe_qwen2(config: Any) -> Layout:
         "Qwen2DecoderLayer",
         attention=Attention(window="sliding_window"),
         mlp=Mlp(activation=activation(config)),
+        plain=True,
     )
 
 
@@ -26,4 +27,5 @@ def describe_qwen3(config: Any) -> Layout:
         "Qwen3DecoderLayer",
         attention=Attention(window="sliding_window", q_norm="q_norm", k_norm="k_norm"),
         mlp=Mlp(activation=activation(config)),
+        plain=True,
     )

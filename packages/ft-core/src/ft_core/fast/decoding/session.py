@@ -1,0 +1,157 @@
+"""Kept keys and values of some sequences, and the step that writes one more token of each.
+
+A step makes some four hundred launches, and what they cost the host is several times what they cost the GPU. On a GPU
+it is therefore recorded once, as a graph of kernels (CUDA graphs), and replayed for every token: where a sequence
+stands is in the device's memory, and nothing in a step depends on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import ft_kernels as kernels
+from ft_core.fast.decoding.layers import Layers
+from ft_core.fast.layout import Layout
+
+__all__ = ["Session", "bytes_of"]
+
+SHORT = 4
+"""Steps that are left from which recording pays; it takes about as long as three of them."""
+
+
+def bytes_of(layout: Layout, layers: int, rows: int, slots: int, dtype: torch.dtype) -> int:
+    """The memory of a session's keys and values."""
+    return 2 * layers * rows * slots * layout.kv_heads * layout.head_dim * dtype.itemsize
+
+
+class Session:
+    """Room for ``rows`` sequences of up to ``slots`` tokens.
+
+    Attributes:
+        tokens: ``[rows]``, int64, the last token of each sequence, whose key and value are not yet kept.
+        lengths: ``[rows]``, int32, how many tokens are kept.
+        reason: why no step can be recorded, or None.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, layers: Layers, rows: int, slots: int) -> None:
+        self.layers, self.rows, self.slots = layers, rows, slots
+        layout, device = layers.layout, layers.device
+        shape = (len(layers.layers), 2, rows * slots, layout.kv_heads, layout.head_dim)
+        with _on(device):
+            self.kept = torch.zeros(shape, dtype=layers.dtype, device=device)
+            self.cos, self.sin = layers.angles(slots)
+            self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+            self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
+            self.begins = torch.arange(rows, device=device) * slots
+        self.reason: str | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._warm = False
+
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are replayed."""
+        return self._graph is not None
+
+    @torch.inference_mode()
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read prompts, of which there may be fewer than rows, and give the logits that follow, ``[prompts, V]``."""
+        layers, device = self.layers, self.layers.device
+        counts = [len(prompt) for prompt in prompts]
+        flat = [token for prompt in prompts for token in prompt]
+        places = [i for count in counts for i in range(count)]
+        slots = [row * self.slots + i for row, count in enumerate(counts) for i in range(count)]
+        with _on(device):
+            ids, positions, where = torch.tensor([flat, places, slots], dtype=torch.int64).to(device)
+            plan = kernels.plan_attention(lengths=counts)
+            # Flex attention would be compiled first, which takes longer than the answer.
+            backend = "triton" if len(set(counts)) > 1 and _has_kernel(device, layers) else "auto"
+
+            def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                self._keep(number, where, k, v)
+                layer = layers.layers[number]
+                return kernels.packed_attention(
+                    q, k, v, plan=plan, window=layer.window, scale=layer.scale, backend=backend
+                )
+
+            hidden = layers(ids, self.cos, self.sin, positions, attend, few=False)
+            lengths = torch.tensor(counts + [0] * (self.rows - len(counts)), dtype=torch.int32)
+            self.lengths.copy_(lengths)
+            self.tokens.zero_()
+            lasts = lengths[: len(counts)].cumsum(0).to(device) - 1
+            return layers.head(hidden[lasts], False)
+
+    @torch.inference_mode()
+    def follow(self, tokens: Tensor, left: int) -> Tensor:
+        """Logits ``[rows, V]`` after one more token of each sequence; the next call may write over them.
+
+        Args:
+            tokens: ``[n]``, n at most rows: the sequences' new tokens.
+            left: how many more steps are expected, this one included.
+        """
+        with _on(self.layers.device):
+            self.tokens[: tokens.shape[0]] = tokens
+            if self._graph is None and self._warm and self.reason is None and left >= SHORT:
+                self._record()
+            if self._graph is not None and self._logits is not None:
+                self._graph.replay()
+                return self._logits
+            self._warm = self.layers.device.type == "cuda"  # kernels are compiled now, and may be recorded
+            return self._step()
+
+    def _step(self) -> Tensor:
+        positions = self.lengths.long()
+        self.lengths.add_(1)
+        where = self.begins + positions
+        shape = (self.rows, self.slots, *self.kept.shape[3:])
+
+        def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._keep(number, where, k, v)
+            keys, values = self.kept[number]
+            layer = self.layers.layers[number]
+            return kernels.decode_attention(
+                q, keys.view(shape), values.view(shape), self.lengths, window=layer.window, scale=layer.scale
+            )
+
+        hidden = self.layers(self.tokens, self.cos, self.sin, positions, attend, few=True)
+        return self.layers.head(hidden, True)
+
+    def _keep(self, number: int, where: Tensor, k: Tensor, v: Tensor) -> None:
+        keys, values = self.kept[number]
+        keys.index_copy_(0, where, k)
+        values.index_copy_(0, where, v)
+
+    def _record(self) -> None:
+        device = self.layers.device
+        generator = torch.cuda.default_generators[device.index or 0]
+        before = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._logits = self._step()
+            self._graph = graph
+        except Exception as error:  # something waited for the GPU, say: the step is still computed kernel by kernel
+            self.reason = f"{type(error).__name__}: {error}"
+            self._logits = None
+            generator.graphsafe_set_state(before)
+
+
+def _has_kernel(device: torch.device, layers: Layers) -> bool:
+    """Whether ft_kernels' own kernel computes attention over documents of several lengths."""
+    if device.type != "cuda" or layers.dtype == torch.float32 or layers.layout.head_dim > 256:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield

@@ -1,0 +1,288 @@
+"""The fast layers write the answers that transformers writes: token for token, batch for batch, draw for draw."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ft_core.fast.decoding import Decoder, decoder_of, forget
+from ft_core.fast.decoding.decoder import _rows, _slots
+
+VOCABULARY = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MAKE = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True)),
+    "llama3": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, mlp_bias=True, rope_parameters={**LLAMA3, "original_max_position_embeddings": 64})
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=24)),
+    # bitsandbytes on a CPU expands 4-bit weights wrongly where a block of 64 goes on in the next row.
+    "blocks": lambda: LlamaForCausalLM(LlamaConfig(**{**SIZES, "intermediate_size": 128}, attention_bias=True)),
+}
+FAMILIES = [family for family in MAKE if family != "blocks"]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20], [30, 31, 32], [44, 3, 90, 12]]
+"""Of different lengths, so that transformers has to pad them."""
+
+
+def make(family: str, adapter: str = "none") -> Any:
+    """A tiny model with random weights everywhere, norms and biases too, and a head of some decision."""
+    torch.manual_seed(0)
+    model: Any = MAKE[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1).add_(torch.randn_like(parameter) * 0.1)
+    if adapter == "none":
+        return model.eval()
+    config = LoraConfig(
+        r=5,
+        lora_alpha=9,
+        target_modules=["q_proj", "v_proj", "down_proj", "lm_head"] if adapter == "some" else "all-linear",
+        init_lora_weights=False,
+        use_rslora=adapter == "rslora",
+        use_dora=adapter == "dora",
+        modules_to_save=["lm_head"] if adapter == "saved" else None,
+    )
+    return get_peft_model(model, config).eval()
+
+
+def by_transformers(model: Any, prompts: list[list[int]], new: int, **settings: Any) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+    config = GenerationConfig(max_new_tokens=new, pad_token_id=0, **{"do_sample": False, **settings})
+    with torch.inference_mode():
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    rows: list[list[int]] = out[:, longest:].tolist()
+    return rows
+
+
+def ready(model: Any) -> Decoder:
+    decoder = decoder_of(model, anywhere=True)
+    assert decoder is not None
+    assert decoder.reason is None
+    return decoder
+
+
+def by_ft(model: Any, prompts: list[list[int]], new: int, **settings: Any) -> list[list[int]]:
+    steps = list(ready(model).steps(prompts, new=new, **settings))
+    return [[tokens[row] for tokens in steps] for row in range(len(prompts))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", ["none", "all", "some", "rslora"])
+def test_greedy_answers_are_those_of_transformers(family: str, adapter: str) -> None:
+    """In float32, whose rounding (1e-6 of logits that lie 1e-2 apart) decides nothing here."""
+    model = make(family, adapter)
+    expected = by_transformers(model, PROMPTS, 24)
+    assert by_ft(model, PROMPTS, 24) == expected
+    assert len({token for row in expected for token in row}) > 10  # no answer of one word
+    for prompt, row in zip(PROMPTS, expected, strict=True):
+        assert by_ft(model, [prompt], 24) == [row]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_every_step(family: str) -> None:
+    """Those of transformers on the whole text, to float32's rounding over two layers of sums of up to 112 products."""
+    model = make(family, "all")
+    decoder = ready(model)
+    session = decoder._session(3, 40)
+    texts = [list(prompt) for prompt in PROMPTS[:3]]
+    logits = session.begin(texts)
+    for step in range(12):
+        with torch.no_grad():
+            exact = [copy.copy(model)(torch.tensor([text])).logits[0, -1] for text in texts]
+        for row, expected in enumerate(exact):
+            error = (logits[row] - expected).norm() / expected.norm()
+            assert error < 112**0.5 * 2**-21, (step, row)
+        tokens = torch.tensor([7, 11 + step, 23])
+        for text, token in zip(texts, tokens.tolist(), strict=True):
+            text.append(token)
+        logits = session.follow(tokens, 1)
+
+
+def test_an_adapter_switched_off_merged_trained_or_changed_is_seen() -> None:
+    model = make("qwen3", "all")
+    adapted = by_ft(model, PROMPTS, 12)
+    with model.disable_adapter():
+        plain = by_ft(model, PROMPTS, 12)
+        assert plain == by_transformers(model, PROMPTS, 12)
+    assert by_ft(model, PROMPTS, 12) == adapted != plain
+    with torch.no_grad():  # as an optimizer does it: in place
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.mul_(-1.5)
+    trained = by_ft(model, PROMPTS, 12)
+    assert trained == by_transformers(model, PROMPTS, 12) != adapted
+    model.merge_adapter()
+    assert by_ft(model, PROMPTS, 12) == by_transformers(model, PROMPTS, 12) == trained
+    model.unmerge_adapter()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+    model.set_adapter("other")
+    assert by_ft(model, PROMPTS, 12) == by_transformers(model, PROMPTS, 12) != trained
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.5, 1.0), (0.7, 0.8), (1.0, 0.0)])
+def test_the_same_seed_draws_the_same_tokens(temperature: float, top_p: float) -> None:
+    """All rows are drawn from at each step, as transformers does."""
+    model = make("llama")
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    torch.manual_seed(3)
+    expected = by_transformers(model, PROMPTS, 16, **sampling)
+    torch.manual_seed(3)
+    drawn = by_ft(model, PROMPTS, 16, temperature=temperature, top_p=top_p)
+    assert drawn == expected
+    assert (drawn == by_ft(model, PROMPTS, 16)) == (top_p == 0.0)
+
+
+def test_what_is_drawn_follows_the_distribution() -> None:
+    """Of 4000 draws the share of each token is within five standard deviations of its probability."""
+    model = make("llama")
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1].double()
+    probabilities = (logits / 3.0).softmax(-1)
+    torch.manual_seed(0)
+    draws = torch.tensor(by_ft(model, [PROMPTS[0]] * 4000, 1, temperature=3.0))[:, 0]
+    shares = torch.bincount(draws, minlength=VOCABULARY) / 4000
+    assert ((shares - probabilities).abs() <= 5 * (probabilities * (1 - probabilities) / 4000).sqrt() + 1e-3).all()
+
+
+def test_answers_end_at_their_end_tokens() -> None:
+    model = make("llama")
+    whole = by_ft(model, PROMPTS, 20)
+    stops = {whole[0][3], whole[2][9]}
+    found = ready(model).answers(PROMPTS, new=20, stops=stops, temperature=0.0, top_p=1.0)
+    for said, row in zip(found, whole, strict=True):
+        end = next((i for i, token in enumerate(row) if token in stops), 20)
+        assert said == row[:end]
+    assert len(found[0]) <= 3
+    passes: list[int] = []
+    decoder = ready(model)
+    steps = decoder.steps([PROMPTS[0]], new=400)
+    for tokens in steps:
+        passes.append(tokens[0])
+        if len(passes) == 2:
+            break
+    with pytest.raises(RuntimeError, match="another answer of this model"):
+        next(decoder.steps([PROMPTS[0]], new=1))
+    steps.close()
+    assert passes == whole[0][:2]
+    assert by_ft(model, PROMPTS, 20) == whole
+
+
+def test_sessions_are_kept_and_replaced() -> None:
+    model = make("mistral")
+    expected = by_transformers(model, PROMPTS, 12)
+    assert by_ft(model, PROMPTS, 12) == expected
+    session = ready(model).session
+    assert by_ft(model, PROMPTS[:3], 12) == expected[:3]  # a row is left over
+    assert ready(model).session is session
+    assert by_ft(model, PROMPTS[:1], 300)[0][:12] == expected[0]
+    other = ready(model).session
+    assert other is not session
+    assert other is not None
+    assert (other.rows, other.slots) == (1, 512)
+    assert vars(copy.deepcopy(model))["_ft_decoder"] is None
+    assert by_ft(copy.deepcopy(model), PROMPTS, 12) == expected
+    forget(model)
+    assert "_ft_decoder" not in vars(model)
+    assert [_rows(n) for n in (1, 2, 3, 5, 8, 9, 17)] == [1, 2, 4, 8, 8, 16, 24]
+    assert [_slots(n) for n in (1, 256, 257, 2049, 5000)] == [256, 256, 512, 2560, 5120]
+
+
+def test_too_few_tokens() -> None:
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        next(ready(make("llama")).steps([[1]], new=0))
+
+
+def refused(model: Any) -> str:
+    decoder = decoder_of(model, anywhere=True)
+    assert decoder is not None
+    assert decoder.reason is not None
+    assert "\n" not in decoder.reason
+    return decoder.reason
+
+
+def test_refusals() -> None:
+    assert "only be computed by its own code" in refused(make("llama", "dora"))
+    assert "only be computed by its own code" in refused(make("qwen2", "saved"))
+    model = make("llama")
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert refused(model) == "model.layers.1.mlp has a hook"
+    handle.remove()
+    assert decoder_of(model, anywhere=True).reason is None  # type: ignore[union-attr]
+    model.model.norm.forward = lambda x: x
+    assert refused(model) == "the forward of model.norm is somebody else's"
+    prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    assert refused(get_peft_model(make("llama"), prompt)) == "its adapter is a learned prompt"
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=dynamic))
+    assert refused(model) == "its rotary embedding (dynamic) changes with the length of the text"
+    dropping = get_peft_model(make("llama"), LoraConfig(target_modules=["q_proj"], lora_dropout=0.1))
+    assert "dropout" in refused(dropping.train())
+    mixed = make("llama")
+    mixed.model.layers[0].mlp.up_proj.half()
+    assert "is torch.float16" in refused(mixed)
+    assert decoder_of(make("llama")) is None  # a CPU has no reason to
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized(quantization: str) -> None:
+    """Logits within the error of rounding activations: bitsandbytes' 8-bit layers round them to 1/127 of the largest,
+    ours do not; 4-bit weights are expanded to the same numbers."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+
+    model = make("blocks")
+    for layer in model.model.layers:
+        for part, name in ((p, n) for p in (layer.self_attn, layer.mlp) for n, _ in list(p.named_children())):
+            old = getattr(part, name)
+            if not isinstance(old, torch.nn.Linear):
+                continue
+            bias = old.bias is not None
+            if quantization == "nf4":
+                new = Linear4bit(old.in_features, old.out_features, bias=bias, quant_type="nf4")
+                new.weight = Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
+                new.support_avx512bf16_for_cpu = False
+            else:
+                new = Linear8bitLt(old.in_features, old.out_features, bias=bias, has_fp16_weights=False)
+                new.load_state_dict(old.state_dict())
+            new.bias = old.bias
+            setattr(part, name, new.to("cpu"))
+    model.eval()
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    with torch.no_grad():
+        expected = adapted(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    decoder = ready(adapted)
+    logits = decoder._session(1, 20).begin([PROMPTS[0]])[0]
+    assert (logits - expected).norm() / expected.norm() < (1e-5 if quantization == "nf4" else 0.05)
+    if quantization == "nf4":
+        assert by_ft(adapted, PROMPTS, 12) == by_transformers(adapted, PROMPTS, 12)

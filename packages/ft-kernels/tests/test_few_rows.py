@@ -1,0 +1,252 @@
+"""Products with NF4 weights and attention over kept tokens, for few rows, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from ft_kernels import NF4Weight, decode_attention, nf4_dequantize, nf4_linear
+from ft_kernels.functional import few_rows
+
+ONE, SOME = "nf4_linear_one", "nf4_linear_some"
+ATTENTION = ("decode_attention_parts", "decode_attention_together")
+HALVES = [torch.float16, torch.bfloat16]
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def draw(sizes, k, blocksize, nested, device, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        NF4Weight.quantize(
+            torch.randn(n, k, generator=generator).mul(torch.rand(n, 1, generator=generator)).to(device), blocksize,
+            nested=nested,
+        )
+        for n in sizes
+    ]  # fmt: skip
+
+
+def expanded(weight, dtype):
+    numbers = nf4_dequantize(
+        weight.packed, weight.absmax, weight.shape, torch.float32 if dtype == torch.float64 else dtype,
+        weight.blocksize, nested=weight.nested,
+    )  # fmt: skip
+    return numbers.to(dtype)
+
+
+def check(x, weights, exact_enough):
+    actual = nf4_linear(x, weights if len(weights) > 1 else weights[0])
+    exact = F.linear(x.double(), torch.cat([expanded(weight, torch.float64) for weight in weights]))
+    eager = F.linear(x, torch.cat([expanded(weight, x.dtype) for weight in weights]))
+    assert actual.dtype == x.dtype
+    exact_enough("product", actual, eager, exact)
+
+
+@settings(max_examples=12)
+@given(
+    rows=st.sampled_from([1, 1, 2, 5, 16, 33]), blocks=st.integers(1, 20),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3), blocksize=st.sampled_from([32, 64, 128]),
+    nested=st.booleans(), dtype=st.sampled_from(HALVES), seed=st.integers(0, 2**31),
+)  # fmt: skip
+@example(rows=1, blocks=17, sizes=[40, 9, 33], blocksize=64, nested=True, dtype=torch.bfloat16, seed=0)
+@example(rows=16, blocks=7, sizes=[40, 9, 33], blocksize=64, nested=True, dtype=torch.bfloat16, seed=1)
+@example(rows=16, blocks=5, sizes=[70], blocksize=64, nested=False, dtype=torch.float16, seed=2)
+def test_products(device, launched, exact_enough, rows, blocks, sizes, blocksize, nested, dtype, seed):
+    """Nested scales only where a launch of the quantizer is not what is looked at."""
+    k = blocks * blocksize
+    weights = draw(sizes, k, blocksize, nested, device, seed)
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    with launched(ONE if rows == 1 else SOME):
+        nf4_linear(x, weights)
+    check(x, weights, exact_enough)
+
+
+def test_products_of_rows_of_any_strides(device, launched, exact_enough):
+    weights = draw([24, 8], 128, 64, True, device, 3)
+    x = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(4)).to(device, torch.float16)
+    for given_x in (x[..., :128], x[..., ::2], x[:1, :1, 128:]):
+        actual = nf4_linear(given_x, weights)
+        assert actual.shape == (*given_x.shape[:-1], 32)
+        flat = given_x.reshape(-1, 128).contiguous()
+        assert torch.equal(actual.view(-1, 32), nf4_linear(flat, weights))
+        check(flat, weights, exact_enough)
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "dtype", "blocksize"),
+    [
+        (few_rows.MOST_ROWS + 1, 64, torch.bfloat16, 64),
+        (2, 96, torch.bfloat16, 64),  # blocks that go on in the next row
+        (2, 64, torch.float32, 64),
+        (2, 256, torch.bfloat16, 256),
+    ],
+)
+def test_what_the_kernel_is_not_for(device, launched, exact_enough, rows, k, dtype, blocksize):
+    weights = draw([12, 20], k, blocksize, False, device, 5)
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(6)).to(device, dtype)
+    with launched("nf4_dequantize"):
+        nf4_linear(x, weights)
+    check(x, weights, exact_enough)
+
+
+def test_no_rows(device):
+    weights = draw([12, 20], 64, 64, True, device, 5)
+    assert nf4_linear(torch.zeros(0, 64, dtype=torch.bfloat16, device=device), weights).shape == (0, 32)
+
+
+def test_more_than_three_weights(device, launched, exact_enough):
+    weights = draw([8, 8, 8, 8], 64, 64, False, device, 7)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(8)).to(device, torch.bfloat16)
+    with launched("nf4_dequantize"):
+        nf4_linear(x, weights)
+    check(x, weights, exact_enough)
+
+
+def test_bad_arguments_of_the_product(device):
+    (weight,) = draw([8], 64, 64, False, device, 9)
+    with pytest.raises(TypeError, match=r"x has dtype torch\.float64; allowed are"):
+        nf4_linear(torch.zeros(1, 64, dtype=torch.float64, device=device), weight)
+    with pytest.raises(ValueError, match=r"x has shape \[1, 32\], a weight \(8, 64\)|\[8, 64\]; K must be the same"):
+        nf4_linear(torch.zeros(1, 32, device=device), weight)
+    with pytest.raises(ValueError, match="use one device"):
+        nf4_linear(torch.zeros(1, 64, device="meta"), weight)
+
+
+def attended(q, keys, values, lengths, window, scale):
+    """Row by row in the tensors' dtype, as torch would do it."""
+    out = torch.zeros_like(q)
+    group = q.shape[1] // keys.shape[2]
+    for row, length in enumerate(lengths.tolist()):
+        begin = 0 if window is None else max(0, length - window)
+        if length == begin:
+            continue
+        k, v = (t[row, begin:length].repeat_interleave(group, 1).transpose(0, 1) for t in (keys, values))
+        scores = (q[row][:, None] @ k.transpose(1, 2)) * scale
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out[row] = (scores.softmax(-1, dtype=wide).to(q.dtype) @ v)[:, 0]
+    return out
+
+
+def kept(rows, room, heads, groups, d, dtype, device, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return normal(rows, heads, d), normal(rows, room, groups, d), normal(rows, room, groups, d)
+
+
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=3), group=st.sampled_from([1, 2, 4, 7]),
+    groups=st.integers(1, 2), d=st.sampled_from([16, 40, 64, 128]), window=st.sampled_from([None, 1, 50, 400]),
+    dtype=st.sampled_from(HALVES), seed=st.integers(0, 2**31),
+)  # fmt: skip
+@example(lengths=[300, 64, 65], group=4, groups=2, d=128, window=None, dtype=torch.bfloat16, seed=0)
+@example(lengths=[0, 1], group=1, groups=1, d=64, window=None, dtype=torch.float16, seed=0)
+def test_attention(device, launched, exact_enough, lengths, group, groups, d, window, dtype, seed):
+    q, keys, values = kept(len(lengths), 300, group * groups, groups, d, dtype, device, seed)
+    counts = torch.tensor(lengths, dtype=torch.int32, device=device)
+    for row, length in enumerate(lengths):  # what lies behind is never read as a number
+        keys[row, length:], values[row, length:] = math.nan, math.nan
+    scale = 0.3
+    with launched(*ATTENTION):
+        actual = decode_attention(q, keys, values, counts, window=window, scale=scale)
+    wide = [t.double() for t in (q, keys, values)]
+    eager = attended(q, keys, values, counts, window, scale)
+    exact_enough("attention", actual, eager, attended(*wide, counts, window, scale))
+
+
+@pytest.mark.parametrize("processors", [1, 16, 400])
+def test_parts_of_a_sequence(device, monkeypatch, exact_enough, processors):
+    """However many there are, some of them empty."""
+    from ft_kernels import tuning
+
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: processors)
+    q, keys, values = kept(2, 700, 4, 2, 64, torch.float16, device, 1)
+    counts = torch.tensor([700, 130], dtype=torch.int32, device=device)
+    for window in (None, 300):
+        actual = decode_attention(q, keys, values, counts, window=window)
+        wide = [t.double() for t in (q, keys, values)]
+        eager = attended(q, keys, values, counts, window, 0.125)
+        exact_enough("attention", actual, eager, attended(*wide, counts, window, 0.125))
+
+
+def test_attention_in_fp32_and_by_views(device, launched):
+    q, keys, values = kept(2, 40, 4, 2, 32, torch.float32, device, 2)
+    counts = torch.tensor([40, 7], dtype=torch.int32, device=device)
+    with launched():
+        plain = decode_attention(q, keys, values, counts)
+    torch.testing.assert_close(plain, attended(q, keys, values, counts, None, 32**-0.5), rtol=1e-5, atol=1e-6)
+    both = torch.stack([keys, values], 2).half()  # [B, S, 2, G, D]
+    packed = torch.cat([q.flatten(1), q.flatten(1)], 1).half()
+    result = decode_attention(packed[:, :128].unflatten(1, (4, 32)), both[:, :, 0], both[:, :, 1], counts)
+    assert torch.equal(result, decode_attention(q.half(), keys.half(), values.half(), counts))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"keys": torch.zeros(2, 8, 2, 16).half()}, TypeError, "q, keys and values have dtypes"),
+        ({"lengths": torch.zeros(2, dtype=torch.long)}, TypeError, "lengths have dtype torch.int64, expected"),
+        ({"q": torch.zeros(2, 3, 16)}, ValueError, r"q \[2, 3, 16\], keys \[2, 8, 2, 16\]"),
+        ({"lengths": torch.zeros(3, dtype=torch.int32)}, ValueError, r"lengths have shape \[3\]; q needs \[2\]"),
+        ({"q": torch.zeros(2, 16, 4).transpose(1, 2)}, ValueError, "must be contiguous"),
+        ({"lengths": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, "several devices"),
+        ({"window": 0}, ValueError, "window=0; a window is 1 or more"),
+    ],
+)
+def test_bad_arguments_of_attention(change, error, message):
+    given = {"q": torch.zeros(2, 4, 16), "keys": torch.zeros(2, 8, 2, 16), "values": torch.zeros(2, 8, 2, 16)}
+    given |= {"lengths": torch.zeros(2, dtype=torch.int32), **change}
+    with pytest.raises(error, match=message):
+        decode_attention(**given)
+
+
+def test_opcheck(device):
+    from ft_kernels.ops.decode_attention.autograd import decode_attention_op
+    from ft_kernels.ops.nf4_linear.autograd import nf4_linear_op
+
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    (weight,) = draw([8], 64, 64, True, device, 1)
+    tensors = list(few_rows._tensors(weight))
+    for rows in (1, 3):
+        x = torch.randn(rows, 64, device=device, dtype=torch.float16)
+        torch.library.opcheck(nf4_linear_op, (x, tensors, [8], 64, 256), test_utils=checks)
+    q, keys, values = kept(2, 20, 4, 2, 16, torch.float16, device, 2)
+    counts = torch.tensor([20, 7], dtype=torch.int32, device=device)
+    torch.library.opcheck(decode_attention_op, (q, keys, values, counts, 0, 0.25), test_utils=checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 50])
+def test_at_the_size_of_a_model_and_recorded(device, launched, exact_enough, rows):
+    """8B's widest product and attention, and the same again from a graph, with more tokens kept."""
+    weights = draw([4096, 1024, 1024], 4096, 64, True, device, 3)
+    x = torch.randn(rows, 4096, device=device, dtype=torch.bfloat16)
+    check(x, weights, exact_enough)
+    down = draw([4096], 14336, 64, True, device, 4)
+    check(torch.randn(rows, 14336, device=device, dtype=torch.bfloat16), down, exact_enough)
+    q, keys, values = kept(rows, 1024, 32, 8, 128, torch.bfloat16, device, 5)
+    counts = torch.full((rows,), 100, dtype=torch.int32, device=device)
+
+    def step():
+        return nf4_linear(x, weights), decode_attention(q, keys, values, counts)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    counts.fill_(1000)
+    x.normal_()
+    graph.replay()
+    for ours, again in zip(replayed, step(), strict=True):
+        assert torch.equal(ours, again)
+    wide = [t.double() for t in (q, keys, values)]
+    eager = attended(q, keys, values, counts, None, 128**-0.5)
+    exact_enough("attention", replayed[1], eager, attended(*wide, counts, None, 128**-0.5))
