@@ -123,6 +123,8 @@ def _load(
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from ft_core.models.pretrained import from_pretrained
+
     auto = AutoModelForCausalLM if head == "language-model" else AutoModelForSequenceClassification
     options: dict[str, Any] = {}
     try:
@@ -141,15 +143,13 @@ def _load(
             "or give the model it was made from"
         )
     try:
-        model, report = auto.from_pretrained(
+        model, report = from_pretrained(
+            auto,
             source.path,
-            config=config,
+            config,
+            device,
             dtype=getattr(torch, dtype),
-            device_map={"": torch.cuda.current_device() if device.type == "cuda" else device.type},
-            use_safetensors=True,
-            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below, by name
-            output_loading_info=True,
             **options,
         )
     except torch.OutOfMemoryError as error:
@@ -175,19 +175,20 @@ def load_layers(source: ModelSource, device: Device, quantization: str, dtype: s
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ft_core.models.pretrained import from_pretrained
+
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
         text = config.get_text_config()
         text.num_hidden_layers = min(layers, text.num_hidden_layers)
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: text.num_hidden_layers]
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, _ = from_pretrained(
+            AutoModelForCausalLM,
             source.path,
-            config=config,
+            config,
+            device,
             dtype=getattr(torch, dtype),
-            device_map={"": torch.cuda.current_device() if device.type == "cuda" else device.type},
-            use_safetensors=True,
-            trust_remote_code=False,
             quantization_config=_quantization_config(quantization, dtype),
         )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:

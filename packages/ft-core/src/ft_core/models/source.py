@@ -12,7 +12,7 @@ from typing import Any
 
 from ft_core.errors import ModelError
 
-__all__ = ["ModelSource", "check_folder", "find_model"]
+__all__ = ["ModelSource", "check_folder", "find_model", "weight_files"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -120,12 +120,16 @@ def check_folder(folder: Path, name: str | None = None) -> None:
         assert isinstance(parsed, dict)
     except (ValueError, AssertionError) as error:
         raise ModelError(f"model {shown}: config.json is no valid JSON object ({error})") from None
-    for file in _weight_files(folder, shown):
+    for file in weight_files(folder, shown):
         _check_header(file, shown)
 
 
-def _weight_files(folder: Path, shown: str) -> list[Path]:
-    """The files that transformers will read, in its order of preference."""
+def weight_files(folder: Path, shown: str) -> list[Path]:
+    """The files that transformers will read, in its order of preference; ``shown`` is what errors call the model.
+
+    Raises:
+        ModelError: there are none, or not all.
+    """
     whole = folder / "model.safetensors"
     if whole.is_file():
         return [whole]
