@@ -69,7 +69,7 @@ def _reader(folder: Path, config: Any, device: Device) -> Reader | None:
         device.type not in STREAMED
         or getattr(config, "quantization_config", None) is not None
         or getattr(config, "transformers_weights", None) is not None
-        or getattr(type(config), "extra_files", ())
+        or bool(getattr(type(config), "extra_files", None))
         or (folder / "adapter_config.json").exists()
         or is_deepspeed_zero3_enabled()
         or is_fsdp_enabled()
