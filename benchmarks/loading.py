@@ -99,7 +99,6 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
     imported = time.time()
     from fast_path import load, versions
 
-    torch.cuda.reset_peak_memory_stats()
     model = load(contestant, quantization, folder, TOKENS)
     torch.cuda.synchronize()
     loaded, gpu = time.time(), torch.cuda.max_memory_allocated()
