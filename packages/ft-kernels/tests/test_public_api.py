@@ -42,6 +42,7 @@ PUBLIC = {
         "widen",
     ],
     "ft_kernels.dispatch": [
+        "CompileAhead",
         "Rows",
         "allocate",
         "cdiv",
