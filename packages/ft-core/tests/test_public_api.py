@@ -126,6 +126,7 @@ EXPECTED: dict[str, list[str]] = {
         "stop_ids",
         "stream",
     ],
+    "ft_core.loftq": ["init_loftq", "low_rank"],
     "ft_core.models": [
         "Device",
         "ModelSource",
