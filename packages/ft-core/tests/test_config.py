@@ -69,6 +69,7 @@ def test_the_defaults() -> None:
             "dora": False,
             "bias": "none",
             "modules_to_save": None,
+            "init_lora_weights": True,
         },
         "training": {
             "epochs": 1.0,
@@ -105,7 +106,7 @@ quantization: nf4
 max_length: 4096
 packing: false
 lora: {r: 8, alpha: 32, dropout: 0.1, targets: [q_proj, v_proj], rslora: true, dora: true, bias: lora_only,
-       modules_to_save: [lm_head]}
+       modules_to_save: [lm_head], init_lora_weights: gaussian}
 training: {epochs: 0.5, max_steps: 10, batch_size: 1, gradient_accumulation: 2, learning_rate: 1e-3,
            optimizer: adafactor, scheduler: linear, warmup_ratio: 0.1, weight_decay: 0.01, max_grad_norm: 0.5,
            save_every: 5, keep_checkpoints: 3, eval_every: 2, seed: 7}
@@ -127,6 +128,7 @@ sft: {train_on: all}
         dora=True,
         bias="lora_only",
         modules_to_save=["lm_head"],
+        init_lora_weights="gaussian",
     )
     assert config.training == TrainingSettings(
         epochs=0.5,
@@ -221,11 +223,27 @@ def test_an_override_that_is_no_yaml() -> None:
         (
             {"lora": {"dropuot": 0.1}},
             "unknown key 'lora.dropuot'; did you mean 'lora.dropout'? "
-            "(allowed in lora: r, alpha, dropout, targets, rslora, dora, bias, modules_to_save)",
+            "(allowed in lora: r, alpha, dropout, targets, rslora, dora, bias, modules_to_save, init_lora_weights)",
         ),
         (
             {"data": [{"path": "x", "weigth": 2}]},
             "unknown key 'data.0.weigth'; did you mean 'data.0.weight'? (allowed in data.0: path, weight, format)",
+        ),
+        (
+            {"lora": {"init_lora_weights": "loftQ"}},
+            "lora.init_lora_weights: 'loftQ' is not allowed (allowed: true, gaussian, loftq)",
+        ),
+        (
+            {"lora": {"init_lora_weights": 1}},
+            "lora.init_lora_weights: 1 is not allowed (allowed: true, gaussian, loftq)",
+        ),
+        (
+            {"lora": {"init_lora_weights": "loftq"}},
+            "lora.init_lora_weights: loftq needs quantization: nf4 (it is none), whose errors the adapter begins with",
+        ),
+        (
+            {"quantization": "nf4", "lora": {"init_lora_weights": "loftq", "dora": True}},
+            "lora.init_lora_weights: loftq and lora.dora exclude each other: give one",
         ),
         ({"sft": {"train": 1}}, "unknown key 'sft.train'; did you mean 'sft.train_on'? (allowed in sft: train_on)"),
         ({"sft": {"train_on": "prompts"}}, "sft.train_on: 'prompts' is not allowed (allowed: answers, all)"),

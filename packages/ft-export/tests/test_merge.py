@@ -276,6 +276,25 @@ def test_quantized_run_reports_the_gap(base: Path, make_run: Any, make_adapter: 
     assert any("against the nf4 run: largest" in line for line in result.lines)
 
 
+def test_an_adapter_that_began_as_what_quantization_lost(base: Path, make_run: Any, make_adapter: Any) -> None:
+    """LoftQ: in the unquantized weights that would be there twice."""
+    pytest.importorskip("bitsandbytes", reason='pip install "ft-export[bitsandbytes]"')
+    gaps = []
+    for name, start in (("plain", "true"), ("loftq", "loftq")):
+        run = make_run(name, quantization="nf4")
+        with open(run / "config.yaml", "a") as file:
+            file.write(f"lora: {{init_lora_weights: {start}}}\n")
+        make_adapter(run / "adapter", base)
+        result = merge(run)
+        report = json.loads((run / "merged" / "merge.json").read_text())
+        assert report["dequantized_base"] == (start == "loftq")
+        assert not (run / "merged" / "base").exists()
+        gaps.append(report["quantized_run"]["mean"])
+    assert "was held in nf4, where the adapter began: merged into its dequantized weights" in result.lines[0]
+    # What remains is that the dequantized weights and the merged ones are rounded to bfloat16: 8 bits against nf4's 4.
+    assert gaps[1] < gaps[0] / 4
+
+
 def test_a_quantized_base_is_dequantized(base: Path, make_adapter: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason='pip install "ft-export[bitsandbytes]"')
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -77,3 +78,62 @@ def test_rows(view, layout, copied):
         at = start + (row // inner) * outer_stride + (row % inner) * inner_stride
         assert torch.equal(storage[at : at + tensor.shape[-1]], expected)
     assert rows.count == tensor.numel() // tensor.shape[-1]
+
+
+class Noted:
+    """What a launch asks of a triton kernel, written down."""
+
+    pre_run_hooks = ()
+
+    def __init__(self, broken=False):
+        self.compiled, self.run, self.broken = [], [], broken
+
+    def warmup(self, *args, grid, **meta):
+        self.compiled.append((args, grid, meta))
+        if self.broken:
+            raise RuntimeError("it cannot be compiled")
+
+    def __getitem__(self, grid):
+        return lambda *args, **meta: self.run.append((args, grid, meta))
+
+
+def test_a_launch_may_be_compiled_instead():
+    kernel, x, odd, cpu = Noted(), torch.ones(16), torch.ones(17)[1:], torch.device("cpu")
+    before = dispatch.launches["noted"]
+    with dispatch.CompileAhead(2):
+        dispatch.launch("noted", kernel, (3,), cpu, x, odd, None, 16, 0.5, BLOCK=8)
+        dispatch.launch("noted", kernel, (5,), cpu, torch.zeros(32), odd, None, 32, 0.25, BLOCK=8)  # the same to triton
+        dispatch.launch("noted", kernel, (3,), cpu, x, odd, None, 1, 0.5, BLOCK=8)
+        coming = [future for key, future in dispatch._coming.items() if key[0] == id(kernel)]
+    for future in coming:
+        future.result(10)
+    assert sorted(kernel.compiled, key=str) == [
+        ((torch.float32, odd, None, 1, 0.5), (3,), {"BLOCK": 8}),
+        ((torch.float32, odd, None, 16, 0.5), (3,), {"BLOCK": 8}),
+    ]
+    assert not kernel.run
+    assert dispatch.launches["noted"] == before
+    dispatch.launch("noted", kernel, (3,), cpu, x, odd, None, 16, 0.5, BLOCK=8)
+    assert len(kernel.run) == 1
+    assert dispatch.launches["noted"] == before + 1
+
+
+def test_other_threads_launch_meanwhile():
+    kernel, cpu = Noted(), torch.device("cpu")
+    with dispatch.CompileAhead(1):
+        other = threading.Thread(target=dispatch.launch, args=("noted", kernel, (1,), cpu, torch.ones(2)))
+        other.start()
+        other.join()
+    assert len(kernel.run) == 1
+    assert not kernel.compiled
+
+
+def test_what_cannot_be_compiled_ahead_is_waited_for_and_left_to_the_launch():
+    kernel, x, cpu = Noted(broken=True), torch.ones(2), torch.device("cpu")
+    with dispatch.CompileAhead(1):
+        dispatch.launch("noted", kernel, (1,), cpu, x)
+    (key,) = [key for key in dispatch._coming if key[0] == id(kernel)]
+    dispatch._wait_for(key)
+    assert len(kernel.compiled) == 1
+    assert key not in dispatch._coming
+    dispatch._wait_for(key)  # nothing to wait for

@@ -44,6 +44,7 @@ PUBLIC = {
         "widen",
     ],
     "ft_kernels.dispatch": [
+        "CompileAhead",
         "Rows",
         "allocate",
         "cdiv",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ft_core.errors import ConfigError
 
@@ -30,6 +30,7 @@ def add_lora(
     dora: bool = False,
     bias: str = "none",
     modules_to_save: list[str] | None = None,
+    init_lora_weights: Literal[True, "gaussian", "loftq"] = True,
 ) -> PeftModel:
     """Attach a LoRA adapter (Hu et al. 2021, arXiv:2106.09685): y = W x + (alpha/r) B A x, B starting at zero.
 
@@ -40,17 +41,23 @@ def add_lora(
         dropout: dropout on x.
         targets: ``all-linear`` (every linear layer save the head; the experts of a mixture stay frozen, see
             :func:`dense_targets`) or names of linear modules, such as ``q_proj``.
-        rslora, dora, bias, modules_to_save: as in :class:`ft_core.config.LoraSettings`.
+        rslora, dora, bias, modules_to_save, init_lora_weights: as in :class:`ft_core.config.LoraSettings`.
 
     Returns:
         A ``peft.PeftModel``; any transformers or TRL trainer runs it. The adapter's weights are float32. On a GPU a
         model of a known family computes with the fast layers from here on (:mod:`ft_core.fast`).
 
     Raises:
-        ConfigError: a target or module that the model doesn't have.
+        ConfigError: a target or module that the model doesn't have, or a start that it cannot have.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    if init_lora_weights not in (True, "gaussian", "loftq"):
+        raise ConfigError(
+            f"lora.init_lora_weights: {init_lora_weights!r} is not allowed (allowed: true, gaussian, loftq)"
+        )
+    if init_lora_weights == "loftq" and dora:
+        raise ConfigError("lora.init_lora_weights: loftq and lora.dora exclude each other: give one")
     for key, names in (("targets", targets), ("modules_to_save", modules_to_save)):
         if isinstance(names, list):
             _check_names(model, f"lora.{key}", names)
@@ -64,6 +71,8 @@ def add_lora(
         use_dora=dora,
         bias=bias,
         modules_to_save=modules_to_save,
+        # LoftQ replaces the weights below; recorded, it would be done again whenever PEFT loads the adapter.
+        init_lora_weights=True if init_lora_weights == "loftq" else init_lora_weights,
         task_type=TaskType.SEQ_CLS if is_score else TaskType.CAUSAL_LM,
     )
     if _adapts_experts(config, model):
@@ -76,6 +85,10 @@ def add_lora(
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora cannot be attached: {error}") from error
+    if init_lora_weights == "loftq":
+        from ft_core.loftq import init_loftq
+
+        init_loftq(adapted)
     if next(model.parameters()).device.type == "cuda":
         from ft_core import fast
 

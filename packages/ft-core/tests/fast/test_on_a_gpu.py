@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -301,3 +304,50 @@ def test_a_step_thrown_away_takes_no_random_numbers():
             losses.append([float(model(input_ids=ids, labels=ids).loss) for _ in range(2)])
     assert losses[0] == losses[1]
     assert losses[0][0] != losses[0][1]
+
+
+AHEAD = """
+import os, sys, torch
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from ft_core import fast
+from ft_core.adapters import add_lora
+from ft_kernels import dispatch
+from ft_core.fast.ahead import _quantize
+
+sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4)
+config = LlamaConfig(**sizes, num_key_value_heads=2)
+torch.manual_seed(0)
+before = torch.rand(1).item(), torch.rand(1, device="cuda").item()
+torch.manual_seed(0)
+fast.compile_ahead(config, torch.bfloat16, sys.argv[1], rows=2, tokens=512)
+assert before == (torch.rand(1).item(), torch.rand(1, device="cuda").item())
+assert len(dispatch._coming) > 10, dispatch._coming
+for key, coming in dispatch._coming.items():
+    coming.result()
+
+def kernels():
+    return {str(file) for file in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.json")}
+
+known = kernels()
+with torch.device("cuda"):
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+if sys.argv[1] != "none":
+    _quantize(model, model.lm_head, sys.argv[1], torch.bfloat16)
+model = add_lora(model).train()
+ids = torch.randint(1000, (2, 512), device="cuda")
+with torch.autocast("cuda", torch.bfloat16):
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+loss.backward()
+assert 0 < loss.item() < 20
+late = [Path(file).name for file in kernels() - known]
+assert not late, late
+"""
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_step_whose_kernels_were_compiled_ahead_compiles_none(tmp_path, quantization):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", AHEAD, quantization]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -28,6 +28,9 @@ class Source:
         base: the base model's folder or Hub name that the run recorded, or None.
         quantization: how the base was held while training: ``none``, ``nf4`` or ``int8``.
         held_out: the file of held-out rows, or None.
+        dtype: the format that the run computed in, or None.
+        on_quantized: whether the adapter began as what the base's quantization lost (LoftQ), so that it belongs to the
+            quantized base alone.
     """
 
     path: Path
@@ -38,6 +41,8 @@ class Source:
     base: str | None = None
     quantization: str = "none"
     held_out: Path | None = None
+    dtype: str | None = None
+    on_quantized: bool = False
 
 
 def open_source(path: Path) -> Source:
@@ -77,7 +82,8 @@ def _open_run(path: Path, name: str) -> Source:
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ExportError(f"{path / 'config.yaml'} is not YAML: {error}") from error
-    quantization = config.get("quantization") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
+    quantization, lora, dtype = config.get("quantization"), config.get("lora"), environment.get("dtype")
     base = environment.get("base_model")
     adapter = path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else None
     model = path / "model" if (path / "model" / "config.json").is_file() else None
@@ -95,6 +101,8 @@ def _open_run(path: Path, name: str) -> Source:
         base=base.get("path") if isinstance(base, dict) else None,
         quantization=quantization if isinstance(quantization, str) else "none",
         held_out=held_out if held_out.is_file() else None,
+        dtype=dtype if isinstance(dtype, str) else None,
+        on_quantized=isinstance(lora, dict) and lora.get("init_lora_weights") == "loftq" and quantization == "nf4",
     )
 
 

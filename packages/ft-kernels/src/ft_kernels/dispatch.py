@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from ft_kernels import tuning
 
 __all__ = [
+    "CompileAhead",
     "Rows",
     "allocate",
     "cdiv",
@@ -100,6 +103,10 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], device: torch.device, 
     A layer makes some thirty launches, so what a launch costs the host is what bounds small batches. Triton looks at
     each argument and option anew; a kernel that it has compiled for arguments like these is found here by less.
     """
+    compiler = _ahead.compiler
+    if compiler is not None:
+        compiler.add(kernel, grid, device, args, meta)
+        return
     launches[name] += 1
     if device.type != "cuda" or not native() or kernel.pre_run_hooks:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -107,9 +114,10 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], device: torch.device, 
         return
     elsewhere = torch.cuda.current_device() != device.index
     with torch.cuda.device(device) if elsewhere else _NOTHING, tuning.trial(name, device):
-        key = (id(kernel), device.index, *meta.values(), *map(_trait, args))
+        key = _key(kernel, device, args, meta)
         found = _compiled.get(key)
         if found is None:
+            _wait_for(key)
             compiled = kernel[grid](*args, **meta)
             names = kernel.arg_names[len(args) :]
             if all(parameter in meta for parameter in names):
@@ -117,6 +125,68 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], device: torch.device, 
             return
         compiled, constants = found
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+def _key(kernel: Any, device: torch.device, args: Sequence[Any], meta: dict[str, Any]) -> tuple[Any, ...]:
+    return (id(kernel), device.index, *meta.values(), *map(_trait, args))
+
+
+class CompileAhead:
+    """Compiles kernels in threads of its own: inside ``with``, this thread's launches are compiled instead of run.
+
+    A step of training launches some thirty kernels one after another, and each is compiled when it is first launched;
+    with what they would be launched with known, they can be compiled side by side while something else is done. What
+    a launch would have written stays as it is, so nothing that is computed inside means anything. A launch outside
+    waits for its kernel if that is being compiled; one that could not be compiled is compiled again there, and fails
+    there.
+
+    Args:
+        threads: how many compile at once.
+
+    Backward passes run in threads of their own, which know nothing of this: there, use
+    ``torch.autograd.set_multithreading_enabled(False)``.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ft-compile")
+
+    def add(self, kernel: Any, grid: tuple[int, ...], device: torch.device, args: Any, meta: dict[str, Any]) -> None:
+        """Compile a kernel for arguments like these; at once if it is not being compiled already."""
+        key = _key(kernel, device, args, meta)
+        if key not in _coming and key not in _compiled:
+            # A dtype stands for a tensor of it; memory would be held as long as a tensor itself waits here.
+            kinds = [a.dtype if isinstance(a, Tensor) and a.data_ptr() % 16 == 0 else a for a in args]
+            _coming[key] = self._pool.submit(_compile, kernel, grid, device, kinds, meta)
+
+    def __enter__(self) -> CompileAhead:
+        _ahead.compiler = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _ahead.compiler = None
+        self._pool.shutdown(wait=False)
+
+
+class _Ahead(threading.local):
+    """Whether this thread's launches are only compiled."""
+
+    compiler: CompileAhead | None = None
+
+
+_ahead = _Ahead()
+_coming: dict[tuple[Any, ...], Future[None]] = {}
+"""By key, as in ``_compiled``: what is being compiled, or was and has not been launched since."""
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], device: torch.device, kinds: list[Any], meta: dict[str, Any]) -> None:
+    with torch.cuda.device(device) if device.type == "cuda" else _NOTHING:
+        kernel.warmup(*kinds, grid=grid, **meta)
+
+
+def _wait_for(key: tuple[Any, ...]) -> None:
+    coming = _coming.pop(key, None)
+    if coming is not None:
+        wait([coming])
 
 
 _NOTHING = contextlib.nullcontext()

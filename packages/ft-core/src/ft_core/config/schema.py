@@ -36,6 +36,13 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
+def _start(value: Any) -> Any:
+    """The number 1 equals true, and is none of the ways to begin."""
+    if value is True or value in ("gaussian", "loftq"):
+        return value
+    raise ValueError("true, gaussian, loftq")
+
+
 Switch = Annotated[bool, BeforeValidator(_only)]
 Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_switch)]
@@ -78,6 +85,9 @@ def _paths(sources: str | list[DataSource] | None) -> set[str]:
 Sources = Annotated[str | list[DataSource], BeforeValidator(_sources)]
 
 
+Start = Annotated[Literal[True, "gaussian", "loftq"], BeforeValidator(_start)]
+
+
 class LoraSettings(Section):
     """The adapter. The names on the left are ours, those of ``peft.LoraConfig`` on the right.
 
@@ -91,6 +101,10 @@ class LoraSettings(Section):
         dora: weight-decomposed adapters (``use_dora``; Liu et al. 2024, arXiv:2402.09353).
         bias: which biases are trained (``bias``).
         modules_to_save: modules trained whole and saved with the adapter, such as ``embed_tokens`` and ``lm_head``.
+        init_lora_weights: what the adapter begins as (``init_lora_weights``). ``true``: nothing (A random, B zero);
+            ``gaussian``: the same with another distribution; ``loftq``: the part of the weights that nf4 lost, as far
+            as the rank holds it (Li et al. 2023, arXiv:2310.08659). An adapter that began so belongs to the quantized
+            model: `ft merge` merges it into that model's dequantized weights.
     """
 
     r: Whole = Field(default=16, ge=1, le=4096)
@@ -101,6 +115,7 @@ class LoraSettings(Section):
     dora: Switch = False
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
+    init_lora_weights: Start = True
 
 
 Optimizer = Literal[
@@ -216,6 +231,14 @@ class TrainConfig(BaseModel):
             )
         if self.quantization != "none" and self.lora is None:
             raise ValueError(f"quantization: {self.quantization} needs lora (quantized weights cannot be trained)")
+        if self.lora is not None and self.lora.init_lora_weights == "loftq":
+            if self.quantization != "nf4":
+                raise ValueError(
+                    f"lora.init_lora_weights: loftq needs quantization: nf4 (it is {self.quantization}), "
+                    "whose errors the adapter begins with"
+                )
+            if self.lora.dora:
+                raise ValueError("lora.init_lora_weights: loftq and lora.dora exclude each other: give one")
         if self.lora is not None and self.lora.targets == []:
             raise ValueError("lora.targets is empty: give all-linear or at least one module name")
         if self.output is None:

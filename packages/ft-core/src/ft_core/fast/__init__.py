@@ -1,5 +1,6 @@
 """The fast path: a model's layers computed by ft_kernels, on the instance, with the same mathematics."""
 
+from ft_core.fast.ahead import compile_ahead
 from ft_core.fast.check import Comparison, compare, trial
 from ft_core.fast.find import NotFast, layout_of
 from ft_core.fast.layout import Activation, Attention, Layout, Mlp, Norm, Norms, activation
@@ -17,6 +18,7 @@ __all__ = [
     "NotFast",
     "activation",
     "compare",
+    "compile_ahead",
     "disable",
     "enable",
     "fast_path_of",

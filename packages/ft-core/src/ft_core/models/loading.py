@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ft_core.errors import ModelError, RunError
 from ft_core.models.device import Device, pick_device
-from ft_core.models.source import ModelSource, find_model
+from ft_core.models.source import ModelSource, find_model, read_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "load_base",
     "load_for_training",
+    "load_found",
     "load_layers",
     "load_run",
     "load_tokenizer",
@@ -58,10 +59,21 @@ def load(
     Raises:
         ModelError: the model cannot be found, is damaged, holds pickled weights, or needs code of its own.
     """
-    source = find_model(str(model))
+    return load_found(find_model(str(model)), quantization, max_length, dtype, {})
+
+
+def load_found(
+    source: ModelSource,
+    quantization: str = "none",
+    max_length: int | None = None,
+    dtype: str | None = None,
+    trained: dict[str, Any] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """:func:`load` for a model that was found; ``trained`` as for :func:`_load`."""
+    read_ahead(source)
     device = pick_device()
     tokenizer = load_tokenizer(source)
-    loaded = _load(source, device, quantization, dtype or device.dtype, "language-model", max_length)
+    loaded = _load(source, device, quantization, dtype or device.dtype, "language-model", max_length, trained)
     loaded.eval()
     return loaded, tokenizer
 
@@ -98,7 +110,11 @@ def load_for_training(
     smaller than half a bfloat16 step of the weight and would be lost.
     """
     dtype = "float32" if config.lora is None else device.dtype
-    model = _load(source, device, config.quantization, dtype, head, config.max_length)
+    trained = None
+    if config.lora is not None and not config.lora.dora and config.lora.modules_to_save is None:
+        trained = config.lora.model_dump(include={"r", "alpha", "dropout", "targets"})
+        trained |= {"rows": config.training.batch_size, "tokens": config.max_length}
+    model = _load(source, device, config.quantization, dtype, head, config.max_length, trained)
     model.config.use_cache = False
     if device.type == "cpu":
         _keep_trainable(model)
@@ -117,11 +133,20 @@ def _keep_trainable(model: Any) -> None:
 
 
 def _load(
-    source: ModelSource, device: Device, quantization: str, dtype: str, head: str, max_length: int | None
+    source: ModelSource,
+    device: Device,
+    quantization: str,
+    dtype: str,
+    head: str,
+    max_length: int | None,
+    trained: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
+    """``trained``: how it will be trained, for :func:`ft_core.fast.compile_ahead`; None if it may not be."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from ft_core.models.pretrained import from_pretrained
 
     auto = AutoModelForCausalLM if head == "language-model" else AutoModelForSequenceClassification
     options: dict[str, Any] = {}
@@ -140,16 +165,18 @@ def _load(
             f"the model {source.reference} is already quantized ({_method(stored)}): set quantization to none, "
             "or give the model it was made from"
         )
+    if trained is not None and device.type == "cuda" and stored is None and head == "language-model":
+        from ft_core import fast
+
+        fast.compile_ahead(config, getattr(torch, dtype), quantization, **trained)
     try:
-        model, report = auto.from_pretrained(
+        model, report = from_pretrained(
+            auto,
             source.path,
-            config=config,
+            config,
+            device,
             dtype=getattr(torch, dtype),
-            device_map={"": torch.cuda.current_device() if device.type == "cuda" else device.type},
-            use_safetensors=True,
-            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below, by name
-            output_loading_info=True,
             **options,
         )
     except torch.OutOfMemoryError as error:
@@ -175,19 +202,20 @@ def load_layers(source: ModelSource, device: Device, quantization: str, dtype: s
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ft_core.models.pretrained import from_pretrained
+
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
         text = config.get_text_config()
         text.num_hidden_layers = min(layers, text.num_hidden_layers)
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: text.num_hidden_layers]
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, _ = from_pretrained(
+            AutoModelForCausalLM,
             source.path,
-            config=config,
+            config,
+            device,
             dtype=getattr(torch, dtype),
-            device_map={"": torch.cuda.current_device() if device.type == "cuda" else device.type},
-            use_safetensors=True,
-            trust_remote_code=False,
             quantization_config=_quantization_config(quantization, dtype),
         )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:

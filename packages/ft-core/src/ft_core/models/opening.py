@@ -20,13 +20,14 @@ def open_model(reference: str, *, say: Callable[[str], None] = print) -> tuple[A
         RunError: the run isn't finished, or its method trains a model that writes no text.
         ModelError: as :func:`ft_core.models.load`.
     """
-    from ft_core.models.loading import load, load_run
+    from ft_core.models.loading import load_found, load_run
+    from ft_core.models.source import find_model
     from ft_core.plugins import MethodSpec, registry
     from ft_core.runs import Run
 
     run = Run(reference)
     if not (run.path.is_dir() and run.is_run):
-        model, tokenizer = load(reference)
+        model, tokenizer = load_found(find_model(reference))
         say(f"{reference} on {model.device}")
         return model, tokenizer
     run = Run.open(reference)

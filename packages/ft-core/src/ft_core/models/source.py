@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import struct
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ft_core.errors import ModelError
+from ft_core.models.device import host_memory
 
-__all__ = ["ModelSource", "check_folder", "find_model"]
+__all__ = ["ModelSource", "check_folder", "find_model", "read_ahead", "weight_files"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -120,12 +124,16 @@ def check_folder(folder: Path, name: str | None = None) -> None:
         assert isinstance(parsed, dict)
     except (ValueError, AssertionError) as error:
         raise ModelError(f"model {shown}: config.json is no valid JSON object ({error})") from None
-    for file in _weight_files(folder, shown):
+    for file in weight_files(folder, shown):
         _check_header(file, shown)
 
 
-def _weight_files(folder: Path, shown: str) -> list[Path]:
-    """The files that transformers will read, in its order of preference."""
+def weight_files(folder: Path, shown: str) -> list[Path]:
+    """The files that transformers will read, in its order of preference; ``shown`` is what errors call the model.
+
+    Raises:
+        ModelError: there are none, or not all.
+    """
     whole = folder / "model.safetensors"
     if whole.is_file():
         return [whole]
@@ -150,6 +158,26 @@ def _weight_files(folder: Path, shown: str) -> list[Path]:
             "ft takes safetensors only; convert it where you trust it, with save_pretrained of transformers"
         )
     raise ModelError(f"model {shown} has no weights: neither {whole.name} nor {index.name} is there")
+
+
+def read_ahead(source: ModelSource) -> None:
+    """Ask the system to begin reading a model's files, while Python imports what will load them.
+
+    Only where it can be asked (Linux), and where the files fill less than half of the memory that is available: what is
+    read ahead must still be there when it is wanted.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    files = weight_files(source.path, source.reference)
+    if 2 * sum(file.stat().st_size for file in files) > host_memory()[1]:
+        return
+
+    def ask() -> None:  # it may wait for the disk
+        for file in files:
+            with suppress(OSError), open(file, "rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    threading.Thread(target=ask, daemon=True, name="ft-read-ahead").start()
 
 
 def _check_header(file: Path, shown: str) -> None:

@@ -20,6 +20,7 @@ from ft_core.generation import stop_ids
 from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick_device
 from ft_core.models.device import peak_memory
 from ft_core.models.loading import fitting_length
+from ft_core.models.source import read_ahead
 from ft_core.plugins import MethodSpec, registry, resolve
 from ft_core.report import write_report
 from ft_core.runs import Run, write_json, write_text
@@ -96,6 +97,7 @@ def train(
         _hold(run, ranks, stack)
         run.check_free(resume=resume, overwrite=overwrite)
         source = find_model(config.model)
+        read_ahead(source)
         config = fitting_length(config, source, say=say)
         with memory_errors_said(run, config):
             return _train(config, source, run, ranks, resuming=resume and run.is_run, say=say)

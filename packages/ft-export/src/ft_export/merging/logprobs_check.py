@@ -26,7 +26,7 @@ from ft_export.merging.weights_check import half_ulp
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LogprobsCheck", "check_logprobs", "gap_to_quantized"]
+__all__ = ["LogprobsCheck", "as_trained", "check_logprobs", "gap_to_quantized"]
 
 DRAWS = 2
 LARGEST_FACTOR, MEAN_FACTOR = 4.0, 3.0
@@ -115,6 +115,17 @@ def check_logprobs(
     return check
 
 
+def as_trained(quantization: str, dtype: torch.dtype) -> Any:
+    """transformers' configuration for a base as a run with ``quantization: nf4`` or ``int8`` holds it."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
 def gap_to_quantized(
     quantization: str,
     base: Path,
@@ -134,18 +145,7 @@ def gap_to_quantized(
         return None
     if find_spec("bitsandbytes") is None:
         return {"not_measured": 'not measured: pip install "ft-export[bitsandbytes]"'}
-    from transformers import BitsAndBytesConfig
-
-    config = (
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-        if quantization == "nf4"
-        else BitsAndBytesConfig(load_in_8bit=True)
-    )
+    config = as_trained(quantization, torch.float32)
     try:
         model = load_model(base, torch.float32, labels=labels, quantization_config=config)
         values = _with_adapter(model, adapter, samples)

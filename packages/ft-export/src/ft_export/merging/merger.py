@@ -24,7 +24,7 @@ from ft_export.errors import ExportError, one_line
 from ft_export.folders import new_folder, refuse_existing_folder, require_space
 from ft_export.merging.adapter import Adapter, Replacement
 from ft_export.merging.layers import merge_layers, tied_names, untie
-from ft_export.merging.logprobs_check import LogprobsCheck, check_logprobs, gap_to_quantized
+from ft_export.merging.logprobs_check import LogprobsCheck, as_trained, check_logprobs, gap_to_quantized
 from ft_export.merging.names import parameter_names
 from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.runs import Source, open_source, read_json
@@ -116,6 +116,7 @@ class _Merge:
         say: Callable[[str], None] | None,
     ) -> None:
         self.source, self.adapter, self.base, self.reference = source, adapter, base, reference
+        self.trained_on = base
         self.out = out
         self.asked = dtype
         self.lines: list[str] = []
@@ -129,31 +130,38 @@ class _Merge:
 
     def run(self) -> MergeResult:
         method = quantization_of(self.base)
+        as_run = self.source.quantization if method is None and self.source.on_quantized else None
         stored = Checkpoint(self.base)  # checks the files before anything is loaded
         # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
-        size = stored.parameters() * 2 if method is None else stored.parameters() * 16
+        size = stored.parameters() * (16 if method is not None else 4 if as_run is not None else 2)
         require_space(self.out.parent, int(size * 1.02) + 50_000_000, "the merged model")
         with new_folder(self.out) as partial:
-            if method is not None:
-                self._dequantize(partial / "base", method)
+            if method is not None or as_run is not None:
+                self._dequantize(partial / "base", method, as_run)
                 stored = Checkpoint(self.base)
             report = self._into(partial, stored)
-            if method is not None:
+            if partial in self.base.parents:
                 _remove(partial / "base")
             text = json.dumps(report.pop("json"), indent=2, ensure_ascii=False) + "\n"
             (partial / MARKER).write_text(text, encoding="utf-8")
         return MergeResult(self.out, report["weights"], report["logprobs"], tuple(self.lines))
 
-    def _dequantize(self, to: Path, method: str) -> None:
-        """Write the base without its quantization and go on with that."""
+    def _dequantize(self, to: Path, method: str | None, as_run: str | None) -> None:
+        """Write the base without its quantization (its own, or that of the run) and go on with that."""
         import torch
 
-        if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        if method is not None and method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
             raise ExportError(f"the base {self.base} is quantized by {method}: name an unquantized base with --base")
         if not _importable("bitsandbytes"):
-            raise ExportError(f'the base {self.base} is quantized: pip install "ft-export[bitsandbytes]"')
+            what = "is quantized" if method is not None else "was quantized in the run, with loftq"
+            raise ExportError(f'the base {self.base} {what}: pip install "ft-export[bitsandbytes]"')
         dtype = torch.float16 if self.asked == "float16" else torch.bfloat16
-        model = load_model(self.base, dtype, labels=self.labels).dequantize(dtype=dtype).to(dtype)
+        if as_run is None:
+            model = load_model(self.base, dtype, labels=self.labels)
+        else:  # from weights of the format that the run quantized
+            was = getattr(torch, self.source.dtype or "bfloat16", torch.bfloat16)
+            model = load_model(self.base, was, labels=self.labels, quantization_config=as_trained(as_run, was))
+        model = model.dequantize(dtype=dtype).to(dtype)
         # a model that was loaded quantized cannot be saved as what it now is; a plain one of its class can
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -165,7 +173,8 @@ class _Merge:
         for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
             if (self.base / name).is_file():
                 (to / name).write_bytes((self.base / name).read_bytes())
-        self.say(f"the base {self.reference} is itself quantized ({method}): merged into its dequantized weights")
+        why = f"is itself quantized ({method})" if as_run is None else f"was held in {as_run}, where the adapter began"
+        self.say(f"the base {self.reference} {why}: merged into its dequantized weights")
         self.base = to
 
     def _into(self, partial: Path, stored: Checkpoint) -> dict[str, Any]:
@@ -207,7 +216,8 @@ class _Merge:
             f"{logprobs.merged.largest:.2e} (bound {logprobs.bound_largest:.2e}), mean {logprobs.merged.mean:.2e} "
             f"(bound {logprobs.bound_mean:.2e})"
         )
-        gap = gap_to_quantized(self.source.quantization, self.base, self.adapter, samples, logprobs, self.labels)
+        base = self.trained_on if self.source.on_quantized else self.base
+        gap = gap_to_quantized(self.source.quantization, base, self.adapter, samples, logprobs, self.labels)
         if gap is not None:
             self.say(
                 f"{unit} against the {self.source.quantization} run: "

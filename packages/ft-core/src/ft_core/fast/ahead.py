@@ -1,0 +1,121 @@
+"""The kernels of a training step, compiled while the weights of its model are still being read.
+
+On a machine that has never trained this family, triton compiles some forty kernels in the first step, one after
+another. They depend on the model's sizes and formats, not on its weights: so a model of one layer with any weights
+takes a step whose launches are compiled by threads in the background and not run. Nothing of it is kept but triton's
+cache; where it fails, or the step turns out to be another, the kernels are compiled when they are launched, as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from ft_core.fast.layout import at
+from ft_core.fast.swap import fast_path_of
+
+__all__ = ["compile_ahead"]
+
+THREADS = 8
+MOST = 2048
+"""Tokens of a row at most: a power of two, as lengths are."""
+SHARE = 0.5
+"""The share of the free memory that the one layer, its embeddings and its head may take for a moment."""
+
+
+def compile_ahead(
+    config: Any,
+    dtype: torch.dtype,
+    quantization: str,
+    *,
+    r: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    rows: int = 2,
+    tokens: int = 2048,
+) -> None:
+    """Begin to compile what a step under a LoRA adapter will launch on the current GPU, and return at once.
+
+    Args:
+        config: of the model, whose family may be any.
+        dtype: of its weights, and of the step.
+        quantization: ``none``, ``nf4`` or ``int8``.
+        r, alpha, dropout, targets: of the adapter, as :func:`ft_core.add_lora` takes them.
+        rows, tokens: of a batch; only whether sixteen divides them, and whether they are one, is in a kernel.
+    """
+    from ft_core.adapters import add_lora
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    # Nothing may fail here that would not fail later by itself, and be said there.
+    with contextlib.suppress(Exception), torch.random.fork_rng([device]):
+        with torch.device("meta"):
+            needed = sum(p.numel() for p in _model(config, dtype).parameters()) * dtype.itemsize
+        if needed <= SHARE * torch.cuda.mem_get_info(device)[0]:
+            model = _one_layer(config, dtype, quantization, device)
+            adapted = add_lora(model, r, alpha=alpha, dropout=dropout, targets=targets)
+            _step(adapted, dtype, min(rows, 2), min(tokens, MOST - (tokens % 16 != 0)), device)
+
+
+def _model(config: Any, dtype: torch.dtype) -> Any:
+    """A model with one of the layers, and embeddings and a head of full size."""
+    from transformers import AutoModelForCausalLM
+
+    small = copy.deepcopy(config.get_text_config())
+    small.num_hidden_layers = 1
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    return AutoModelForCausalLM.from_config(small, dtype=dtype)
+
+
+def _one_layer(config: Any, dtype: torch.dtype, quantization: str, device: torch.device) -> Any:
+    with torch.device(device):
+        model = _model(config, dtype)
+    if quantization != "none":
+        _quantize(model, model.get_output_embeddings(), quantization, dtype)
+    return model
+
+
+def _quantize(model: nn.Module, head: nn.Module, quantization: str, dtype: torch.dtype) -> None:
+    """bitsandbytes' layers in the places of the linear ones, as transformers puts them there."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not nn.Linear or child is head:
+                continue
+            sizes, bias, weight = (child.in_features, child.out_features), child.bias is not None, child.weight.data
+            layer: Any
+            with torch.device("meta"):
+                if quantization == "nf4":
+                    layer = Linear4bit(*sizes, bias, compute_dtype=dtype, quant_type="nf4")
+                else:
+                    layer = Linear8bitLt(*sizes, bias, has_fp16_weights=False)
+            if quantization == "nf4":
+                layer.weight = Params4bit(weight, quant_type="nf4", module=layer).to(weight.device)
+            else:
+                layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+            layer.bias = child.bias
+            setattr(parent, name, layer)
+
+
+def _step(model: Any, dtype: torch.dtype, rows: int, tokens: int, device: torch.device) -> None:
+    from ft_kernels.dispatch import CompileAhead
+
+    path = fast_path_of(model)
+    if path is None:
+        return
+    path.graphs.on = False
+    model.train()
+    parameters = [p for p in at(path.model, path.layout.backbone).parameters() if p.requires_grad]
+    ids = torch.zeros((rows, tokens), dtype=torch.int64, device=device)
+    threads = max(1, min(THREADS, (os.cpu_count() or 2) - 1))
+    with CompileAhead(threads), torch.autograd.set_multithreading_enabled(False):
+        with torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        torch.autograd.grad(loss, parameters)

@@ -1,0 +1,65 @@
+"""The one layer whose step is compiled ahead is a layer of the model that is loaded, and its step is a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_it_is_a_layer_of_the_model(tiny: Path, quantization: Any) -> None:
+    import torch
+
+    from ft_core.fast import ahead
+    from ft_core.models import load
+
+    model, _ = load(tiny, quantization=quantization, dtype="bfloat16")
+    one = ahead._one_layer(model.config, torch.bfloat16, quantization, model.device)
+    whole = {name: module for name, module in model.named_modules() if ".layers." not in name or ".layers.0." in name}
+    mine = dict(one.named_modules())
+    assert mine.keys() == {name for name in whole if not name.endswith(".layers.0")} | {"model.layers.0"}
+    for name, module in mine.items():
+        theirs = dict(model.named_modules())[name]
+        assert type(module) is type(theirs), name
+        for key, parameter in module.named_parameters(recurse=False):
+            other = getattr(theirs, key)
+            facts = [(p.shape, p.dtype, p.requires_grad, type(p), p.device) for p in (parameter, other)]
+            assert facts[0] == facts[1], f"{name}.{key}"
+            state, expected = getattr(parameter, "quant_state", None), getattr(other, "quant_state", None)
+            assert (state is None) == (expected is None)
+            if state is not None:
+                for field in ("quant_type", "blocksize", "nested", "dtype", "shape"):
+                    assert getattr(state, field) == getattr(expected, field), field
+
+
+def test_its_step_reaches_every_adapter(tiny: Path) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    from ft_core import fast
+    from ft_core.adapters import add_lora
+    from ft_core.fast import ahead
+
+    device = torch.device("cpu")
+    config = AutoConfig.from_pretrained(tiny)
+    model = ahead._one_layer(config, torch.float32, "none", device)
+    assert len(model.model.layers) == 1
+    assert config.num_hidden_layers > 1
+    adapted = add_lora(model, 4)
+    fast.enable(adapted)
+    # On a CPU nothing is launched; a parameter that the step did not reach would be an error of autograd.
+    ahead._step(adapted, torch.float32, 2, 32, device)
+
+
+def test_no_step_of_a_family_that_is_not_known(tiny: Path) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    from ft_core.fast import ahead
+
+    device = torch.device("cpu")
+    model = ahead._one_layer(AutoConfig.from_pretrained(tiny), torch.float32, "none", device).eval()
+    ahead._step(model, torch.float32, 2, 32, device)
+    assert not model.training
