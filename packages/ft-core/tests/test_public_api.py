@@ -103,6 +103,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.decoding.products": ["Product"],
     "ft_core.fast.decoding.sampling": ["choose"],
     "ft_core.fast.decoding.session": ["Session", "bytes_of"],
+    "ft_core.fast.decoding.trial": ["trial"],
     "ft_core.fast.documents": ["Batch", "batch_of"],
     "ft_core.fast.families": [],
     "ft_core.fast.families.llama": ["describe_llama", "describe_mistral"],

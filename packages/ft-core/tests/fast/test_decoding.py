@@ -286,3 +286,24 @@ def test_quantized(quantization: str) -> None:
     assert (logits - expected).norm() / expected.norm() < (1e-5 if quantization == "nf4" else 0.05)
     if quantization == "nf4":
         assert by_ft(adapted, PROMPTS, 12) == by_transformers(adapted, PROMPTS, 12)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "broken"])
+def test_what_goes_wrong_on_a_machine_is_noticed_before_the_first_answer(monkeypatch, fault):
+    from ft_core.fast.decoding import session
+
+    plain = session.kernels.decode_attention
+
+    def planted(q: Any, keys: Any, values: Any, lengths: Any, **settings: Any) -> Any:
+        if fault == "broken":
+            raise RuntimeError("PassManager::run failed")
+        return plain(q, keys, values, lengths - 1, **settings)
+
+    monkeypatch.setattr(session.kernels, "decode_attention", planted)
+    model = make("llama")
+    with pytest.warns(UserWarning, match="by transformers' own layers"):
+        decoder = decoder_of(model, anywhere=True)
+    assert decoder is not None
+    assert ("differ" if fault == "wrong" else "PassManager::run failed") in str(decoder.reason)
+    monkeypatch.undo()
+    assert decoder_of(model, anywhere=True).reason is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from ft_core.fast.decoding.able import able
 from ft_core.fast.decoding.layers import Layers, looks
 from ft_core.fast.decoding.sampling import choose
 from ft_core.fast.decoding.session import Session, bytes_of
+from ft_core.fast.decoding.trial import trial
 from ft_core.fast.find import NotFast
 from ft_core.fast.swap import unwrapped
 
@@ -53,8 +55,12 @@ class Decoder:
             seen = looks(plain, layout)
             if self._layers is None or seen != self._seen:
                 self._layers = self.session = None
-                self._layers = Layers(plain, layout)
-                self._seen = looks(plain, layout)
+                made = Layers(plain, layout)
+                made.refresh()
+                if (problem := trial(made, model)) is not None:
+                    warnings.warn(f"answers are written by transformers' own layers: {problem}", stacklevel=2)
+                    raise NotFast(problem)
+                self._layers, self._seen = made, looks(plain, layout)
             self._layers.refresh()
         except NotFast as reason:
             self._layers = self.session = None
