@@ -306,4 +306,6 @@ def test_what_goes_wrong_on_a_machine_is_noticed_before_the_first_answer(monkeyp
     assert decoder is not None
     assert ("differ" if fault == "wrong" else "PassManager::run failed") in str(decoder.reason)
     monkeypatch.undo()
+    assert decoder_of(model, anywhere=True).reason == decoder.reason  # not tried, and said, again and again
+    forget(model)
     assert decoder_of(model, anywhere=True).reason is None

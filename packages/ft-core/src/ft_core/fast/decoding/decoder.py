@@ -41,6 +41,7 @@ class Decoder:
         self.session: Session | None = None
         self._layers: Layers | None = None
         self._seen: Any = None
+        self._problem: str | None = None
         self._busy = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -57,10 +58,12 @@ class Decoder:
                 self._layers = self.session = None
                 made = Layers(plain, layout)
                 made.refresh()
-                if (problem := trial(made, model)) is not None:
-                    warnings.warn(f"answers are written by transformers' own layers: {problem}", stacklevel=2)
-                    raise NotFast(problem)
+                self._problem = trial(made, model)
                 self._layers, self._seen = made, looks(plain, layout)
+                if self._problem is not None:
+                    warnings.warn(f"answers are written by transformers' own layers: {self._problem}", stacklevel=2)
+            if self._problem is not None:
+                self.reason = self._problem
             self._layers.refresh()
         except NotFast as reason:
             self._layers = self.session = None

@@ -1,4 +1,4 @@
-"""Whether the fast layers write what transformers would, on this machine: tried on a few tokens before the first answer."""
+"""Whether the fast layers write what transformers would, on this machine: tried on a few tokens before an answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def trial(layers: Layers, model: Any) -> str | None:
     """What is wrong with the logits of the fast layers, in a few words; None where nothing is.
 
     Prompts are read, and given tokens follow: kernel by kernel at first, then as a recorded step. The logits' distance
-    from those of transformers' own layers, relative L2, may be what rounding explains (:func:`ft_core.fast.check.bound`).
+    from those of transformers' own layers, relative L2, may be what rounding explains
+    (:func:`ft_core.fast.check.bound`).
 
     Args:
         layers: of the model.
