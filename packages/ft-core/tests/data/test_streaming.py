@@ -212,21 +212,30 @@ def test_a_loader_gives_every_document_once(stream: Any, workers: int) -> None:
     assert batch["position_ids"].shape == batch["input_ids"].shape
 
 
-def test_a_trainer_goes_on_from_its_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    """transformers passes over the batches that it has trained on; the rows that follow are the same."""
+@pytest.mark.parametrize("library", ["transformers", "trl"])
+def test_a_trainer_goes_on_from_its_checkpoint(tiny: Path, tmp_path: Path, library: str) -> None:
+    """transformers passes over the batches that it has trained on; the rows that follow are the same. TRL looks at the
+    first row before that."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
 
+    kinds = (Trainer, TrainingArguments) if library == "transformers" else (SFTTrainer, SFTConfig)
+    trainer_class, arguments_class = kinds
+    more: dict[str, Any] = {"remove_unused_columns": False}
+    if library == "trl":  # as the documentation has it
+        more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "bf16": False}
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     rows = RowStream(written(tmp_path), FORMATS)
 
     def train(resume: bool) -> list[float]:
-        arguments = TrainingArguments(
+        arguments = arguments_class(
             str(tmp_path / "run"), max_steps=6, save_steps=3, logging_steps=1, use_cpu=True, report_to="none", seed=1,
-            per_device_train_batch_size=2, disable_tqdm=True, remove_unused_columns=False,
+            per_device_train_batch_size=2, disable_tqdm=True, **more,
         )  # fmt: skip
-        trainer = Trainer(
-            AutoModelForCausalLM.from_pretrained(tiny), arguments, data_collator=Collator(0),
-            train_dataset=PackedStream(rows, tokenizer, max_length=LENGTH, window=8),
+        stream = PackedStream(rows, tokenizer, max_length=LENGTH, window=8)
+        trainer = trainer_class(
+            AutoModelForCausalLM.from_pretrained(tiny), args=arguments, data_collator=Collator(0),
+            processing_class=tokenizer, train_dataset=stream if library == "transformers" else stream.dataset(),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3") if resume else None)
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

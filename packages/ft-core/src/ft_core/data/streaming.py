@@ -14,6 +14,7 @@ from ft_core.data.tokenizing import RowTokenizer, Tokenized
 from ft_core.errors import DataError
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["PackedStream"]
@@ -103,6 +104,12 @@ class PackedStream(IterableDataset[dict[str, Any]]):
         while window.tokens < self._window * self._tokenize.max_length and (some := list(islice(source, READ))):
             self._tokenize(some, window)
         return window
+
+    def dataset(self) -> datasets.IterableDataset:
+        """The same as a ``datasets.IterableDataset``, which is what TRL's trainers take."""
+        import datasets
+
+        return datasets.IterableDataset.from_generator(self.__iter__)
 
     def set_epoch(self, epoch: int) -> None:
         """Which pass comes next, from 0: its rows are in an order of their own. Another than the last begins anew."""
