@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ft_core.fast.find import layout_of
 from ft_core.fast.layout import at
 from ft_core.fast.swap import fast_path_of
 
@@ -55,7 +56,9 @@ def compile_ahead(
     # Nothing may fail here that would not fail later by itself, and be said there.
     with contextlib.suppress(Exception), torch.random.fork_rng([device]):
         with torch.device("meta"):
-            needed = sum(p.numel() for p in _model(config, dtype).parameters()) * dtype.itemsize
+            outline = _model(config, dtype)
+        layout_of(outline)  # a family that is not known ends it here
+        needed = sum(p.numel() for p in outline.parameters()) * dtype.itemsize
         if needed <= SHARE * torch.cuda.mem_get_info(device)[0]:
             model = _one_layer(config, dtype, quantization, device)
             adapted = add_lora(model, r, alpha=alpha, dropout=dropout, targets=targets)
