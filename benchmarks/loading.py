@@ -115,6 +115,11 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
     model = load(contestant, quantization, folder, TOKENS)
     torch.cuda.synchronize()
     loaded, gpu = time.time(), torch.cuda.max_memory_allocated()
+    ahead = 0
+    if contestant == "ft":
+        from ft_kernels import dispatch
+
+        ahead = len(dispatch._coming)
     import bitsandbytes
 
     model.train()
@@ -137,7 +142,8 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
         "second_step_s": round(times[2] - times[1], 3), "all_s": round(times[1] - began, 2),
         "gpu_gib": round(gpu / 2**30, 2),
         "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "loss": round(loss, 5), "gpu": torch.cuda.get_device_name(), "cores": os.cpu_count(), "versions": versions(),
+        "loss": round(loss, 5), "compiled_ahead": ahead,
+        "gpu": torch.cuda.get_device_name(), "cores": os.cpu_count(), "versions": versions(),
     }  # fmt: skip
     print(json.dumps(row), flush=True)
 
