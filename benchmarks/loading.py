@@ -2,7 +2,8 @@
 
 A model of the shape of Llama 3.1 8B with random weights is made once in DIR (16 GB). Each contestant runs in a process
 of its own, twice and in turns (A B A B), so that the second time finds in the page cache and in triton's cache what the
-first left there; --forget gives every run a triton cache of its own, as on a new machine. Timed are the imports, the
+first left there; --forget gives every run a triton cache of its own, as on a new machine, and --cold a model that has
+to come from the disk. Timed are the imports, the
 loading, the first step of 2 x 2048 tokens (forward, backward and optimizer) with LoRA of rank 16 on all linear layers,
 and all of it together; with them go torch's count of the most memory allocated while loading, and the process's most
 resident memory. A row for each is added to benchmarks/results/loading.jsonl, and a table is printed.
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--forget", action="store_true", help="a new triton cache for each run")
+    parser.add_argument("--cold", action="store_true", help="the model's files out of the page cache before each run")
     parser.add_argument("--one", nargs=3, metavar=("CONTESTANT", "QUANTIZATION", "BEGAN"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = args.work / f"llama-8b-{args.layers}"
@@ -54,10 +56,21 @@ def main() -> None:
     for quantization in args.quantization.split(","):
         for number in range(args.rounds):
             for contestant in args.contestants.split(","):
-                row = facts | {"round": number, "forget": args.forget} | one(args, contestant, quantization)
+                if args.cold:
+                    drop(folder)
+                row = facts | {"round": number, "forget": args.forget, "cold": args.cold}
+                row |= one(args, contestant, quantization)
                 with open(RESULTS, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(table_line(row), flush=True)
+
+
+def drop(folder: Path) -> None:
+    """Let the system forget the content of a folder's files (Linux)."""
+    os.sync()
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def one(args: argparse.Namespace, contestant: str, quantization: str) -> dict[str, Any]:
@@ -102,6 +115,11 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
     model = load(contestant, quantization, folder, TOKENS)
     torch.cuda.synchronize()
     loaded, gpu = time.time(), torch.cuda.max_memory_allocated()
+    ahead = 0
+    if contestant == "ft":
+        from ft_kernels import dispatch
+
+        ahead = len(dispatch._coming)
     import bitsandbytes
 
     model.train()
@@ -124,7 +142,8 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
         "second_step_s": round(times[2] - times[1], 3), "all_s": round(times[1] - began, 2),
         "gpu_gib": round(gpu / 2**30, 2),
         "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "loss": round(loss, 5), "gpu": torch.cuda.get_device_name(), "cores": os.cpu_count(), "versions": versions(),
+        "loss": round(loss, 5), "compiled_ahead": ahead,
+        "gpu": torch.cuda.get_device_name(), "cores": os.cpu_count(), "versions": versions(),
     }  # fmt: skip
     print(json.dumps(row), flush=True)
 

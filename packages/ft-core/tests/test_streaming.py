@@ -216,3 +216,26 @@ def test_formats_that_are_not_known_are_left_to_transformers(tmp_path: Path) -> 
 
     save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
     assert read_headers([tmp_path / "a.safetensors"]) is None
+
+
+@pytest.mark.gpu
+def test_one_tensor_at_a_time_is_on_the_gpu_before_it_is_quantized(tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    from ft_core.models import pick_device
+    from ft_core.models.loading import _load
+
+    sizes = {"vocab_size": 1000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=16)
+    with torch.device("cuda"):
+        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = _load(find_model(str(tmp_path)), pick_device(), "nf4", "bfloat16", "language-model", None)
+    peak, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    assert held < 0.3 * 2 * model.num_parameters()
+    # The largest tensor in 16 bits; its scales before they are quantized, one float32 for 64 numbers, thrice.
+    largest = 2 * 2048 * 8192
+    assert peak - held <= largest * (1 + 3 * 2 / 64) + (4 << 20)

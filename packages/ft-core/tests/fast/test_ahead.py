@@ -50,7 +50,7 @@ def test_its_step_reaches_every_adapter(tiny: Path) -> None:
     adapted = add_lora(model, 4)
     fast.enable(adapted)
     # On a CPU nothing is launched; a parameter that the step did not reach would be an error of autograd.
-    ahead._step(adapted, torch.float32, 2, 32, device)
+    ahead._step(adapted, torch.float32, [(2, 32), (1, 7)], device)
 
 
 def test_no_step_of_a_family_that_is_not_known(tiny: Path) -> None:
@@ -61,5 +61,5 @@ def test_no_step_of_a_family_that_is_not_known(tiny: Path) -> None:
 
     device = torch.device("cpu")
     model = ahead._one_layer(AutoConfig.from_pretrained(tiny), torch.float32, "none", device).eval()
-    ahead._step(model, torch.float32, 2, 32, device)
+    ahead._step(model, torch.float32, [(2, 32), (1, 7)], device)
     assert not model.training

@@ -313,14 +313,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ft_core import fast
 from ft_core.adapters import add_lora
 from ft_kernels import dispatch
-from ft_core.fast.ahead import _quantize
+from ft_core.fast.ahead import _begin, _quantize
 
 sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4)
 config = LlamaConfig(**sizes, num_key_value_heads=2)
 torch.manual_seed(0)
 before = torch.rand(1).item(), torch.rand(1, device="cuda").item()
 torch.manual_seed(0)
-fast.compile_ahead(config, torch.bfloat16, sys.argv[1], rows=2, tokens=512)
+_begin(config, torch.bfloat16, sys.argv[1], 16, None, 0.0, "all-linear", [(2, 512)])  # raises what fails
 assert before == (torch.rand(1).item(), torch.rand(1, device="cuda").item())
 assert len(dispatch._coming) > 10, dispatch._coming
 for key, coming in dispatch._coming.items():

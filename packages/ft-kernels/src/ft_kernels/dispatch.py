@@ -179,8 +179,19 @@ _coming: dict[tuple[Any, ...], Future[None]] = {}
 
 
 def _compile(kernel: Any, grid: tuple[int, ...], device: torch.device, kinds: list[Any], meta: dict[str, Any]) -> None:
-    with torch.cuda.device(device) if device.type == "cuda" else _NOTHING:
-        kernel.warmup(*kinds, grid=grid, **meta)
+    """Compile a kernel, what calls it (C, compiled too), and load both."""
+    if device.type == "cuda":
+        from triton.runtime import driver
+
+        torch.cuda.set_device(device)  # of this thread
+        with _starting:
+            driver.active.get_current_device()  # the first time, this compiles and loads triton's own part of C
+    compiled = kernel.warmup(*kinds, grid=grid, **meta)
+    if device.type == "cuda":
+        compiled[(*grid, 1, 1)[:3]]  # loads; called, it would launch
+
+
+_starting = threading.Lock()
 
 
 def _wait_for(key: tuple[Any, ...]) -> None:

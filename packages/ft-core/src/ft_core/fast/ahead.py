@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ft_core.fast.find import layout_of
 from ft_core.fast.layout import at
 from ft_core.fast.swap import fast_path_of
 
@@ -37,8 +39,7 @@ def compile_ahead(
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
-    rows: int = 2,
-    tokens: int = 2048,
+    shapes: Sequence[tuple[int, int]] = ((2, 2048),),
 ) -> None:
     """Begin to compile what a step under a LoRA adapter will launch on the current GPU, and return at once.
 
@@ -47,19 +48,35 @@ def compile_ahead(
         dtype: of its weights, and of the step.
         quantization: ``none``, ``nf4`` or ``int8``.
         r, alpha, dropout, targets: of the adapter, as :func:`ft_core.add_lora` takes them.
-        rows, tokens: of a batch; only whether sixteen divides them, and whether they are one, is in a kernel.
+        shapes: rows and tokens of batches; of the numbers themselves only whether sixteen divides them, and whether
+            they are one, is in a kernel.
     """
+    # Nothing may fail here that would not fail later by itself, and be said there.
+    with contextlib.suppress(Exception):
+        _begin(config, dtype, quantization, r, alpha, dropout, targets, shapes)
+
+
+def _begin(
+    config: Any,
+    dtype: torch.dtype,
+    quantization: str,
+    r: int,
+    alpha: float | None,
+    dropout: float,
+    targets: str | list[str],
+    shapes: Sequence[tuple[int, int]],
+) -> None:
     from ft_core.adapters import add_lora
 
     device = torch.device("cuda", torch.cuda.current_device())
-    # Nothing may fail here that would not fail later by itself, and be said there.
-    with contextlib.suppress(Exception), torch.random.fork_rng([device]):
+    with torch.random.fork_rng([device]):
         with torch.device("meta"):
-            needed = sum(p.numel() for p in _model(config, dtype).parameters()) * dtype.itemsize
+            outline = _model(config, dtype)
+        layout_of(outline)  # a family that is not known ends it here
+        needed = sum(p.numel() for p in outline.parameters()) * dtype.itemsize
         if needed <= SHARE * torch.cuda.mem_get_info(device)[0]:
             model = _one_layer(config, dtype, quantization, device)
-            adapted = add_lora(model, r, alpha=alpha, dropout=dropout, targets=targets)
-            _step(adapted, dtype, min(rows, 2), min(tokens, MOST - (tokens % 16 != 0)), device)
+            _step(add_lora(model, r, alpha=alpha, dropout=dropout, targets=targets), dtype, shapes, device)
 
 
 def _model(config: Any, dtype: torch.dtype) -> Any:
@@ -104,7 +121,7 @@ def _quantize(model: nn.Module, head: nn.Module, quantization: str, dtype: torch
             setattr(parent, name, layer)
 
 
-def _step(model: Any, dtype: torch.dtype, rows: int, tokens: int, device: torch.device) -> None:
+def _step(model: Any, dtype: torch.dtype, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
     from ft_kernels.dispatch import CompileAhead
 
     path = fast_path_of(model)
@@ -113,9 +130,11 @@ def _step(model: Any, dtype: torch.dtype, rows: int, tokens: int, device: torch.
     path.graphs.on = False
     model.train()
     parameters = [p for p in at(path.model, path.layout.backbone).parameters() if p.requires_grad]
-    ids = torch.zeros((rows, tokens), dtype=torch.int64, device=device)
     threads = max(1, min(THREADS, (os.cpu_count() or 2) - 1))
     with CompileAhead(threads), torch.autograd.set_multithreading_enabled(False):
-        with torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        torch.autograd.grad(loss, parameters)
+        for rows, tokens in shapes:
+            few = min(rows, 2), min(tokens, MOST - (tokens % 16 != 0))
+            ids = torch.zeros(few, dtype=torch.int64, device=device)
+            with torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            torch.autograd.grad(loss, parameters)

@@ -113,7 +113,8 @@ def load_for_training(
     trained = None
     if config.lora is not None and not config.lora.dora and config.lora.modules_to_save is None:
         trained = config.lora.model_dump(include={"r", "alpha", "dropout", "targets"})
-        trained |= {"rows": config.training.batch_size, "tokens": config.max_length}
+        tokens = config.max_length  # in rows of their own, or packed into one; a few for the trial before
+        trained["shapes"] = ((config.training.batch_size, tokens), (1, tokens), (1, 160))
     model = _load(source, device, config.quantization, dtype, head, config.max_length, trained)
     model.config.use_cache = False
     if device.type == "cpu":

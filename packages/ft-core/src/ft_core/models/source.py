@@ -163,13 +163,13 @@ def weight_files(folder: Path, shown: str) -> list[Path]:
 def read_ahead(source: ModelSource) -> None:
     """Ask the system to begin reading a model's files, while Python imports what will load them.
 
-    Only where it can be asked (Linux), and where the files fill less than half of the memory that is available: what is
-    read ahead must still be there when it is wanted.
+    Only where it can be asked (Linux), and where there is memory for all of them: what is read ahead must still be
+    there when it is wanted.
     """
     if not hasattr(os, "posix_fadvise"):
         return
     files = weight_files(source.path, source.reference)
-    if 2 * sum(file.stat().st_size for file in files) > host_memory()[1]:
+    if sum(file.stat().st_size for file in files) > 0.8 * host_memory()[1]:
         return
 
     def ask() -> None:  # it may wait for the disk
