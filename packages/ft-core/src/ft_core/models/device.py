@@ -7,7 +7,7 @@ import platform
 import sys
 from dataclasses import dataclass
 
-__all__ = ["Device", "peak_memory", "pick_device"]
+__all__ = ["Device", "host_memory", "peak_memory", "pick_device"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def pick_device() -> Device:
         free, total = torch.cuda.mem_get_info(index)
         dtype = "bfloat16" if torch.cuda.get_device_capability(index) >= (8, 0) else "float16"
         return Device("cuda", torch.cuda.get_device_name(index), dtype, total, free)
-    total, free = _host_memory()
+    total, free = host_memory()
     if torch.backends.mps.is_available():
         return Device("mps", platform.processor() or "Apple", "float16", total, free)
     return Device("cpu", _processor(), "bfloat16" if _cpu_has_bf16() else "float32", total, free)
@@ -73,7 +73,7 @@ def _processor() -> str:
     return f"{name or platform.processor() or platform.machine()}, {cores} core{'s' if cores != 1 else ''}"
 
 
-def _host_memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """Total and available memory of this machine in bytes."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:

@@ -36,7 +36,12 @@ __all__ = ["MLP", "MLPBlock", "run"]
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """What does not change from call to call, or is no activation; ``kind`` is the activation's number."""
+    """What does not change from call to call, or is no activation.
+
+    Attributes:
+        kind: the activation's number.
+        answer: whether Y is wanted, or what is kept for backward alone.
+    """
 
     norm: Norm
     gate_up: Product
@@ -44,6 +49,7 @@ class MLP:
     kind: int
     dropout: float
     keep: str
+    answer: bool = True
 
 
 def _forward(
@@ -56,7 +62,7 @@ def _forward(
     row, rstd = normed(rows, block.norm, first)
     y, both, tail, hidden_tail = mlp_products.forward(
         row, block.gate_up.base, first, block.down.base, second, block.kind, drop, drop_hidden,
-        bias=(block.gate_up.bias, block.down.bias), residual=rows,
+        bias=(block.gate_up.bias, block.down.bias), residual=rows, answer=block.answer,
     )  # fmt: skip
     return y.view(x.shape), (row, rstd, both, tail, hidden_tail)
 

@@ -67,7 +67,7 @@ def _deactivate(dh: Tensor, gate_up: Tensor, kind: int) -> None:
 def forward(
     x: Tensor, gate_up: Base, first: Low, down: Base, second: Low, kind: int,
     drop: Drop | None = None, drop_hidden: Drop | None = None,
-    *, bias: tuple[Tensor | None, Tensor | None] = (None, None), residual: Tensor | None = None,
+    *, bias: tuple[Tensor | None, Tensor | None] = (None, None), residual: Tensor | None = None, answer: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Y, ``[G | U]``, and what the first and the second product's adapters made of their inputs.
 
@@ -76,18 +76,24 @@ def forward(
         first: the adapters of gate (from output 0 on) and up (from output I on), or one of both.
         kind: the activation's number in ``glu.reference.KINDS``.
         bias: of gate and up together, and of down. residual: ``[M, N]``, added to Y.
+        answer: whether Y is wanted; otherwise its memory is given unwritten.
     """
     drop_hidden = drop_hidden or Drop()
     m, i, r = x.shape[0], down.k, second.padded
     both, tail = products.forward(x, gate_up, first, bias[0], drop)
     if _fuses(both, first, second):
-        widened = products.widened_weight(down, r, m, x.dtype)
-        if widened is not None:
+        # Without an answer a quantized weight need not be expanded.
+        without = not answer and down.kind in ("nf4", "int8") and m >= products.SMALL
+        widened = None if without else products.widened_weight(down, r, m, x.dtype)
+        if without or widened is not None:
             from ft_kernels.ops.lora_mlp import kernels
 
-            packed = products.pack(second, i, widened[:, i : i + r])
+            columns = dispatch.allocate((down.n, r), x.dtype, x.device) if widened is None else widened[:, i : i + r]
+            packed = products.pack(second, i, columns)
             row = row_buffer(m, i, r, x.dtype, x.device)
             hidden_tail = kernels.hidden(both, row, packed, kind, drop_hidden)
+            if widened is None or not answer:
+                return dispatch.allocate((m, down.n), x.dtype, x.device), both, tail, hidden_tail
             y = products.linear(row[:, : i + r], widened[:, : i + r], bias[1], residual)
             return y, both, tail, hidden_tail
     row = row_buffer(m, i, r, x.dtype, x.device)
