@@ -38,7 +38,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.config.load": ["check_config", "load_config", "method_settings", "parse_overrides", "to_yaml"],
     "ft_core.config.schema": ["DataSource", "LATER", "LoraSettings", "TrainConfig", "TrainingSettings"],
     "ft_core.console": ["progress", "quiet", "say"],
-    "ft_core.memory": ["enough_memory", "is_memory_error"],
+    "ft_core.memory": ["bytes_of", "enough_memory", "is_memory_error"],
     "ft_core.data": [
         "Collator",
         "FORMATS",
@@ -74,6 +74,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast": [
         "Activation",
         "Attention",
+        "Choice",
         "Comparison",
         "FastPath",
         "Layout",
@@ -89,8 +90,10 @@ EXPECTED: dict[str, list[str]] = {
         "layout_of",
         "trial",
     ],
+    "ft_core.fast.again": ["CHOICES", "Choice", "compute_by_choice", "without_checkpointing"],
     "ft_core.fast.blocks": ["Blocks", "Keep"],
     "ft_core.fast.check": ["Comparison", "bound", "compare", "trial"],
+    "ft_core.fast.choose": ["Chooser", "Sizes", "fit"],
     "ft_core.fast.documents": ["Batch", "batch_of"],
     "ft_core.fast.families": [],
     "ft_core.fast.families.llama": ["describe_llama", "describe_mistral"],
@@ -112,6 +115,7 @@ EXPECTED: dict[str, list[str]] = {
         "trains",
         "updates",
     ],
+    "ft_core.fast.offload": ["HostMemory", "Pool"],
     "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of"],
     "ft_core.fast.wide": ["Wide"],
     "ft_core.fast.verify": ["Float64", "Ledger", "Line", "verify"],
@@ -135,7 +139,7 @@ EXPECTED: dict[str, list[str]] = {
         "load_tokenizer",
         "pick_device",
     ],
-    "ft_core.models.device": ["Device", "peak_memory", "pick_device"],
+    "ft_core.models.device": ["Device", "host_memory", "peak_memory", "pick_device"],
     "ft_core.models.gguf": ["KNOWN_PACKAGES", "cache_folder", "from_file", "from_package"],
     "ft_core.models.loading": [
         "Quantization",
@@ -256,7 +260,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],
     "ft_core.training.job": ["Job", "build_trainer"],
     "ft_core.training.lock": ["held"],
-    "ft_core.training.memory": ["memory_errors_said"],
+    "ft_core.training.memory": ["memory_capped", "memory_errors_said"],
     "ft_core.training.prepare": [
         "check_resumable",
         "check_unfinished",

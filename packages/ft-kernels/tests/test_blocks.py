@@ -594,6 +594,39 @@ def test_compile(device, half):
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("form", ["wide", "nf4", "plain"])
+@pytest.mark.parametrize("ranks", [[4, 4, 4], [4, None, None], [None] * 3], ids=str)
+def test_a_graph_without_an_answer(device, form, ranks):
+    """The perceptron's half computed for its gradients alone gives these gradients, and leaves the last product out."""
+    problem = Problem("mlp", device, HALF, adapters=FULL, ranks=ranks)
+    first, second = problem.forms(form)
+    norm, given = problem.settings()
+    results, counts = [], []
+    for answer in (True, False):
+
+        def compute(x, a, b, answer=answer):
+            return ft.MLPBlock(norm, first, second, a, b, **given)(x, answer=answer)
+
+        results.append(problem.run(compute)[1:])
+        mode = Products()
+        with mode:
+            compute(*problem.leaves())
+        counts.append(mode.count)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    assert counts[1] < counts[0] or form == "plain" or ranks[2] is None
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[512] * 4, [300, 212, 1536], [70, 1978]], ids=str)
 def test_with_each_attention_of_a_gpu(device, monkeypatch, lengths):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import sys
 import warnings
@@ -22,6 +23,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ft_core import fast
 from ft_core.errors import RunError
@@ -289,6 +291,40 @@ def test_switched_off_the_trainers_checkpointing_is_on():
         calls.clear()
         step(model, given)
         assert len(calls) == count
+
+
+class CheckpointedInItsCall(LlamaDecoderLayer):
+    """As transformers 5.17's layers are: checkpointing is in the call, around whatever forward the instance has."""
+
+    calls = 0
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        if self.gradient_checkpointing and self.training:
+            type(self).calls += 1
+            return self._gradient_checkpointing_func(functools.partial(super().__call__, **keywords), *args)
+        return super().__call__(*args, **keywords)
+
+
+def test_checkpointing_in_a_layers_call_is_left_out_too():
+    model, given = make("llama", "all"), batch("packed")
+    path = enable(model)
+    kept = step(model, given)
+    for layer in path.layers:
+        layer.__class__ = CheckpointedInItsCall
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    for choice in ["auto", *MIXTURES]:
+        path.choose(choice)
+        assert_equal(step(model, given), kept)
+    path.layers[1].mlp.register_forward_hook(lambda *_: None)
+    listened = step(model, given)
+    assert CheckpointedInItsCall.calls == 0
+    path.on = False
+    step(model, given)
+    assert CheckpointedInItsCall.calls == 3
+    path.on = True
+    path.choose("keep")
+    assert_equal(step(model, given), listened)
 
 
 def _rank(rank: int, folder: str) -> None:
