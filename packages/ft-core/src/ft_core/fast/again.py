@@ -20,13 +20,18 @@ from ft_core.fast.offload import HostMemory
 
 __all__ = ["CHOICES", "Choice", "compute_by_choice", "without_checkpointing"]
 
-Choice = Literal["keep", "inputs", "recompute", "offload"]
-"""``keep``: what backward wants, but the norms. ``inputs``: the halves' inputs and the attention's output; the products
-for q, k, v and for gate and up are computed again. ``recompute``: the layer's input; the whole layer is computed again.
-``offload``: what ``inputs`` keeps, in host memory. Where a layer's halves are no single operations, ``inputs`` is
-``recompute``, and ``offload`` is that with the layer's input in host memory.
+Choice = Literal["keep", "inputs", "recompute", "offload", "offload-input"]
+"""What a layer keeps.
+
+- ``keep``: what backward wants, but the norms.
+- ``inputs``: its halves' inputs and the attention's output; the products for q, k, v, gate and up are computed again.
+- ``recompute``: its input; all but its last product is computed again.
+- ``offload``: what ``inputs`` keeps, in host memory.
+- ``offload-input``: what ``recompute`` keeps, in host memory: a third of it.
+
+Where a layer's halves are no single operations, ``inputs`` is ``recompute``, and ``offload`` is ``offload-input``.
 """
-CHOICES: tuple[Choice, ...] = ("keep", "inputs", "recompute", "offload")
+CHOICES: tuple[Choice, ...] = ("keep", "inputs", "recompute", "offload", "offload-input")
 
 
 def compute_by_choice(
@@ -53,7 +58,7 @@ def compute_by_choice(
                 return compute(x, keep="inputs")
     if not x.requires_grad and not parameters:
         return compute(x)
-    with host.layer() if choice == "offload" else contextlib.nullcontext():
+    with host.layer() if choice in ("offload", "offload-input") else contextlib.nullcontext():
         out: Tensor = _Again.apply(compute, x, *parameters)  # type: ignore[no-untyped-call]
     return out
 

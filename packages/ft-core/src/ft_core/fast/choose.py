@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from ft_core.fast.layout import Layout
 
 __all__ = ["Chooser", "Sizes", "fit"]
 
-WORK: dict[Choice, float] = {"keep": 0.0, "inputs": 0.65, "offload": 0.7, "recompute": 1.0}
-"""What a choice costs a step, in forward passes of the layer: q, k, v, gate and up are two thirds of its products;
-copies run beside them."""
+WORK: dict[Choice, float] = {"keep": 0.0, "inputs": 0.65, "offload": 0.7, "recompute": 0.85, "offload-input": 0.9}
+"""What a choice costs a step, in forward passes of the layer: q, k, v, gate and up are two thirds of its products, down
+is a quarter; copies run beside them."""
 LEFT_HERE: tuple[Choice, ...] = ("keep", "inputs")
 """What needs no copy to the host and no whole layer again, and so comes first."""
 COUNTED = 0.75
@@ -42,12 +42,12 @@ class Sizes:
 
     Attributes:
         kept: what waits for backward on the GPU, by choice.
-        host: what waits in host memory if it is offloaded.
+        host: what waits in host memory, by choice.
         working: what computing a layer backwards takes beside it.
     """
 
     kept: dict[Choice, int]
-    host: int
+    host: dict[Choice, int]
     working: int
 
     @classmethod
@@ -66,13 +66,14 @@ class Sizes:
         most = inputs + (queries + 2 * keys + 2 * inner) * itemsize
         single = most + (2 * hidden + queries + 2 * keys + inner) * itemsize
         working = (3 * inner + 6 * hidden + queries + 2 * keys) * itemsize
-        if able:
-            kept: dict[Choice, int] = {
-                "keep": most, "inputs": inputs, "recompute": hidden * itemsize, "offload": low + sums,
-            }  # fmt: skip
-            return cls(kept, (2 * hidden + queries) * itemsize, working)
-        kept = {"keep": single, "inputs": hidden * itemsize, "recompute": hidden * itemsize, "offload": 0}
-        return cls(kept, hidden * itemsize, working + single)
+        kept: dict[Choice, int]
+        kept = {"keep": most, "inputs": inputs, "recompute": hidden * itemsize, "offload": low + sums}
+        if not able:
+            kept |= {"keep": single, "inputs": kept["recompute"], "offload": 0}
+            working += single
+        moved = (2 * hidden + queries if able else hidden) * itemsize
+        host: dict[Choice, int] = {"offload": moved, "offload-input": hidden * itemsize}
+        return cls({**kept, "offload-input": 0}, host, working)
 
 
 def fit(layers: int, tokens: int, room: int, sizes: Sizes, host: int) -> list[Choice]:
@@ -85,23 +86,32 @@ def fit(layers: int, tokens: int, room: int, sizes: Sizes, host: int) -> list[Ch
     Returns:
         A choice for each layer. The last layers keep the most: backward begins with them.
     """
-    best: tuple[float, float, list[Choice]] | None = None
     each = {choice: tokens * size for choice, size in sizes.kept.items()}
-    most_offloaded = host // max(tokens * sizes.host, 1)
+    moved = {choice: tokens * size for choice, size in sizes.host.items()}
+    best: tuple[float, float] | None = None
+    counts: dict[Choice, int] = {}
     for kept in range(layers + 1):
         for inputs in range(layers - kept + 1):
-            rest = layers - kept - inputs
-            offloaded = min(rest, most_offloaded)
-            counts: dict[Choice, int] = {
-                "offload": offloaded, "recompute": rest - offloaded, "inputs": inputs, "keep": kept,
-            }  # fmt: skip
-            used = sum(each[choice] * count for choice, count in counts.items())
-            work = sum(WORK[choice] * count for choice, count in counts.items())
-            over = max(used - room, 0)
-            if best is None or (over, work) < best[:2]:
-                best = over, work, [choice for choice, count in counts.items() for _ in range(count)]
-    assert best is not None
-    return best[2]
+            for offloaded in range(layers - kept - inputs + 1):
+                rest = layers - kept - inputs - offloaded
+                used = kept * each["keep"] + inputs * each["inputs"] + offloaded * each["offload"]
+                left = host - offloaded * moved["offload"]
+                if left < 0:
+                    break
+                # As many whole layers computed again from the GPU's memory as there is room for, at least those that
+                # the host has none for.
+                needed = rest - left // moved["offload-input"]
+                again = min(rest, max((room - used) // max(each["recompute"], 1), needed, 0))
+                used += again * each["recompute"]
+                work = WORK["inputs"] * inputs + WORK["offload"] * offloaded + WORK["recompute"] * again
+                work += WORK["offload-input"] * (rest - again)
+                if best is None or (max(used - room, 0), work) < best:
+                    best = max(used - room, 0), work
+                    counts = {
+                        "offload-input": rest - again, "offload": offloaded, "recompute": again, "inputs": inputs,
+                        "keep": kept,
+                    }  # fmt: skip
+    return [choice for choice, count in counts.items() for _ in range(count)]
 
 
 @dataclass
@@ -138,7 +148,8 @@ class Chooser:
         self.head = HEAD
         self._sizes, self._layers, self._trained = sizes, layers, trained
         self.chosen: list[Choice] = ["keep"] * layers
-        self._fits = 0
+        self._wished = self.chosen
+        self._fits = self._held = 0
         self._measured: _Measured | None = None
         self._plans: dict[int, tuple[int, list[Choice]]] = {}
         self._told = False
@@ -158,9 +169,9 @@ class Chooser:
         if cap is not None and cap <= 0:
             raise ValueError(f"memory={cap}: give a positive number of bytes, or None")
         self.wanted, self.cap, self.head = wanted, cap, HEAD
-        self._fits, self._measured, self._plans = 0, None, {}
+        self._fits, self._held, self._measured, self._plans = 0, 0, None, {}
         if wanted != "auto":
-            self.chosen = given  # type: ignore[assignment]
+            self.chosen = self._wished = cast("list[Choice]", given)
 
     def recordable(self, tokens: int) -> bool:
         """Whether a recorded step of such a batch may have memory of its own, as much again as the step takes."""
@@ -177,6 +188,8 @@ class Chooser:
             tokens: rows times their length.
             host: bytes of host memory that can be had, if so many are wanted.
         """
+        if self.wanted != "auto" and tokens > self._held and "offload" in self.wanted:
+            self.chosen = self._held_by_host(tokens, host)
         if tokens <= self._fits or device.type != "cuda" or (self.wanted != "auto" and self.cap is None):
             if self.wanted == "auto":
                 self.chosen = ["keep"] * self._layers
@@ -208,24 +221,34 @@ class Chooser:
                 stacklevel=2,
             )
 
+    def _held_by_host(self, tokens: int, host: Callable[[int], int]) -> list[Choice]:
+        """What was wished for, with less in host memory where it could not hold all."""
+        wanted = self._wished
+        sizes = self._sizes()
+        count = sum(tokens * sizes.host.get(choice, 0) for choice in wanted)
+        if host(count) < count:
+            return ["offload-input" if choice == "offload" else choice for choice in wanted]
+        self._held = tokens
+        return wanted
+
     def _set_head(self, room: int) -> None:
         self.head = min(HEAD, max(int(room * HEAD_SHARE), HEAD_LEAST))
 
     def _auto(
         self, tokens: int, used: int, limit: int, device: torch.device, host: Callable[[int], int]
     ) -> list[Choice]:
-        known = self._plans.get(tokens)
+        known = self._plans.get(_rounded(tokens))
         if known is not None and used <= known[0] + SLACK:
             return known[1]
         self._look(device)
         sizes, measured = self._sizes(), self._measured
-        in_host = host(self._layers * tokens * sizes.host)
+        in_host = host(self._layers * tokens * sizes.host["offload"])
         if measured is not None and measured.beside is not None and tokens <= measured.tokens:
             kept = sum(sizes.kept[choice] for choice in measured.choices) * measured.tokens
             # The peak was that of the leanest choice: what it kept may be kept in other ways.
             room = limit - used - measured.beside + kept
-            plan = fit(self._layers, tokens, room, sizes, in_host)
-            self._plans[tokens] = used, plan
+            plan = fit(self._layers, _rounded(tokens), room, sizes, in_host)
+            self._plans[_rounded(tokens)] = used, plan
             return plan
         if measured is not None and measured.beside is None and not measured.went_back and tokens == measured.tokens:
             return measured.choices
@@ -238,8 +261,11 @@ class Chooser:
                     return ["keep"] * self._layers
                 break
         else:
-            choice = "offload" if in_host >= self._layers * tokens * sizes.host else "recompute"
+            choice = "keep"
         choices: list[Choice] = [choice] * self._layers
+        if choice == "keep":  # nothing fits for sure
+            holds = in_host >= self._layers * tokens * sizes.host["offload"]
+            choices = ["offload"] * self._layers if holds else fit(self._layers, tokens, 0, sizes, in_host)
         self._measured = _Measured(tokens, choices, used, torch.cuda.max_memory_allocated(device))
         return choices
 
@@ -261,6 +287,12 @@ class Chooser:
             measured.beside = min(measured.beside, counted)
 
 
+def _rounded(tokens: int) -> int:
+    """Up, by at most a sixteenth, so that batches of nearly the same length share a plan."""
+    step = 1 << max(tokens.bit_length() - 5, 0)
+    return -(-tokens // step) * step
+
+
 def _limit(device: torch.device, cap: int | None) -> int:
     """Bytes that torch's allocated memory may reach."""
     free, total = torch.cuda.mem_get_info(device)
@@ -273,5 +305,8 @@ def _limit(device: torch.device, cap: int | None) -> int:
 
 def _described(choices: Sequence[Choice]) -> str:
     counts = {choice: sum(c == choice for c in choices) for choice in CHOICES}
-    words = {"keep": "kept", "inputs": "partly computed again", "recompute": "computed again", "offload": "offloaded"}
+    words = {
+        "keep": "kept", "inputs": "partly computed again", "recompute": "computed again", "offload": "offloaded",
+        "offload-input": "computed again from offloaded inputs",
+    }  # fmt: skip
     return ", ".join(f"{count} of {len(choices)} layers {words[choice]}" for choice, count in counts.items() if count)

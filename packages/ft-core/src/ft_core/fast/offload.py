@@ -1,17 +1,17 @@
 """Tensors that wait for backward in the host's memory, on their way there and back while the GPU computes.
 
-A layer's saved tensors are copied to pinned memory on a stream of their own as soon as they are made, and back while
-backward computes the layer after. Two rules keep the peak the same in every run, however far the host is ahead of the
-GPU: memory on the GPU is let go only after the computing stream has been told to wait for the copy out of it, and
-memory for what comes back is taken in the order of the program. The layer before last is the one that is waited for, so
-nobody waits as long as copying a layer's tensors takes less than computing one.
+A layer's saved tensors are copied to pinned memory on a stream of their own as soon as they are made, and back a little
+before backward wants them. Two rules keep the peak the same in every run, however far the host is ahead of the GPU:
+memory on the GPU is let go only after the computing stream has been told to wait for the copy out of it, and memory for
+what comes back is taken in the order of the program. Both ways two tensors are under way, about half a layer's: nobody
+waits as long as copying takes less time than computing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ LEAST = 2**20
 """Bytes from which a tensor is worth a copy."""
 SHARE = 0.8
 """Of the host's free memory, what the pinned buffers may take."""
+AWAY = 2
+"""How many tensors are on their way out before the first of them is waited for."""
+AHEAD = 2
+"""How many are on their way back before they are wanted."""
 IN_A_SLAB = 8
 """At least so many buffers are pinned at once: torch rounds what it pins up to a power of two."""
 
@@ -61,9 +65,10 @@ class Pool:
         """Take a buffer back."""
         self._free[buffer.numel()].append(buffer)
 
-    def holds(self, wanted: int) -> bool:
-        """Whether so many bytes in all could be had."""
-        return wanted <= max(self.bytes, self._limit())
+    @property
+    def room(self) -> int:
+        """Bytes that it has or could have."""
+        return max(self.bytes, self._limit())
 
     def _limit(self) -> int:
         return self.bytes + int(SHARE * host_memory()[1]) if self.most is None else self.most
@@ -117,31 +122,29 @@ class HostMemory:
     """
 
     def __init__(self) -> None:
-        self.least, self.most = LEAST, None
+        self.least = LEAST
+        self.most: int | None = None
         self.pools: dict[torch.device, Pool] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._last: _Group | None = None
-        self._leaving: list[_Leaving] = []
+        self._order = _Order()
+        self._leaving: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def __deepcopy__(self, memo: Any) -> HostMemory:
         return HostMemory()
 
     def begin(self) -> None:
-        """A forward pass begins: what it keeps is not that of an earlier one."""
-        self._last = None
+        """A forward pass begins: what it keeps has nothing to do with that of an earlier one."""
+        self._order = _Order()
         self.settle()
 
     def settle(self) -> None:
         """Let go of the GPU's memory of all that is being copied out."""
-        self._let_go(None)
+        self._let_go(0)
 
     @contextlib.contextmanager
     def layer(self) -> Iterator[None]:
         """What is saved for backward in the body waits in host memory."""
-        before = self._last
-        self._let_go(before)
-        group = self._last = _Group(self, before)
-        with saved_tensors_hooks(group.pack, _come_back):
+        with saved_tensors_hooks(self._take, _bring_back):
             yield
 
     def pool(self, device: torch.device) -> Pool:
@@ -150,7 +153,17 @@ class HostMemory:
             self.pools[device] = Pool(device.type == "cuda", self.most)
         return self.pools[device]
 
-    def stream(self, device: torch.device) -> torch.cuda.Stream | None:
+    def _take(self, tensor: Tensor) -> Any:
+        """Take a saved tensor to the host, unless it is small, a parameter, or full of gaps."""
+        if isinstance(tensor, nn.Parameter) or tensor.nbytes < self.least or not _is_dense(tensor):
+            return tensor
+        tensor = tensor.detach()
+        held = _Held(tensor, self.pool(tensor.device), self._stream(tensor.device), self._order)
+        self._leaving.append((tensor, held.copied))
+        self._let_go(AWAY)
+        return held
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
         """Where copies run; None where the host computes itself."""
         if device.type != "cuda":
             return None
@@ -158,120 +171,93 @@ class HostMemory:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
 
-    def leave(self, leaving: _Leaving) -> None:
-        """Hold a tensor until its copy is waited for."""
-        self._leaving.append(leaving)
-
-    def _let_go(self, but: _Group | None) -> None:
-        """Of all groups but one: the computing stream waits for their copies, whose sources are then free."""
-        for leaving in self._leaving:
-            if leaving.group is not but and leaving.done is not None:
-                torch.cuda.current_stream(leaving.tensor.device).wait_event(leaving.done)
-        self._leaving = [leaving for leaving in self._leaving if leaving.group is but and but is not None]
+    def _let_go(self, but: int) -> None:
+        """The computing stream waits for all copies but the last ones, whose sources are then free."""
+        while len(self._leaving) > but:
+            tensor, copied = self._leaving.pop(0)
+            if copied is not None:
+                torch.cuda.current_stream(tensor.device).wait_event(copied)
 
 
-class _Leaving:
-    """A tensor that is being copied out."""
+class _Order:
+    """What one forward pass has taken to the host, in order; backward wants it the other way round."""
 
-    def __init__(self, tensor: Tensor, group: _Group, done: torch.cuda.Event | None) -> None:
-        self.tensor, self.group, self.done = tensor, group, done
-
-
-class _Group:
-    """What one layer saved in one forward pass.
-
-    Attributes:
-        before: the group of the layer before it, which backward wants next.
-    """
-
-    def __init__(self, memory: HostMemory, before: _Group | None) -> None:
-        self.memory, self.before = memory, before
-        self._held: list[weakref.ref[_Held]] = []
-
-    def pack(self, tensor: Tensor) -> Any:
-        """Take a saved tensor to the host, unless it is small, a parameter, or full of gaps."""
-        if isinstance(tensor, nn.Parameter) or tensor.nbytes < self.memory.least or not _is_dense(tensor):
-            return tensor
-        held = _Held(tensor.detach(), self)
-        self._held.append(weakref.ref(held))
-        return held
-
-    def fetch(self) -> None:
-        """Start bringing back all that is still wanted."""
-        for reference in self._held:
-            held = reference()
-            if held is not None:
-                held.fetch()
+    def __init__(self) -> None:
+        self.held: list[weakref.ref[_Held]] = []
 
 
 class _Held:
-    """A tensor in host memory; its buffer is given back when nobody holds this any more."""
+    """A tensor in host memory; its buffer is given back when nobody holds this any more.
 
-    def __init__(self, tensor: Tensor, group: _Group) -> None:
-        self.group, self.device, self.dtype = group, tensor.device, tensor.dtype
-        self.shape, self.stride, self.count = tensor.shape, tensor.stride(), tensor.numel()
-        self._back: Tensor | None = None
-        self._ready: torch.cuda.Event | None = None
-        memory = group.memory
-        pool = memory.pool(tensor.device)
+    Attributes:
+        copied: when the copy out is done.
+    """
+
+    def __init__(self, tensor: Tensor, pool: Pool, stream: torch.cuda.Stream | None, order: _Order) -> None:
+        self.device, self.dtype, self.count = tensor.device, tensor.dtype, tensor.numel()
+        self.shape, self.stride = tensor.shape, tensor.stride()
+        self._stream, self._order, self._place = stream, order, len(order.held)
+        order.held.append(weakref.ref(self))
         buffer = pool.take(tensor.nbytes)
         weakref.finalize(self, pool.give, buffer).atexit = False
         self._host = buffer[: tensor.nbytes].view(tensor.dtype)
-        flat, done = tensor.as_strided((self.count,), (1,)), None
-        with _after(memory.stream(self.device)) as stream:
-            self._host.copy_(flat, non_blocking=True)
-            if stream is not None:
-                done = stream.record_event()
-        memory.leave(_Leaving(tensor, group, done))
+        self._back: Tensor | None = None
+        self._ready: torch.cuda.Event | None = None
+        self._was_back = False
+        with _after(stream):
+            self._host.copy_(tensor.as_strided((self.count,), (1,)), non_blocking=True)
+            self.copied = None if stream is None else stream.record_event()
 
-    def fetch(self) -> None:
-        """Start bringing it back."""
-        if self._back is not None:
-            return
-        self._back = torch.empty(self.count, dtype=self.dtype, device=self.device)
-        with _after(self.group.memory.stream(self.device)) as stream:
-            self._back.copy_(self._host, non_blocking=True)
-            if stream is not None:
-                self._ready = stream.record_event()
+    def set_out(self) -> None:
+        """Start bringing it back; once is enough, whoever wants it again waits for it."""
+        if not self._was_back:
+            self._set_out()
 
     def come_back(self) -> Tensor:
-        """The tensor as it was; what the layer before saved sets out too."""
-        self.group.fetch()
-        if self.group.before is not None:
-            self.group.before.fetch()
+        """The tensor as it was; the next that backward will want set out."""
+        self._set_out()
+        for place in range(self._place - 1, max(self._place - 1 - AHEAD, -1), -1):
+            held = self._order.held[place]()
+            if held is not None:
+                held.set_out()
         back, ready = self._back, self._ready
         assert back is not None
-        self._back = self._ready = None
+        self._back, self._ready, self._was_back = None, None, True
         if ready is not None:
             torch.cuda.current_stream(self.device).wait_event(ready)
         return back.as_strided(self.shape, self.stride)
 
+    def _set_out(self) -> None:
+        if self._back is not None:
+            return
+        self._back = torch.empty(self.count, dtype=self.dtype, device=self.device)
+        with _after(self._stream):
+            self._back.copy_(self._host, non_blocking=True)
+            self._ready = None if self._stream is None else self._stream.record_event()
 
-def _come_back(packed: Any) -> Tensor:
+
+def _bring_back(packed: Any) -> Tensor:
     return packed.come_back() if isinstance(packed, _Held) else packed
 
 
 @contextlib.contextmanager
-def _after(stream: torch.cuda.Stream | None) -> Iterator[torch.cuda.Stream | None]:
+def _after(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Copies in the body run on the stream, after all that was computed before."""
     if stream is None:
-        yield None
+        yield
         return
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
-        yield stream
+        yield
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the tensor's elements lie one right after the other in memory, in whatever order of dimensions."""
-    return tensor.layout == torch.strided and _extent(tensor.shape, tensor.stride()) == tensor.numel()
-
-
-def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """How many elements, if there is no gap; -1 if there is one, or two elements in one place."""
     expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1):
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
         if stride != expected:
-            return -1
+            return False
         expected *= size
-    return expected
+    return tensor.layout == torch.strided

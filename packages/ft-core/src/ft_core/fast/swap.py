@@ -86,9 +86,11 @@ class FastPath:
         """Choose what each layer keeps between forward and backward, instead of a trainer's gradient_checkpointing.
 
         Args:
-            what: ``keep``, ``inputs``, ``recompute`` or ``offload`` (see :data:`ft_core.fast.Choice`), one for all
-                layers or one for each, first layer first; ``auto`` chooses by itself, for each batch, what is fastest
-                and fits. Gradients are the same bit for bit with each, save for a head that is given less memory.
+            what: ``keep``, ``inputs``, ``recompute``, ``offload`` or ``offload-input`` (see
+                :data:`ft_core.fast.again.Choice`), one for all layers or one for each, first layer first; ``auto``
+                chooses by itself, for each batch, what is fastest and fits. Where the host's memory cannot hold what
+                ``offload`` takes there, it is ``offload-input``. Gradients are the same bit
+                for bit with each, save for a head that is given less memory.
             memory: bytes that the GPU's allocated memory may reach; None for what is free. It binds ``auto`` and the
                 head; a choice of yours stays as it is. It is a plan, not a limit that torch enforces.
 
@@ -103,7 +105,7 @@ class FastPath:
         """Within it the layers compute a batch that is to be differentiated, each by its choice."""
 
         def room(wanted: int) -> int:
-            return wanted if self.host.pool(device).holds(wanted) else 0
+            return min(wanted, self.host.pool(device).room)
 
         layers = self.layers
         flagged = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
