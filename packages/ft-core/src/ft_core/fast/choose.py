@@ -31,7 +31,9 @@ SLACK = 2**25
 """Bytes by which memory in use may grow before the choice is made anew: a batch's own tensors."""
 HEAD = 2**30
 """Bytes for the head at most, and a share of what is free where that is little; at least HEAD_LEAST."""
-HEAD_SHARE, HEAD_LEAST = 0.35, 2**27
+HEAD_SHARE, HEAD_LEAST = 0.45, 2**27
+LOGITS = 12
+"""Bytes of each logit where the head is not the fast path's: in 16 bits, in fp32, and its gradient."""
 TRAINED = 12
 """Bytes for the gradient and the optimizer's state of a trained number, until they are there: fp32 AdamW."""
 
@@ -119,7 +121,7 @@ class _Measured:
     """A batch that was computed with little kept.
 
     Attributes:
-        tokens, choices: what was computed.
+        tokens, choices: what was computed. logits: bytes for those of a head that isn't the fast path's.
         before: bytes in use when it began. peak: the highest use until then.
         beside: bytes that it took at its peak, beside what was in use; None until that is known.
     """
@@ -128,6 +130,7 @@ class _Measured:
     choices: list[Choice]
     before: int
     peak: int
+    logits: int
     went_back: bool = False
     beside: int | None = None
 
@@ -181,12 +184,15 @@ class Chooser:
             return set(self.chosen) <= {"keep", "inputs"}
         return tokens <= self._fits or self._measured is None
 
-    def begin(self, tokens: int, device: torch.device, host: Callable[[int], int]) -> list[Choice]:
+    def begin(
+        self, tokens: int, device: torch.device, host: Callable[[int], int], logits: int = 0
+    ) -> list[Choice]:  # fmt: skip
         """The choices for a batch that is about to be computed, to be differentiated.
 
         Args:
             tokens: rows times their length.
             host: bytes of host memory that can be had, if so many are wanted.
+            logits: how many of them are made at a time; 0 for the fast path's own head.
         """
         if self.wanted != "auto" and tokens > self._held and "offload" in self.wanted:
             self.chosen = self._held_by_host(tokens, host)
@@ -194,10 +200,9 @@ class Chooser:
             if self.wanted == "auto":
                 self.chosen = ["keep"] * self._layers
             return self.chosen
-        used, limit = torch.cuda.memory_allocated(device), _limit(device, self.cap)
-        self._set_head(limit - used)
         if self.wanted == "auto":
-            self.chosen = self._auto(tokens, used, limit, device, host)
+            self.chosen = self._auto(tokens, device, host, logits)
+        self._set_head(_limit(device, self.cap) - torch.cuda.memory_allocated(device))
         return self.chosen
 
     def watch(self, output: Tensor) -> None:
@@ -234,14 +239,13 @@ class Chooser:
     def _set_head(self, room: int) -> None:
         self.head = min(HEAD, max(int(room * HEAD_SHARE), HEAD_LEAST))
 
-    def _auto(
-        self, tokens: int, used: int, limit: int, device: torch.device, host: Callable[[int], int]
-    ) -> list[Choice]:
+    def _auto(self, tokens: int, device: torch.device, host: Callable[[int], int], logits: int) -> list[Choice]:
         known = self._plans.get(_rounded(tokens))
-        if known is not None and used <= known[0] + SLACK:
+        if known is not None and torch.cuda.memory_allocated(device) <= known[0] + SLACK:
             return known[1]
         self._look(device)
-        sizes, measured = self._sizes(), self._measured
+        sizes, measured = self._sizes(), self._measured  # looking at the layers makes room beside their weights
+        used, limit = torch.cuda.memory_allocated(device), _limit(device, self.cap)
         in_host = host(self._layers * tokens * sizes.host["offload"])
         if measured is not None and measured.beside is not None and tokens <= measured.tokens:
             kept = sum(sizes.kept[choice] for choice in measured.choices) * measured.tokens
@@ -252,7 +256,7 @@ class Chooser:
             return plan
         if measured is not None and measured.beside is None and not measured.went_back and tokens == measured.tokens:
             return measured.choices
-        beside = self._beside(tokens, sizes)
+        beside = self._beside(tokens, sizes) + LOGITS * logits
         choice: Choice
         for choice in LEFT_HERE:
             if sizes.kept[choice] * self._layers * tokens + beside <= COUNTED * (limit - used):
@@ -266,7 +270,7 @@ class Chooser:
         if choice == "keep":  # nothing fits for sure
             holds = in_host >= self._layers * tokens * sizes.host["offload"]
             choices = ["offload"] * self._layers if holds else fit(self._layers, tokens, 0, sizes, in_host)
-        self._measured = _Measured(tokens, choices, used, torch.cuda.max_memory_allocated(device))
+        self._measured = _Measured(tokens, choices, used, torch.cuda.max_memory_allocated(device), LOGITS * logits)
         return choices
 
     def _beside(self, tokens: int, sizes: Sizes) -> int:
@@ -283,7 +287,7 @@ class Chooser:
         if peak <= measured.peak:  # the highest use was before, perhaps much higher: while loading, say
             sizes = self._sizes()
             kept = sum(sizes.kept[choice] for choice in measured.choices) * measured.tokens
-            counted = int(1.25 * (self._beside(measured.tokens, sizes) + kept))
+            counted = int(1.25 * (self._beside(measured.tokens, sizes) + kept)) + measured.logits
             measured.beside = min(measured.beside, counted)
 
 

@@ -208,6 +208,12 @@ class _Held:
             self._host.copy_(tensor.as_strided((self.count,), (1,)), non_blocking=True)
             self.copied = None if stream is None else stream.record_event()
 
+    def __del__(self) -> None:
+        # Nobody waits for it any more, so its memory must not be another's before the copy into it is done.
+        back, stream = self.__dict__.get("_back"), self.__dict__.get("_stream")
+        if back is not None and stream is not None:
+            back.record_stream(stream)
+
     def set_out(self) -> None:
         """Start bringing it back; once is enough, whoever wants it again waits for it."""
         if not self._was_back:

@@ -56,6 +56,7 @@ class FastPath:
     graphs: Graphs = field(default_factory=Graphs)
     host: HostMemory = field(default_factory=HostMemory)
     chooser: Chooser = field(init=False)
+    _own_head: bool = False
     _changed: list[nn.Module] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -109,7 +110,8 @@ class FastPath:
 
         layers = self.layers
         flagged = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
-        for layer, choice in zip(layers, self.chooser.begin(tokens, device, room), strict=True):
+        logits = 0 if self._own_head else tokens * self.model.config.get_text_config().vocab_size
+        for layer, choice in zip(layers, self.chooser.begin(tokens, device, room, logits), strict=True):
             forward = vars(layer).get("forward")
             if isinstance(forward, _LayerForward):
                 forward.fast.choice = choice
@@ -309,10 +311,14 @@ class _ModelForward(_Forward):
         for name in ("logits_to_keep", "return_dict"):
             keywords.pop(name, None)
         known = labels if shifted is None else shifted
-        loss = self._replayed(head, known, count, shifted is not None, **keywords)
-        if loss is not None:
-            return CausalLMOutputWithPast(loss=loss)
-        outputs = self.backbone(**keywords)
+        self.path._own_head = True
+        try:
+            loss = self._replayed(head, known, count, shifted is not None, **keywords)
+            if loss is not None:
+                return CausalLMOutputWithPast(loss=loss)
+            outputs = self.backbone(**keywords)
+        finally:
+            self.path._own_head = False
         loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None,
                        max_memory=self.path.chooser.head)  # fmt: skip
         return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
