@@ -288,6 +288,19 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
 
+class Peak(Live):
+    """And the most there were at a time."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = super().__torch_dispatch__(function, types, args, kwargs)
+        if self.bytes > self.peak:
+            gc.collect()  # the interpreter's garbage
+            self.peak = max(self.peak, self.bytes)
+        return made
+
+
 def saved_by(compute):
     """The distinct memory saved for backward: bytes by address."""
     storages = {}
@@ -615,6 +628,26 @@ def test_a_graph_without_an_answer(device, form, ranks):
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
     assert counts[1] < counts[0] or form == "plain" or ranks[2] is None
+
+
+def test_the_peak_of_the_perceptron(device):
+    """Beside what comes in and goes out: [G | U], and h or its gradient or the normed rows, not all of these."""
+    if torch.cuda.is_available():
+        pytest.skip("sums have more parts on a GPU; test_on_a_gpu.py of ft-core measures there")
+    problem = Problem("mlp", device, HALF, adapters=FULL, shape=(2, 256))
+    block, leaves = problem.block(keep="inputs"), problem.leaves()
+    problem.run(block)
+    wide = max(-(-(INNER + 16) // 64) * 64, -(-(H + 16) // 64) * 64 + H)
+    sums = 4 * (2 * sum(t.numel() for t in (*problem.a, *problem.b)) + 16 * 512)
+    gc.collect()
+    mode = Peak()
+    with mode:
+        y = block(*leaves)
+        forward = mode.peak
+        mode.peak = 0
+        torch.autograd.grad(y, [leaves[0], *leaves[1], *leaves[2]], problem.dy)
+    for peak in (forward, mode.peak):
+        assert peak <= 512 * 2 * (2 * INNER + wide + 2 * H) + 2 * sums
 
 
 class Products(TorchDispatchMode):

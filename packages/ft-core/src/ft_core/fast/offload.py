@@ -155,7 +155,7 @@ class HostMemory:
 
     def _take(self, tensor: Tensor) -> Any:
         """Take a saved tensor to the host, unless it is small, a parameter, or full of gaps."""
-        if isinstance(tensor, nn.Parameter) or tensor.nbytes < self.least or not _is_dense(tensor):
+        if isinstance(tensor, nn.Parameter) or tensor.nbytes < max(self.least, 1) or not _is_dense(tensor):
             return tensor
         tensor = tensor.detach()
         held = _Held(tensor, self.pool(tensor.device), self._stream(tensor.device), self._order)
