@@ -1,10 +1,10 @@
 """Training steps on the fast path beside its peers, on one GPU: python benchmarks/fast_path.py --work DIR [...]
 
 A model of the shape of Llama 3.1 8B with random weights is made once in DIR (16 GB; /dev/shm is fast). Each contestant
-runs in a process of its own: a bare loop, the same optimizer (bitsandbytes' 8-bit AdamW, or torch's fused one), labels
-on every token, LoRA of rank 16 on all linear layers; the median of the steps after the first few, of which the time
-until backward has ended on the GPU is given too, and torch's own count of the most memory allocated. A row for each is
-added to benchmarks/results/fast_path.jsonl, and a table is printed.
+runs in a process of its own: a bare loop, the same optimizer (bitsandbytes' 8-bit AdamW, whose updates ft queues, or
+torch's fused one), labels on every token, LoRA of rank 16 on all linear layers; the median of the steps after the first
+few, of which the time until backward has ended on the GPU is given too, and torch's own count of the most memory
+allocated. A row for each is added to benchmarks/results/fast_path.jsonl, and a table is printed.
 
 With --together all contestants load at the same time, on the same GPU, and then take turns: much less time in all, but
 loading is not timed, and the GPU's memory has to hold all their models.
@@ -269,7 +269,6 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if contestant.startswith("unsloth"):
         import unsloth  # noqa: F401 (it wants to be first)
-    import bitsandbytes
     import torch
 
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
@@ -286,7 +285,7 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
         if name == "fused":
             optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         else:
-            optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
+            optimizer = adamw8bit(contestant, trained)
         if contestant.startswith("ft"):
             choose(contestant, quantization, model, (rows, tokens), args.cap)
         if cuda:
@@ -319,6 +318,8 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0.0, "loss": round(loss, 5),
             "gpu": torch.cuda.get_device_name() if cuda else "none", "versions": versions(),
         }  # fmt: skip
+        if name == "adamw8bit" and contestant.startswith("ft"):
+            row["queued"] = True
         if not args.together:
             row["first_step_s"] = round(first, 1)
         print(json.dumps(row), flush=True)
@@ -336,6 +337,18 @@ def choose(contestant: str, quantization: str, model: Any, shape: tuple[int, int
         return
     known = UNSLOTH_PEAKS[quantization]
     path.choose("auto", memory=int((cap or known.get(shape, known[2, 2048])) * 2**30))
+
+
+def adamw8bit(contestant: str, trained: list[Any]) -> Any:
+    """bitsandbytes' AdamW; ft's queues its updates, the same ones, as its own trainers do (ft_core.training.queued)."""
+    import bitsandbytes
+
+    kind = bitsandbytes.optim.AdamW8bit
+    if contestant.startswith("ft"):
+        from ft_core.training import queued
+
+        kind = queued(kind)
+    return kind(trained, lr=1e-4)
 
 
 def _now(cuda: bool) -> float:

@@ -110,7 +110,7 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
         import peft  # noqa: F401
         from transformers import AutoModelForCausalLM  # noqa: F401
     imported = time.time()
-    from fast_path import load, versions
+    from fast_path import adamw8bit, load, versions
 
     model = load(contestant, quantization, folder, TOKENS)
     torch.cuda.synchronize()
@@ -120,10 +120,8 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
         from ft_kernels import dispatch
 
         ahead = len(dispatch._coming)
-    import bitsandbytes
-
     model.train()
-    optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = adamw8bit(contestant, [p for p in model.parameters() if p.requires_grad])
     times, loss = [loaded], 0.0
     for step in range(2):
         ids = torch.randint(3, 128000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(step)).cuda()

@@ -166,7 +166,6 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if contestant.startswith("unsloth"):
         import unsloth  # noqa: F401 (it wants to be first)
-    import bitsandbytes
     import torch
 
     cuda = args.device == "cuda"
@@ -179,7 +178,7 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
 
         fast.enable(model)  # which a GPU does by itself
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
+    optimizer = fast_path.adamw8bit(contestant, trained)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what loading needed for a while is the others'

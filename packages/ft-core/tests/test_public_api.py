@@ -272,7 +272,7 @@ EXPECTED: dict[str, list[str]] = {
     ],
     "ft_core.report.write": ["write_report"],
     "ft_core.runs": ["RUN_FORMAT", "Run", "write_json", "write_text"],
-    "ft_core.training": ["Job", "TrainResult", "train"],
+    "ft_core.training": ["Job", "TrainResult", "queued", "train"],
     "ft_core.training.arguments": ["total_steps", "trainer_arguments"],
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],
     "ft_core.training.job": ["Job", "build_trainer"],

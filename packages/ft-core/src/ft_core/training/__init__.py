@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ft_core.training.job import Job
+    from ft_core.training.optimizers import queued
     from ft_core.training.run import TrainResult, train
 
-__all__ = ["Job", "TrainResult", "train"]
+__all__ = ["Job", "TrainResult", "queued", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from ft_core.training.job import Job
 
         return Job
+    if name == "queued":
+        from ft_core.training.optimizers import queued
+
+        return queued
     if name in ("TrainResult", "train"):
         from ft_core.training import run
 
