@@ -163,9 +163,9 @@ def _some_rows(
 @cache
 def _tiling(rows: int, tokens: int, outputs: int, device: torch.device) -> dict[str, Any]:
     """Few outputs a program where there are few, so that every multiprocessor has some programs to choose from."""
-    processors = tuning.multiprocessors(device)
     if rows == 1:
-        return {"ROWS": 8 if outputs < 64 * processors else 16, "ACROSS": 16, "num_warps": 4}
+        return {"ROWS": 8, "ACROSS": 16, "num_warps": 4}
+    processors = tuning.multiprocessors(device)
     tile = {"ROWS": 16 if outputs < 48 * processors else 32, "ACROSS": 4 if tokens <= 32 else 2, "num_warps": 4}
     values = tile["ACROSS"] * 64  # of a row, of the usual blocks of 64
     most = 5 if tokens <= 32 else 3
@@ -174,7 +174,7 @@ def _tiling(rows: int, tokens: int, outputs: int, device: torch.device) -> dict[
 
 def _candidates(rows: int, tokens: int, device: torch.device) -> list[dict[str, Any]]:
     if rows == 1:
-        sizes = ((4, 16, 2), (4, 16, 4), (8, 8, 2), (8, 16, 4), (8, 16, 8), (16, 16, 4), (16, 16, 8))
+        sizes = ((4, 16, 2), (4, 16, 4), (8, 8, 2), (8, 16, 4), (8, 16, 8), (16, 16, 8))
         return [{"ROWS": r, "ACROSS": a, "num_warps": w} for r, a, w in sizes]
     tiles = ((16, 4, 2, 5), (16, 4, 4, 3), (16, 4, 4, 5), (16, 8, 4, 4), (32, 4, 4, 3), (32, 4, 4, 5), (64, 2, 4, 5))
     return [
