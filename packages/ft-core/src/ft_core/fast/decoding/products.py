@@ -66,7 +66,7 @@ class Product:
         return y if self.a is None or self.b is None else y.addmm_(F.linear(x, self.a), self.b.t())
 
     def _frozen(self, x: Tensor, few: bool) -> Tensor:
-        product = None
+        product: Any = None
         if few and self.kind == "NF4Weight":
             product = kernels.nf4_linear
         elif few and self.kind == "plain" and _is_one_row(x):
@@ -89,7 +89,7 @@ class Product:
 
 def _is_one_row(x: Tensor) -> bool:
     """Whether ft_kernels multiplies it by itself; a bias is then added after rounding, as bitsandbytes' layers do."""
-    return x.shape[0] == 1 and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    return x.shape[0] == 1 and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _expanded(weight: Any, dtype: torch.dtype) -> Tensor:
