@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ft_kernels import NF4Weight, decode_attention, nf4_dequantize, nf4_linear, rope_append, row_linear
+from ft_kernels.dispatch import power_of_2
 from ft_kernels.functional import few_rows
 
 ONE, SOME = "nf4_linear_one", "nf4_linear_some"
@@ -61,9 +62,29 @@ def test_products(device, launched, exact_enough, rows, blocks, sizes, blocksize
     k = blocks * blocksize
     weights = draw(sizes, k, blocksize, nested, device, seed)
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    with launched(ONE if rows == 1 else SOME):
+    from ft_kernels.ops.nf4_linear import kernels
+
+    tiling = kernels._tiling(min(rows, 2), k, max(16, power_of_2(rows)), sum(sizes), x.device)
+    added = ["nf4_linear_add"] if tiling.get("SHARES", 1) > 1 else []
+    with launched(*(ONE if rows == 1 else SOME, *added)):
         nf4_linear(x, weights)
     check(x, weights, exact_enough)
+
+
+@pytest.mark.parametrize("processors", [1, 3, 100])
+def test_several_programs_share_a_row(device, launched, monkeypatch, exact_enough, processors):
+    """The last share is shorter than the others, or has nothing."""
+    from ft_kernels import tuning
+    from ft_kernels.ops.nf4_linear import kernels
+
+    kernels._tiling.cache_clear()
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: processors)
+    weights = draw([40, 30, 9], 64 * 149, 64, False, device, processors)
+    x = torch.randn(3, 64 * 149, generator=torch.Generator().manual_seed(5)).to(device, torch.bfloat16)
+    with launched(SOME, *([] if processors == 1 else ["nf4_linear_add"])):
+        nf4_linear(x, weights)
+    check(x, weights, exact_enough)
+    kernels._tiling.cache_clear()
 
 
 def test_products_of_rows_of_any_strides(device, launched, exact_enough):
