@@ -93,7 +93,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.again": ["CHOICES", "Choice", "compute_by_choice", "without_checkpointing"],
     "ft_core.fast.blocks": ["Blocks", "Keep"],
     "ft_core.fast.check": ["Comparison", "bound", "compare", "trial"],
-    "ft_core.fast.choose": ["Chooser", "Sizes", "fit"],
+    "ft_core.fast.choose": ["Chooser", "Sizes", "counted", "fit"],
     "ft_core.fast.documents": ["Batch", "batch_of"],
     "ft_core.fast.families": [],
     "ft_core.fast.families.llama": ["describe_llama", "describe_mistral"],
