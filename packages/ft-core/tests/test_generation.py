@@ -280,10 +280,17 @@ def test_a_stream_that_is_closed_ends_the_generation(loaded: tuple[Any, Any]) ->
     assert threading.active_count() == before
 
 
-def test_an_error_while_streaming_is_raised_where_it_is_read(loaded: tuple[Any, Any]) -> None:
+def test_an_error_while_streaming_is_raised_where_it_is_read(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = loaded
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        list(stream(model, tokenizer, [{"role": "user", "content": "a"}], max_new_tokens=0))
+
+    def fail(*args: Any, **keywords: Any) -> Any:
+        raise ValueError("it failed half-way")
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(ValueError, match="half-way"):
+        list(stream(model, tokenizer, [{"role": "user", "content": "a"}]))
 
 
 # -- by the fast layers, here on a CPU
@@ -350,8 +357,20 @@ def test_a_stream_of_the_fast_layers_is_stopped_or_closed(loaded: tuple[Any, Any
     assert next(again) == first
     again.close()
     assert threading.active_count() == before
-    with pytest.raises(ValueError, match="max_new_tokens"):
+    with pytest.raises(DataError, match="max_new_tokens"):
         list(stream(model, tokenizer, turn, max_new_tokens=0, fast=True))
+
+
+def test_answers_for_which_there_is_no_room(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ft_core.fast.decoding import Decoder
+
+    model, tokenizer = loaded
+    prompts = ["add 3 and 4", "add 11 and 5"]
+    expected = generate(model, tokenizer, prompts, max_new_tokens=8, fast=True)
+    monkeypatch.setattr(Decoder, "_fits", lambda *_: False)
+    assert generate(model, tokenizer, prompts, max_new_tokens=8) == expected
+    with pytest.raises(RunError, match="do not fit into the free memory"):
+        generate(model, tokenizer, prompts, max_new_tokens=8, fast=True)
 
 
 def test_answers_that_the_fast_layers_cannot_write(learned_positions: tuple[Any, Any]) -> None:

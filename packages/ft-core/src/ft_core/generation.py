@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft_core.errors import DataError, RunError
 from ft_core.memory import enough_memory
+from ft_core.prompts import encode_prompt, encode_prompts, render, render_chat, room, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,38 +32,6 @@ BATCH_TOKENS = 8192
 """Prompts are batched up to about this many tokens, answer included, padding counted."""
 
 LESS_MEMORY = "shorten the prompts or the answers (--max-new-tokens), or free memory that other programs hold"
-
-
-def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation as the model's chat template writes it, ready for the answer.
-
-    Raises:
-        DataError: the tokenizer has no chat template, or it refuses these messages (a role it doesn't know).
-    """
-    if not tokenizer.chat_template:
-        raise DataError("the model's tokenizer has no chat template: give plain prompts, or use an instruct model")
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the model's; its errors have no common type
-        raise DataError(f"the model's chat template refuses these messages: {error}") from error
-    return str(text)
-
-
-def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt that is whole: a rendered conversation, or a text with its beginning-of-sequence token."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: those of the generation configuration, the tokenizer's own, and the one with which
-    the chat template ends a turn (a base model's tokenizer may have another end-of-text token, Qwen2.5's has)."""
-    from ft_core.data.rendering import Renderer
-
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    known = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    known += [tokenizer.eos_token_id, Renderer(tokenizer).end_of_turn()]
-    return [token for token in dict.fromkeys(known) if token is not None]
 
 
 def _settings(tokenizer: Any, stops: list[int], max_new_tokens: int, temperature: float, top_p: float) -> Any:
@@ -99,20 +69,6 @@ def _no_settings_of_its_own(model: Any) -> Iterator[None]:
             one.generation_config = config
 
 
-def _room(model: PreTrainedModel, length: int, wanted: int, which: str = "the prompt") -> int:
-    """How many tokens an answer to a prompt of ``length`` tokens may have: ``wanted``, or the positions left."""
-    from ft_core.models.loading import positions
-
-    if not length:
-        raise DataError(f"{which} is empty")
-    limit = positions(model.config)
-    if limit is None:
-        return wanted
-    if length >= limit:
-        raise DataError(f"{which} has {length} tokens and leaves none of the model's {limit} positions: shorten it")
-    return min(wanted, limit - length)
-
-
 def generate_ids(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,13 +101,14 @@ def generate_ids(
         The answers in the order of ``prompts``, without special tokens.
 
     Raises:
-        DataError: a prompt is empty or fills the model's positions.
+        DataError: a prompt is empty or fills the model's positions, or a number is outside its range.
         RunError: the memory is too small for a batch, or the fast layers were asked for and cannot answer.
     """
     import torch
 
+    _check(max_new_tokens, temperature, top_p)
     stops = stop_ids(model, tokenizer)
-    room = [_room(model, len(ids), max_new_tokens, f"prompt {number}") for number, ids in enumerate(prompts, 1)]
+    left = [room(model, len(ids), max_new_tokens, f"prompt {number}") for number, ids in enumerate(prompts, 1)]
     last = _last_position(model)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     answers = [""] * len(prompts)
@@ -163,15 +120,15 @@ def generate_ids(
         decoder = _decoder(model, fast)
         start = 0
         while start < len(order):
-            new = room[order[start]]
+            new = left[order[start]]
             batch = order[start : start + max(1, batch_tokens // (len(prompts[order[start]]) + new))]
             batch = [
-                i for i in batch if room[i] == new
+                i for i in batch if left[i] == new
             ]  # the first ones: where room is short, it grows along the order
             given = [prompts[i] for i in batch]
             longest = len(given[0])
             with enough_memory(f"answering prompts of {longest} tokens with up to {new}", LESS_MEMORY):
-                if decoder is not None and decoder.fits(len(given), longest + new):
+                if decoder is not None and _able(decoder, fast, len(given), longest + new):
                     said = decoder.answers(given, new=new, stops=stops, temperature=temperature, top_p=top_p)
                 else:
                     ids, mask = _left_padded(given, tokenizer.pad_token_id or 0, model.device)
@@ -198,12 +155,30 @@ def _decoder(model: Any, fast: bool | None) -> Decoder | None:
     """What answers by the fast layers, or None where transformers does."""
     from ft_core.fast.decoding import decoder_of
 
-    decoder = None if fast is False else decoder_of(model, anywhere=fast is True)
-    if decoder is None or decoder.reason is None:
-        return decoder
-    if fast:
-        raise RunError(f"the fast layers cannot write this model's answers: {decoder.reason}")
-    return None
+    with enough_memory("trying the fast layers", LESS_MEMORY):
+        decoder = None if fast is False else decoder_of(model, anywhere=fast is True)
+    return decoder if decoder is not None and not _refused(decoder.reason, fast) else None
+
+
+def _able(decoder: Decoder | None, fast: bool | None, rows: int, slots: int) -> bool:
+    """Whether the fast layers write the answers of so many sequences of so many tokens."""
+    return decoder is not None and not _refused(decoder.why_not(rows, slots), fast)
+
+
+def _refused(reason: str | None, fast: bool | None) -> bool:
+    if reason is not None and fast:
+        raise RunError(f"the fast layers cannot write this model's answers: {reason}")
+    return reason is not None
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Refuse what means nothing, whoever would answer."""
+    if max_new_tokens < 1:
+        raise DataError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise DataError(f"temperature is {temperature}: give 0 (the likeliest token each time) or more")
+    if not 0 < top_p <= 1:
+        raise DataError(f"top_p is {top_p}: give a share above 0, up to 1 (all tokens)")
 
 
 def _last_position(model: Any) -> dict[str, Any]:
@@ -267,41 +242,6 @@ def generate(
     )
 
 
-def encode_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Sequence[dict[str, str]]],
-    *,
-    system: str | None = None,
-) -> list[list[int]]:
-    """The token ids of prompts as :func:`generate` takes them.
-
-    Raises:
-        DataError: a prompt is empty or fills the model's positions; conversations or a system message, but no chat
-            template; or messages that the template refuses.
-    """
-    ids = [encode_prompt(_render(prompt, tokenizer, system), tokenizer) for prompt in prompts]
-    for number, one in enumerate(ids, 1):
-        _room(model, len(one), 1, f"prompt {number}")
-    return ids
-
-
-def _render(prompt: str | Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, system: str | None) -> str:
-    from ft_core.data import render_prompt
-
-    if isinstance(prompt, str):
-        if not tokenizer.chat_template:
-            if system:
-                raise DataError("the model's tokenizer has no chat template, so it knows no system message")
-            return render_prompt({"text": prompt}, tokenizer)[0]
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        messages = list(prompt)
-    if system and not (messages and messages[0].get("role") == "system"):
-        messages = [{"role": "system", "content": system}, *messages]
-    return render_chat(messages, tokenizer)
-
-
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -326,6 +266,7 @@ def stream(
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+    _check(max_new_tokens, temperature, top_p)
     ended = Event()
 
     def over() -> bool:
@@ -341,10 +282,10 @@ def stream(
             if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in stops:
                 super().put(value)
 
-    text = _render(messages if tokenizer.chat_template else messages[-1]["content"], tokenizer, None)
+    text = render(messages if tokenizer.chat_template else messages[-1]["content"], tokenizer, None)
     prompt = encode_prompt(text, tokenizer)
     stops = stop_ids(model, tokenizer)
-    new = _room(model, len(prompt), max_new_tokens, "the conversation")
+    new = room(model, len(prompt), max_new_tokens, "the conversation")
     settings = _settings(tokenizer, stops, new, temperature, top_p)
     ids, mask = _left_padded([prompt], 0, model.device)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -367,7 +308,7 @@ def stream(
     def work() -> None:
         try:
             with memory:
-                if decoder is not None and decoder.fits(1, len(prompt) + new):
+                if decoder is not None and _able(decoder, fast, 1, len(prompt) + new):
                     write(decoder)
                     return
                 with _no_settings_of_its_own(model):

@@ -140,5 +140,5 @@ def test_drawn_by_the_seed_and_ended_early() -> None:
 
 def test_too_little_memory_is_seen_before() -> None:
     decoder = ready(make("llama"))
-    assert decoder.fits(1, 1000)
-    assert not decoder.fits(2**20, 10**6)
+    assert decoder.why_not(1, 1000) is None
+    assert "memory" in str(decoder.why_not(2**20, 10**6))

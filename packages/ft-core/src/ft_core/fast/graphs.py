@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ft_core.fast.recording import as_it_was, recording_stream
+
 __all__ = ["Graphs"]
 
 AFTER = 3
@@ -103,15 +105,12 @@ class Graphs:
     def _record(
         self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module, device: torch.device
     ) -> _Step | None:
-        generator = torch.cuda.default_generators[device.index]
-        state = generator.clone_state()
         try:
-            with torch.cuda.device(device):
+            with torch.cuda.device(device), as_it_was(device):
                 return _Step(compute, given, model)
         except Exception as error:
             # Something waited for the GPU, say. The layers can still be computed kernel by kernel.
             self.reason = f"{type(error).__name__}: {error}"
-            generator.graphsafe_set_state(state)  # which a recording that broke off leaves as if it went on
             return None
 
 
@@ -156,17 +155,17 @@ class _Step:
         self.given = {name: t.detach().clone() for name, t in given.items()}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._turn: Callable[[], _Turn | None] = lambda: None
-        pool = torch.cuda.graph_pool_handle()
+        pool, stream = torch.cuda.graph_pool_handle(), recording_stream(next(iter(given.values())).device)
         # Threads that load data may allocate meanwhile. A cast that autocast keeps would lie in the graph's memory.
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         with (
             torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
             _stand_ins(model) as (self.parameters, stand_ins),
         ):
-            with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.forward, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 loss = compute(**self.given)
             self.up = torch.ones_like(loss)
-            with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.backward, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 grads = torch.autograd.grad(loss, stand_ins, self.up, allow_unused=True)
                 self.dtypes = sorted({g.dtype for g in grads if g is not None}, key=str)
                 self.flats = [torch.cat([g.flatten() for g in grads if g is not None and g.dtype == d])

@@ -70,13 +70,15 @@ class Decoder:
             self.reason = str(reason)
         return self.reason is None
 
-    def fits(self, rows: int, slots: int) -> bool:
-        """Whether there is memory to keep so many sequences of so many tokens, and no other answer is being written."""
-        layers = self._layers
-        assert layers is not None
+    def why_not(self, rows: int, slots: int) -> str | None:
+        """Why so many sequences of so many tokens cannot be written now, or None."""
         if self._busy.locked():
-            return False
-        known = self.session
+            return "another answer of this model is being written"
+        return None if self._fits(rows, slots) else "their keys and values do not fit into the free memory"
+
+    def _fits(self, rows: int, slots: int) -> bool:
+        layers, known = self._layers, self.session
+        assert layers is not None
         if layers.device.type != "cuda" or (known is not None and known.rows >= rows and known.slots >= slots):
             return True
         free, _ = torch.cuda.mem_get_info(layers.device)
@@ -90,7 +92,8 @@ class Decoder:
     ) -> Generator[list[int], None, None]:
         """The tokens that follow prompts, one of each at a time; closing the iterator ends it.
 
-        What follows a sequence's end token means nothing: whoever reads closes the iterator when all have ended.
+        While another answer of this model is being written it waits (:meth:`why_not` says so before). What follows a
+        sequence's end token means nothing: whoever reads closes the iterator when all have ended.
 
         Args:
             prompts: token ids, none empty.
@@ -99,12 +102,11 @@ class Decoder:
 
         Raises:
             ValueError: ``new`` is less than one.
-            RuntimeError: another answer of this model is being written, or :meth:`ready` was not called.
+            RuntimeError: :meth:`ready` was not called.
         """
         if new < 1:
             raise ValueError(f"max_new_tokens is {new}: it must be greater than 0")
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("another answer of this model is being written")
+        self._busy.acquire()
         try:
             session = self._session(len(prompts), max(map(len, prompts)) + new)
             tokens = _chosen(session.begin(prompts), temperature, top_p)

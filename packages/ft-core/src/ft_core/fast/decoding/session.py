@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 import ft_kernels as kernels
 from ft_core.fast.decoding.layers import Layers
 from ft_core.fast.layout import Layout
+from ft_core.fast.recording import as_it_was, recording_stream
+from ft_kernels.ops.packed_attention.choose import PLANNED, case_of, why_not
 
 __all__ = ["Session", "bytes_of"]
 
@@ -69,8 +72,7 @@ class Session:
         with _on(device):
             ids, positions, where = torch.tensor([flat, places, slots], dtype=torch.int64).to(device)
             plan = kernels.plan_attention(lengths=counts)
-            # Flex attention would be compiled first, which takes longer than the answer.
-            backend = "triton" if len(set(counts)) > 1 and _has_kernel(device, layers) else "auto"
+            backend = _backend(layers, counts)
 
             def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 layer, (keys, values) = layers.layers[number], self.kept[number]
@@ -136,24 +138,33 @@ class Session:
 
     def _record(self) -> None:
         device = self.layers.device
-        generator = torch.cuda.default_generators[device.index or 0]
-        before = generator.clone_state()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                as_it_was(device),
+                torch.cuda.graph(graph, stream=recording_stream(device), capture_error_mode="thread_local"),
+            ):
                 self._logits = self._step()
             self._graph = graph
         except Exception as error:  # something waited for the GPU, say: the step is still computed kernel by kernel
             self.reason = f"{type(error).__name__}: {error}"
             self._logits = None
-            generator.graphsafe_set_state(before)
 
 
-def _has_kernel(device: torch.device, layers: Layers) -> bool:
-    """Whether ft_kernels' own kernel computes attention over documents of several lengths."""
-    if device.type != "cuda" or layers.dtype == torch.float32 or layers.layout.head_dim > 256:
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+def _backend(layers: Layers, counts: Sequence[int]) -> Any:
+    """Attention over prompts: our own kernel where it can be, cuDNN where one is long.
+
+    Their lengths won't come again: flex attention would be compiled first, and cuDNN plans anew for each length, which
+    both take longer than reading most prompts.
+    """
+    layout = layers.layout
+    q = torch.empty(0, layout.heads, layout.head_dim, dtype=layers.dtype, device=layers.device)
+    windows = any(layer.window is not None for layer in layers.layers)
+    equal = len(set(counts)) == 1
+    case = case_of(q, max_length=max(counts), equal=equal, window=windows)
+    if layers.device.type != "cuda" or why_not("triton", case) is not None:
+        return "auto"
+    return "dense" if max(counts) >= PLANNED and why_not("dense", case) is None else "triton"
 
 
 @contextlib.contextmanager

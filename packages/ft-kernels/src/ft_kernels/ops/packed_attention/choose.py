@@ -10,7 +10,7 @@ import torch
 
 from ft_kernels import tuning
 
-__all__ = ["BACKENDS", "LONG", "ROUND", "Backend", "Case", "case_of", "choose", "has_cudnn", "why_not"]
+__all__ = ["BACKENDS", "LONG", "PLANNED", "ROUND", "Backend", "Case", "case_of", "choose", "has_cudnn", "why_not"]
 
 Backend = Literal["chunked", "dense", "flash", "flash_attn", "flex", "reference", "sdpa", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
