@@ -101,7 +101,7 @@ def _no_settings_of_its_own(model: Any) -> Iterator[None]:
 
 def _room(model: PreTrainedModel, length: int, wanted: int, which: str = "the prompt") -> int:
     """How many tokens an answer to a prompt of ``length`` tokens may have: ``wanted``, or the positions left."""
-    from ft_core.models.loading import positions
+    from ft_core.models.positions import positions
 
     if not length:
         raise DataError(f"{which} is empty")
