@@ -42,10 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3 rope": ("Llama", {"rope_parameters": LLAMA3}),
     "llama, linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama, yarn": ("Llama", {"rope_parameters": YARN, "max_position_embeddings": 64}),
-    "llama, yarn in all its parameters": (
-        "Llama",
-        {"rope_parameters": {**YARN, "attention_factor": 1.7, "beta_fast": 2.0, "beta_slow": 0.25}},
-    ),
+    "llama, yarn, attention of its own": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.7}}),
     "qwen3, yarn, mscale": ("Qwen3", {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5}}),
     "llama, wide heads": ("Llama", {"head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": None}),
@@ -260,13 +257,12 @@ def test_a_wrong_permutation_is_caught(make_model: Any, tmp_path: Path, monkeypa
     _refused(model, tmp_path / "out", r"llama.cpp is not the model: at prompt \d+, token \d+, .*'.*' \(\d+\)")
 
 
-@pytest.mark.parametrize("lost", ["attn_factors", "yarn_beta_fast", "yarn_beta_slow", "factor", "orig_ctx_len"])
+@pytest.mark.parametrize("lost", ["attn_factors", "factor", "orig_ctx_len", "type"])
 def test_a_yarn_key_that_is_lost_is_caught(
     lost: str, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So llama.cpp reads each of them, and the comparison sees it."""
-    rope = {**YARN, "attention_factor": 1.7, "beta_fast": 2.0, "beta_slow": 0.25}
-    model = make_model(tmp_path / "model", rope_parameters=rope)
+    model = make_model(tmp_path / "model", rope_parameters={**YARN, "attention_factor": 1.7})
     monkeypatch.setattr(gguf.GGUFWriter, f"add_rope_scaling_{lost}", lambda *_: None)
     with pytest.raises(ExportError, match=r"llama\.cpp is not the model|parts from transformers"):
         export_gguf(model, tmp_path / "out")
@@ -406,9 +402,12 @@ def test_unknown_architecture_and_options(base: Path, make_model: Any, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_yarn_without_rounded_ends(make_model: Any, tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", rope_parameters={**YARN, "truncate": False})
-    with pytest.raises(ExportError, match=r"truncate: false cannot be written to GGUF: llama\.cpp rounds"):
+@pytest.mark.parametrize(("key", "value"), [("beta_fast", 16.0), ("beta_slow", 0.5), ("truncate", False)])
+def test_a_ramp_that_llama_cpp_does_not_compute(key: str, value: Any, make_model: Any, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", rope_parameters={**YARN, key: value})
+    with pytest.raises(
+        ExportError, match=rf"^rope_type 'yarn' with {key} {value} cannot be written to GGUF: llama\.cpp"
+    ):
         export_gguf(model, tmp_path / "out")
 
 

@@ -97,9 +97,9 @@ def head_size(config: Any) -> int:
 def rope_keys(writer: Any, config: Any) -> None:
     """Rotary keys; llama3's scaling is a tensor (:func:`llama3_factors`), not a key.
 
-    Of yarn (Peng et al. 2023, arXiv:2309.00071) llama.cpp knows the same ramp, and computes the factor on cos and sin
-    by the paper's formula ``0.1 ln(factor) + 1``; ``attn_factor`` multiplies that, so it holds what a model's own is
-    over it.
+    Of yarn (Peng et al. 2023, arXiv:2309.00071) llama.cpp computes the same ramp with the paper's ends, and the factor
+    on cos and sin by the paper's formula ``0.1 ln(factor) + 1``. The key ``attn_factor`` multiplies that: it holds the
+    model's own over the formula's.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
@@ -120,10 +120,6 @@ def rope_keys(writer: Any, config: Any) -> None:
         share = yarn_attention(rope, factor) / _mscale(factor, 1.0)
         if share != 1.0:
             writer.add_rope_scaling_attn_factors(share)
-        if rope.get("beta_fast"):
-            writer.add_rope_scaling_yarn_beta_fast(float(rope["beta_fast"]))
-        if rope.get("beta_slow"):
-            writer.add_rope_scaling_yarn_beta_slow(float(rope["beta_slow"]))
 
 
 def _mscale(factor: float, scale: float) -> float:
@@ -152,10 +148,16 @@ def check_rope(config: Any, name: str, has_factors: bool) -> None:
         raise ExportError(f"rope_type {kind!r} cannot be written to GGUF (allowed: default, linear, llama3, yarn)")
     if kind == "llama3" and not has_factors:
         raise ExportError(f"rope_type 'llama3' cannot be written to GGUF for {name}")
-    if kind == "yarn" and config.rope_parameters.get("truncate") is False:
-        raise ExportError(
-            "rope_type 'yarn' with truncate: false cannot be written to GGUF: llama.cpp rounds the ramp's ends"
-        )
+    if kind != "yarn":
+        return
+    # llama.cpp has keys for the ends of the ramp, and reads them for other architectures only (measured).
+    rope, computed = config.rope_parameters, {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    for key, value in computed.items():
+        stated = rope.get(key)
+        if stated is not None and stated != value:
+            raise ExportError(
+                f"rope_type 'yarn' with {key} {stated} cannot be written to GGUF: llama.cpp computes with {value}"
+            )
 
 
 def window(config: Any) -> int | None:
