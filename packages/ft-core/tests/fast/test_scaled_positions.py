@@ -145,3 +145,12 @@ def test_answers_by_transformers_where_angles_change(kind: str) -> None:
     decoder = decoder_of(make("llama", kind), anywhere=True)
     assert decoder is not None
     assert decoder.reason == f"its rotary embedding ({kind}) changes with the length of the text"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_step_is_recorded_only_where_angles_stay(kind: str) -> None:
+    """A recorded step has no host in it that would look at the length of the text."""
+    model = make("llama", kind)
+    fast.enable(model)
+    looked = model.get_base_model().forward._looks(False)
+    assert (looked is None) == (kind in ("dynamic", "longrope"))
