@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ft_core.config import (
     DataSource,
     LoraSettings,
+    RopeScaling,
     TrainConfig,
     TrainingSettings,
     load_config,
@@ -25,8 +26,8 @@ from ft_core.errors import ConfigError, FtError
 
 MINIMAL = {"model": "some/model", "data": "rows.jsonl"}
 TOP = (
-    "model, method, data, eval_split, eval_data, quantization, max_length, packing, lora, training, activations, "
-    "memory, verify, task, output, sft"
+    "model, method, data, eval_split, eval_data, quantization, max_length, rope_scaling, packing, lora, training, "
+    "activations, memory, verify, task, output, sft"
 )
 Write = Callable[[str], Path]
 
@@ -59,6 +60,7 @@ def test_the_defaults() -> None:
         "eval_data": None,
         "quantization": "none",
         "max_length": 2048,
+        "rope_scaling": None,
         "packing": True,
         "lora": {
             "r": 16,
@@ -105,6 +107,8 @@ data: [train.jsonl, {path: more.csv, weight: 0.5, format: alpaca}]
 eval_data: held_out.jsonl
 quantization: nf4
 max_length: 4096
+rope_scaling: {rope_type: yarn, factor: 4, original_max_position_embeddings: 1024, attention_factor: 1.5, beta_fast: 16,
+               beta_slow: 2}
 packing: false
 lora: {r: 8, alpha: 32, dropout: 0.1, targets: [q_proj, v_proj], rslora: true, dora: true, bias: lora_only,
        modules_to_save: [lm_head], init_lora_weights: gaussian}
@@ -131,6 +135,14 @@ sft: {train_on: all}
         bias="lora_only",
         modules_to_save=["lm_head"],
         init_lora_weights="gaussian",
+    )
+    assert config.rope_scaling == RopeScaling(
+        rope_type="yarn",
+        factor=4.0,
+        original_max_position_embeddings=1024,
+        attention_factor=1.5,
+        beta_fast=16,
+        beta_slow=2,
     )
     assert config.training == TrainingSettings(
         epochs=0.5,

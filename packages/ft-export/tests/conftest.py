@@ -136,10 +136,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """A run folder as docs/run-folder.md describes it, without a trained model in it."""
 
-    def make(name: str = "my run", quantization: str = "none", run_format: int = 1, base: Path | None = None) -> Path:
+    def make(
+        name: str = "my run",
+        quantization: str = "none",
+        run_format: int = 1,
+        base: Path | None = None,
+        rope: dict[str, Any] | None = None,
+    ) -> Path:
         run = tmp_path / name
         run.mkdir()
-        environment = {"run_format": run_format, "base_model": {"reference": "x", "path": str(base), "name": "x"}}
+        known: dict[str, Any] = {"reference": "x", "path": str(base), "name": "x", **(rope or {})}
+        environment = {"run_format": run_format, "base_model": known}
         (run / "environment.json").write_text(json.dumps(environment))
         (run / "config.yaml").write_text(f"model: x\nmethod: sft\nquantization: {quantization}\n")
         rows = [

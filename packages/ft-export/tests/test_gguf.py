@@ -35,11 +35,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied, with biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True}),
     "llama 3 rope": ("Llama", {"rope_parameters": LLAMA3}),
     "llama, linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama, yarn": ("Llama", {"rope_parameters": YARN, "max_position_embeddings": 64}),
+    "llama, yarn, attention of its own": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.7}}),
+    "qwen3, yarn, mscale": ("Qwen3", {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5}}),
     "llama, wide heads": ("Llama", {"head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral, sliding window": ("Mistral", {"sliding_window": 96}),
@@ -253,6 +257,17 @@ def test_a_wrong_permutation_is_caught(make_model: Any, tmp_path: Path, monkeypa
     _refused(model, tmp_path / "out", r"llama.cpp is not the model: at prompt \d+, token \d+, .*'.*' \(\d+\)")
 
 
+@pytest.mark.parametrize("lost", ["attn_factors", "factor", "orig_ctx_len", "type"])
+def test_a_yarn_key_that_is_lost_is_caught(
+    lost: str, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So llama.cpp reads each of them, and the comparison sees it."""
+    model = make_model(tmp_path / "model", rope_parameters={**YARN, "attention_factor": 1.7})
+    monkeypatch.setattr(gguf.GGUFWriter, f"add_rope_scaling_{lost}", lambda *_: None)
+    with pytest.raises(ExportError, match=r"llama\.cpp is not the model|parts from transformers"):
+        export_gguf(model, tmp_path / "out")
+
+
 def test_a_dropped_rope_tensor_is_caught(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(tmp_path / "model", rope_parameters={**LLAMA3, "original_max_position_embeddings": 8})
     monkeypatch.setattr(converter, "find_architecture", _without_extra_tensors)
@@ -335,6 +350,35 @@ def test_a_fully_trained_run_is_exported_as_it_is(base: Path, make_run: Any) -> 
     assert not (run / "merged").exists()
 
 
+def scaled(**rope: Any) -> dict[str, Any]:
+    """What a run that was trained with 2048 positions says of its base, which has 512."""
+    return {"max_position_embeddings": 2048, "rope_parameters": {"rope_theta": 10000.0, **rope}}
+
+
+def test_a_run_with_scaled_positions(base: Path, make_run: Any, make_adapter: Any) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    run = make_run(base=base, rope=scaled(**rope))
+    make_adapter(run / "adapter", base, tokenizer=True)
+    made = export_gguf(run)
+    config = json.loads((run / "merged" / "config.json").read_text())
+    assert config["rope_parameters"] == {"rope_theta": 10000.0, **rope}
+    assert config["max_position_embeddings"] == 2048
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(made.file).fields.items()}
+    assert fields["llama.context_length"] == 2048
+    assert fields["llama.rope.scaling.type"] == "yarn"
+    assert fields["llama.rope.scaling.factor"] == 4.0
+    assert fields["llama.rope.scaling.original_context_length"] == 512
+    assert "llama.rope.scaling.attn_factor" not in fields  # llama.cpp's own formula is the paper's
+
+
+def test_a_run_whose_scaling_cannot_be_written_is_not_merged(base: Path, make_run: Any, make_adapter: Any) -> None:
+    run = make_run(base=base, rope=scaled(rope_type="dynamic", factor=4.0))
+    make_adapter(run / "adapter", base, tokenizer=True)
+    with pytest.raises(ExportError, match="rope_type 'dynamic' cannot be written to GGUF"):
+        export_gguf(run)
+    assert not (run / "merged").exists()
+
+
 # --- bad input
 
 
@@ -356,6 +400,15 @@ def test_unknown_architecture_and_options(base: Path, make_model: Any, tmp_path:
     with pytest.raises(ExportError, match="rope_type 'dynamic' cannot be written to GGUF"):
         export_gguf(dynamic, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("beta_fast", 16.0), ("beta_slow", 0.5), ("truncate", False)])
+def test_a_ramp_that_llama_cpp_does_not_compute(key: str, value: Any, make_model: Any, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", rope_parameters={**YARN, key: value})
+    with pytest.raises(
+        ExportError, match=rf"^rope_type 'yarn' with {key} {value} cannot be written to GGUF: llama\.cpp"
+    ):
+        export_gguf(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "not finite"), (1e6, "beyond F16's 65504")])

@@ -15,11 +15,13 @@ import transformers
 from peft import PeftModel
 
 from ft_export import ExportError, merge
+from ft_export.bases import load_model
 from ft_export.checkpoints import Checkpoint
 from ft_export.merging import merge as merge_function
 from ft_export.merging.adapter import Adapter
 from ft_export.merging.logprobs_check import check_logprobs
 from ft_export.merging.weights_check import half_ulp
+from ft_export.runs import Rope
 
 assert merge is merge_function
 
@@ -243,6 +245,52 @@ def test_a_base_without_one_tensor(base: Path, make_adapter: Any, tmp_path: Path
 
 
 # --- run folders
+
+
+def scaled(**rope: Any) -> dict[str, Any]:
+    """What a run that was trained with 2048 positions says of its base, which has 512."""
+    return {"max_position_embeddings": 2048, "rope_parameters": {"rope_theta": 10000.0, **rope}}
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("which", ["the run", "its adapter"])
+def test_scaled_positions(
+    kind: str, which: str, base: Path, make_run: Any, make_adapter: Any, tmp_path: Path, contents: Any
+) -> None:
+    """The merged model has them by itself, the adapter on its base by the run's word only."""
+    rope = {"rope_type": kind, "factor": 4.0, **({"original_max_position_embeddings": 512} if kind == "yarn" else {})}
+    run = make_run(base=base, rope=scaled(**rope))
+    make_adapter(run / "adapter", base, tokenizer=True)
+    result = merge(run if which == "the run" else run / "adapter", tmp_path / "out")
+    assert any(f"the rotary scaling of the run: {kind}, 2048 positions" in line for line in result.lines)
+    model = load_model(result.folder, torch.float32)
+    assert model.config.rope_parameters == {"rope_theta": 10000.0, **rope}
+    assert model.config.max_position_embeddings == 2048
+    assert model.model.rotary_emb.rope_type == kind
+    said = json.loads((result.folder / "merge.json").read_text())
+    assert said["rope"] == scaled(**rope)
+
+
+def test_a_merge_that_lost_the_scaling_is_caught(base: Path, make_adapter: Any, tmp_path: Path) -> None:
+    rope = Rope(
+        2048, {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    )
+    adapter = make_adapter(tmp_path / "adapter", base)
+    merge(adapter, tmp_path / "out")
+    mine, samples = Adapter(adapter), [list(range(3, 60)), list(range(100, 160))]
+    with pytest.raises(ExportError, match="does not say what the adapter on its base says"):
+        check_logprobs(tmp_path / "out", base, mine, samples, torch.bfloat16, set(mine.changes), None, rope)
+
+
+def test_a_run_that_does_not_say_how_its_base_was_scaled(base: Path, make_run: Any, make_adapter: Any) -> None:
+    run = make_run(base=base)
+    make_adapter(run / "adapter", base, tokenizer=True)
+    with (run / "config.yaml").open("a") as file:
+        file.write("rope_scaling: {rope_type: yarn, factor: 4.0}\n")
+    with pytest.raises(
+        ExportError, match=r"trained with rope_scaling, but its environment\.json has no base_model\.rope"
+    ):
+        merge(run)
 
 
 def test_run_folder(base: Path, make_run: Any, make_adapter: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,50 @@ def test_exporter(base: Path, tmp_path: Path) -> None:
     assert any(line.startswith("llama.cpp's answer to") for line in result.checks)
     with pytest.raises(FtError, match="allowed: f16, q8_0"):
         export(ExportRequest(run=base, out=tmp_path / "out", type="q4_0"))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_what_was_trained_with_scaled_positions_is_served_with_them(
+    quantization: str, make_model: Any, tmp_path: Path
+) -> None:
+    """From a run of ``ft train`` on texts longer than the base has positions to llama.cpp, which is compared with the
+    merged model, as that is with the adapter on its scaled base."""
+    pytest.importorskip("gguf", reason='pip install "ft-export[gguf]"')
+    pytest.importorskip("xllamacpp", reason='pip install "ft-export[gguf]"')
+    import torch
+
+    from ft_core import train
+    from ft_core.models import load_run
+    from ft_core.runs import Run
+    from ft_export.bases import load_model
+
+    base = make_model(tmp_path / "base", max_position_embeddings=48, initializer_range=0.1)
+    turns = [
+        [("user", f"What is {n} and {n}?"), ("assistant", f"{2 * n}. " + "The sun is shining. " * 8)] for n in range(12)
+    ]
+    rows = [{"messages": [{"role": role, "content": said} for role, said in turn]} for turn in turns]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = train(
+        {
+            "model": str(base),
+            "data": str(tmp_path / "rows.jsonl"),
+            "eval_split": 4,
+            "quantization": quantization,
+            "max_length": 96,
+            "rope_scaling": "yarn",
+            "lora": {"r": 8},
+            "training": {"max_steps": 3, "batch_size": 2, "gradient_accumulation": 1, "learning_rate": 5e-3,
+                         "optimizer": "adamw_torch"},
+            "output": str(tmp_path / "run"),
+        },
+        say=lambda _: None,
+    )  # fmt: skip
+    export = resolve(registry().get(ExporterSpec, "gguf").export)
+    export(ExportRequest(run=result.run, out=tmp_path / "out"))
+    merged = load_model(result.run / "merged", torch.float32)
+    trained, _ = load_run(Run.open(result.run), say=lambda _: None)
+    plain = trained.get_base_model()
+    assert merged.config.rope_parameters == plain.config.rope_parameters
+    assert merged.config.max_position_embeddings == plain.config.max_position_embeddings == 96
+    assert torch.equal(merged.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq.cpu())
+    assert merged.model.rotary_emb.attention_scaling == plain.model.rotary_emb.attention_scaling > 1

@@ -12,7 +12,7 @@ API = {
     "ft_export.gguf": ["Converted", "convert"],
     "ft_export.gguf.export": ["Exported", "export"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
-    "ft_export.runs": ["RUN_FORMAT", "Source", "open_source", "read_json"],
+    "ft_export.runs": ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"],
 }
 
 

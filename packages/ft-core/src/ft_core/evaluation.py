@@ -163,7 +163,7 @@ def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
     from ft_core.data import render_prompt
     from ft_core.fast.decoding import forget
     from ft_core.generation import encode_prompt, generate_ids
-    from ft_core.models.loading import positions
+    from ft_core.models.positions import positions
 
     asked = []
     for row in job.rows:

@@ -91,7 +91,7 @@ def room(model: PreTrainedModel, length: int, wanted: int, which: str = "the pro
     Raises:
         DataError: the prompt is empty, or fills the model's positions.
     """
-    from ft_core.models.loading import positions
+    from ft_core.models.positions import positions
 
     if not length:
         raise DataError(f"{which} is empty")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
-from ft_export.runs import read_json
+from ft_export.runs import Rope, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -73,12 +73,15 @@ def quantization_of(folder: Path) -> str | None:
     return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else None
 
 
-def load_model(folder: Path, dtype: torch.dtype, *, labels: int | None = None, **options: Any) -> Any:
+def load_model(
+    folder: Path, dtype: torch.dtype, *, labels: int | None = None, rope: Rope | None = None, **options: Any
+) -> Any:
     """A transformers model on the CPU, in evaluation mode.
 
     Args:
         labels: None for a language model; else the outputs of a score head, which may be missing from the files (an
             adapter brings it).
+        rope: the rotary scaling to give it in place of its own; the model's configuration has it then.
 
     Raises:
         ExportError: transformers cannot load it, or the files lack a weight (which would be random).
@@ -89,6 +92,13 @@ def load_model(folder: Path, dtype: torch.dtype, *, labels: int | None = None, *
     if labels is not None:
         kind, options = transformers.AutoModelForSequenceClassification, {**options, "num_labels": labels}
     try:
+        if rope is not None:  # in the configuration, which the rotary embedding reads when it is built
+            heads = {"num_labels": options.pop("num_labels")} if labels is not None else {}
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **heads
+            )
+            rope.put(config)
+            options = {**options, "config": config}
         model, info = kind.from_pretrained(
             folder,
             dtype=dtype,

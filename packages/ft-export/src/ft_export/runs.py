@@ -9,10 +9,31 @@ from typing import Any
 
 from ft_export.errors import ExportError
 
-__all__ = ["RUN_FORMAT", "Source", "open_source", "read_json"]
+__all__ = ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"]
 
 RUN_FORMAT = 1
 """The newest version of the run folder's layout that this package reads."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary scaling that a run gave its base model; an adapter's own files have no place for it.
+
+    Attributes:
+        max_position_embeddings, rope_parameters: what they are in the base's configuration, in transformers' terms.
+    """
+
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+
+    def put(self, config: Any) -> None:
+        """Set both in a transformers configuration."""
+        text = config.get_text_config()
+        text.max_position_embeddings = self.max_position_embeddings
+        original = self.rope_parameters.get("original_max_position_embeddings")
+        if original is not None and hasattr(text, "original_max_position_embeddings"):
+            text.original_max_position_embeddings = original  # Phi-3's, which goes before the one in the parameters
+        text.rope_parameters = dict(self.rope_parameters)
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,7 @@ class Source:
         dtype: the format that the run computed in, or None.
         on_quantized: whether the adapter began as what the base's quantization lost (LoftQ), so that it belongs to the
             quantized base alone.
+        rope: the rotary scaling that the base was trained with, where that is not its own.
     """
 
     path: Path
@@ -43,6 +65,7 @@ class Source:
     held_out: Path | None = None
     dtype: str | None = None
     on_quantized: bool = False
+    rope: Rope | None = None
 
 
 def open_source(path: Path) -> Source:
@@ -59,7 +82,9 @@ def open_source(path: Path) -> Source:
     if (path / "environment.json").is_file():
         return _open_run(path, name)
     if (path / "adapter_config.json").is_file():
-        return Source(path, name, adapter=path)
+        run = path.absolute().parent
+        in_run = path.absolute().name == "adapter" and (run / "environment.json").is_file()
+        return Source(path, name, adapter=path, rope=_open_run(run, run.name).rope if in_run else None)
     if (path / "config.json").is_file():
         return Source(path, name, model=path)
     raise ExportError(
@@ -102,8 +127,22 @@ def _open_run(path: Path, name: str) -> Source:
         quantization=quantization if isinstance(quantization, str) else "none",
         held_out=held_out if held_out.is_file() else None,
         dtype=dtype if isinstance(dtype, str) else None,
+        rope=_rope(path, base, config) if adapter else None,
         on_quantized=isinstance(lora, dict) and lora.get("init_lora_weights") == "loftq" and quantization == "nf4",
     )
+
+
+def _rope(path: Path, base: Any, config: dict[str, Any]) -> Rope | None:
+    said = base if isinstance(base, dict) else {}
+    most, parameters = said.get("max_position_embeddings"), said.get("rope_parameters")
+    if isinstance(most, int) and isinstance(parameters, dict):
+        return Rope(most, parameters)
+    if config.get("rope_scaling"):
+        raise ExportError(
+            f"{path} was trained with rope_scaling, but its environment.json has no base_model.rope_parameters: "
+            "what its base was cannot be told"
+        )
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

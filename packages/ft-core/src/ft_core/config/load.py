@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
+from ft_core.config.numbers import Section
+from ft_core.config.rope import RopeScaling, named
 from ft_core.config.schema import LATER, TrainConfig
 from ft_core.errors import ConfigError, PluginError
 from ft_core.plugins import EXTRAS, MethodSpec, ModalitySpec, registry, resolve
 
-__all__ = ["check_config", "load_config", "method_settings", "parse_overrides", "to_yaml"]
+__all__ = ["check_config", "load_config", "method_settings", "parse_overrides", "read_rope_scaling", "to_yaml"]
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -81,6 +83,22 @@ def method_settings(config: TrainConfig) -> BaseModel:
         return model.model_validate(dict(section or {}))
     except ValidationError as error:
         raise ConfigError(_one_line(error, model, config.method)) from None
+
+
+class _Given(Section):
+    rope_scaling: Annotated[RopeScaling | None, BeforeValidator(named)]
+
+
+def read_rope_scaling(value: str | Mapping[str, Any] | RopeScaling | None) -> RopeScaling | None:
+    """``rope_scaling`` as the configuration has it: a type's name, or keys with values; None is none.
+
+    Raises:
+        ConfigError: one line with the key, the value, what is allowed and the nearest right spelling.
+    """
+    try:
+        return _Given.model_validate({"rope_scaling": value}).rope_scaling
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, _Given, "")) from None
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:

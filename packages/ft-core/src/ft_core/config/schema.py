@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ft_core.config.numbers import Number, Section, Switch, Whole
+from ft_core.config.rope import RopeScaling, named
 from ft_core.memory import bytes_of
 
 __all__ = ["LATER", "DataSource", "LoraSettings", "TrainConfig", "TrainingSettings"]
@@ -24,34 +26,11 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value
 
 
-def _only(value: Any) -> Any:
-    """YAML reads `yes`, `on` and 1 in places where only true or false is meant; a number is no switch."""
-    if isinstance(value, bool):
-        return value
-    raise ValueError("true or false")
-
-
-def _no_switch(value: Any) -> Any:
-    """And a switch is no number: `eval_split: true` would silently be one row."""
-    if isinstance(value, bool):
-        raise ValueError("a number")
-    return value
-
-
 def _start(value: Any) -> Any:
     """The number 1 equals true, and is none of the ways to begin."""
     if value is True or value in ("gaussian", "loftq"):
         return value
     raise ValueError("true, gaussian, loftq")
-
-
-Switch = Annotated[bool, BeforeValidator(_only)]
-Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_no_switch)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class DataSource(Section):
@@ -202,6 +181,7 @@ class TrainConfig(BaseModel):
     eval_data: Sources | None = None
     quantization: Annotated[Literal["none", "nf4", "int8"], BeforeValidator(_no_null)] = "none"
     max_length: Whole = Field(default=2048, ge=2)
+    rope_scaling: Annotated[RopeScaling | None, BeforeValidator(named)] = None
     packing: Switch = True
     lora: LoraSettings | None = Field(default_factory=LoraSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
@@ -238,6 +218,15 @@ class TrainConfig(BaseModel):
         if self.training.eval_every is not None and self.eval_split is None and self.eval_data is None:
             raise ValueError(
                 f"training.eval_every: {self.training.eval_every} needs held-out data: give eval_split or eval_data"
+            )
+        if (
+            self.rope_scaling is not None
+            and self.rope_scaling.factor is None
+            and "max_length" not in self.model_fields_set
+        ):
+            raise ValueError(
+                f"rope_scaling: {self.rope_scaling.rope_type}: its factor follows from max_length, which is not set: "
+                "set max_length, or rope_scaling.factor"
             )
         if self.quantization != "none" and self.lora is None:
             raise ValueError(f"quantization: {self.quantization} needs lora (quantized weights cannot be trained)")

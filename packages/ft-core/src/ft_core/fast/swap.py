@@ -35,6 +35,8 @@ __all__ = ["FastPath", "disable", "enable", "fast_path_of", "is_own", "unwrapped
 BATCH = "ft_batch"
 """The keyword by which the backbone hands the batch's documents to its layers."""
 HANDLE = "_ft_fast_path"
+CHANGING = ("dynamic", "longrope")
+"""transformers' rotary embeddings whose angles follow the length of the text, on the host or in memory of their own."""
 
 
 @dataclass(eq=False)
@@ -369,7 +371,8 @@ class _ModelForward(_Forward):
         """What a recorded step depends on but for its input, and what that is made of; None where none can be."""
         path = self.path
         halves = [half for decoder in path.decoders for half in decoder.blocks.halves()]
-        if None in halves or not self._silent():
+        rotary = at(self.backbone, path.layout.rotary)
+        if None in halves or not self._silent() or getattr(rotary, "rope_type", None) in CHANGING:
             return None
         parameters = list(path.model.parameters())
         key = (

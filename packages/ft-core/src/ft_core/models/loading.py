@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ft_core.errors import ModelError, RunError
 from ft_core.models.device import Device, pick_device
+from ft_core.models.positions import check_length, check_scaled, scale
 from ft_core.models.source import ModelSource, find_model, read_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ft_core.config import TrainConfig
+    from ft_core.config import RopeScaling, TrainConfig
     from ft_core.runs import Run
 
 __all__ = [
     "Quantization",
-    "fitting_length",
     "load",
     "load_base",
     "load_for_training",
@@ -26,7 +26,6 @@ __all__ = [
     "load_layers",
     "load_run",
     "load_tokenizer",
-    "positions",
 ]
 
 Quantization = Literal["none", "nf4", "int8"]
@@ -42,6 +41,7 @@ def load(
     *,
     quantization: Quantization = "none",
     max_length: int | None = None,
+    rope_scaling: str | Mapping[str, Any] | RopeScaling | None = None,
     dtype: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, as transformers' own classes.
@@ -51,6 +51,8 @@ def load(
         quantization: ``none``; ``nf4``: 4-bit NormalFloat with double-quantized scales (Dettmers et al. 2023,
             arXiv:2305.14314); ``int8``: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339). Both through bitsandbytes.
         max_length: the longest sequence you mean to use, in tokens; refused where the model has fewer positions.
+        rope_scaling: how it gets them nevertheless, as in a configuration: ``"yarn"``, or
+            ``{"rope_type": "yarn", "factor": 4.0}``.
         dtype: ``bfloat16``, ``float16`` or ``float32``; unset takes what the hardware computes fast in.
 
     Returns:
@@ -58,8 +60,12 @@ def load(
 
     Raises:
         ModelError: the model cannot be found, is damaged, holds pickled weights, or needs code of its own.
+        ConfigError: ``rope_scaling`` is not allowed, or not for this model and length.
     """
-    return load_found(find_model(str(model)), quantization, max_length, dtype, {})
+    from ft_core.config.load import read_rope_scaling
+
+    scaling = read_rope_scaling(rope_scaling)
+    return load_found(find_model(str(model)), quantization, max_length, dtype, {}, scaling=scaling)
 
 
 def load_found(
@@ -68,12 +74,14 @@ def load_found(
     max_length: int | None = None,
     dtype: str | None = None,
     trained: dict[str, Any] | None = None,
+    *,
+    scaling: RopeScaling | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """:func:`load` for a model that was found; ``trained`` as for :func:`_load`."""
     read_ahead(source)
     device = pick_device()
     tokenizer = load_tokenizer(source)
-    loaded = _load(source, device, quantization, dtype or device.dtype, "language-model", max_length, trained)
+    loaded = _load(source, device, quantization, dtype or device.dtype, "language-model", max_length, scaling, trained)
     loaded.eval()
     return loaded, tokenizer
 
@@ -115,7 +123,7 @@ def load_for_training(
         trained = config.lora.model_dump(include={"r", "alpha", "dropout", "targets"})
         tokens = config.max_length  # in rows of their own, or packed into one; a few for the trial before
         trained["shapes"] = ((config.training.batch_size, tokens), (1, tokens), (1, 160))
-    model = _load(source, device, config.quantization, dtype, head, config.max_length, trained)
+    model = _load(source, device, config.quantization, dtype, head, config.max_length, config.rope_scaling, trained)
     model.config.use_cache = False
     if device.type == "cpu":
         _keep_trainable(model)
@@ -140,6 +148,7 @@ def _load(
     dtype: str,
     head: str,
     max_length: int | None,
+    scaling: RopeScaling | None,
     trained: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """``trained``: how it will be trained, for :func:`ft_core.fast.compile_ahead`; None if it may not be."""
@@ -157,7 +166,9 @@ def _load(
         )
     except Exception as error:  # an unknown type, a key missing, or a field that the class refuses
         raise ModelError(f"the model {source.reference} cannot be used: {_first_sentence(error)}") from error
-    _check_length(config, source, max_length)
+    if scaling is not None:  # before the model is built: its rotary embedding reads the configuration then
+        scale(config, scaling, max_length, source.reference)
+    check_length(config, max_length, source.reference)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
@@ -189,6 +200,8 @@ def _load(
         raise ModelError(f"the model {source.reference} cannot be loaded: {_first_sentence(error)}") from error
     _check_weights(model, report, source, head)
     _make_savable(model)
+    if scaling is not None:
+        check_scaled(model, scaling, source.reference)
     if head == "score" and model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = model.config.get_text_config().eos_token_id
     return model
@@ -297,34 +310,6 @@ def _is_bitsandbytes(stored: Any, quantization: str) -> bool:
     return bool(values.get("load_in_4bit" if quantization == "nf4" else "load_in_8bit"))
 
 
-def positions(config: Any) -> int | None:
-    """The most tokens of a sequence that a model's configuration provides for; None if it sets no bound."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else None
-
-
-def _check_length(config: Any, source: ModelSource, max_length: int | None) -> None:
-    most = positions(config)
-    if max_length and most and max_length > most:
-        raise ModelError(f"max_length {max_length} is more than the {most} positions of {source.reference}")
-
-
-def fitting_length(config: TrainConfig, source: ModelSource, *, say: Callable[[str], None] = print) -> TrainConfig:
-    """The configuration with its default ``max_length`` lowered to the model's positions; one that was set stays."""
-    from transformers import AutoConfig
-
-    if "max_length" in config.model_fields_set:
-        return config
-    try:
-        most = positions(AutoConfig.from_pretrained(source.path, trust_remote_code=False))
-    except Exception:  # what is wrong with the model is said when it is loaded
-        return config
-    if not most or most >= config.max_length:
-        return config
-    say(f"max_length is {most}: {source.name} has no more positions")
-    return config.model_copy(update={"max_length": most})
-
-
 def _first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
@@ -346,7 +331,10 @@ def load_base(run: Run, *, say: Callable[[str], None] = print) -> tuple[PreTrain
         from transformers import set_seed
 
         set_seed(config.training.seed)  # a new head starts from random numbers: the same as when it was trained
-    model = _load(source, device, config.quantization, device.dtype, head, None)
+    scaling = config.rope_scaling
+    model = _load(
+        source, device, config.quantization, device.dtype, head, config.max_length if scaling else None, scaling
+    )
     say(f"{source.name} on {device}")
     return model.eval(), load_tokenizer(source)
 
@@ -373,7 +361,7 @@ def load_run(run: Run, *, say: Callable[[str], None] = print) -> tuple[Any, PreT
         source = find_model(str(run.model))
         device = pick_device()
         head = registry().get(MethodSpec, run.config.method).head
-        model = _load(source, device, "none", device.dtype, head, None)
+        model = _load(source, device, "none", device.dtype, head, None, None)  # its own config.json has the scaling
         say(f"{run.path} on {device}")
         return model.eval(), load_tokenizer(source)
     if run.finished:

@@ -95,7 +95,9 @@ def prepare_model(
     return add_lora(model, **config.lora.model_dump())
 
 
-def environment(source: ModelSource, device: Device, data_sha256: str) -> dict[str, Any]:
+def environment(
+    config: TrainConfig, source: ModelSource, device: Device, model: Any, data_sha256: str
+) -> dict[str, Any]:
     """The content of ``environment.json``."""
     import torch
 
@@ -105,6 +107,10 @@ def environment(source: ModelSource, device: Device, data_sha256: str) -> dict[s
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             libraries[name] = version(name)
+    base = {"reference": source.reference, "path": source.location, "name": source.name}
+    if config.rope_scaling is not None:  # an adapter's own files have no place for what it needs of its base
+        text = model.config.get_text_config()
+        base |= {"max_position_embeddings": text.max_position_embeddings, "rope_parameters": text.rope_parameters}
     return {
         "run_format": RUN_FORMAT,
         "ft_core": ft_core.__version__,
@@ -115,7 +121,7 @@ def environment(source: ModelSource, device: Device, data_sha256: str) -> dict[s
         "device": device.type,
         "device_name": device.name,
         "dtype": device.dtype,
-        "base_model": {"reference": source.reference, "path": source.location, "name": source.name},
+        "base_model": base,
         "data_sha256": data_sha256,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }

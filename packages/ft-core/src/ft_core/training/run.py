@@ -19,7 +19,7 @@ from ft_core.evaluation import Evaluation, EvaluationJob, compare
 from ft_core.generation import stop_ids
 from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick_device
 from ft_core.models.device import peak_memory
-from ft_core.models.loading import fitting_length
+from ft_core.models.positions import fit_to_model
 from ft_core.models.source import read_ahead
 from ft_core.plugins import MethodSpec, registry, resolve
 from ft_core.report import write_report
@@ -98,7 +98,7 @@ def train(
         run.check_free(resume=resume, overwrite=overwrite)
         source = find_model(config.model)
         read_ahead(source)
-        config = fitting_length(config, source, say=say)
+        config = fit_to_model(config, source, say=say)
         device = pick_device()
         with memory_errors_said(run, config), memory_capped(config, device, say):
             return _train(config, source, run, ranks, device, resuming=resume and run.is_run, say=say)
@@ -153,7 +153,7 @@ def _train(
             if held_out:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
                 write_text(run.path / run.HELD_OUT, "".join(lines))
-            write_json(run.path / run.ENVIRONMENT, environment(source, device, data_sha256))
+            write_json(run.path / run.ENVIRONMENT, environment(config, source, device, model, data_sha256))
     ranks.wait()
     return session.train()
 

@@ -14,7 +14,7 @@ from ft_core.config import TrainConfig
 from ft_core.config.load import check_config, method_settings
 from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick_device
 from ft_core.models.device import peak_memory
-from ft_core.models.loading import fitting_length
+from ft_core.models.positions import fit_to_model
 from ft_core.plugins import MethodSpec, registry, resolve
 from ft_core.runs import Run
 from ft_core.training.arguments import trainer_arguments
@@ -71,7 +71,7 @@ def time_steps(
     """
     config = check_config(config)
     source = find_model(config.model)
-    config = fitting_length(config, source, say=say)
+    config = fit_to_model(config, source, say=say)
     spec = registry().get(MethodSpec, config.method)
     device = pick_device()
     say(f"{source.name}, {config.method}, on {device}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,12 @@ def head_size(config: Any) -> int:
 
 
 def rope_keys(writer: Any, config: Any) -> None:
-    """Rotary keys; llama3's scaling is a tensor (:func:`llama3_factors`), not a key."""
+    """Rotary keys; llama3's scaling is a tensor (:func:`llama3_factors`), not a key.
+
+    Of yarn (Peng et al. 2023, arXiv:2309.00071) llama.cpp computes the same ramp with the paper's ends, and the factor
+    on cos and sin by the paper's formula ``0.1 ln(factor) + 1``. The key ``attn_factor`` multiplies that: it holds the
+    model's own over the formula's.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     kind = rope_type(config)
@@ -107,12 +112,52 @@ def rope_keys(writer: Any, config: Any) -> None:
     elif kind == "yarn":
         from gguf import RopeScalingType
 
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        factor = float(rope.get("factor") or config.max_position_embeddings / original)
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(factor)
         writer.add_rope_scaling_orig_ctx_len(int(original))
-    elif kind not in ("default", "llama3"):
+        share = yarn_attention(rope, factor) / _mscale(factor, 1.0)
+        if share != 1.0:
+            writer.add_rope_scaling_attn_factors(share)
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def yarn_attention(rope: Mapping[str, Any], factor: float) -> float:
+    """What yarn multiplies cos and sin by, as transformers takes it from its parameters."""
+    stated, one, all_dim = (rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if stated is not None:
+        return float(stated)
+    return _mscale(factor, one) / _mscale(factor, all_dim) if one and all_dim else _mscale(factor, 1.0)
+
+
+def check_rope(config: Any, name: str, has_factors: bool) -> None:
+    """
+    Args:
+        name: of the model's class, for messages.
+        has_factors: whether llama.cpp's graph of it reads a factor for each frequency (``rope_freqs``).
+
+    Raises:
+        ExportError: llama.cpp has no such rotary embedding.
+    """
+    kind = rope_type(config)
+    if kind not in ("default", "linear", "llama3", "yarn"):
         raise ExportError(f"rope_type {kind!r} cannot be written to GGUF (allowed: default, linear, llama3, yarn)")
+    if kind == "llama3" and not has_factors:
+        raise ExportError(f"rope_type 'llama3' cannot be written to GGUF for {name}")
+    if kind != "yarn":
+        return
+    # llama.cpp has keys for the ends of the ramp, and reads them for other architectures only (measured).
+    rope, computed = config.rope_parameters, {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    for key, value in computed.items():
+        stated = rope.get(key)
+        if stated is not None and stated != value:
+            raise ExportError(
+                f"rope_type 'yarn' with {key} {stated} cannot be written to GGUF: llama.cpp computes with {value}"
+            )
 
 
 def window(config: Any) -> int | None:
@@ -215,8 +260,7 @@ def find_architecture(config: Any) -> Architecture:
         if set(names) & set(row.classes):
             if getattr(config, "hidden_act", "silu") != "silu":
                 raise ExportError(f"llama.cpp's {row.name} has the activation silu, this model has {config.hidden_act}")
-            if row.extra_tensors is None and rope_type(config) == "llama3":
-                raise ExportError(f"rope_type 'llama3' cannot be written to GGUF for {row.classes[0]}")
+            check_rope(config, row.classes[0], row.extra_tensors is not None)
             return row
     raise ExportError(
         f"architecture {', '.join(names) or '(none named)'} cannot be converted to GGUF (known: {known()})"

@@ -13,6 +13,7 @@ from ft_export.errors import ExportError, one_line
 from ft_export.folders import require_space
 from ft_export.gguf.architectures import Output, find_architecture, plan
 from ft_export.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
+from ft_export.runs import Rope
 
 if TYPE_CHECKING:
     import torch
@@ -52,14 +53,22 @@ def require_gguf() -> None:
         raise ExportError('writing GGUF needs the gguf package: pip install "ft-export[gguf]"')
 
 
-def check_convertible(model: Path, tokenizer: Path, pre: str | None = None) -> None:
+def check_convertible(model: Path, tokenizer: Path, pre: str | None = None, rope: Rope | None = None) -> None:
     """Look at a model's configuration and a tokenizer, before anything is computed for the sake of converting them.
+
+    Args:
+        model: the base model's folder.
+        tokenizer: the folder of the tokenizer.
+        pre: llama.cpp's name of the tokenizer's splitting rules, where it is not recognised.
+        rope: the rotary scaling that the model will have in place of its own.
 
     Raises:
         ExportError: the architecture or the tokenizer cannot be written to GGUF.
     """
     require_gguf()
     config = _configuration(model)
+    if rope is not None:
+        rope.put(config)
     find_architecture(config)
     read_vocabulary(tokenizer, config.vocab_size, pre)
 

@@ -120,7 +120,7 @@ def _model(source: Source, lines: list[str], pre: str | None) -> Path:
     if reference:
         base = find_base(reference)
         brings = (source.adapter / "tokenizer_config.json").is_file()
-        check_convertible(base, source.adapter if brings else base, pre)
+        check_convertible(base, source.adapter if brings else base, pre, source.rope)
     # a merge of an adapter that is no longer there may be replaced; anything else in its place is refused by merge
     lines.extend(merge(source.path, overwrite=True).lines)
     return merged

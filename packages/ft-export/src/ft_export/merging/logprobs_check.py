@@ -22,6 +22,7 @@ from ft_export.errors import ExportError
 from ft_export.logprobs import Difference, difference, evaluation_error, token_logprobs
 from ft_export.merging.adapter import Adapter
 from ft_export.merging.weights_check import half_ulp
+from ft_export.runs import Rope
 
 if TYPE_CHECKING:
     import torch
@@ -69,19 +70,21 @@ def check_logprobs(
     dtype: torch.dtype,
     rounded: set[str] | None,
     labels: int | None,
+    rope: Rope | None = None,
 ) -> LogprobsCheck:
     """Measure both models in fp32 on ``samples`` and compare.
 
     Args:
         dtype: the type the merged weights were rounded to.
         rounded: the parameters that were rounded; None for all.
+        rope: the rotary scaling that the adapter's base has; the merged model's must be in its own configuration.
 
     Raises:
         ExportError: the difference is past its bound.
     """
     import torch
 
-    expected = _with_adapter(load_model(base, torch.float32, labels=labels), adapter, samples)
+    expected = _with_adapter(load_model(base, torch.float32, labels=labels, rope=rope), adapter, samples)
     model = load_model(merged, torch.float32, labels=labels)
     values = token_logprobs(model, samples)
     found = difference(values, expected)
@@ -133,6 +136,7 @@ def gap_to_quantized(
     samples: Sequence[Sequence[int]],
     merged: LogprobsCheck,
     labels: int | None,
+    rope: Rope | None = None,
 ) -> dict[str, Any] | None:
     """How far the merged model is from the 4- or 8-bit model that was trained, or why that was not measured.
 
@@ -147,7 +151,7 @@ def gap_to_quantized(
         return {"not_measured": 'not measured: pip install "ft-export[bitsandbytes]"'}
     config = as_trained(quantization, torch.float32)
     try:
-        model = load_model(base, torch.float32, labels=labels, quantization_config=config)
+        model = load_model(base, torch.float32, labels=labels, rope=rope, quantization_config=config)
         values = _with_adapter(model, adapter, samples)
     except (ExportError, RuntimeError, NotImplementedError, ImportError) as error:
         return {"not_measured": f"not measured: bitsandbytes cannot run here ({' '.join(str(error).split())[:200]})"}

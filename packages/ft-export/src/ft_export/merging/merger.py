@@ -116,7 +116,7 @@ class _Merge:
         say: Callable[[str], None] | None,
     ) -> None:
         self.source, self.adapter, self.base, self.reference = source, adapter, base, reference
-        self.trained_on = base
+        self.trained_on, self.rope = base, source.rope
         self.out = out
         self.asked = dtype
         self.lines: list[str] = []
@@ -157,10 +157,11 @@ class _Merge:
             raise ExportError(f'the base {self.base} {what}: pip install "ft-export[bitsandbytes]"')
         dtype = torch.float16 if self.asked == "float16" else torch.bfloat16
         if as_run is None:
-            model = load_model(self.base, dtype, labels=self.labels)
+            model = load_model(self.base, dtype, labels=self.labels, rope=self.rope)
         else:  # from weights of the format that the run quantized
             was = getattr(torch, self.source.dtype or "bfloat16", torch.bfloat16)
-            model = load_model(self.base, was, labels=self.labels, quantization_config=as_trained(as_run, was))
+            held = as_trained(as_run, was)
+            model = load_model(self.base, was, labels=self.labels, rope=self.rope, quantization_config=held)
         model = model.dequantize(dtype=dtype).to(dtype)
         # a model that was loaded quantized cannot be saved as what it now is; a plain one of its class can
         if hasattr(model.config, "quantization_config"):
@@ -184,7 +185,7 @@ class _Merge:
         dtype = getattr(torch, self.asked) if self.asked else (torch.bfloat16 if was == torch.float32 else was)
         if dtype not in (torch.bfloat16, torch.float16):
             raise ExportError(f"the base {self.base} has weights of type {was}: only 32- and 16-bit bases are merged")
-        model = load_model(self.base, was, labels=self.labels)
+        model = load_model(self.base, was, labels=self.labels, rope=self.rope)
         names = dict(model.named_parameters(remove_duplicate=False))
         stored.rename(parameter_names(stored, model))
         self.adapter.check_shapes({name: tuple(p.shape) for name, p in names.items()})
@@ -196,6 +197,9 @@ class _Merge:
         written.rename(parameter_names(written, merged))
         del model, merged
         tokenizer_from = copy_tokenizer(self.adapter.folder, self.base, partial)
+        if self.rope is not None:
+            kind, most = self.rope.rope_parameters.get("rope_type"), self.rope.max_position_embeddings
+            self.say(f"config.json has the rotary scaling of the run: {kind}, {most} positions")
 
         weights = check_weights(written, stored, self.adapter, set(names), aliases)
         self.say(
@@ -209,7 +213,7 @@ class _Merge:
         rows = read_rows(self.source.held_out)
         samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
-        logprobs = check_logprobs(partial, self.base, self.adapter, samples, dtype, rounded, self.labels)
+        logprobs = check_logprobs(partial, self.base, self.adapter, samples, dtype, rounded, self.labels, self.rope)
         unit = "scores" if self.labels is not None else "log-probabilities"
         self.say(
             f"{unit} of {logprobs.merged.tokens} tokens, merged against adapter on its base: largest difference "
@@ -217,7 +221,7 @@ class _Merge:
             f"(bound {logprobs.bound_mean:.2e})"
         )
         base = self.trained_on if self.source.on_quantized else self.base
-        gap = gap_to_quantized(self.source.quantization, base, self.adapter, samples, logprobs, self.labels)
+        gap = gap_to_quantized(self.source.quantization, base, self.adapter, samples, logprobs, self.labels, self.rope)
         if gap is not None:
             self.say(
                 f"{unit} against the {self.source.quantization} run: "
@@ -238,6 +242,7 @@ class _Merge:
             "weights": asdict(weights),
             "logprobs": logprobs.as_dict(),
             "quantized_run": gap,
+            "rope": None if self.rope is None else asdict(self.rope),
         }
         return {"json": report, "weights": weights, "logprobs": logprobs}
 
