@@ -19,7 +19,7 @@ from ft_core.plugins import CommandSpec, registry
 
 __all__ = ["main"]
 
-ORDER = ("doctor", "train", "eval", "chat", "generate", "report", "merge", "export", "plugins")
+ORDER = ("doctor", "plan", "train", "eval", "chat", "generate", "report", "merge", "export", "plugins")
 
 
 class _Parser(argparse.ArgumentParser):

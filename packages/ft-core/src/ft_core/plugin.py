@@ -14,6 +14,7 @@ __all__ = [
     "LLAMA",
     "MISTRAL",
     "MODELS",
+    "PLAN",
     "PLUGINS",
     "QWEN2",
     "QWEN3",
@@ -57,6 +58,7 @@ GENERATE = _command("generate", "answer a file of prompts")
 EVAL = _command("eval", "measure a run on held-out data, before and after")
 EXPORT = _command("export", "write a run in the form that an engine serves")
 REPORT = _command("report", "write a run's report again")
+PLAN = _command("plan", "say whether a configuration fits a GPU, and how fast it trains there")
 PLUGINS = _command("plugins", "list plugins, and say which are broken")
 BENCH = _command("bench", "time the parts of a configuration's training step")
 MODELS = _command("models", "list model families, and what of each runs on the fast layers")

@@ -1,0 +1,234 @@
+"""A model's sizes from its configuration alone: built by transformers on torch's meta device, which holds no numbers."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft_core.config import LoraSettings, TrainConfig
+from ft_core.errors import ModelError
+from ft_core.models.source import HUB_NAME, ModelSource, find_model
+
+__all__ = ["Blueprint", "Matrix", "Outline", "find_outline"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer: ``[out, into]``, in which layer (None outside of them), and whether it has a bias."""
+
+    name: str
+    out: int
+    into: int
+    inside: bool
+    bias: bool = False
+
+    @property
+    def count(self) -> int:
+        """Numbers of the weight."""
+        return self.out * self.into
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is trained, and how.
+
+    Attributes:
+        trained: how many numbers each trained tensor has. targets: names of the adapted layers. rank: of an adapter.
+        able: whether the fast layers' halves are one operation each. full: no adapter, all is trained.
+    """
+
+    trained: tuple[int, ...]
+    targets: frozenset[str]
+    rank: int
+    able: bool
+    full: bool
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model's sizes.
+
+    Attributes:
+        name: of the model. text: its text configuration. layout: of its family, None if that is unknown.
+        reason: why it has none. linears: all linear layers but the head. head: the head.
+        others: how many numbers lie elsewhere (embeddings, norms, biases; a tied head is one of them).
+        tensors: how many numbers each parameter has. used: the share of the linear layers and of stacked experts that
+            one token goes through.
+        experts: numbers in stacked experts, a part of ``others``. stored: ``nf4`` or ``int8`` where the files are
+            quantized already.
+    """
+
+    name: str
+    text: Any
+    layout: Any
+    reason: str
+    linears: tuple[Matrix, ...]
+    head: Matrix
+    others: int
+    tensors: tuple[int, ...]
+    modules: tuple[str, ...]
+    used: float
+    experts: int
+    stored: str | None
+    dense: tuple[str, ...] | None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(self.tensors)
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers."""
+        return int(self.text.num_hidden_layers)
+
+    @classmethod
+    def of(cls, source: ModelSource, head: str = "language-model") -> Blueprint:
+        """Of a folder with a ``config.json``.
+
+        Raises:
+            ModelError: its configuration cannot be used.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        from ft_core.fast.find import NotFast, layout_of
+        from ft_core.models.loading import _first_sentence
+
+        score = head == "score"
+        auto = AutoModelForSequenceClassification if score else AutoModelForCausalLM
+        try:
+            config = AutoConfig.from_pretrained(
+                source.path, trust_remote_code=False, **({"num_labels": 1} if score else {})
+            )
+            stored = _stored(getattr(config, "quantization_config", None))
+            with torch.device("meta"):
+                model = auto.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+        except Exception as error:  # an unknown type, a key missing, or a field that the class refuses
+            raise ModelError(f"the model {source.reference} cannot be planned: {_first_sentence(error)}") from error
+        layout, reason = None, ""
+        try:
+            layout = layout_of(model)
+        except NotFast as why:
+            reason = str(why)
+        return cls._read(source.name, model, layout, reason, stored, score)
+
+    @classmethod
+    def _read(cls, name: str, model: Any, layout: Any, reason: str, stored: str | None, score: bool) -> Blueprint:
+        import torch
+
+        text = model.config.get_text_config()
+        output = model.score if score else model.get_output_embeddings()
+        linears, head, counted = [], None, 0
+        tied = not score and output is not None and output.weight is model.get_input_embeddings().weight
+        for path, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            inside = any(part.isdigit() for part in path.split("."))
+            matrix = Matrix(path, module.out_features, module.in_features, inside, module.bias is not None)
+            if module is output:
+                head = matrix
+                counted += 0 if tied else matrix.count
+            else:
+                linears.append(matrix)
+                counted += matrix.count
+        if head is None:
+            head = Matrix("", int(getattr(text, "vocab_size", 1)), int(text.hidden_size), False)
+        tensors = tuple(parameter.numel() for parameter in model.parameters())
+        experts = sum(p.numel() for path, p in model.named_parameters() if ".experts." in path and p.dim() == 3)
+        linear_experts = any(".experts." in matrix.name for matrix in linears)
+        share = _used(text) if experts or linear_experts else 1.0
+        dense = None
+        if share < 1.0:
+            with suppress(Exception):  # a family whose experts PEFT does not know adapts all of its linear layers
+                from ft_core.adapters import dense_targets
+
+                found = dense_targets(model)
+                dense = None if found is None else tuple(found)
+        return cls(
+            name=name, text=text, layout=layout, reason=reason, linears=tuple(linears), head=head,
+            others=sum(tensors) - counted,
+            tensors=tensors, modules=tuple(path for path, _ in model.named_modules()), used=share, experts=experts,
+            stored=stored, dense=dense,
+        )  # fmt: skip
+
+    def outline(self, lora: LoraSettings | None) -> Outline:
+        """What this adapter, or None, makes of the model."""
+        if lora is None:
+            return Outline(self.tensors, frozenset(), 0, False, True)
+        names = self.dense if lora.targets == "all-linear" else tuple(lora.targets)
+        targets, trained = [], []
+        for matrix in self.linears:
+            if names is None or any(matrix.name == n or matrix.name.endswith("." + n) for n in names):
+                targets.append(matrix.name)
+                trained += [lora.r * matrix.into, matrix.out * lora.r]
+                trained += [matrix.out] if lora.dora else []
+        for path in lora.modules_to_save or ():
+            trained += [m.count for m in (*self.linears, self.head) if m.name == path or m.name.endswith("." + path)]
+            if path.startswith("embed"):
+                trained.append(self.head.count)
+        layout = self.layout
+        able = (
+            layout is not None
+            and not lora.dora
+            and lora.bias == "none"
+            and layout.norms.after_attention is None
+            and layout.norms.after_mlp is None
+            and layout.residual_scale == 1.0
+            and len(layout.attention.qkv) == 3
+            and len(layout.mlp.gate_up) == 2
+        )
+        return Outline(tuple(trained), frozenset(targets), lora.r, able, False)
+
+
+def find_outline(config: TrainConfig) -> ModelSource:
+    """Where the model's ``config.json`` is; weights need not be there.
+
+    A folder on this machine goes before a Hub name. Of a Hub name only ``config.json`` is asked for, and only if it is
+    not in the cache.
+
+    Raises:
+        ModelError: there is none.
+    """
+    local = Path(config.model).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(f"model {local} has no config.json: it is no transformers model folder")
+        return ModelSource(config.model, local.resolve(), local.resolve().name)
+    if local.is_file() or config.model.startswith("package:") or not HUB_NAME.fullmatch(config.model):
+        return find_model(config.model)
+    return ModelSource(config.model, _from_hub(config.model), config.model, is_hub=True)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached).parent
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent
+    except Exception as error:  # whatever the network, the Hub or its client has
+        raise ModelError(
+            f"model {name!r} is no folder here and not in the Hub's cache, and its config.json cannot be fetched "
+            f"({type(error).__name__}): check the name or the connection, or give a folder with a config.json"
+        ) from None
+
+
+def _stored(quantization: Any) -> str | None:
+    if quantization is None:
+        return None
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    four = bool(values.get("load_in_4bit")) or values.get("bits", values.get("num_bits")) == 4
+    return "nf4" if four else "int8"
+
+
+def _used(text: Any) -> float:
+    """The share of a mixture's experts that one token goes through."""
+    values = json.loads(text.to_json_string(use_diff=False))
+    of = next((values[k] for k in ("num_experts", "num_local_experts", "n_routed_experts") if values.get(k)), None)
+    some = next((values[k] for k in ("num_experts_per_tok", "moe_topk", "top_k") if values.get(k)), None)
+    return min(float(some) / float(of), 1.0) if of and some else 1.0

@@ -1,0 +1,167 @@
+"""GPUs: what a training step gets out of each, and which one is meant.
+
+A card's peaks are its maker's (dense products in 16 bits with sums in fp32, no sparsity). ``share`` is what a whole step
+sustains of the products' peak, all that its matrix products wait for included. It was measured on an H200 (Llama 3.1 8B,
+2 x 2048 tokens, bf16: 123 TFLOP of products in 190 of 236 ms; ``benchmarks/NOTES.md``) and taken for the H100, which has
+the same processor; for every other card it is estimated, from how far its power lets large products come.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ft_core.errors import ConfigError
+
+__all__ = ["CARDS", "Card", "card_here", "find_card", "with_memory"]
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU.
+
+    Attributes:
+        name: as its maker writes it. memory: bytes that CUDA sees, all of them.
+        peak: product operations a second in 16 bits; 0 where nothing is known of it but the memory.
+        share: of the peak that a step sustains. bandwidth: bytes a second of its memory, the maker's figure.
+        link: bytes a second each way to pinned host memory.
+        capability: CUDA's. basis: ``measured``, ``from H200`` or ``estimated``.
+    """
+
+    name: str
+    memory: int
+    peak: float
+    share: float
+    bandwidth: float
+    link: float
+    capability: tuple[int, int]
+    basis: str = "estimated"
+
+
+def _card(
+    name: str, gib: float, tflops: float, share: float, gb: float, link: float, sm: tuple[int, int], basis: str = ""
+) -> Card:
+    return Card(name, int(gib * GIB), tflops * 1e12, share, gb * 1e9, link * 1e9, sm, basis or "estimated")
+
+
+CARDS: tuple[Card, ...] = (
+    # name, GiB, TFLOP/s, share, GB/s of memory, GB/s to the host, compute capability
+    _card("B200", 178.4, 2250, 0.60, 8000, 53, (10, 0)),
+    _card("H200", 139.8, 989, 0.673, 4800, 53, (9, 0), "measured"),
+    _card("H100 80GB", 79.1, 989, 0.673, 3350, 53, (9, 0), "from H200"),
+    _card("H100 PCIe", 79.1, 756, 0.60, 2039, 53, (9, 0)),
+    _card("H100 NVL", 93.1, 835, 0.62, 3938, 53, (9, 0)),
+    _card("GH200 96GB", 94.5, 989, 0.67, 4000, 200, (9, 0)),
+    _card("A100 80GB", 79.2, 312, 0.74, 2039, 24, (8, 0)),
+    _card("A100 40GB", 39.4, 312, 0.74, 1555, 24, (8, 0)),
+    _card("L40S", 44.4, 362, 0.55, 864, 24, (8, 9)),
+    _card("L4", 22.0, 121, 0.45, 300, 24, (8, 9)),
+    _card("A10G", 22.0, 70, 0.72, 600, 24, (8, 6)),
+    _card("A10", 22.0, 125, 0.50, 600, 24, (8, 6)),
+    _card("RTX A6000", 47.4, 155, 0.62, 768, 24, (8, 6)),
+    _card("RTX 6000 Ada", 47.4, 364, 0.55, 960, 24, (8, 9)),
+    _card("RTX PRO 6000", 94.9, 504, 0.62, 1792, 53, (12, 0)),
+    _card("RTX 5090", 31.4, 210, 0.80, 1792, 53, (12, 0)),
+    _card("RTX 5080", 15.5, 113, 0.80, 960, 53, (12, 0)),
+    _card("RTX 4090", 23.6, 165, 0.82, 1008, 24, (8, 9)),
+    _card("RTX 4080", 15.7, 97, 0.82, 717, 24, (8, 9)),
+    _card("RTX 4070", 11.6, 58, 0.82, 504, 24, (8, 9)),
+    _card("RTX 4060 Ti 16GB", 15.6, 44, 0.82, 288, 12, (8, 9)),
+    _card("RTX 3090", 23.7, 71, 0.82, 936, 24, (8, 6)),
+    _card("RTX 3080", 9.8, 60, 0.82, 760, 24, (8, 6)),
+    _card("RTX 3060", 11.7, 25, 0.82, 360, 24, (8, 6)),
+    _card("T4", 14.6, 65, 0.38, 320, 12, (7, 5)),
+    _card("V100 32GB", 31.7, 125, 0.62, 900, 12, (7, 0)),
+    _card("V100 16GB", 15.8, 125, 0.62, 900, 12, (7, 0)),
+)
+"""The cards that are known by name. Memory is what CUDA reports, a little less than the name says."""
+
+BY_MULTIPROCESSOR = {
+    (7, 0): 1024, (7, 5): 1024, (8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512,
+}  # fmt: skip
+"""Product operations of a multiprocessor in one clock, by compute capability (the makers' peaks divided)."""
+NOISE = {"nvidia", "geforce", "tesla", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "hbm3", "hbm3e", "gpu", "laptop", "pcie"}
+
+
+def find_card(name: str) -> Card:
+    """The card of a name, however it is spelled: ``RTX 4090``, ``rtx4090``, ``NVIDIA GeForce RTX 4090``.
+
+    Raises:
+        ConfigError: there is none; one line with the nearest spelling.
+    """
+    found = _match(name)
+    if found is not None:
+        return found
+    names = [card.name for card in CARDS]
+    lowered = {_plain(known): known for known in names}
+    close = difflib.get_close_matches(_plain(name), list(lowered), 1, cutoff=0.5)
+    hint = f"; did you mean {lowered[close[0]]!r}?" if close else ""
+    raise ConfigError(f"--gpu {name!r} is no card that is known{hint} (known: {', '.join(names)})")
+
+
+def with_memory(card: Card | None, memory: int) -> Card:
+    """The card with so many bytes of memory; without a card one of which nothing else is known, and no times."""
+    if card is None:
+        return Card(f"a GPU with {memory / GIB:g} GiB", memory, 0.0, 0.0, 0.0, 0.0, (9, 0))
+    return replace(card, memory=memory)
+
+
+def card_here() -> Card | None:
+    """This machine's GPU: by its name, else by its properties; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device()
+    name, total = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)[1]
+    known = _match(name, total)
+    if known is not None and 0.75 < total / known.memory < 1.25:
+        return replace(known, name=name, memory=total)
+    return _by_properties(torch.cuda.get_device_properties(index), name, total)
+
+
+def _match(name: str, memory: int | None = None) -> Card | None:
+    """The card whose name is meant; of several sizes the one nearest to ``memory``, else the largest."""
+    wanted = _plain(name)
+    found = [card for card in CARDS if _plain(card.name) == wanted]
+    if not found:
+        words = _words(name)
+        # "A100" names two sizes, and "NVIDIA A100-SXM4-80GB" one of them; "RTX 4070 Ti" is no RTX 4070.
+        found = [card for card in CARDS if words and (words <= _words(card.name) or _core(card.name) == _core(name))]
+    if not found:
+        return None
+    sizes = [card for card in found if _size(name) is not None and _size(name) == _size(card.name)] or found
+    return min(sizes, key=lambda card: abs(card.memory - memory)) if memory else sizes[0]
+
+
+def _words(name: str) -> set[str]:
+    spaced = re.sub(r"(rtx|gtx)(?=\d)", r"\1 ", name.lower())
+    return {word for word in re.split(r"[^a-z0-9]+", spaced) if word and word not in NOISE}
+
+
+def _core(name: str) -> frozenset[str]:
+    return frozenset(word for word in _words(name) if not re.fullmatch(r"\d+gb?", word))
+
+
+def _size(name: str) -> int | None:
+    found = re.search(r"(\d+)\s*g(?:i?b)?\b", name.lower())
+    return int(found[1]) if found else None
+
+
+def _plain(name: str) -> str:
+    return "".join(sorted(_words(name), key=lambda word: (word.isdigit(), word)))
+
+
+def _by_properties(properties: Any, name: str, memory: int) -> Card:
+    """A card that is not known, from its multiprocessors, clocks and bus; a modest guess where torch knows none."""
+    capability = (int(properties.major), int(properties.minor))
+    each = BY_MULTIPROCESSOR.get(capability) or (512 if capability > (8, 0) else 256)
+    clock = float(getattr(properties, "clock_rate", 0) or 1_500_000) * 1e3
+    bus = float(getattr(properties, "memory_bus_width", 0) or 256) / 8
+    rate = float(getattr(properties, "memory_clock_rate", 0) or 7_000_000) * 1e3 * 2
+    peak = properties.multi_processor_count * clock * each
+    return Card(name, memory, peak, 0.6, bus * rate, 12e9, capability)

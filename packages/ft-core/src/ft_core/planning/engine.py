@@ -1,0 +1,259 @@
+"""The plan of a configuration on a card: memory, choices, micro-batch, time; and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ft_core.config import TrainConfig
+from ft_core.fast.choose import MARGIN
+from ft_core.memory import bytes_of
+from ft_core.models.positions import positions
+from ft_core.models.source import ModelSource
+from ft_core.planning.blueprint import Blueprint
+from ft_core.planning.cards import Card
+from ft_core.planning.peak import TILE, Peak, Step, peak_of
+from ft_core.planning.rows import count_rows, steps_of
+from ft_core.planning.speed import Times, times_of
+from ft_core.plugins import MethodSpec, registry
+
+__all__ = ["CONTEXT", "HOST_ASSUMED", "Plan", "Planner", "limit_of", "plan"]
+
+CONTEXT = 600 * 2**20
+"""Bytes that CUDA takes of the card for itself and the kernels that are loaded: 500 to 650 MiB, by card and driver."""
+HOST_ASSUMED = 64 * 2**30
+"""Bytes of host memory beside a card that is not here."""
+SHARE = 0.8
+"""Of the host's memory, what may be pinned (``ft_core.fast.offload``)."""
+GAPS = 0.95
+"""The share of ``memory`` that is planned with (``ft_core.training.speed``)."""
+MOST_ROWS = 4096
+"""The largest micro-batch that is tried."""
+
+
+def limit_of(config: TrainConfig, card: Card) -> int:
+    """Bytes that torch's allocated memory may reach: what CUDA leaves of the card, or the configuration's bound."""
+    limit = card.memory - CONTEXT
+    if config.memory != "auto":
+        limit = min(limit, int(GAPS * bytes_of(config.memory)))
+    return int(limit * (1 - MARGIN))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is predicted.
+
+    Attributes:
+        model: its name. parameters, trained: how many numbers it has, and how many are trained.
+        config, card: what was planned, and for which card. limit: bytes that torch's memory may reach.
+        peak: memory by part. times: None where nothing is known of the card's speed.
+        largest: the largest micro-batch that fits (0: none does); ``largest_kept``: with every activation kept.
+        steps, counted: optimizer steps of the run (None: unknown), and how they were counted.
+        notes: what is assumed or rough, a line each. planner: plans variants of it.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    config: TrainConfig
+    card: Card
+    limit: int
+    host: int
+    peak: Peak
+    times: Times | None
+    largest: int
+    largest_kept: int
+    steps: int | None
+    counted: str
+    notes: tuple[str, ...]
+    planner: Planner
+
+    @property
+    def fits(self) -> bool:
+        """Whether the configuration's micro-batch fits."""
+        return self.peak.total <= self.limit and not self.peak.refused
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run, None if unknown."""
+        return None if self.times is None or self.steps is None else self.steps * self.times.step
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, as plain values; sizes in bytes, times in seconds."""
+        peak, times = self.peak, self.times
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "trained": self.trained,
+            "card": {"name": self.card.name, "memory": self.card.memory, "basis": self.card.basis},
+            "fits": self.fits,
+            "memory": {
+                "parts": peak.parts, "peak": peak.total, "limit": self.limit, "context": CONTEXT, "moment": peak.moment,
+                "host": peak.host + peak.paged, "host_limit": self.host, "exact": peak.exact,
+            },
+            "layers": {choice: peak.choices.count(choice) for choice in dict.fromkeys(peak.choices)},
+            "micro_batch": {
+                "configured": self.config.training.batch_size, "largest": self.largest,
+                "largest_kept": self.largest_kept,
+            },
+            "tile": peak.tile,
+            "head_rows": peak.head_rows,
+            "time": None if times is None else {
+                "micro_batch": times.parts, "update": times.update, "step": times.step,
+                "tokens_per_second": times.rate, "run": self.seconds,
+            },
+            "steps": self.steps,
+            "counted": self.counted,
+            "notes": list(self.notes),
+        }  # fmt: skip
+
+
+class Planner:
+    """Plans variants of a configuration for one model.
+
+    Attributes:
+        blueprint: the model's sizes. host: bytes of host memory that may be pinned.
+    """
+
+    def __init__(self, blueprint: Blueprint, host: int) -> None:
+        self.blueprint, self.host = blueprint, host
+
+    def peak(self, config: TrainConfig, card: Card, wanted: str | None = None) -> Peak:
+        """The peak of a configuration: with a sequence tile only where it doesn't fit without."""
+        outline = self.blueprint.outline(config.lora)
+        whole = peak_of(self.blueprint, outline, self._step(config, card, None, wanted))
+        tokens = config.training.batch_size * config.max_length
+        if whole.total <= limit_of(config, card) or not outline.able or tokens <= TILE or wanted == "keep":
+            return whole
+        tiled = peak_of(self.blueprint, outline, self._step(config, card, TILE, wanted))
+        return tiled if tiled.total < whole.total else whole
+
+    def fits(self, config: TrainConfig, card: Card, wanted: str | None = None) -> bool:
+        """Whether it fits; ``wanted`` instead of the configuration's ``activations``."""
+        peak = self.peak(config, card, wanted)
+        return peak.total <= limit_of(config, card) and not peak.refused
+
+    def largest(self, config: TrainConfig, card: Card, wanted: str | None = None) -> int:
+        """The most rows of a micro-batch that fit; 0 if not even one does."""
+        return most(lambda rows: self.fits(with_rows(config, rows), card, wanted), MOST_ROWS)
+
+    def longest(self, config: TrainConfig, card: Card) -> int:
+        """The longest ``max_length`` that fits, within the model's positions; a multiple of 64, or 0."""
+        bound = positions(self.blueprint.text) or 2**22
+        steps = most(lambda n: self.fits(with_length(config, 64 * n), card), max(bound // 64, 1))
+        return 64 * steps
+
+    def times(self, config: TrainConfig, card: Card, peak: Peak) -> Times | None:
+        """Of a step of it."""
+        outline = self.blueprint.outline(config.lora)
+        recorded = config.memory == "auto" and not config.packing
+        step = self._step(config, card, peak.tile, None)
+        return times_of(
+            self.blueprint, outline, step, peak, card, config.training.gradient_accumulation, recorded
+        )  # fmt: skip
+
+    def _step(self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None) -> Step:
+        return Step(
+            rows=config.training.batch_size,
+            length=config.max_length,
+            quantization=config.quantization,
+            optimizer=config.training.optimizer,
+            accumulates=config.training.gradient_accumulation > 1,
+            wanted=wanted or config.activations,
+            limit=limit_of(config, card),
+            host=self.host,
+            tile=tile,
+            dense=card.capability >= (9, 0),
+        )
+
+
+def most(fits: Callable[[int], bool], bound: int) -> int:
+    """The largest number from 1 to ``bound`` that fits, where every smaller one does too; 0 if none."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= bound and fits(high):
+        low, high = high, 2 * high
+    high = min(high, bound + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def with_rows(config: TrainConfig, rows: int) -> TrainConfig:
+    """With another micro-batch, and as many rows to an update as before, if that goes up."""
+    training = config.training
+    before = training.batch_size * training.gradient_accumulation
+    changed = {"batch_size": rows, "gradient_accumulation": max(-(-before // rows), 1)}
+    return config.model_copy(update={"training": training.model_copy(update=changed)})
+
+
+def with_length(config: TrainConfig, length: int) -> TrainConfig:
+    """With another ``max_length``."""
+    return config.model_copy(update={"max_length": length})
+
+
+def plan(config: TrainConfig, source: ModelSource, card: Card, *, host: int | None = None, quick: bool = False) -> Plan:
+    """Predict what a configuration takes on a card, before anything is loaded.
+
+    Args:
+        config: checked, with its ``max_length`` within the model's positions.
+        source: the model's folder, of which only ``config.json`` is read.
+        host: bytes of host memory; None for ``HOST_ASSUMED``, a machine that is not here.
+        quick: leave out the largest micro-batch, and count no rows.
+
+    Raises:
+        ModelError: the model's configuration cannot be used.
+    """
+    spec = registry().get(MethodSpec, config.method)
+    planner = Planner(Blueprint.of(source, spec.head), int(SHARE * (HOST_ASSUMED if host is None else host)))
+    blueprint = planner.blueprint
+    peak = planner.peak(config, card)
+    steps, counted = steps_of(config, None if quick else count_rows(config))
+    outline = blueprint.outline(config.lora)
+    return Plan(
+        model=source.name,
+        parameters=blueprint.parameters,
+        trained=sum(outline.trained),
+        config=config,
+        card=card,
+        limit=limit_of(config, card),
+        host=planner.host,
+        peak=peak,
+        times=planner.times(config, card, peak),
+        largest=0 if quick else planner.largest(config, card),
+        largest_kept=0 if quick else planner.largest(config, card, "keep"),
+        steps=steps,
+        counted=counted,
+        notes=tuple(_notes(planner, config, card, host)),
+        planner=planner,
+    )
+
+
+def _notes(planner: Planner, config: TrainConfig, card: Card, host: int | None) -> list[str]:
+    blueprint, notes = planner.blueprint, []
+    if blueprint.layout is None:
+        notes.append(
+            f"rough: trained on transformers' own layers with checkpointing, logits whole ({blueprint.reason})"
+        )
+    elif config.lora is None:
+        notes.append("rough: full fine-tuning, fp32 weights under autocast; its memory was not measured")
+    elif not blueprint.outline(config.lora).able:
+        notes.append("rough: this adapter is computed by single operations, whose memory was not measured")
+    if config.method != "sft":
+        notes.append(f"rough: counted as sft; {config.method} may compute more than one pass")
+    if config.packing:
+        notes.append(f"rows are assumed full: {config.max_length} tokens each, one document (shorter ones are faster)")
+    else:
+        notes.append(f"rows are assumed full: {config.max_length} tokens each, the longest batch")
+    if not card.peak:
+        notes.append("no times: nothing is known of this card but its memory (--gpu names one)")
+    elif card.basis == "estimated":
+        notes.append(f"times are estimated: ft was never measured on {card.name}")
+    elif card.basis == "from H200":
+        notes.append("times are estimated from the H200's, which has the same processor")
+    if host is None:
+        notes.append(f"host memory assumed: {HOST_ASSUMED / 2**30:.0f} GiB")
+    return notes

@@ -1,0 +1,272 @@
+"""The peak of a step's memory, followed from its phases: the head after all layers, each layer backwards, the update.
+
+What a layer keeps is counted as training itself counts it (``ft_core.fast.choose.Sizes``); what computing it backwards
+takes beside that follows the allocations of ``ft_kernels``' blocks (``benchmarks/NOTES.md``, "What layers keep").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
+
+from ft_core.fast.again import Choice
+from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, Sizes, fit
+from ft_core.planning.blueprint import Blueprint, Outline
+from ft_core.planning.weights import room_bytes, states_of, weight_bytes
+
+__all__ = ["TILE", "Peak", "Step", "peak_of"]
+
+WORKSPACE = 2**25
+"""Bytes that cuBLAS takes for its products."""
+TILE = 4096
+"""Tokens of a sequence tile: enough to fill a large card."""
+UNDER_WAY = 2
+"""Tensors that are on their way from the host before a layer wants them (``ft_core.fast.offload``)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step to be planned.
+
+    Attributes:
+        rows, length: of a micro-batch; ``tokens`` of it together.
+        quantization: of the weights: ``none``, ``nf4`` or ``int8``. optimizer: as the configuration calls it.
+        accumulates: whether gradients wait from one micro-batch to the next.
+        wanted: the configuration's ``activations``.
+        limit: bytes that torch may have; None for no limit. host: bytes of pinned host memory that can be had.
+        tile: tokens of a sequence tile, or None.
+        dense: whether attention is cuDNN's (Hopper and later), which needs no gradient for each head of q.
+    """
+
+    rows: int
+    length: int
+    quantization: str
+    optimizer: str
+    accumulates: bool = False
+    wanted: str = "auto"
+    limit: int | None = None
+    host: int = 2**62
+    tile: int | None = None
+    dense: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes by part, at the moment when they are the most together.
+
+    Attributes:
+        parts: on the GPU, as torch counts them; their sum is ``total``. host: pinned host memory. paged: the
+            optimizer's state that the system moves between host and GPU.
+        choices: of the layers, first layer first. head_rows: of logits at a time. moment: ``head``, ``layer`` or
+            ``update``. exact: whether the family is known and only an adapter is trained, which is what was measured.
+    """
+
+    parts: dict[str, int]
+    host: int
+    paged: int
+    choices: list[Choice]
+    head_rows: int
+    moment: str
+    exact: bool
+    tile: int | None = None
+    refused: bool = field(default=False)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the GPU's memory, without what CUDA itself takes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Widths of a decoder layer in numbers: of its input, its perceptron, its queries, and its keys."""
+
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+
+    @classmethod
+    def of(cls, blueprint: Blueprint) -> _Layer:
+        text, layout = blueprint.text, blueprint.layout
+        hidden = int(text.hidden_size)
+        if layout is not None:
+            return cls(
+                hidden, int(text.intermediate_size), layout.heads * layout.head_dim, layout.kv_heads * layout.head_dim
+            )
+        heads = int(getattr(text, "num_attention_heads", 0) or 1)
+        width = int(getattr(text, "head_dim", 0) or hidden // heads)
+        groups = int(getattr(text, "num_key_value_heads", 0) or heads)
+        return cls(hidden, int(getattr(text, "intermediate_size", 0) or 4 * hidden), heads * width, groups * width)
+
+
+def peak_of(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
+    """The peak of a step, its layers' choices made as training makes them."""
+    itemsize = 4 if outline.full else 2
+    states = states_of(outline.trained, step.optimizer)
+    trained = sum(outline.trained)
+    tokens = step.tokens
+    fixed = {
+        "weights": weight_bytes(blueprint, step.quantization, itemsize),
+        "room for updates": room_bytes(blueprint, outline) if step.quantization == "none" else 0,
+        "adapters": 0 if outline.full else 4 * trained,
+        "optimizer": states.gpu,
+        "workspace": WORKSPACE,
+    }
+    if outline.full:  # autocast keeps a 16-bit copy of each product's weight from forward to backward
+        fixed["16-bit copies"] = 2 * sum(m.count for m in (*blueprint.linears, blueprint.head))
+    if not outline.full and blueprint.stored is not None:
+        fixed["weights"] = weight_bytes(blueprint, blueprint.stored, itemsize)
+    width = int(getattr(blueprint.layout, "head_dim", 0) or 128)
+    fixed["batch"] = tokens * (3 * 8 + 4 * width)  # ids, labels and the labels moved by one; cos and sin
+    used = sum(fixed.values())
+    layer = _Layer.of(blueprint)
+    sizes = _sizes(blueprint, outline, layer)
+    beside = _beside(blueprint, outline, step, layer)
+    head, rows = _head(blueprint, outline, step, layer, used)
+    gradients = 4 * trained
+    if blueprint.layout is None:
+        choices: list[Choice] = ["keep" if step.wanted == "keep" else "recompute"] * blueprint.layers
+        refused = False
+    else:
+        choices, refused = _choices(blueprint, step, sizes, beside, used, head, gradients)
+    kept = [tokens * sizes.kept[choice] for choice in choices]
+    moments = _moments(kept, [beside[choice] for choice in choices], head, gradients, step.accumulates)
+    moments["update"] = (0, gradients, states.step)
+    name = max(moments, key=lambda moment: sum(moments[moment]))
+    waits, sums, work = moments[name]
+    parts = fixed | {
+        "gradients": sums,
+        "activations kept": waits,
+        {"head": "head", "layer": "one layer", "update": "update"}[name]: work,
+    }
+    return Peak(
+        parts={part: size for part, size in parts.items() if size},
+        host=tokens * sum(sizes.host.get(choice, 0) for choice in choices),
+        paged=states.host,
+        choices=choices,
+        head_rows=rows,
+        moment=name,
+        exact=blueprint.layout is not None and outline.able,
+        tile=step.tile,
+        refused=refused,
+    )
+
+
+def _moments(
+    kept: Sequence[int], beside: Sequence[int], head: int, gradients: int, accumulates: bool
+) -> dict[str, tuple[int, int, int]]:
+    """What waits, the gradients, and what is worked with: at the head, and at the worst layer backwards."""
+    count, whole = len(kept), sum(kept)
+    moments = {"head": (whole, gradients if accumulates else 0, head)}
+    worst, waits = (0, 0, 0), whole
+    for index in reversed(range(count)):
+        made = gradients if accumulates else gradients * (count - index) // count
+        worst = max(worst, (waits, made, beside[index]), key=sum)
+        waits -= kept[index]
+    return moments | {"layer": worst}
+
+
+def _choices(
+    blueprint: Blueprint, step: Step, sizes: Sizes, beside: dict[Choice, int], used: int, head: int, gradients: int
+) -> tuple[list[Choice], bool]:
+    """As :class:`ft_core.fast.choose.Chooser` makes them once a batch is measured; and whether the host is too small."""
+    layers, tokens = blueprint.layers, step.tokens
+    if step.wanted != "auto":
+        choice: Choice = step.wanted  # type: ignore[assignment]
+        if choice == "offload" and layers * tokens * sizes.host["offload"] > step.host:
+            choice = "offload-input"
+        return [choice] * layers, layers * tokens * sizes.host.get(choice, 0) > step.host
+    if step.limit is None:
+        return ["keep"] * layers, False
+    first = gradients if step.accumulates else 0
+    if used + max(layers * tokens * sizes.kept["keep"] + max(head, beside["keep"]) + first, gradients) <= step.limit:
+        return ["keep"] * layers, False
+    holds = step.host >= layers * tokens * sizes.host["offload"]
+    leanest = beside["offload" if holds else "offload-input"]
+    room = step.limit - used - max(head + first, leanest + gradients)
+    return fit(layers, tokens, room, sizes, step.host), False
+
+
+def _sizes(blueprint: Blueprint, outline: Outline, layer: _Layer) -> Sizes:
+    if blueprint.layout is not None:
+        ranks = 7 * -(-outline.rank // 16) * 16
+        sizes = Sizes.of(blueprint.layout, blueprint.text, outline.able, 2, ranks)
+        if not outline.full:
+            return sizes
+        kept = {choice: size + (2 * layer.hidden if size else 0) for choice, size in sizes.kept.items()}
+        return Sizes(kept, sizes.host, sizes.working)
+    whole = 2 * (8 * layer.hidden + 3 * layer.queries + 4 * layer.keys + 4 * layer.inner)
+    return Sizes({"keep": whole, "recompute": 2 * layer.hidden}, {}, whole)
+
+
+def _beside(blueprint: Blueprint, outline: Outline, step: Step, layer: _Layer) -> dict[Choice, int]:
+    """Bytes that computing a layer backwards takes beside what waits, by choice.
+
+    The perceptron's half comes first: the gradient from above, [gate | up], the gradient of their product, and in a
+    layer that is computed again q, k, v, the attention's output and the half's input. Then the attention's: dq in fp32.
+    """
+    h, i, q, k = layer.hidden, layer.inner, layer.queries, layer.keys
+    tokens = step.tokens
+    down, both = _expanded(blueprint, step, layer)
+    tiled = step.tile is not None and tokens > step.tile and outline.able
+    ours = step.tile if tiled and step.tile is not None else tokens
+    attention = 2 * (q + 2 * k) + 2 * q + 2 * q + (0 if step.dense else 2 * q) + h
+
+    def work(before: int, around: int) -> int:
+        """``before``: numbers a token that wait from the attention's half; ``around``: what waits anyhow."""
+        first = max(3 * i * ours + down, (2 * i + h * (not tiled)) * ours + both) + before * tokens
+        second = attention * tokens + (q + 2 * k + 2 * h) * (ours if tiled else 0)
+        return 2 * (max(first, second) + around * tokens)
+
+    again = 2 * q + 2 * k + h
+    kept = 2 * ((i + 3 * h) * tokens + down)
+    if not outline.able:
+        single = (3 * i + 6 * h + q + 2 * k) * 2 * tokens + 2 * both
+        whole = _sizes(blueprint, outline, layer).kept["keep"] * tokens
+        return {
+            "keep": single, "inputs": single + whole, "recompute": single + whole, "offload": single + whole,
+            "offload-input": single + whole,
+        }  # fmt: skip
+    return {
+        "keep": max(kept, 2 * (attention - q - 2 * k) * tokens),
+        "inputs": work(0, h),
+        "offload": work(0, h + (UNDER_WAY + 1) * h),
+        "recompute": work(again, h),
+        "offload-input": work(again, h + (UNDER_WAY + 1) * h),
+    }
+
+
+def _expanded(blueprint: Blueprint, step: Step, layer: _Layer) -> tuple[int, int]:
+    """Numbers of the weights of down, and of gate and up, that are expanded for a product; none in 16 bits."""
+    if step.quantization == "none" and blueprint.stored is None:
+        return 0, 0
+    return layer.hidden * layer.inner, 2 * layer.hidden * layer.inner
+
+
+def _head(
+    blueprint: Blueprint, outline: Outline, step: Step, layer: _Layer, used: int
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes that the head and its loss take, and the rows of logits that exist at a time."""
+    tokens, vocabulary = step.tokens, blueprint.head.out
+    states = 3 * layer.hidden * 2 * tokens  # what the last layer gave, its norm, and the gradient
+    if blueprint.layout is None:
+        return states + LOGITS * tokens * vocabulary, tokens
+    room = HEAD if step.limit is None else max(step.limit - used, 0)
+    most = min(HEAD, max(int(room * HEAD_SHARE), HEAD_LEAST))
+    shape = Shape(tokens, layer.hidden, vocabulary, 0, torch.bfloat16, True)
+    needs = Needs(hidden=True, weight=outline.full)
+    rows = min(max(plan_rows(shape, needs, most), 1), tokens)
+    held = tokens * layer.hidden * 4 if held_dtype(shape, most) != shape.dtype else 0
+    work: Any = rows * (2 * row_stride(shape) + 4 * layer.hidden) + 48 * tokens + held
+    return states + (most if outline.full else min(int(work), most)), rows
+
+

@@ -1,0 +1,118 @@
+"""A plan in words: the table of `ft plan`, and the one line of `ft train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ft_core.planning.engine import CONTEXT, Plan
+
+__all__ = ["line", "table"]
+
+GIB = 2**30
+CHOSEN = {
+    "keep": "kept", "inputs": "partly computed again", "recompute": "computed again", "offload": "offloaded",
+    "offload-input": "computed again from offloaded inputs",
+}  # fmt: skip
+LABELS = {
+    "weights": "weights", "16-bit copies": "16-bit copies of the weights", "head": "head: logits and their gradient",
+    "one layer": "one layer backwards", "update": "the optimizer's update", "optimizer": "optimizer's state",
+    "workspace": "cuBLAS' workspace", "batch": "the batch and its angles",
+}  # fmt: skip
+
+
+def line(plan: Plan) -> str:
+    """The plan in one line, such as ``plan: about 7.2 of 23.0 GiB, 9.1k tokens a second, 32 layers kept``."""
+    words = [f"about {plan.peak.total / GIB:.1f} of {plan.limit / GIB:.1f} GiB"]
+    if plan.times is not None:
+        words.append(f"{_short(plan.times.rate)} tokens a second")
+    words.append(_chosen(plan))
+    if plan.peak.tile:
+        words.append(f"tiles of {plan.peak.tile} tokens")
+    rough = "" if plan.peak.exact else " (rough)"
+    doubt = "" if plan.fits else "; it may run out of memory: ft plan says what would fit"
+    return f"plan: {', '.join(words)}{rough}{doubt}"
+
+
+def table(plan: Plan, ways: Sequence[str] = ()) -> str:
+    """The plan in a table, with what would make it fit where it doesn't."""
+    config, training, peak = plan.config, plan.config.training, plan.peak
+    lora = "full fine-tuning" if config.lora is None else f"LoRA r={config.lora.r}"
+    weights = "" if config.quantization == "none" else f" on {config.quantization}"
+    lines = [
+        f"{plan.model} ({plan.parameters / 1e9:.2f} B), {config.method}, {lora}{weights}, {training.batch_size} x "
+        f"{config.max_length} tokens, on {plan.card.name} ({plan.card.memory / GIB:.1f} GiB)",
+        "",
+    ]
+    for part, size in peak.parts.items():
+        lines.append(_row(LABELS.get(part, part), size))
+    lines += [
+        _row("peak", peak.total) + f"   of {plan.limit / GIB:.2f} that can be had",
+        _row("CUDA itself, beside that", CONTEXT),
+        _row("host memory", peak.host + peak.paged),
+        "",
+        f"layers         {_chosen(plan)}",
+        f"micro-batch    {_batch(plan)}",
+        f"sequence tile  {f'{peak.tile} tokens' if peak.tile else 'none needed'}",
+        f"head           {peak.head_rows} rows of logits at a time",
+    ]
+    lines += _times(plan)
+    lines += [f"note           {note}" for note in plan.notes]
+    if plan.fits:
+        lines += ["", "fits"]
+    else:
+        over = peak.total - plan.limit
+        why = f"{over / GIB:.2f} GiB too much" if over > 0 else "the host's memory cannot hold the activations"
+        lines += ["", f"does not fit: {why}"]
+        lines += [f"would fit: {way}" for way in ways] or ["nothing that was tried would fit"]
+    return "\n".join(lines)
+
+
+def _row(name: str, size: int) -> str:
+    return f"{name:34} {size / GIB:8.2f} GiB"
+
+
+def _chosen(plan: Plan) -> str:
+    choices = plan.peak.choices
+    return ", ".join(
+        f"{choices.count(choice)} of {len(choices)} {CHOSEN[choice]}" for choice in dict.fromkeys(reversed(choices))
+    )
+
+
+def _batch(plan: Plan) -> str:
+    said = f"{plan.config.training.batch_size} {'fits' if plan.fits else 'does not fit'}"
+    if not plan.largest:
+        return f"{said}, nor does 1" if not plan.fits else said
+    kept = plan.largest_kept
+    with_kept = "" if kept in (0, plan.largest) else f" ({kept} with all activations kept)"
+    return f"{said}; the largest that fits: {plan.largest}{with_kept}"
+
+
+def _times(plan: Plan) -> list[str]:
+    times = plan.times
+    if times is None:
+        return []
+    parts = ", ".join(f"{name} {_ms(seconds)}" for name, seconds in times.parts.items() if seconds >= 5e-4)
+    lines = [
+        f"step           {_seconds(times.step)}: {times.accumulation} x {_ms(times.batch)} and {_ms(times.update)} of "
+        f"updates; {times.rate:,.0f} tokens a second",
+        f"micro-batch    {parts}",
+    ]
+    if plan.steps is None:
+        return [*lines, f"run            unknown: {plan.counted}"]
+    seconds = plan.seconds or 0.0
+    return [*lines, f"run            {plan.steps:,} steps ({plan.counted}): about {_seconds(seconds)}"]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _short(rate: float) -> str:
+    return f"{rate / 1e3:.1f}k" if rate >= 1000 else f"{rate:.0f}"

@@ -1,0 +1,144 @@
+"""The time of a step, from the operations and bytes that it takes and the rates that a card sustains.
+
+Four sums, one after the other on the GPU: matrix products (each of a layer's twice, for the output and for the input's
+gradient, and what is computed again), attention, passes over memory, expansions of quantized weights. Copies to and from
+the host run beside them, and count where they take longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ft_core.fast.again import Choice
+from ft_core.planning.blueprint import Blueprint, Outline
+from ft_core.planning.cards import Card
+from ft_core.planning.peak import Peak, Step, _Layer
+from ft_core.planning.weights import States, states_of
+
+__all__ = ["Times", "times_of"]
+
+ATTENTION, SHORT = 0.605, 1600
+"""cuDNN's attention on Hopper: this share of the products' peak for long sequences, half of it at so many tokens (from
+335 TFLOP/s at 2048 tokens and 500 at 8192, forward and backward)."""
+PASSES, EXPAND = 0.71, 0.76
+"""Shares of a memory's bandwidth that element-wise kernels and expansions of NF4 sustain."""
+LAUNCH = 4e-3
+"""Seconds of gaps between a step's kernels, where a step of 32 layers is recorded."""
+HOST = 7.8e-3
+"""Seconds in which the host launches one layer's kernels, forward and backward, where no step is recorded."""
+UPDATE = 6e-6
+"""Seconds of one tensor's update, its launch."""
+PLAIN = 1.9
+"""transformers' own layers take this many times what products, attention and passes would (566 ms where they take 300,
+bf16 2 x 2048 on an H200)."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds: of a micro-batch by part (``parts``), and of the ``update`` after ``accumulation`` of them."""
+
+    parts: dict[str, float]
+    update: float
+    accumulation: int
+    tokens: int
+
+    @property
+    def batch(self) -> float:
+        """Seconds of a micro-batch."""
+        return sum(self.parts.values())
+
+    @property
+    def step(self) -> float:
+        """Seconds from one update to the next."""
+        return self.accumulation * self.batch + self.update
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens * self.accumulation / self.step
+
+
+def times_of(
+    blueprint: Blueprint, outline: Outline, step: Step, peak: Peak, card: Card, accumulation: int, recorded: bool
+) -> Times | None:
+    """A step's time on a card; None for a card of whose speed nothing is known.
+
+    Args:
+        recorded: whether steps may be recorded as graphs: rows without padding, no bound on the memory.
+    """
+    if not card.peak:
+        return None
+    layer, layers, tokens = _Layer.of(blueprint), blueprint.layers, step.tokens
+    products, plain = card.peak * card.share, blueprint.layout is None
+    inside = sum(matrix.count for matrix in blueprint.linears) + blueprint.experts
+    backward = 2.0 if outline.full else 1.0
+    again = sum(_again(choice, layer) for choice in peak.choices) / max(layers, 1)
+    whole = sum(choice in ("recompute", "offload-input") for choice in peak.choices) / max(layers, 1)
+    if plain:
+        again = whole
+    flops = 2.0 * tokens * inside * blueprint.used * (1 + backward + again)
+    flops *= 1.0 if outline.full or not outline.rank else 1.016 + 2 * outline.rank / 4096
+    head = 2.0 * tokens * blueprint.head.count * (1 + backward)
+    window = getattr(blueprint.text, "sliding_window", None) if getattr(blueprint.layout, "attention", None) else None
+    seen = min(step.length, int(window)) if window and blueprint.layout.attention.window else step.length
+    scores = 2.0 * tokens * seen * layer.queries * layers
+    attention_rate = card.peak * card.share / 0.673 * ATTENTION * seen / (seen + SHORT)
+    if not step.dense:
+        attention_rate *= 0.8  # FlashAttention-2 beside cuDNN's on the same products
+    forward, back = _passes(layer)
+    moved = 2.0 * tokens * layers * (forward * (1 + again) + back)
+    parts = {
+        "products": (flops + head) / products,
+        "attention": scores * (3.5 + whole) / attention_rate,
+        "memory passes": moved / (card.bandwidth * PASSES),
+        "gaps": LAUNCH * layers / 32,
+    }
+    kind = blueprint.stored or step.quantization
+    if kind != "none":
+        each = 2.56 if kind == "nf4" else 3.0
+        tiles = 2 + again
+        parts["expansions"] = each * sum(m.count for m in blueprint.linears) * tiles / (card.bandwidth * EXPAND)
+    if plain:
+        parts = {name: seconds * PLAIN for name, seconds in parts.items()}
+    parts |= _waits(peak, step, card, sum(parts.values()), layers)
+    quick = recorded and set(peak.choices) <= {"keep", "inputs"} and not plain
+    launched = HOST * layers * (1 + 0.33 * again)
+    if not quick and (rest := launched - sum(parts.values())) > 0:
+        parts["the host's launches"] = rest
+    states: States = states_of(outline.trained, step.optimizer)
+    update = states.moved / (card.bandwidth * PASSES) + UPDATE * len(outline.trained)
+    update += 2 * states.host / card.link if states.host else 0.0
+    return Times(parts, update, accumulation, tokens)
+
+
+def _again(choice: Choice, layer: _Layer) -> float:
+    """The share of a layer's products that is computed again."""
+    h, i, q, k = layer.hidden, layer.inner, layer.queries, layer.keys
+    whole = h * (q + 2 * k) + q * h + 3 * h * i
+    if choice == "keep":
+        return 0.0
+    if choice in ("inputs", "offload"):
+        return (h * (q + 2 * k) + 2 * h * i) / whole
+    return 1.0 - h * i / whole
+
+
+def _passes(layer: _Layer) -> tuple[int, int]:
+    """Numbers that a token's way through a layer reads and writes beside the products, forward and backward.
+
+    Forward: both norms, the rotation, the activation, the low-rank product before o. Backward: the activation's pass,
+    both norms with the residual, the rotation, and what the adapters' gradients read.
+    """
+    h, i, q, k = layer.hidden, layer.inner, layer.queries, layer.keys
+    turned = 2 * (q + k)
+    return 4 * h + turned + 3 * i + q, 5 * i + 8 * h + turned + (2 * h + q) + (q + 2 * k + 2 * h + 2 * i)
+
+
+def _waits(peak: Peak, step: Step, card: Card, computing: float, layers: int) -> dict[str, float]:
+    """Seconds by which copies to the host, or back from it, take longer than the layers that they run beside."""
+    if not peak.host:
+        return {}
+    away = sum(choice in ("offload", "offload-input") for choice in peak.choices)
+    copy = peak.host / card.link
+    forward, back = computing * away / layers * 0.3, computing * away / layers * 0.7
+    excess = max(copy - forward, 0.0) + max(copy - back, 0.0)
+    return {"copies": excess} if excess else {}
