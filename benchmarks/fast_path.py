@@ -10,8 +10,9 @@ With --together all contestants load at the same time, on the same GPU, and then
 loading is not timed, and the GPU's memory has to hold all their models.
 
 Contestants: ft (all activations kept), ft-recompute (each layer computed again in backward from its input), ft-offload
-(the same, these inputs in host memory), ft-capped (what fits under --cap), transformers (with PEFT and checkpointing),
-liger, unsloth, unsloth-keep (its checkpointing off). One that isn't installed, or fails, is a row with its error.
+(the inputs of its halves and the attention's output in host memory), ft-capped (its choice under --cap), transformers
+(with PEFT and checkpointing), liger, unsloth, unsloth-keep (its checkpointing off). One that isn't installed, or fails,
+is a row with its error.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ CONTESTANTS = (
 )  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIMIZERS = ("adamw8bit", "fused")
+UNSLOTH_PEAKS = {"none": {(2, 2048): 16.4, (1, 8192): 17.5}, "nf4": {(2, 2048): 6.8, (1, 8192): 7.8}}
+"""GiB that Unsloth's defaults take, by quantization and shape."""
 
 
 def main() -> None:
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warm", type=int, default=5, help="steps before them")
-    parser.add_argument("--cap", type=float, help="GiB that ft-capped may use (default: 16.4, with nf4 6.8)")
+    parser.add_argument("--cap", type=float, help="GiB that ft-capped may use (default: what Unsloth's defaults take)")
     parser.add_argument("--together", action="store_true", help="load all at the same time, then take turns")
     parser.add_argument("--turn", type=float, default=120.0, help="seconds after which a contestant's turn is ended")
     parser.add_argument("--unsloth-path", help="put before PYTHONPATH for unsloth alone, which wants an older trl")
@@ -231,11 +234,7 @@ def load(contestant: str, quantization: str, args: argparse.Namespace, longest: 
 
         model, _ = ft.load(str(folder), quantization=quantization, dtype="bfloat16")
         model.config.use_cache = False
-        model = ft.add_lora(model, r=16, alpha=16)
-        if contestant == "ft-recompute":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        return model
+        return ft.add_lora(model, r=16, alpha=16)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if contestant == "liger":
@@ -288,6 +287,8 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
             optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         else:
             optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
+        if contestant.startswith("ft"):
+            choose(contestant, quantization, model, (rows, tokens), args.cap)
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -323,6 +324,18 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
         print(json.dumps(row), flush=True)
         if args.profile and cuda:
             profiled(model, ids)
+
+
+def choose(contestant: str, quantization: str, model: Any, shape: tuple[int, int], cap: float | None) -> None:
+    """What ft's layers keep."""
+    from ft_core import fast
+
+    path = fast.enable(model)  # on a GPU it is on already
+    if contestant != "ft-capped":
+        path.choose({"ft": "keep", "ft-recompute": "recompute", "ft-offload": "offload"}[contestant])
+        return
+    known = UNSLOTH_PEAKS[quantization]
+    path.choose("auto", memory=int((cap or known.get(shape, known[2, 2048])) * 2**30))
 
 
 def _now(cuda: bool) -> float:

@@ -26,7 +26,7 @@ from ft_core.errors import ConfigError, FtError
 MINIMAL = {"model": "some/model", "data": "rows.jsonl"}
 TOP = (
     "model, method, data, eval_split, eval_data, quantization, max_length, packing, lora, training, activations, "
-    "verify, task, output, sft"
+    "memory, verify, task, output, sft"
 )
 Write = Callable[[str], Path]
 
@@ -88,6 +88,7 @@ def test_the_defaults() -> None:
             "seed": 0,
         },
         "activations": "auto",
+        "memory": "auto",
         "verify": "first-step",
         "task": "text",
         "output": "runs/model-sft",
@@ -111,6 +112,7 @@ training: {epochs: 0.5, max_steps: 10, batch_size: 1, gradient_accumulation: 2, 
            optimizer: adafactor, scheduler: linear, warmup_ratio: 0.1, weight_decay: 0.01, max_grad_norm: 0.5,
            save_every: 5, keep_checkpoints: 3, eval_every: 2, seed: 7}
 activations: recompute
+memory: 12.5 GiB
 verify: off
 task: text
 output: runs/mine
@@ -153,6 +155,7 @@ sft: {train_on: all}
         "recompute",
     )
     assert (config.eval_data, config.output, config.verify) == ("held_out.jsonl", "runs/mine", "off")
+    assert config.memory == "12.5 GiB"
     assert method_settings(config).model_dump() == {"train_on": "all"}
 
 
@@ -278,7 +281,18 @@ def test_an_override_that_is_no_yaml() -> None:
         ({"method": "stf", "sft": {}}, "method: no method 'stf'; did you mean 'sft'? (allowed: {methods})"),
         ({"reward": {}}, "reward: these are settings of the method 'reward', but the method is 'sft'"),
         ({"task": "txet"}, "task: no modality 'txet'; did you mean 'text'? (allowed: {modalities})"),
-        ({"memory": {}}, "memory: this version of ft-core has no such setting yet; remove it"),
+        *(
+            (
+                {"memory": value},
+                f"memory: {value!r} is not allowed (allowed: auto, or an amount such as 12GiB (units: GiB, MiB, GB, "
+                "MB))",
+            )
+            for value in ({}, 12, "12", "0GiB", "12 TiB", "-1GiB", "all", True)
+        ),
+        (
+            {"activations": "offlaod"},
+            "activations: 'offlaod' is not allowed; did you mean 'offload'? (allowed: auto, keep, recompute, offload)",
+        ),
         ({"eval_split": 0.1, "eval_data": "x"}, "eval_split and eval_data exclude each other: give one"),
         (
             {"eval_split": 1.5},
@@ -313,7 +327,7 @@ def test_a_mistake(changes: dict[str, Any], message: str) -> None:
     assert refused({**MINIMAL, **changes}) == message
 
 
-@pytest.mark.parametrize("key", ["memory", "rewards"])
+@pytest.mark.parametrize("key", ["rewards"])
 def test_keys_of_later_versions_are_known_and_refused(key: str) -> None:
     assert refused({**MINIMAL, key: None}) == f"{key}: this version of ft-core has no such setting yet; remove it"
 
@@ -335,7 +349,7 @@ def test_an_unknown_key_is_named_whatever_it_looks_like(section: str, key: str) 
 
 
 SECTIONS: dict[str, set[str]] = {
-    "": {*TrainConfig.model_fields, "sft", "memory", "rewards", "reward"},
+    "": {*TrainConfig.model_fields, "sft", "rewards", "reward"},
     "lora": set(LoraSettings.model_fields),
     "training": set(TrainingSettings.model_fields),
     "sft": {"train_on"},

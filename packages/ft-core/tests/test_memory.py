@@ -44,3 +44,32 @@ def test_what_is_a_want_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2) @ torch.ones(3)
     assert not is_memory_error(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("12GiB", 12 * 2**30), ("12.5 gib", 25 * 2**29), ("800MiB", 800 * 2**20), ("7GB", 7 * 10**9), ("1 mb", 10**6)],
+)
+def test_amounts(text: str, count: int) -> None:
+    from ft_core.memory import bytes_of
+
+    assert bytes_of(text) == count
+
+
+def test_a_cap_without_a_gpu_says_that_nothing_is_capped(configure: Any, tmp_path: Path, ft: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    config = configure(memory="12GiB", activations="offload", training={"max_steps": 1}, output=str(tmp_path / "run"))
+    done = ft("train", config)
+    assert done.code == 0, done.err
+    assert "memory: 12GiB is for a GPU's memory, and this runs on none: nothing is limited" in done.out + done.err
+    assert "activations: offload needs the fast layers; they are computed again instead" in done.out + done.err
+
+
+@pytest.mark.gpu
+def test_more_than_the_gpu_has_is_refused(configure: Any, tmp_path: Path, ft: Any) -> None:
+    done = ft("train", configure(memory="99999GiB", training={"max_steps": 1}, output=str(tmp_path / "run")))
+    assert done.code == 2
+    assert "memory: '99999GiB' is more than the GPU has (allowed: auto, or up to" in done.err

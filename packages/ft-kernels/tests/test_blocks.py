@@ -288,6 +288,19 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
 
+class Peak(Live):
+    """And the most there were at a time."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = super().__torch_dispatch__(function, types, args, kwargs)
+        if self.bytes > self.peak:
+            gc.collect()  # the interpreter's garbage
+            self.peak = max(self.peak, self.bytes)
+        return made
+
+
 def saved_by(compute):
     """The distinct memory saved for backward: bytes by address."""
     storages = {}
@@ -592,6 +605,59 @@ def test_compile(device, half):
     compiled = torch.compile(lambda x, a, b: block(x * 1.0, a, b) * 2, backend="aot_eager")
     for one, two in zip(problem.run(compiled), problem.run(lambda x, a, b: block(x, a, b) * 2), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("form", ["wide", "nf4", "plain"])
+@pytest.mark.parametrize("ranks", [[4, 4, 4], [4, None, None], [None] * 3], ids=str)
+def test_a_graph_without_an_answer(device, form, ranks):
+    """The perceptron's half computed for its gradients alone gives these gradients, and leaves the last product out."""
+    problem = Problem("mlp", device, HALF, adapters=FULL, ranks=ranks)
+    first, second = problem.forms(form)
+    norm, given = problem.settings()
+    results, counts = [], []
+    for answer in (True, False):
+
+        def compute(x, a, b, answer=answer):
+            return ft.MLPBlock(norm, first, second, a, b, **given)(x, answer=answer)
+
+        results.append(problem.run(compute)[1:])
+        mode = Products()
+        with mode:
+            compute(*problem.leaves())
+        counts.append(mode.count)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    assert counts[1] < counts[0] or form == "plain" or ranks[2] is None
+
+
+def test_the_peak_of_the_perceptron(device):
+    """Beside what comes in and goes out: [G | U], and h or its gradient or the normed rows, not all of these."""
+    if torch.cuda.is_available():
+        pytest.skip("sums have more parts on a GPU; test_on_a_gpu.py of ft-core measures there")
+    problem = Problem("mlp", device, HALF, adapters=FULL, shape=(2, 256))
+    block, leaves = problem.block(keep="inputs"), problem.leaves()
+    problem.run(block)
+    wide = max(-(-(INNER + 16) // 64) * 64, -(-(H + 16) // 64) * 64 + H)
+    sums = 4 * (2 * sum(t.numel() for t in (*problem.a, *problem.b)) + 16 * 512)
+    gc.collect()
+    mode = Peak()
+    with mode:
+        y = block(*leaves)
+        forward = mode.peak
+        mode.peak = 0
+        torch.autograd.grad(y, [leaves[0], *leaves[1], *leaves[2]], problem.dy)
+    for peak in (forward, mode.peak):
+        assert peak <= 512 * 2 * (2 * INNER + wide + 2 * H) + 2 * sums
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.gpu

@@ -1,16 +1,33 @@
-"""Running out of memory, told from other errors and said in one line."""
+"""Amounts of memory as people write them; running out of it, told from other errors and said in one line."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ft_core.errors import RunError
 
-__all__ = ["enough_memory", "is_memory_error"]
+__all__ = ["bytes_of", "enough_memory", "is_memory_error"]
 
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """torch has a class for a full GPU only; a full host, Apple's GPU and a library's own memory are told by the text."""
+
+
+UNITS = {"gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6}
+
+
+def bytes_of(text: str) -> int:
+    """An amount such as ``12GiB``, ``12.5 GB`` or ``800MiB`` in bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    count = int(float(found[1]) * UNITS.get(found[2], 0)) if found else 0
+    if not count:
+        raise ValueError("auto, or an amount such as 12GiB (units: GiB, MiB, GB, MB)")
+    return count
 
 
 def is_memory_error(error: BaseException) -> bool:

@@ -209,7 +209,7 @@ class Run:
         mine, theirs = _flat(yaml.safe_load(to_yaml(config))), _flat(self.values())
         how_long = {"training.epochs", "training.max_steps"}
         how_often = {"training.save_every", "training.keep_checkpoints", "training.eval_every"}
-        free = {"output", "activations", *how_long, *how_often}  # what is recomputed is computed alike
+        free = {"output", "activations", "memory", *how_long, *how_often}  # what is recomputed is computed alike
         differ = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key not in free]
         if differ:
             was = ", ".join(f"{key} was {theirs.get(key)!r} and is {mine.get(key)!r}" for key in differ[:3])

@@ -104,3 +104,17 @@ def test_resuming_gives_the_same_losses(ft, configure, metrics, tmp_path, fast_l
     done = ft("train", config, "--resume", "training.max_steps=6")
     assert done.code == 0, done.err
     assert [row["loss"] for row in metrics(tmp_path / "parts")] == whole
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_other_activations_give_the_same_losses(kind, ft, configure, metrics, tmp_path, monkeypatch, fast_layers):
+    from ft_core.fast import offload
+
+    monkeypatch.setattr(offload, "LEAST", 0)
+    changes = {"training": {"max_steps": 4, "learning_rate": 1e-2, "gradient_accumulation": 2}, "packing": True}
+    changes |= {"lora": {"r": 8, "dropout": 0.1}} if kind == "lora" else {"lora": None}
+    found = [
+        losses(ft, metrics, configure, tmp_path / activations, activations=activations, **changes)[0]
+        for activations in ("keep", "auto", "recompute", "offload")
+    ]
+    assert found[1:] == [found[0]] * 3

@@ -82,6 +82,110 @@ def test_whatever_is_kept_the_result_is_the_same(family):
             torch.testing.assert_close(gradient, results[0][1][name], rtol=1e-3, atol=1e-6)
 
 
+CHOICES: list[Any] = [
+    "inputs",
+    "recompute",
+    "offload",
+    "offload-input",
+    ["offload", "recompute", "keep"],
+    ["keep", "offload", "inputs"],
+]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", MAKE)
+def test_whatever_each_layer_keeps_the_gradients_are_the_same(family, packed, dropout):
+    """Bit for bit: the same kernels on the same numbers. So is what runs twice as it is."""
+    model = adapted(family, dropout)
+    path = fast.enable(model)
+    path.graphs.on, path.host.least = False, 0
+    positions = torch.cat([torch.arange(n) for n in (700, 300, 536)])[None].cuda()
+    ids = torch.randint(1000, (1, 1536) if packed else (3, 512), generator=torch.Generator().manual_seed(2)).cuda()
+    more = {"position_ids": positions} if packed else {}
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, **more).loss
+        model.zero_grad()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad), torch.rand(2, device="cuda")]
+
+    path.choose("keep")
+    kept = gradients()
+    again = all(torch.equal(one, two) for one, two in zip(gradients(), kept, strict=True))
+    for choice in CHOICES:
+        path.choose(choice)
+        for _ in range(2):  # buffers are used again
+            for one, two in zip(gradients(), kept, strict=True):
+                # Attention's backward of some backends adds in any order.
+                assert torch.equal(one, two) if again else (one - two).norm() <= 2e-2 * two.norm()
+
+
+def wide(layers: int = 8) -> Any:
+    """A model whose activations are most of what it takes."""
+    sizes = {**SIZES, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers}
+    sizes["num_attention_heads"] = 8
+    config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    return get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)).to("cuda", torch.bfloat16), config).train()
+
+
+ROUNDING = 2**24
+"""torch leaves up to 1 MiB behind a large tensor's end to it, more or less by what was there before."""
+
+
+def peaks(model: Any, choice: Any, steps: int = 3, memory: int | None = None) -> list[int]:
+    """Bytes at the peak of each step, above what is in use before."""
+    path = fast.enable(model)
+    path.graphs.on = False
+    path.choose(choice, memory=memory)
+    found = []
+    for i in range(steps):
+        ids = torch.randint(1000, (2, 2048), generator=torch.Generator().manual_seed(i)).cuda()
+        model.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.cuda.synchronize()
+        found.append(torch.cuda.max_memory_allocated() - before)
+    return found
+
+
+def test_memory_is_what_is_counted():
+    """The difference of two peaks is what one choice keeps more than the other, however far the host is ahead."""
+    model = wide()
+    path = fast.enable(model)
+    peaks(model, "keep", 1)  # room beside the weights, compiled kernels
+    found = {choice: peaks(model, choice) for choice in ("keep", "inputs", "recompute", "offload", "offload-input")}
+    sizes = path.chooser._sizes()
+    kept = {choice: 4096 * 8 * size for choice, size in sizes.kept.items()}
+    layer = 4096 * (sizes.host["offload"] + sizes.working)  # at which point of a layer the peak is may differ
+    for choice, each in found.items():
+        assert max(each[1:]) - min(each[1:]) <= ROUNDING, choice  # the same in every step
+        assert abs((found["keep"][-1] - each[-1]) - (kept["keep"] - kept[choice])) <= 2 * layer, choice
+    # A layer's tensors, and few more, are on their way at any time.
+    assert found["offload"][-1] <= found["inputs"][-1] - 4096 * (8 - 2) * sizes.host["offload"]
+
+
+def test_auto_keeps_to_a_bound_and_spends_it():
+    model = wide()
+    peaks(model, "keep", 1)
+    lean, kept = peaks(model, "offload")[-1], peaks(model, "keep")[-1]
+    in_use = torch.cuda.memory_allocated()
+    bound = in_use + (2 * lean + kept) // 3
+    found = peaks(model, "auto", 5, memory=bound)
+    chosen = fast.fast_path_of(model).chooser.chosen
+    assert in_use + max(found) <= bound
+    assert "keep" in chosen
+    assert found[-1] > lean
+    assert abs(peaks(model, "auto", 3)[-1] - kept) <= ROUNDING
+
+
 def test_weights_with_room_are_the_same_weights(tmp_path):
     model = adapted()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ft_core.memory import bytes_of
+
 __all__ = ["LATER", "DataSource", "LoraSettings", "TrainConfig", "TrainingSettings"]
 
-LATER = ("memory", "rewards")
+LATER = ("rewards",)
 """Top-level keys that are reserved: this version knows their names and refuses them."""
 
 
@@ -65,6 +67,13 @@ class DataSource(Section):
     path: str = Field(min_length=1)
     weight: Number = Field(default=1.0, gt=0, le=1000)
     format: str | None = None
+
+
+def _amount(value: Any) -> Any:
+    """`auto`, or an amount of memory as it was written."""
+    if value != "auto":
+        bytes_of(value if isinstance(value, str) else "")
+    return value
 
 
 def _sources(value: Any) -> Any:
@@ -175,8 +184,8 @@ class TrainingSettings(Section):
 class TrainConfig(BaseModel):
     """A run's configuration; the documentation's page on configuration explains each key.
 
-    A method's own settings sit in a section under the method's name (``sft: {train_on: all}``). ``activations`` and
-    ``verify``: the documentation's page on the fast path.
+    A method's own settings sit in a section under the method's name (``sft: {train_on: all}``). ``activations``,
+    ``memory`` and ``verify``: the documentation's page on the fast path.
 
     Raises:
         pydantic.ValidationError: a key or value that is not allowed. ``ft_core.config.load_config`` turns it into a
@@ -196,7 +205,8 @@ class TrainConfig(BaseModel):
     packing: Switch = True
     lora: LoraSettings | None = Field(default_factory=LoraSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
-    activations: Literal["auto", "keep", "recompute"] = "auto"
+    activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
+    memory: Annotated[str, BeforeValidator(_amount)] = "auto"
     verify: Annotated[Literal["first-step", "off"], BeforeValidator(_off)] = "first-step"
     task: str = "text"
     output: str | None = Field(default=None, min_length=1)

@@ -1,5 +1,6 @@
 """The fast path: a model's layers computed by ft_kernels, on the instance, with the same mathematics."""
 
+from ft_core.fast.again import Choice
 from ft_core.fast.ahead import compile_ahead
 from ft_core.fast.check import Comparison, compare, trial
 from ft_core.fast.find import NotFast, layout_of
@@ -9,6 +10,7 @@ from ft_core.fast.swap import FastPath, disable, enable, fast_path_of
 __all__ = [
     "Activation",
     "Attention",
+    "Choice",
     "Comparison",
     "FastPath",
     "Layout",

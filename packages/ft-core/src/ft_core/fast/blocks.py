@@ -41,21 +41,26 @@ class Blocks:
     _known: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def attention(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+        keep: Keep | None = None,
     ) -> Tensor | None:
         """``x`` with the attention's branch added, or None where it cannot be one operation."""
         half = self._first()
         if half is None or not half.fits(x):
             return None
-        out: Tensor = half.block(x, cos=cos, sin=sin, attention=attention, keep=self.keep)
+        out: Tensor = half.block(x, cos=cos, sin=sin, attention=attention, keep=keep or self.keep)
         return out
 
-    def mlp(self, x: Tensor) -> Tensor | None:
+    def mlp(self, x: Tensor, keep: Keep | None = None, answer: bool = True) -> Tensor | None:
         """``x`` with the perceptron's branch added, or None where it cannot be one operation."""
         half = self._second()
         if half is None or not half.fits(x):
             return None
-        out: Tensor = half.block(x, keep=self.keep)
+        out: Tensor = half.block(x, keep=keep or self.keep, answer=answer)
         return out
 
     @contextlib.contextmanager
@@ -76,6 +81,10 @@ class Blocks:
     def able(self) -> bool:
         """Whether both halves can be one operation each, as the layer is now."""
         return None not in self.halves()
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether both halves of this x are one operation each."""
+        return all(half is not None and half.fits(x) for half in self.halves())
 
     def halves(self) -> tuple[_Half | None, _Half | None]:
         """Both halves as operations, the same objects as long as nothing has changed; None for one that is none."""

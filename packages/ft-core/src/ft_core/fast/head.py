@@ -31,8 +31,9 @@ def as_count(count: Any, device: torch.device) -> Tensor:
 
 
 def loss_of(
-    head: torch.nn.Module, layout: Layout, hidden: Tensor, labels: Tensor, count: Any = None, *, shifted: bool = False
-) -> Tensor:
+    head: torch.nn.Module, layout: Layout, hidden: Tensor, labels: Tensor, count: Any = None, *, shifted: bool = False,
+    max_memory: int = 2**30,
+) -> Tensor:  # fmt: skip
     """The mean of ``-log p(label)`` over the trained tokens, or the sum of it over ``count``; scalar, float32.
 
     Args:
@@ -42,6 +43,7 @@ def loss_of(
         labels: int64 ``[B, S]``, -100 where nothing is trained; each is predicted from the token before it.
         count: what the sum is divided by, a number or a tensor; None for the number of trained tokens.
         shifted: the labels are already those of the next token.
+        max_memory: bytes that may be used at a time (see :func:`ft_kernels.linear_cross_entropy`).
     """
     linear = read(head)
     assert linear is not None
@@ -57,5 +59,6 @@ def loss_of(
         softcap=layout.logit_softcap,
         logit_scale=layout.logit_scale,
         reduction="mean" if count is None else "sum",
+        max_memory=max_memory,
     )  # fmt: skip
     return loss if count is None else loss / as_count(count, loss.device)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import ft_kernels as kernels
-from ft_core.fast.blocks import Blocks
+from ft_core.fast.again import Choice
+from ft_core.fast.blocks import Blocks, Keep
 from ft_core.fast.documents import Batch
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import frozen, read, updates
@@ -37,11 +38,13 @@ class DecoderLayer:
         module: transformers' layer, whose modules and parameters stay where they are.
         layout: where they are.
         blocks: its halves as one operation each, where they can be.
+        choice: what waits for backward.
     """
 
     module: nn.Module
     layout: Layout
     blocks: Blocks = field(init=False)
+    choice: Choice = "keep"
 
     def __post_init__(self) -> None:
         self.blocks = Blocks(self.module, self.layout)
@@ -52,21 +55,25 @@ class DecoderLayer:
         names = self.layout.attention
         return None if names.window is None else at(at(self.module, names.module), names.window)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, *, keep: Keep | None = None, answer: bool = True
+    ) -> Tensor:
         """The layer's output ``[B, S, H]``.
 
         Args:
             x: ``[B, S, H]``.
             cos, sin: of the tokens' angles, ``[B or 1, S, rotary dimensions]``.
             batch: the documents.
+            keep: what the blocks keep, instead of what they say.
+            answer: whether the output's numbers are wanted, or its graph alone.
         """
         norms, scale = self.layout.norms, self.layout.residual_scale
         attend = self._attend(batch)
-        after = self.blocks.attention(x, cos, sin, attend)
+        after = self.blocks.attention(x, cos, sin, attend, keep)
         if after is None:
             branch = self._attention(self._norm(norms.attention, x), cos, sin, attend)
             after = self._joined(x, branch, norms.after_attention, scale)
-        done = self.blocks.mlp(after)
+        done = self.blocks.mlp(after, keep, answer)
         if done is None:
             done = self._joined(after, self._mlp(self._norm(norms.mlp, after)), norms.after_mlp, scale)
         return done

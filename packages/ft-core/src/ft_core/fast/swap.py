@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ft_core.data.collating import LENGTHS
+from ft_core.fast.again import Choice, compute_by_choice, without_checkpointing
 from ft_core.fast.blocks import Keep
+from ft_core.fast.choose import Chooser, Sizes
 from ft_core.fast.documents import Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of
 from ft_core.fast.graphs import Graphs
@@ -25,6 +28,7 @@ from ft_core.fast.head import as_count, can_fuse, loss_of
 from ft_core.fast.layer import DecoderLayer, norm
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
+from ft_core.fast.offload import HostMemory
 
 __all__ = ["FastPath", "disable", "enable", "fast_path_of", "is_own", "unwrapped"]
 
@@ -41,6 +45,8 @@ class FastPath:
         model: the model with its head, not an adapter's wrapping.
         layout: of its family.
         on: whether the fast layers are used; while they are not, every call is transformers' own.
+        chooser: what each layer keeps between forward and backward (see :meth:`choose`).
+        host: activations that wait in the host's memory.
         graphs: recorded steps, for batches of rows without padding (``graphs.on = False`` does without).
     """
 
@@ -48,7 +54,13 @@ class FastPath:
     layout: Layout
     on: bool = True
     graphs: Graphs = field(default_factory=Graphs)
+    host: HostMemory = field(default_factory=HostMemory)
+    chooser: Chooser = field(init=False)
+    _own_head: bool = False
     _changed: list[nn.Module] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.chooser = Chooser(self._sizes, len(self.layers), self._trained)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -68,6 +80,56 @@ class FastPath:
         """
         for decoder in self.decoders:
             decoder.blocks.keep = what
+
+    def choose(
+        self, what: Literal["auto"] | Choice | Sequence[Choice] = "auto", *, memory: int | None = None
+    ) -> None:  # fmt: skip
+        """Choose what each layer keeps between forward and backward, instead of a trainer's gradient_checkpointing.
+
+        Args:
+            what: ``keep``, ``inputs``, ``recompute``, ``offload`` or ``offload-input`` (see
+                :data:`ft_core.fast.again.Choice`), one for all layers or one for each, first layer first; ``auto``
+                chooses by itself, for each batch, what is fastest and fits. Where the host's memory cannot hold what
+                ``offload`` takes there, it is ``offload-input``. Gradients are the same bit
+                for bit with each, save for a head that is given less memory.
+            memory: bytes that the GPU's allocated memory may reach; None for what is free. It binds ``auto`` and the
+                head; a choice of yours stays as it is. It is a plan, not a limit that torch enforces.
+
+        Raises:
+            ValueError: no such choice, or not one for each layer.
+        """
+        self.chooser.want(what, memory)
+        self.host.begin()
+
+    @contextlib.contextmanager
+    def choosing(self, tokens: int, device: torch.device) -> Iterator[None]:
+        """Within it the layers compute a batch that is to be differentiated, each by its choice."""
+
+        def room(wanted: int) -> int:
+            return min(wanted, self.host.pool(device).room)
+
+        layers = self.layers
+        flagged = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+        logits = 0 if self._own_head else tokens * self.model.config.get_text_config().vocab_size
+        for layer, choice in zip(layers, self.chooser.begin(tokens, device, room, logits), strict=True):
+            forward = vars(layer).get("forward")
+            if isinstance(forward, _LayerForward):
+                forward.fast.choice = choice
+        if flagged:
+            self.chooser.override()
+        self.host.begin()
+        try:
+            with without_checkpointing(flagged):
+                yield
+        finally:
+            self.host.settle()
+
+    def _sizes(self) -> Sizes:
+        able = all(decoder.blocks.able for decoder in self.decoders)
+        return Sizes.of(self.layout, self.model.config.get_text_config(), able, self.model.dtype.itemsize)
+
+    def _trained(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def put(self, forward: _Forward) -> None:
         """Give an instance another forward."""
@@ -169,12 +231,27 @@ class _LayerForward(_Forward):
         batch: Batch | None = keywords.pop(BATCH, None)
         if batch is None:
             return self.own(hidden_states, *args, **keywords)
-        if all(is_plain(child) for child in self.module.children()):
+        plain, choice = all(is_plain(child) for child in self.module.children()), self.fast.choice
+        compute: Callable[..., Tensor]
+        if plain:
             cos, sin = keywords["position_embeddings"]
-            return self.fast(hidden_states, cos, sin, batch)
-        # Somebody listens to a part of this layer: it has to be called.
-        keywords["attention_mask"] = batch.pairs(hidden_states, self.fast.window)
-        return self.own(hidden_states, *args, **keywords)
+            compute = functools.partial(self.fast, cos=cos, sin=sin, batch=batch)
+        else:
+            # Somebody listens to a part of this layer: it has to be called.
+            keywords["attention_mask"] = batch.pairs(hidden_states, self.fast.window)
+            compute = functools.partial(self._by_itself, args, keywords)
+        if choice == "keep" or not torch.is_grad_enabled():
+            return compute(hidden_states)
+        able = plain and self.fast.blocks.takes(hidden_states)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        out = compute_by_choice(choice, compute, hidden_states, able, parameters, self.path.host)
+        if self.module is self.path.layers[0]:
+            self.path.chooser.watch(out)
+        return out
+
+    def _by_itself(self, args: Any, keywords: dict[str, Any], x: Tensor, **ignored: Any) -> Any:
+        with without_checkpointing([self.module] if getattr(self.module, "gradient_checkpointing", False) else []):
+            return self.own(x, *args, **keywords)
 
 
 class _NormForward(_Forward):
@@ -197,6 +274,7 @@ class _BackboneForward(_Forward):
         tokens = input_ids if input_ids is not None else inputs_embeds
         lengths = keywords.pop(LENGTHS, None)
         wants_cache = model.config.use_cache if use_cache is None else use_cache
+        choosing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.path.on and tokens is not None and past_key_values is None and (model.training or not wants_cache):
             batch = None
             if not keywords.get("output_attentions"):
@@ -207,15 +285,18 @@ class _BackboneForward(_Forward):
                 # A mask with four dimensions is handed on as it is: none is made, and the layers have the documents.
                 attention_mask = tokens.new_empty((1, 1, 0, 0), dtype=torch.bool)
                 keywords[BATCH] = batch
-        return self.own(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **keywords,
-        )
+            if batch is not None and torch.is_grad_enabled():
+                choosing = self.path.choosing(tokens.shape[0] * tokens.shape[1], tokens.device)
+        with choosing:
+            return self.own(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **keywords,
+            )
 
 
 class _ModelForward(_Forward):
@@ -235,11 +316,16 @@ class _ModelForward(_Forward):
         for name in ("logits_to_keep", "return_dict"):
             keywords.pop(name, None)
         known = labels if shifted is None else shifted
-        loss = self._replayed(head, known, count, shifted is not None, **keywords)
-        if loss is not None:
-            return CausalLMOutputWithPast(loss=loss)
-        outputs = self.backbone(**keywords)
-        loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None)
+        self.path._own_head = True
+        try:
+            loss = self._replayed(head, known, count, shifted is not None, **keywords)
+            if loss is not None:
+                return CausalLMOutputWithPast(loss=loss)
+            outputs = self.backbone(**keywords)
+        finally:
+            self.path._own_head = False
+        loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None,
+                       max_memory=self.path.chooser.head)  # fmt: skip
         return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
 
     def _replayed(
@@ -259,6 +345,8 @@ class _ModelForward(_Forward):
         if input_ids is None or not input_ids.is_cuda or any(value is not None for value in others.values()):
             return None
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not path.chooser.recordable(input_ids.numel()):
+            return None
         if not path.graphs.on or several or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         batch = batch_of((input_ids.shape[0], input_ids.shape[1]), attention_mask, None, None, {})
@@ -270,7 +358,7 @@ class _ModelForward(_Forward):
                 for decoder in path.decoders:
                     stack.enter_context(decoder.blocks.set_aside())
                 hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
-                return loss_of(head, path.layout, hidden, labels, count, shifted=shifted)
+                return loss_of(head, path.layout, hidden, labels, count, shifted=shifted, max_memory=path.chooser.head)
 
         given = {"ids": input_ids, "labels": labels.to(input_ids.device)}
         if count is not None:
@@ -286,7 +374,7 @@ class _ModelForward(_Forward):
         parameters = list(path.model.parameters())
         key = (
             shifted, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
-            tuple(decoder.blocks.keep for decoder in path.decoders), tuple(map(id, halves)),
+            tuple((decoder.blocks.keep, decoder.choice) for decoder in path.decoders), tuple(map(id, halves)),
             tuple((id(parameter), parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
         )  # fmt: skip
         return key, (halves, parameters)
@@ -310,4 +398,4 @@ class _ModelForward(_Forward):
             if any(getattr(h, "__name__", "") != "make_inputs_require_grads" for h in chain(*map(dict.values, hooks))):
                 return False
             parts += [child for child in own["_modules"].values() if child is not None]
-        return not getattr(self.backbone, "gradient_checkpointing", False)
+        return True

@@ -1,17 +1,48 @@
-"""Running out of memory while training, said in one line with the keys that help."""
+"""How much memory a training may take, and running out of it, said in one line with the keys that help."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ft_core.config import TrainConfig
-from ft_core.errors import RunError
-from ft_core.memory import is_memory_error
+from ft_core.errors import ConfigError, RunError
+from ft_core.memory import bytes_of, is_memory_error
+from ft_core.models import Device
 from ft_core.runs import Run
 from ft_core.training.trainer import last_whole_checkpoint
 
-__all__ = ["memory_errors_said"]
+__all__ = ["memory_capped", "memory_errors_said"]
+
+
+@contextmanager
+def memory_capped(config: TrainConfig, device: Device, say: Callable[[str], None]) -> Iterator[None]:
+    """Within it torch takes no more of the GPU's memory than ``memory`` says; what CUDA itself takes is beside that.
+
+    Raises:
+        ConfigError: it says more than the GPU has.
+    """
+    if config.memory == "auto":
+        yield
+        return
+    if device.type != "cuda":
+        say(f"memory: {config.memory} is for a GPU's memory, and this runs on none: nothing is limited")
+        yield
+        return
+    import torch
+
+    cap = bytes_of(config.memory)
+    if cap > device.memory:
+        raise ConfigError(
+            f"memory: {config.memory!r} is more than the GPU has (allowed: auto, or up to "
+            f"{device.memory / 2**30:.1f}GiB)"
+        )
+    index = torch.cuda.current_device()
+    torch.cuda.set_per_process_memory_fraction(cap / device.memory, index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 @contextmanager
@@ -31,7 +62,9 @@ def memory_errors_said(run: Run, config: TrainConfig) -> Iterator[None]:
 
 def _line(run: Run, config: TrainConfig) -> str:
     ways = []
-    if config.activations != "recompute":
+    if config.memory != "auto":
+        ways.append(f"raise memory (now {config.memory})")
+    if config.activations not in ("recompute", "offload"):
         ways.append("set activations: recompute")
     if config.lora is None:
         ways.append("train an adapter (lora) instead of the whole model")

@@ -28,7 +28,7 @@ from ft_core.training.arguments import total_steps, trainer_arguments
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.lock import held
-from ft_core.training.memory import memory_errors_said
+from ft_core.training.memory import memory_capped, memory_errors_said
 from ft_core.training.prepare import (
     check_resumable,
     check_unfinished,
@@ -99,8 +99,9 @@ def train(
         source = find_model(config.model)
         read_ahead(source)
         config = fitting_length(config, source, say=say)
-        with memory_errors_said(run, config):
-            return _train(config, source, run, ranks, resuming=resume and run.is_run, say=say)
+        device = pick_device()
+        with memory_errors_said(run, config), memory_capped(config, device, say):
+            return _train(config, source, run, ranks, device, resuming=resume and run.is_run, say=say)
 
 
 def _train(
@@ -108,6 +109,7 @@ def _train(
     source: ModelSource,
     run: Run,
     ranks: Ranks,
+    device: Device,
     *,
     resuming: bool,
     say: Callable[[str], None],
@@ -115,7 +117,6 @@ def _train(
     spec = registry().get(MethodSpec, config.method)
     if resuming:
         check_resumable(run, config)
-    device = pick_device()
     say(f"{source.name}, {config.method}, on {device}")
     _say_other_gpus(device, ranks, say)
     tokenizer = load_tokenizer(source)
@@ -137,7 +138,7 @@ def _train(
             train_rows=train_rows,
             eval_rows=held_out,
             arguments=trainer_arguments(
-                config, run, device, evaluates=bool(held_out), recompute=recomputes(model, config, device)
+                config, run, device, evaluates=bool(held_out), recompute=recomputes(model, config, device, say)
             ),
             callbacks=[],
             counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},

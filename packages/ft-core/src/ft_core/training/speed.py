@@ -7,15 +7,15 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.errors import RunError
-from ft_core.memory import is_memory_error
+from ft_core.memory import bytes_of, is_memory_error
 from ft_core.models import Device
 
 __all__ = ["check_first_step", "recomputes", "runs_kernels", "speed_up"]
 
 CHECKED = 256
 """Tokens of the row that the first step is checked on."""
-SPARE = 0.6
-"""The share of the free memory that kept activations may fill."""
+GAPS = 0.95
+"""The share of the memory that a configuration allows which is planned with."""
 
 
 def runs_kernels(device: Device) -> bool:
@@ -44,37 +44,22 @@ def speed_up(model: Any, device: Device, say: Callable[[str], None]) -> None:
         say(f"trained on transformers' own layers: the fast ones fail on this machine ({words})")
 
 
-def recomputes(model: Any, config: TrainConfig, device: Device) -> bool:
+def recomputes(model: Any, config: TrainConfig, device: Device, say: Callable[[str], None]) -> bool:
     """Whether the trainer has to compute activations again (transformers' checkpointing of whole layers).
 
-    ``activations: auto`` keeps them on a CPU, and on a GPU if the fast layers' fit into what is free. Fast layers that
-    compute again do so themselves, all but attention.
+    The fast layers choose by themselves, as ``activations`` and ``memory`` say. Without them ``activations: auto``
+    keeps on a CPU and computes again on a GPU, and nothing is offloaded.
     """
     from ft_core import fast
 
     path = fast.fast_path_of(model)
-    wanted = config.activations == "recompute"
-    if config.activations == "auto" and device.type == "cuda":
-        wanted = path is None or not _fits(path, config)
-    if not wanted or path is None or not all(decoder.blocks.able for decoder in path.decoders):
-        return wanted
-    path.keep("inputs")
-    return False
-
-
-def _fits(path: Any, config: TrainConfig) -> bool:
-    import torch
-
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return bytes_a_token(path) * config.training.batch_size * config.max_length <= SPARE * free
-
-
-def bytes_a_token(path: Any) -> int:
-    """About what the fast layers keep for backward, for each token of a micro-batch, in 16 bits."""
-    layout, text = path.layout, path.model.config.get_text_config()
-    hidden, inner = text.hidden_size, text.intermediate_size
-    attention = (2 * layout.heads + 2 * layout.kv_heads) * layout.head_dim
-    return int(2 * (3 * hidden + attention + 2 * inner) * text.num_hidden_layers)
+    if path is not None:
+        # torch's own count of what it holds is above what is in use: rounding, and gaps.
+        path.choose(config.activations, memory=None if config.memory == "auto" else int(GAPS * bytes_of(config.memory)))
+        return False
+    if config.activations == "offload":
+        say("activations: offload needs the fast layers; they are computed again instead")
+    return config.activations in ("recompute", "offload") or (config.activations == "auto" and device.type == "cuda")
 
 
 def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], None]) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.config.load import check_config, method_settings
-from ft_core.models import find_model, load_tokenizer, pick_device
+from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick_device
 from ft_core.models.device import peak_memory
 from ft_core.models.loading import fitting_length
 from ft_core.plugins import MethodSpec, registry, resolve
 from ft_core.runs import Run
 from ft_core.training.arguments import trainer_arguments
 from ft_core.training.job import Job, build_trainer
+from ft_core.training.memory import memory_capped
 from ft_core.training.prepare import prepare_model, prepare_rows
 from ft_core.training.speed import recomputes, speed_up
 
@@ -74,6 +75,14 @@ def time_steps(
     spec = registry().get(MethodSpec, config.method)
     device = pick_device()
     say(f"{source.name}, {config.method}, on {device}")
+    with memory_capped(config, device, say):
+        return _time(config, source, spec, device, steps, warm, say)
+
+
+def _time(
+    config: TrainConfig, source: ModelSource, spec: MethodSpec, device: Device, steps: int, warm: int,
+    say: Callable[[str], None],
+) -> Timing:  # fmt: skip
     rows, _ = prepare_rows(config.model_copy(update={"eval_split": None, "eval_data": None}), spec)
     began = time.perf_counter()
     model = prepare_model(config, spec, source, device, say)
@@ -81,7 +90,8 @@ def time_steps(
     loaded = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
-        arguments = trainer_arguments(config, run, device, evaluates=False, recompute=recomputes(model, config, device))
+        recompute = recomputes(model, config, device, say)
+        arguments = trainer_arguments(config, run, device, evaluates=False, recompute=recompute)
         arguments |= {"max_steps": warm + steps, "gradient_accumulation_steps": 1, "save_strategy": "no"}
         job = Job(
             config=config, settings=method_settings(config), model=model, tokenizer=load_tokenizer(source),

@@ -150,14 +150,18 @@ class MLPBlock:
             scaling=factors, bias=biases, dropout=dropout,
         )  # fmt: skip
 
-    def __call__(self, x: Tensor, *, training: bool = True, keep: Keep = "most") -> Tensor:
-        """``[..., H]``; the arguments are those of :func:`ft_kernels.mlp_block`."""
+    def __call__(self, x: Tensor, *, training: bool = True, keep: Keep = "most", answer: bool = True) -> Tensor:
+        """``[..., H]``; the arguments are those of :func:`ft_kernels.mlp_block`.
+
+        ``answer=False``: only the graph is wanted, by a caller who computes a layer again for its gradients. The last
+        product is left out then, and the output is memory that nothing was written to.
+        """
         self._products.check(x, keep)
         if not self._able or not x.numel() or not use_triton(x):
             with torch.autocast(x.device.type, enabled=False):
                 return self._reference(x, training=training)
         p = self._products.dropout if training else 0.0
-        block = mlp_ops.MLP(self._norm, *self._products.of(x.dtype), self._kind, p, keep)
+        block = mlp_ops.MLP(self._norm, *self._products.of(x.dtype), self._kind, p, keep, answer)
         return self._products.run(mlp_ops.MLPBlock.apply, mlp_ops.run, block, x, p)
 
 

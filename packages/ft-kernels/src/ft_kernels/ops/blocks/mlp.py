@@ -36,7 +36,12 @@ __all__ = ["MLP", "MLPBlock", "run"]
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """What does not change from call to call, or is no activation; ``kind`` is the activation's number."""
+    """What does not change from call to call, or is no activation.
+
+    Attributes:
+        kind: the activation's number.
+        answer: whether Y is wanted, or what is kept for backward alone.
+    """
 
     norm: Norm
     gate_up: Product
@@ -44,19 +49,24 @@ class MLP:
     kind: int
     dropout: float
     keep: str
+    answer: bool = True
 
 
 def _forward(
     block: MLP, x: Tensor, seed: Tensor | None, adapters: Sequence[Tensor]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Y, and all there is to keep: the normed row, 1/rms, [G | U] and both products' low-rank inputs."""
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Y, and all there may be to keep: the normed row, 1/rms, [G | U] and both products' low-rank inputs."""
     first, second = (p.low(*ab) for p, ab in _sides(block, adapters))
     drop, drop_hidden = drops(block.dropout, seed)
     rows = as_rows(x)
+    row: Tensor | None
     row, rstd = normed(rows, block.norm, first)
-    y, both, tail, hidden_tail = mlp_products.forward(
-        row, block.gate_up.base, first, block.down.base, second, block.kind, drop, drop_hidden,
-        bias=(block.gate_up.bias, block.down.bias), residual=rows,
+    both, tail = products.forward(row, block.gate_up.base, first, block.gate_up.bias, drop)
+    if block.keep != "all" or not block.gate_up.starts:
+        row = None  # its memory is there for what comes
+    y, hidden_tail = mlp_products.second_product(
+        both, first, block.down.base, second, block.kind, drop_hidden, bias=block.down.bias, residual=rows,
+        answer=block.answer,
     )  # fmt: skip
     return y.view(x.shape), (row, rstd, both, tail, hidden_tail)
 
@@ -84,8 +94,7 @@ class MLPBlock(torch.autograd.Function):
         activations = block.keep in ("all", "most")
         ctx.save_for_backward(
             x, seed, tail, hidden_tail,
-            row if block.keep == "all" and block.gate_up.starts else None,
-            rstd if activations else None, both if activations else None,
+            row, rstd if activations else None, both if activations else None,
             *adapters,
         )  # fmt: skip
         return y
@@ -106,11 +115,13 @@ class MLPBlock(torch.autograd.Function):
             drop, drop_hidden = drops(block.dropout, seed)
             rows, dys = as_rows(x), as_rows(dy)
             # Gradients of A need the normed rows, which a kernel makes as it reads x.
-            alone = both is not None and products.norms_rows(rows, first)
+            alone = products.norms_rows(rows, first)
             if row is None and (both is None or (first.r and not alone)):
                 row, rstd = normed(rows, block.norm, first)
             if both is None:
                 both, _ = products.forward(row, block.gate_up.base, first, block.gate_up.bias, drop, tail=tail)
+                if alone or not first.r:
+                    row = None
             dn, flat = mlp_products.backward(
                 dys, rows if row is None else row, both, tail, hidden_tail, block.gate_up.base, first,
                 block.down.base, second, block.kind, drop, drop_hidden, need_x=need_x,

@@ -17,7 +17,7 @@ from ft_kernels.ops.glu import reference as glu
 from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "second_product"]
 
 MOST_RANKS = 64
 """More ranks of one adapter than this do not fit beside the activation."""
@@ -77,23 +77,41 @@ def forward(
         kind: the activation's number in ``glu.reference.KINDS``.
         bias: of gate and up together, and of down. residual: ``[M, N]``, added to Y.
     """
-    drop_hidden = drop_hidden or Drop()
-    m, i, r = x.shape[0], down.k, second.padded
     both, tail = products.forward(x, gate_up, first, bias[0], drop)
+    y, hidden_tail = second_product(both, first, down, second, kind, drop_hidden, bias=bias[1], residual=residual)
+    return y, both, tail, hidden_tail
+
+
+def second_product(
+    both: Tensor, first: Low, down: Base, second: Low, kind: int, drop_hidden: Drop | None = None,
+    *, bias: Tensor | None = None, residual: Tensor | None = None, answer: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Y of ``[G | U]``, and what the second product's adapters made of H.
+
+    Args:
+        first: the adapters that ``[G | U]`` has in it.
+        answer: whether Y is wanted; without it a tensor of Y's shape is given whose numbers mean nothing and take no
+            memory, and where the product is one with its update it is left out.
+    """
+    drop_hidden = drop_hidden or Drop()
+    m, i, r, dtype, device = both.shape[0], down.k, second.padded, both.dtype, both.device
     if _fuses(both, first, second):
-        widened = products.widened_weight(down, r, m, x.dtype)
-        if widened is not None:
+        # Without an answer a quantized weight need not be expanded.
+        without = not answer and down.kind in ("nf4", "int8") and m >= products.SMALL
+        widened = None if without else products.widened_weight(down, r, m, dtype)
+        if without or widened is not None:
             from ft_kernels.ops.lora_mlp import kernels
 
-            packed = products.pack(second, i, widened[:, i : i + r])
-            row = row_buffer(m, i, r, x.dtype, x.device)
+            columns = dispatch.allocate((down.n, r), dtype, device) if widened is None else widened[:, i : i + r]
+            packed = products.pack(second, i, columns)
+            row = row_buffer(m, i, r, dtype, device)
             hidden_tail = kernels.hidden(both, row, packed, kind, drop_hidden)
-            y = products.linear(row[:, : i + r], widened[:, : i + r], bias[1], residual)
-            return y, both, tail, hidden_tail
-    row = row_buffer(m, i, r, x.dtype, x.device)
+            if widened is None or not answer:
+                return dispatch.allocate((1, 1), dtype, device).expand(m, down.n), hidden_tail
+            return products.linear(row[:, : i + r], widened[:, : i + r], bias, residual), hidden_tail
+    row = row_buffer(m, i, r, dtype, device)
     h = _activate(both, kind, row[:, :i])
-    y, hidden_tail = products.forward(row if r else h, down, second, bias[1], drop_hidden, residual=residual)
-    return y, both, tail, hidden_tail
+    return products.forward(row if r else h, down, second, bias, drop_hidden, residual=residual)
 
 
 def backward(
@@ -117,41 +135,30 @@ def backward(
     dh, dlow, packed = products.input_gradient(dy, down, second)
     assert dh is not None
     if _fuses(both, first, second) and dlow is not None and packed is not None:
-        return _fused(
-            dy, x, both, tail, hidden_tail, dh, dlow, packed, gate_up, first, second, kind, drop, drop_hidden, need_x,
-            norm,
+        from ft_kernels.ops.lora import kernels as sums
+        from ft_kernels.ops.lora_mlp import kernels
+
+        parts = sums.splits(m, k, x.device)
+        partial = dispatch.allocate((parts, first.numel + second.numel), torch.float32, x.device)
+        sums.b_gradient(dy, hidden_tail, second, partial, first.numel + second.r * i)
+        gate, up = _places(first, k, i)
+        kernels.middle(
+            both, dh, dlow, packed, second.r, tail, partial, first.numel, gate, up, kind, drop_hidden
         )  # fmt: skip
+        del dh, dlow  # half as large as both, whose product with the weight comes next
+        dx, dfirst, stacked = products.input_gradient(both, gate_up, first, need_x)
+        if dfirst is not None and stacked is not None:
+            sums.a_gradient(x, k, dfirst, stacked, first, partial, dx, parts, drop, None, norm)
+        return dx, products.sum_parts(partial, second.a[0].dtype)
     h = _activate(both, kind, dispatch.allocate((m, i), x.dtype, x.device))
     flats: list[Tensor | None] = []
     if second.r:
         flats.append(products.gradients(dy, h, hidden_tail, dlow, dh, packed, second, drop_hidden))
     _deactivate(dh, both, kind)
+    del h, dh, dlow
     dx, own = products.backward(both, x, tail, gate_up, first, drop, need_x=need_x, norm=norm)
     given = [flat for flat in (own, *flats) if flat is not None]
     return dx, torch.cat(given) if given else some.new_empty(0)
-
-
-def _fused(
-    dy: Tensor, x: Tensor, both: Tensor, tail: Tensor, hidden_tail: Tensor, dh: Tensor, dlow: Tensor, packed: Tensor,
-    gate_up: Base, first: Low, second: Low, kind: int, drop: Drop, drop_hidden: Drop, need_x: bool,
-    norm: RowNorm | None,
-) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    from ft_kernels.ops.lora import kernels as sums
-    from ft_kernels.ops.lora_mlp import kernels
-
-    m, k = x.shape
-    i = both.shape[1] // 2
-    parts = sums.splits(m, k, x.device)
-    partial = dispatch.allocate((parts, first.numel + second.numel), torch.float32, x.device)
-    sums.b_gradient(dy, hidden_tail, second, partial, first.numel + second.r * i)
-    gate, up = _places(first, k, i)
-    kernels.middle(
-        both, dh, dlow, packed, second.r, tail, partial, first.numel, gate, up, kind, drop_hidden
-    )  # fmt: skip
-    dx, dfirst, stacked = products.input_gradient(both, gate_up, first, need_x)
-    if dfirst is not None and stacked is not None:
-        sums.a_gradient(x, k, dfirst, stacked, first, partial, dx, parts, drop, None, norm)
-    return dx, products.sum_parts(partial, second.a[0].dtype)
 
 
 _Place = tuple[int, int, int, float]
