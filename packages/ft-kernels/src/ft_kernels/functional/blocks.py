@@ -38,6 +38,7 @@ def attention_block(
     dropout: float = 0.0,
     training: bool = True,
     keep: Keep = "most",
+    tile: int | None = None,
 ) -> Tensor:
     """``x + o(attention(rope(q_norm(q)), rope(k_norm(k)), v))`` with ``q, k, v = qkv(rms_norm(x))``.
 
@@ -100,7 +101,7 @@ def attention_block(
         norm, qkv, o, a, b, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scaling=scaling, bias=bias,
         q_norm=q_norm, k_norm=k_norm, rotary_dim=rotary_dim, layout=layout, dropout=dropout,
     )  # fmt: skip
-    return block(x, cos=cos, sin=sin, attention=attention, training=training, keep=keep)
+    return block(x, cos=cos, sin=sin, attention=attention, training=training, keep=keep, tile=tile)
 
 
 def mlp_block(
@@ -117,6 +118,7 @@ def mlp_block(
     dropout: float = 0.0,
     training: bool = True,
     keep: Keep = "most",
+    tile: int | None = None,
 ) -> Tensor:
     """``x + down(activation(gate(n)) · up(n))`` with ``n = rms_norm(x)``.
 
@@ -150,4 +152,4 @@ def mlp_block(
         TypeError, ValueError: as :func:`attention_block`.
     """
     block = MLPBlock(norm, gate_up, down, a, b, activation=activation, scaling=scaling, bias=bias, dropout=dropout)
-    return block(x, training=training, keep=keep)
+    return block(x, training=training, keep=keep, tile=tile)

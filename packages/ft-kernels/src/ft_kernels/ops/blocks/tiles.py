@@ -1,0 +1,57 @@
+"""Rows computed some at a time: which ones, what is made once for all of them, and sums over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ft_kernels.dispatch import cdiv
+from ft_kernels.ops.blocks.parts import Product
+from ft_kernels.ops.lora import products
+from ft_kernels.ops.lora.operands import Low
+
+__all__ = ["Total", "even", "prepared", "tiles"]
+
+WHOLE = 128
+"""Tiles have a multiple of so many rows where that fits: what a matrix product computes at once."""
+
+
+def even(count: int, most: int) -> int:
+    """Into parts of how many rows, none with more than ``most``, the rows are cut: of nearly one size.
+
+    A last part of a few rows would take nearly as long as a whole one.
+    """
+    return min(most, cdiv(cdiv(count, cdiv(count, most)), WHOLE) * WHOLE)
+
+
+def tiles(count: int, most: int) -> list[slice]:
+    """The parts, in order."""
+    each = even(count, most)
+    return [slice(first, min(first + each, count)) for first in range(0, count, each)]
+
+
+def prepared(product: Product, low: Low, rows: int, dtype: torch.dtype) -> products.Ready:
+    """A product's weight, expanded, with its adapters beside it: once for all tiles of so many rows."""
+    return products.prepare(product.base.expanded(low.padded, dtype), low, rows, dtype)
+
+
+class Total:
+    """Gradients of all adapters in one flat tensor, added up over tiles: at least in fp32, in the tiles' order.
+
+    Attributes:
+        wide: the dtype of the sum.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self._dtype = dtype
+        self._sum: Tensor | None = None
+
+    def add(self, part: Tensor | None) -> None:
+        """One tile more, in memory that nobody else reads."""
+        if part is not None:
+            self._sum = part if self._sum is None else self._sum.add_(part)
+
+    def result(self) -> Tensor | None:
+        """The sum in the adapters' dtype; None where no tile had any."""
+        return None if self._sum is None else self._sum.to(self._dtype)
