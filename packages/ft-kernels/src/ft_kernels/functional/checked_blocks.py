@@ -16,8 +16,9 @@ from ft_kernels.functional.lora_mlp import Activation
 from ft_kernels.functional.lora_weights import BaseWeight, Part, base_of
 from ft_kernels.functional.rope import RopeLayout, _check, _for_tokens, _pairs
 from ft_kernels.ops.blocks import attention as attention_ops
+from ft_kernels.ops.blocks import attention_tiles, mlp_tiles, reference
+from ft_kernels.ops.blocks import heads as heads_ops
 from ft_kernels.ops.blocks import mlp as mlp_ops
-from ft_kernels.ops.blocks import mlp_tiles, reference
 from ft_kernels.ops.blocks.parts import Norm, Product
 from ft_kernels.ops.glu.reference import KINDS
 from ft_kernels.ops.lora.arguments import Adapters, check_product, draw_seed, numbers
@@ -104,11 +105,14 @@ class AttentionBlock:
                 return self._reference(x, cos=cos, sin=sin, attention=attention, training=training)
         norm, q_norm, k_norm = self._norms
         p = self._products.dropout if training else 0.0
-        block = attention_ops.Attention(
+        tile = _tile_of(x, tile)
+        block = heads_ops.Attention(
             norm, *self._products.of(x.dtype), **self._heads, tables=tables,
             interleaved=self._turned["layout"] == "interleaved", q_norm=q_norm, k_norm=k_norm, attend=attention,
-            dropout=p, keep=keep, direct=_kernels_of(attention),
+            dropout=p, keep=keep, direct=_kernels_of(attention), tile=tile,
         )  # fmt: skip
+        if tile is not None:
+            return self._products.run(attention_tiles.TiledAttentionBlock.apply, attention_tiles.run, block, x, p)
         return self._products.run(attention_ops.AttentionBlock.apply, attention_ops.run, block, x, p)
 
 

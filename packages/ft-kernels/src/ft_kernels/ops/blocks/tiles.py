@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import product as pairs
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from ft_kernels.ops.blocks.parts import Product
 from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.operands import Low
 
-__all__ = ["Total", "even", "prepared", "tiles"]
+__all__ = ["Piece", "Total", "even", "pieces", "prepared", "tiles"]
 
 WHOLE = 128
 """Tiles have a multiple of so many rows where that fits: what a matrix product computes at once."""
@@ -28,6 +31,33 @@ def tiles(count: int, most: int) -> list[slice]:
     """The parts, in order."""
     each = even(count, most)
     return [slice(first, min(first + each, count)) for first in range(0, count, each)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that are some tokens of some sequences.
+
+    Attributes:
+        rows: in ``[M, ...]``. batch, tokens: in ``[B, S, ...]``.
+    """
+
+    rows: slice
+    batch: slice
+    tokens: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its part of ``[B, S, ...]``."""
+        return x[self.batch, self.tokens]
+
+
+def pieces(batches: int, length: int, most: int) -> list[Piece]:
+    """Pieces of at most so many rows, in order: of one sequence, or of whole ones."""
+    if length > most:
+        parts = pairs(range(batches), tiles(length, most))
+        return [Piece(slice(i * length + t.start, i * length + t.stop), slice(i, i + 1), t) for i, t in parts]
+    each = cdiv(batches, cdiv(batches, most // length))
+    whole = [slice(first, min(first + each, batches)) for first in range(0, batches, each)]
+    return [Piece(slice(b.start * length, b.stop * length), b, slice(0, length)) for b in whole]
 
 
 def prepared(product: Product, low: Low, rows: int, dtype: torch.dtype) -> products.Ready:
