@@ -77,6 +77,13 @@ class _Pass:
         """A piece of ``[..., S, heads, D]`` as rows."""
         return as_rows(piece.of(batched(out)).flatten(-2))
 
+    def tables(self, piece: Piece) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of a piece's tokens."""
+        if self.block.tables is None:
+            return None
+        cos, sin = self.block.tables  # [1, B, S, pairs]
+        return piece.of(cos[0])[None], piece.of(sin[0])[None]
+
     def answer_backward(
         self, dy: Tensor, out: Tensor | None, tail: Tensor, need_out: bool, needs: Sequence[Sequence[bool]]
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -120,7 +127,7 @@ class _Pass:
                 block, [None if d is None else piece.of(batched(d)) for d in grads],
                 None if qkv is None else qkv[part],
                 [None if r is None else piece.of(r.view(self.batches, self.length, -1)) for r in rstds],
-                None if block.tables is None else tuple(piece.of(t[0])[None] for t in block.tables), joint, leading,
+                self.tables(piece), joint, leading,
             )  # fmt: skip
             row, own = None, None if rstd is None else rstd[part]
             if own is None or (need_a and not by_kernel):
