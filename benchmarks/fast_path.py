@@ -273,6 +273,7 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
     import torch
 
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
+    torch.manual_seed(0)  # the same adapter for all of ft's: their losses then show that they compute the same
     model = load(contestant, quantization, args, max(tokens for _, tokens in shapes)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     cuda = args.device == "cuda"
@@ -319,6 +320,8 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0.0, "loss": round(loss, 5),
             "gpu": torch.cuda.get_device_name() if cuda else "none", "versions": versions(),
         }  # fmt: skip
+        if contestant.startswith("ft"):
+            row |= chosen(model)
         if not args.together:
             row["first_step_s"] = round(first, 1)
         print(json.dumps(row), flush=True)
@@ -336,6 +339,20 @@ def choose(contestant: str, quantization: str, model: Any, shape: tuple[int, int
         return
     known = UNSLOTH_PEAKS[quantization]
     path.choose("auto", memory=int((cap or known.get(shape, known[2, 2048])) * 2**30))
+
+
+def chosen(model: Any) -> dict[str, Any]:
+    """How many layers kept what, how much of it on the host, and whether the step was recorded."""
+    from collections import Counter
+
+    from ft_core import fast
+
+    path = fast.fast_path_of(model)
+    pinned = sum(pool.bytes for pool in path.host.pools.values()) / 2**30
+    return {
+        "layers_keep": dict(Counter(path.chooser.chosen)), "host_gib": round(pinned, 2),
+        "head_gib": round(path.chooser.head / 2**30, 3), "recorded": path.graphs.replays,
+    }  # fmt: skip
 
 
 def _now(cuda: bool) -> float:

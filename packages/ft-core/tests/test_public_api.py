@@ -98,7 +98,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.ahead": ["compile_ahead"],
     "ft_core.fast.blocks": ["Blocks", "Keep"],
     "ft_core.fast.check": ["Comparison", "bound", "compare", "trial"],
-    "ft_core.fast.choose": ["Chooser", "Sizes", "fit"],
+    "ft_core.fast.choose": ["Chooser", "Sizes", "counted", "fit"],
     "ft_core.fast.decoding": ["Decoder", "decoder_of", "forget"],
     "ft_core.fast.decoding.able": ["able"],
     "ft_core.fast.decoding.decoder": ["Decoder", "decoder_of", "forget"],

@@ -3,7 +3,11 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import json
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -648,6 +652,22 @@ def test_the_peak_of_the_perceptron(device):
         torch.autograd.grad(y, [leaves[0], *leaves[1], *leaves[2]], problem.dy)
     for peak in (forward, mode.peak):
         assert peak <= 512 * 2 * (2 * INNER + wide + 2 * H) + 2 * sums
+
+
+def test_the_peak_at_real_sizes():
+    """Of 4096 tokens through a layer of Llama 3.1 8B. An expanded weight of gate and up is there once at most."""
+    tokens, width, inner, rank = 4096, 4096, 14336, 16
+    script = Path(__file__).with_name("real_sizes.py")
+    cases = [f"{form}/{keep}" for form in ("wide", "nf4") for keep in ("most", "inputs")]
+    done = subprocess.run([sys.executable, "-W", "ignore", script, *cases], check=True, capture_output=True, text=True)
+    both, y = tokens * 2 * inner * 2, tokens * width * 2
+    row, h = (tokens * -(-(n + r) // 64) * 64 * 2 for n, r in ((width, 2 * rank), (inner, rank)))
+    gate_up, down = 2 * inner * (row // tokens), width * (h // tokens)
+    for case, (forward, backward) in json.loads(done.stdout).items():
+        one, two = (gate_up, down) if case.startswith("nf4") else (0, 0)
+        # Sums of the adapters' gradients, which are not counted here, are four parts of 3.5 MB.
+        assert forward == pytest.approx(max(both + row + one, both + h + y + two), rel=0.02)
+        assert backward == pytest.approx(max(both + row + y + one, both + h + y + two), rel=0.04)
 
 
 class Products(TorchDispatchMode):

@@ -202,6 +202,55 @@ def test_a_loss_that_is_thrown_away_gives_its_buffers_back():
     assert used(path) == (count, count)  # used again
 
 
+@pytest.mark.parametrize("least", [0, 2**40])
+def test_nothing_is_alive_after_a_step(least):
+    """Without the garbage collector's help: a cycle through a graph would hold a layer's memory."""
+    model, given = make("llama", "all"), batch("packed")
+    path = enable(model)
+    path.host.least = least
+    for choice in MIXTURES:
+        path.choose(choice)
+        step(model, given)
+        gc.collect()
+        gc.disable()
+        try:
+            loss = model(**given, use_cache=False).loss
+            saved = [t for t in gc.get_objects() if type(t).__name__ == "_Held"]
+            assert bool(saved) == (least == 0 and "offload" in str(choice))
+            del saved
+            loss.backward()
+            del loss
+            assert not [t for t in gc.get_objects() if type(t).__name__ in ("_Held", "_AgainBackward")]
+            count, free = used(path)
+            assert count == free
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("choice", ["offload", "offload-input", ["offload", "keep", "offload-input"]], ids=str)
+def test_each_tensor_comes_back_once_and_few_at_a_time(choice, monkeypatch):
+    from ft_core.fast import offload
+
+    model, given = make("llama", "all"), batch("packed")
+    path = enable(model)
+    path.choose(choice)
+    started, most = [], 0
+    begin = offload._Held._set_out
+
+    def set_out(held: Any) -> None:
+        nonlocal most
+        if held._back is None:
+            started.append(held._place)
+        begin(held)
+        waiting = [other() for other in held._order.held]
+        most = max(most, sum(other is not None and other._back is not None for other in waiting))
+
+    monkeypatch.setattr(offload._Held, "_set_out", set_out)
+    step(model, given)
+    assert len(started) == len(set(started)) > 0
+    assert most <= 2 * offload.AHEAD + 1  # a node of torch's own may want them in another order than they were saved
+
+
 def test_without_gradients_nothing_is_kept_or_copied():
     model, given = make("llama", "all"), batch("packed")
     path = enable(model)

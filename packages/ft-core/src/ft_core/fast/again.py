@@ -96,7 +96,7 @@ class _Again(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         x = x.detach().requires_grad_(ctx.needs_input_grad[1])
         with ctx.state.again(), torch.enable_grad():
-            y = ctx.compute(x, answer=False)
+            y = ctx.compute(x, keep="most", answer=False)
         needs = ctx.needs_input_grad[1:]
         wanted = [t for t, need in zip((x, *parameters), needs, strict=True) if need]
         made = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))

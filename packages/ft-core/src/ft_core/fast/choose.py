@@ -17,7 +17,7 @@ from torch import Tensor
 from ft_core.fast.again import CHOICES, Choice
 from ft_core.fast.layout import Layout
 
-__all__ = ["Chooser", "Sizes", "fit"]
+__all__ = ["Chooser", "Sizes", "counted", "fit"]
 
 WORK: dict[Choice, float] = {"keep": 0.0, "inputs": 0.65, "offload": 0.7, "recompute": 0.85, "offload-input": 0.9}
 """What a choice costs a step, in forward passes of the layer: q, k, v, gate and up are two thirds of its products, down
@@ -76,6 +76,17 @@ class Sizes:
         moved = (2 * hidden + queries if able else hidden) * itemsize
         host: dict[Choice, int] = {"offload": moved, "offload-input": hidden * itemsize}
         return cls({**kept, "offload-input": 0}, host, working)
+
+
+def counted(tokens: int, sizes: Sizes, trained: int, head: int = 0) -> int:
+    """Bytes that a step takes beside weights, and beside what layers keep.
+
+    Args:
+        tokens: of the batch.
+        trained: how many numbers are trained: each has a gradient and the optimizer's state.
+        head: what the head uses at a time; it and a layer's backward pass come one after the other.
+    """
+    return max(tokens * sizes.working, head) + TRAINED * trained
 
 
 def fit(layers: int, tokens: int, room: int, sizes: Sizes, host: int) -> list[Choice]:
@@ -256,7 +267,7 @@ class Chooser:
             return plan
         if measured is not None and measured.beside is None and not measured.went_back and tokens == measured.tokens:
             return measured.choices
-        beside = self._beside(tokens, sizes) + LOGITS * logits
+        beside = counted(tokens, sizes, self._trained(), self.head) + LOGITS * logits
         choice: Choice
         for choice in LEFT_HERE:
             if sizes.kept[choice] * self._layers * tokens + beside <= COUNTED * (limit - used):
@@ -273,10 +284,6 @@ class Chooser:
         self._measured = _Measured(tokens, choices, used, torch.cuda.max_memory_allocated(device), LOGITS * logits)
         return choices
 
-    def _beside(self, tokens: int, sizes: Sizes) -> int:
-        """Counted: a layer's working memory or the head's, and what training brings."""
-        return max(tokens * sizes.working, self.head) + TRAINED * self._trained()
-
     def _look(self, device: torch.device) -> None:
         """Take the measure of a batch whose backward is over."""
         measured = self._measured
@@ -287,8 +294,8 @@ class Chooser:
         if peak <= measured.peak:  # the highest use was before, perhaps much higher: while loading, say
             sizes = self._sizes()
             kept = sum(sizes.kept[choice] for choice in measured.choices) * measured.tokens
-            counted = int(1.25 * (self._beside(measured.tokens, sizes) + kept)) + measured.logits
-            measured.beside = min(measured.beside, counted)
+            likely = 1.25 * (counted(measured.tokens, sizes, self._trained(), self.head) + kept) + measured.logits
+            measured.beside = min(measured.beside, int(likely))
 
 
 def _rounded(tokens: int) -> int:

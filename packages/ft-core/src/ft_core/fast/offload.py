@@ -155,9 +155,11 @@ class HostMemory:
 
     def _take(self, tensor: Tensor) -> Any:
         """Take a saved tensor to the host, unless it is small, a parameter, or full of gaps."""
-        if isinstance(tensor, nn.Parameter) or tensor.nbytes < max(self.least, 1) or not _is_dense(tensor):
+        if isinstance(tensor, nn.Parameter):
             return tensor
-        tensor = tensor.detach()
+        tensor = tensor.detach()  # an output with its graph would keep that alive, and itself
+        if tensor.nbytes < max(self.least, 1) or not _is_dense(tensor):
+            return tensor
         held = _Held(tensor, self.pool(tensor.device), self._stream(tensor.device), self._order)
         self._leaving.append((tensor, held.copied))
         self._let_go(AWAY)

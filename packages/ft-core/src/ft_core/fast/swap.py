@@ -74,9 +74,9 @@ class FastPath:
         return [forward.fast for forward in forwards if isinstance(forward, _LayerForward)]
 
     def keep(self, what: Keep) -> None:
-        """Choose what stays in memory between forward and backward (see :func:`ft_kernels.attention_block`).
+        """Choose what the halves of layers that keep what backward wants take that to be.
 
-        It holds for the layers whose halves are one operation each; what the single operations keep is fixed.
+        See :func:`ft_kernels.attention_block`. It holds for the layers whose halves are one operation each.
         """
         for decoder in self.decoders:
             decoder.blocks.keep = what
