@@ -111,7 +111,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.families": [],
     "ft_core.fast.families.llama": ["describe_llama", "describe_mistral"],
     "ft_core.fast.families.qwen": ["describe_qwen2", "describe_qwen3"],
-    "ft_core.fast.find": ["NotFast", "layout_of"],
+    "ft_core.fast.find": ["NotFast", "layout_of", "unwrapped"],
     "ft_core.fast.graphs": ["Graphs"],
     "ft_core.fast.head": ["as_count", "can_fuse", "loss_of"],
     "ft_core.fast.layer": ["DecoderLayer", "norm"],
@@ -129,7 +129,7 @@ EXPECTED: dict[str, list[str]] = {
         "updates",
     ],
     "ft_core.fast.offload": ["HostMemory", "Pool"],
-    "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of", "is_own", "unwrapped"],
+    "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of", "is_own"],
     "ft_core.fast.wide": ["Wide"],
     "ft_core.fast.verify": ["Float64", "Ledger", "Line", "verify"],
     "ft_core.generation": [
