@@ -919,9 +919,8 @@ def test_the_peaks_of_tiles_at_real_sizes():
     width, inner, ranks, tile = 4096, 14336, 16, 4096
     script = Path(__file__).with_name("tiled_sizes.py")
     cases = {tokens: [f"{half}/nf4/most/{tokens}/{tile}" for half in ("mlp", "attention")] for tokens in (16384, 65536)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, *cases[16384], *cases[65536]], check=True, capture_output=True, text=True
-    )  # fmt: skip
+    words = [sys.executable, "-W", "ignore", str(script), *cases[16384], *cases[65536]]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
     row, h = (-(-(n + r) // 64) * 64 * 2 for n, r in ((width, 2 * ranks), (inner, ranks)))
     low = 2 * 3 * ranks  # of both products' inputs, in bytes a token
