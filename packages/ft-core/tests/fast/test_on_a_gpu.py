@@ -199,9 +199,10 @@ def test_tiles_take_less_and_give_the_same(choice):
     tiled, less = step()
     for one, two in zip(tiled, untiled, strict=True):
         assert (one - two).norm() <= 2e-2 * two.norm()
-    # Of gate and up, 14336 rows of a layer less, and of all layers where they were kept.
+    # Of gate and up, 14336 rows of a layer less, and of all layers where they were kept; at most half of that may come
+    # back where the peak is another part's then.
     saved = (16384 * 4 - 2048 if choice == "keep" else 16384 - 2048) * 2 * 4096 * 2
-    assert most - less >= 0.7 * saved
+    assert most - less >= 0.5 * saved
 
 
 def test_auto_keeps_to_a_bound_and_spends_it():

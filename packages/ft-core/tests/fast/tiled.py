@@ -1,7 +1,7 @@
 """Gradients of a tiny model with its layers in tiles, by the kernels: on a CPU under triton's interpreter.
 
-A process of its own: the interpreter has to be on before triton is imported. It prints, in JSON, the largest distance of
-a gradient from the untiled one for each choice, and how many products of gate and up a step makes.
+A process of its own: the interpreter has to be on before triton is imported. It prints, in JSON, the largest distance
+of a gradient from the untiled one for each choice, and how many products of gate and up a step makes.
 """
 
 from __future__ import annotations
