@@ -16,8 +16,9 @@ from ft_kernels.functional.lora_mlp import Activation
 from ft_kernels.functional.lora_weights import BaseWeight, Part, base_of
 from ft_kernels.functional.rope import RopeLayout, _check, _for_tokens, _pairs
 from ft_kernels.ops.blocks import attention as attention_ops
+from ft_kernels.ops.blocks import attention_tiles, mlp_tiles, reference
+from ft_kernels.ops.blocks import heads as heads_ops
 from ft_kernels.ops.blocks import mlp as mlp_ops
-from ft_kernels.ops.blocks import reference
 from ft_kernels.ops.blocks.parts import Norm, Product
 from ft_kernels.ops.glu.reference import KINDS
 from ft_kernels.ops.lora.arguments import Adapters, check_product, draw_seed, numbers
@@ -94,20 +95,24 @@ class AttentionBlock:
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
         training: bool = True,
         keep: Keep = "most",
+        tile: int | None = None,
     ) -> Tensor:
         """``[..., S, H]``; the arguments are those of :func:`ft_kernels.attention_block`."""
-        self._products.check(x, keep)
+        self._products.check(x, keep, tile)
         tables = _tables(x, **self._heads, cos=cos, sin=sin, **self._turned)
         if not self._able or not x.numel() or not use_triton(x, *(tables or ())):
             with torch.autocast(x.device.type, enabled=False):
                 return self._reference(x, cos=cos, sin=sin, attention=attention, training=training)
         norm, q_norm, k_norm = self._norms
         p = self._products.dropout if training else 0.0
-        block = attention_ops.Attention(
+        tile = _tile_of(x, tile)
+        block = heads_ops.Attention(
             norm, *self._products.of(x.dtype), **self._heads, tables=tables,
             interleaved=self._turned["layout"] == "interleaved", q_norm=q_norm, k_norm=k_norm, attend=attention,
-            dropout=p, keep=keep, direct=_kernels_of(attention),
+            dropout=p, keep=keep, direct=_kernels_of(attention), tile=tile,
         )  # fmt: skip
+        if tile is not None:
+            return self._products.run(attention_tiles.TiledAttentionBlock.apply, attention_tiles.run, block, x, p)
         return self._products.run(attention_ops.AttentionBlock.apply, attention_ops.run, block, x, p)
 
 
@@ -150,18 +155,23 @@ class MLPBlock:
             scaling=factors, bias=biases, dropout=dropout,
         )  # fmt: skip
 
-    def __call__(self, x: Tensor, *, training: bool = True, keep: Keep = "most", answer: bool = True) -> Tensor:
+    def __call__(
+        self, x: Tensor, *, training: bool = True, keep: Keep = "most", answer: bool = True, tile: int | None = None
+    ) -> Tensor:
         """``[..., H]``; the arguments are those of :func:`ft_kernels.mlp_block`.
 
         ``answer=False``: only the graph is wanted, by a caller who computes a layer again for its gradients. The last
         product is left out then, and the output is memory that nothing was written to.
         """
-        self._products.check(x, keep)
+        self._products.check(x, keep, tile)
         if not self._able or not x.numel() or not use_triton(x):
             with torch.autocast(x.device.type, enabled=False):
                 return self._reference(x, training=training)
         p = self._products.dropout if training else 0.0
-        block = mlp_ops.MLP(self._norm, *self._products.of(x.dtype), self._kind, p, keep, answer)
+        tile = _tile_of(x, tile)
+        block = mlp_ops.MLP(self._norm, *self._products.of(x.dtype), self._kind, p, keep, answer, tile)
+        if tile is not None:
+            return self._products.run(mlp_tiles.TiledMLPBlock.apply, mlp_tiles.run, block, x, p)
         return self._products.run(mlp_ops.MLPBlock.apply, mlp_ops.run, block, x, p)
 
 
@@ -183,9 +193,11 @@ class _Products:
         self.every = [*one.a, *one.b, *two.a, *two.b]
         self.known: dict[torch.dtype, tuple[Product, Product]] = {}
 
-    def check(self, x: Tensor, keep: str) -> None:
-        """Raise if x does not fit."""
+    def check(self, x: Tensor, keep: str, tile: int | None) -> None:
+        """Raise if x or a setting does not fit."""
         _check_rows(self.name, x, self.bases, keep)
+        if tile is not None and tile < 1:
+            raise ValueError(f"{self.name}: tile={tile}; give a number of rows, at least 1, or None for all at once")
 
     def of(self, dtype: torch.dtype) -> tuple[Product, Product]:
         """Both for an input of this dtype, which the biases are added in."""
@@ -204,6 +216,11 @@ class _Products:
         seed = draw_seed(x, p, 2) if self.every else None
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.every))
         return _untraced(recorded if wanted else plain, block, x, seed, *self.every)
+
+
+def _tile_of(x: Tensor, tile: int | None) -> int | None:
+    """The tile, where there are more rows than that."""
+    return None if tile is None or x.numel() <= tile * x.shape[-1] else tile
 
 
 def _kernels_of(attention: Callable[..., Tensor]) -> Callable[..., Direct | None] | None:

@@ -82,11 +82,13 @@ def normed(x: Tensor, norm: Norm, low: Low) -> tuple[Tensor, Tensor]:
     return row, rstd
 
 
-def normed_backward(dn: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor) -> Tensor:
+def normed_backward(
+    dn: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor, out: Tensor | None = None
+) -> Tensor:
     """The gradient of x ``[M, H]``: through its norm, from ``dn``, and past it, ``residual``; rounded once."""
     from ft_kernels.ops.rms_norm import kernels
 
-    dx = dispatch.allocate(x.shape, x.dtype, x.device)
+    dx = dispatch.allocate(x.shape, x.dtype, x.device) if out is None else out
     return kernels.backward(dn, x, norm.weight, rstd, norm.offset, False, residual, dx)[0]
 
 

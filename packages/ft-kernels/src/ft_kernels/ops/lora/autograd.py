@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.operands import Base, Drop, Low, padded
+from ft_kernels.ops.row_norms.norms import row_norms
 
 __all__ = ["as_rows", "lora_linear_backward_op", "lora_linear_op", "lora_row_norms_op", "no_gradient", "unflatten"]
 
@@ -198,7 +199,7 @@ def lora_row_norms_op(
     dtype: torch.dtype,
 ) -> Tensor:
     """The norm of each row of the weight with its updates, ``[N]``, in fp32 (float64 for float64)."""
-    return products.row_norms(Base(kind, weight, k, sizes, meta), Low(a, b, starts, scaling), dtype)
+    return row_norms(Base(kind, weight, k, sizes, meta), Low(a, b, starts, scaling), dtype)
 
 
 @lora_row_norms_op.register_fake

@@ -47,8 +47,12 @@ def computed_once(value, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def kept(values, seed, rows, cols, threshold, inverse, STREAM: tl.constexpr):
-    """Dropout of a tile, in fp32: the same random number for an element wherever it is computed."""
+def kept(values, seed, rows, cols, threshold, inverse, first_row, STREAM: tl.constexpr):
+    """Dropout of a tile, in fp32: the same random number for an element wherever it is computed.
+
+    The rows' random numbers are those of rows from ``first_row`` on.
+    """
+    rows += first_row
     zero = rows.to(tl.int32) * 0 + cols.to(tl.int32) * 0
     words = tl.philox(tl.load(seed), zero + cols.to(tl.int32), zero + rows.to(tl.int32), zero, zero)
     keep = words[STREAM].to(tl.int64) >= threshold
