@@ -42,10 +42,27 @@ def plain(
     return loss.sum() if reduction == "sum" else loss.sum() / (flat != -100).sum()
 
 
+def laid_out(targets, layout):
+    """The same targets in other memory, or one of them everywhere; what lies between is another class."""
+    if layout == "expanded":
+        return targets.max().expand(targets.shape)
+    if layout == "apart":  # as labels[..., -1]
+        return torch.stack([(targets + 1).clamp(0), targets, targets * 0], -1)[..., 1]
+    if layout == "turned" and targets.dim() > 1:
+        return targets.transpose(0, 1).contiguous().transpose(0, 1)
+    return targets
+
+
+LAYOUTS = ["plain", "apart", "turned", "expanded"]
+
+
 class Problem:
     """Hidden states, a head and targets, drawn at random."""
 
-    def __init__(self, n, h, v, dtype, device, *, seed=0, spread=3.0, rank=0, bias=False, ignored=0.3, trained=NAMES):
+    def __init__(
+        self, n, h, v, dtype, device, *, seed=0, spread=3.0, rank=0, bias=False, ignored=0.3, trained=NAMES,
+        layout="plain",
+    ):  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape, scale=1.0):
@@ -57,7 +74,7 @@ class Problem:
         shape = self.tensors[0].shape[:-1]
         self.targets = torch.randint(v, shape, generator=generator)
         self.targets[torch.rand(shape, generator=generator) < ignored] = -100
-        self.targets = self.targets.to(device)
+        self.targets = laid_out(self.targets.to(device), layout)
         self.upstream = torch.randn(shape, generator=generator).to(device)
         self.trained = [t is not None and name in trained for t, name in zip(self.tensors, NAMES, strict=True)]
 
@@ -104,15 +121,15 @@ TRAINED = [("hidden",), ("hidden", "weight"), ("weight",), ("hidden", "A", "B"),
     h=st.integers(48, 96), v=st.integers(100, 500), dtype=st.sampled_from(DTYPES), options=OPTIONS,
     rank=st.sampled_from([0, 0, 5]), bias=st.booleans(), trained=st.sampled_from(TRAINED),
     reduction=st.sampled_from(["none", "mean"]), chunked=st.booleans(),
-    spread=st.sampled_from([0.3, 3.0]), seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.3, 3.0]), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 2**31),
 )  # fmt: skip
 @example(
     h=64, v=300, dtype=torch.float16, options={}, rank=0, bias=False, trained=("hidden",), reduction="none",
-    chunked=True, spread=3.0, seed=0,
+    chunked=True, spread=3.0, layout="plain", seed=0,
 )  # fmt: skip
 @example(
     h=64, v=300, dtype=torch.bfloat16, options={}, rank=4, bias=True, trained=NAMES, reduction="mean",
-    chunked=True, spread=0.3, seed=0,
+    chunked=True, spread=0.3, layout="apart", seed=0,
 )  # fmt: skip
 def test_exact(  # of sizes at which the products' own errors are no matter of luck
     device,
@@ -129,9 +146,12 @@ def test_exact(  # of sizes at which the products' own errors are no matter of l
     reduction,
     chunked,
     spread,
+    layout,
     seed,
 ):
-    problem = Problem((2, 16), h, v, dtype, device, seed=seed, spread=spread, rank=rank, bias=bias, trained=trained)
+    problem = Problem(
+        (2, 16), h, v, dtype, device, seed=seed, spread=spread, rank=rank, bias=bias, trained=trained, layout=layout
+    )  # fmt: skip
     if not any(problem.trained):
         problem.trained[0] = True
     ours = {}
@@ -141,6 +161,20 @@ def test_exact(  # of sizes at which the products' own errors are no matter of l
     before = dispatch.launches.copy()
     problem.judge(exact_enough, in_other_orders, {**options, "reduction": reduction}, **ours)
     assert (dispatch.launches - before)[FORWARD]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_targets_in_any_layout(device, layout, dtype):
+    """The last token of each sequence, say: the kernels would read its neighbours."""
+    problem = Problem((3, 9), 16, 33, torch.float32, device, trained=("hidden", "weight"), ignored=0.1)
+    problem.targets = laid_out(problem.targets.to(dtype), layout)
+    for reduction in ("mean", "none"):
+        actual = problem.run(linear_cross_entropy, {"reduction": reduction})
+        targets, problem.targets = problem.targets, problem.targets.long()
+        exact = problem.run(plain, {"reduction": reduction}, torch.float64)
+        problem.targets = targets
+        torch.testing.assert_close([t.double() for t in actual], exact, rtol=1e-5, atol=1e-6)
 
 
 def test_which_kernels_run(device, launched):

@@ -167,7 +167,7 @@ def forward_rows(
     The weight's is left out if ``weight_way`` says so; :func:`weight_from_kept` or :func:`backward_rows` makes it then.
     """
     shape, device = shape_of(hidden, head), hidden.device
-    head = _in_dtype(head, hidden.dtype)
+    head, targets = _in_dtype(head, hidden.dtype), targets.contiguous()  # the kernels read them one after the other
     dtype = step_dtype(hidden)
     losses, lses, rests = (dispatch.allocate((shape.rows,), dtype, device) for _ in range(3))
     way, rows = weight_way(shape, needs, max_memory), plan_rows(shape, needs, max_memory)
@@ -217,7 +217,7 @@ def backward_rows(
 ) -> Sums:
     """Gradients from those of each row's loss and entropy; the logits are made again. Each is in its tensor's dtype."""
     shape, device, given = shape_of(hidden, head), hidden.device, head
-    head = _in_dtype(head, hidden.dtype)
+    head, targets = _in_dtype(head, hidden.dtype), targets.contiguous()
     wide = wide_of(hidden.dtype)
     grads = grads.to(lses.dtype).contiguous()
     entropy_grads = None if entropy_grads is None else entropy_grads.to(lses.dtype).contiguous()
