@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ft_kernels import dispatch, linear_cross_entropy, nn
+from ft_kernels import dispatch, linear_cross_entropy, linear_logprob, nn
 from ft_kernels.ops.cross_entropy.reference import Settings
 from ft_kernels.ops.linear_head.plan import (
     Needs,
@@ -202,6 +202,27 @@ def test_backward_twice(device):
         for a, b, c in zip(first, second, kept, strict=True):
             assert torch.equal(a, b)
             assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight"), NAMES])
+def test_a_gradient_of_the_gradient_is_refused(device, dtype, trained):
+    """The gradient was made in forward and would come without a graph: a penalty on it would do nothing."""
+    problem = Problem(12, 16, 50, dtype, device, rank=2, bias=True, trained=trained)
+    tensors = [t.requires_grad_(train) for t, train in zip(problem.tensors, problem.trained, strict=True)]
+    leaves = [t for t in tensors if t.requires_grad]
+    hidden, weight, bias, a, b = tensors
+    given = {"bias": bias, "lora": (a, b, 0.5)}
+    ways = {
+        "mean": lambda: linear_cross_entropy(hidden, weight, problem.targets, **given),
+        "later": lambda: linear_cross_entropy(hidden, weight, problem.targets, **given, max_memory=2**14),
+        "none": lambda: linear_cross_entropy(hidden, weight, problem.targets, **given, reduction="none").sum(),
+        "logprob": lambda: linear_logprob(hidden, weight, problem.targets, **given).sum(),
+        "entropy": lambda: linear_logprob(hidden, weight, problem.targets, **given, entropy=True).entropy.sum(),
+    }
+    for way in ways.values():
+        with pytest.raises(RuntimeError, match="the gradient cannot be differentiated again"):
+            torch.autograd.grad(way(), leaves, create_graph=True)
 
 
 @pytest.mark.parametrize("kernels", [True, False])

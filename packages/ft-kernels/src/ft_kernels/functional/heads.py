@@ -85,6 +85,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: dtypes do not fit.
         ValueError: shapes, devices, settings or ``max_memory`` do not fit.
+        RuntimeError: in backward, if the gradient is to be differentiated again (``create_graph=True``).
     """
     where = "linear_cross_entropy"
     if not 0 <= label_smoothing <= 1:
@@ -158,6 +159,7 @@ def linear_logprob(
     Raises:
         TypeError: dtypes do not fit.
         ValueError: shapes, devices, settings or ``max_memory`` do not fit.
+        RuntimeError: in backward, if the gradient is to be differentiated again (``create_graph=True``).
     """
     where = "linear_logprob"
     if not temperature > 0:
