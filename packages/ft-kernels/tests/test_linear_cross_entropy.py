@@ -266,6 +266,23 @@ def test_fp16_gradients_are_not_cut_off(device):
             assert (made.double() - expected).norm() <= 2e-3 * expected.norm() + smallest
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("z_loss", [1e-4, 1.0, 20.0])
+def test_a_large_z_loss_fits_into_fp16(device, monkeypatch, kernels, z_loss):
+    """It makes the logits' gradient steeper by 1 + 2 · z_loss · logsumexp, here up to 2000."""
+    if not kernels:
+        monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
+    problem = Problem(24, 64, 300, torch.float16, device, spread=10.0, ignored=0.0, trained=("hidden", "weight"))
+    problem.upstream.fill_(1.0)
+    for kwargs in ({"reduction": "mean"}, {"reduction": "none"}, {"softcap": 30.0}, {"logit_scale": 0.1}):
+        actual = problem.run(linear_cross_entropy, {**kwargs, "z_loss": z_loss})
+        exact = problem.run(plain, {**kwargs, "z_loss": z_loss}, torch.float64)
+        for made, expected in zip(actual[1:], exact[1:], strict=True):
+            assert made.isfinite().all()
+            # One rounding of the logits, one of their gradient and one of the result, in fp16.
+            assert (made.double() - expected).norm() <= 1e-2 * expected.norm()
+
+
 def test_views_and_layouts(device):
     problem = Problem((3, 9), 16, 33, torch.float32, device, trained=())
     hidden, weight = problem.tensors[:2]

@@ -70,7 +70,14 @@ def gradient_scale(dtype: torch.dtype, settings: Settings) -> float:
     if dtype != torch.float16:
         return 1.0
     steepest = abs(settings.logit_scale / settings.temperature)
-    return 2.0 ** (8 - (math.frexp(steepest)[1] if steepest else 0))
+    power = 8 - (math.frexp(steepest)[1] if steepest else 0)
+    if settings.z_loss:
+        # The z-loss makes them steeper by 1 + 2 · z_loss · logsumexp, which only the device knows: the largest there
+        # may be, from fp16 logits and 2^32 classes, must not overflow. What that costs, the steepness gives back.
+        largest = torch.finfo(dtype).max * abs(settings.logit_scale)
+        largest = (min(largest, settings.softcap) if settings.softcap else largest) / settings.temperature + 23
+        power = min(power, 15 - math.frexp(steepest * (1 + 2 * settings.z_loss * largest))[1])
+    return 2.0**power
 
 
 def _spans(count: int, step: int) -> Iterator[slice]:
