@@ -239,7 +239,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             step = (seconds[new] - seconds[FIRST]) / (new - FIRST)
             peak = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             remark = note(model) if args.one == "ft" else ""
-            error = error_of_logits(args.one, model, given[:2]) if args.exact and batch <= 2 else None
+            error = error_of_logits(args.one, model, given) if args.exact else None
             torch.cuda.empty_cache()
             row = {
                 "contestant": args.one, "quantization": quantization, "batch": batch, "prompt": args.prompt, "new": new,

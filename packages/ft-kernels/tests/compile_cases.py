@@ -200,9 +200,15 @@ def few_rows(make: Make) -> None:
         weights = [ft.NF4Weight.quantize(make.frozen(n, k), nested=nested) for n in sizes]
         for rows in (1, 16, 32, 128):
             ft.nf4_linear(make.frozen(rows, k), weights)
+        ft.row_linear(make.frozen(1, k), [make.frozen(n, k) for n in sizes])
     for heads, kv_heads, d, rows in ((HEADS, KV_HEADS, HEAD_DIM, 1), (HEADS, KV_HEADS, HEAD_DIM, 16), (14, 2, 64, 1)):
         kept = [make.frozen(rows, 1024, kv_heads, d) for _ in range(2)]
         lengths = torch.full((rows,), 1000, dtype=torch.int32, device=make.device)
+        tables = make.frozen(1024, d), make.frozen(1024, d)
+        ft.rope_append(
+            make.frozen(rows, heads, d), make.frozen(rows, kv_heads, d), make.frozen(rows, kv_heads, d), *kept,
+            lengths - 1, *tables,
+        )  # fmt: skip
         ft.decode_attention(make.frozen(rows, heads, d), *kept, lengths)
         ft.decode_attention(make.frozen(rows, heads, d), *kept, lengths, window=100)
 

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ft_kernels import NF4Weight, decode_attention, nf4_dequantize, nf4_linear
+from ft_kernels import NF4Weight, decode_attention, nf4_dequantize, nf4_linear, rope_append, row_linear
+from ft_kernels.dispatch import power_of_2
 from ft_kernels.functional import few_rows
 
 ONE, SOME = "nf4_linear_one", "nf4_linear_some"
@@ -61,9 +62,29 @@ def test_products(device, launched, exact_enough, rows, blocks, sizes, blocksize
     k = blocks * blocksize
     weights = draw(sizes, k, blocksize, nested, device, seed)
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    with launched(ONE if rows == 1 else SOME):
+    from ft_kernels.ops.nf4_linear import kernels
+
+    tiling = kernels._tiling(min(rows, 2), k, max(16, power_of_2(rows)), sum(sizes), x.device)
+    added = ["nf4_linear_add"] if tiling.get("SHARES", 1) > 1 else []
+    with launched(*(ONE if rows == 1 else SOME, *added)):
         nf4_linear(x, weights)
     check(x, weights, exact_enough)
+
+
+@pytest.mark.parametrize("processors", [1, 3, 100])
+def test_several_programs_share_a_row(device, launched, monkeypatch, exact_enough, processors):
+    """The last share is shorter than the others, or has nothing."""
+    from ft_kernels import tuning
+    from ft_kernels.ops.nf4_linear import kernels
+
+    kernels._tiling.cache_clear()
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: processors)
+    weights = draw([40, 30, 9], 64 * 149, 64, False, device, processors)
+    x = torch.randn(3, 64 * 149, generator=torch.Generator().manual_seed(5)).to(device, torch.bfloat16)
+    with launched(SOME, *([] if processors == 1 else ["nf4_linear_add"])):
+        nf4_linear(x, weights)
+    check(x, weights, exact_enough)
+    kernels._tiling.cache_clear()
 
 
 def test_products_of_rows_of_any_strides(device, launched, exact_enough):
@@ -115,6 +136,40 @@ def test_bad_arguments_of_the_product(device):
         nf4_linear(torch.zeros(1, 32, device=device), weight)
     with pytest.raises(ValueError, match="use one device"):
         nf4_linear(torch.zeros(1, 64, device="meta"), weight)
+
+
+@settings(max_examples=12)
+@given(
+    k=st.sampled_from([2, 40, 512, 1100]), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    pad=st.sampled_from([0, 8]), dtype=st.sampled_from(HALVES), seed=st.integers(0, 2**31),
+)  # fmt: skip
+@example(k=2500, sizes=[17, 5, 6], pad=16, dtype=torch.bfloat16, seed=0)
+def test_one_row_of_16_bit_weights(device, launched, exact_enough, k, sizes, pad, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(n, k + pad, generator=generator).to(device, dtype)[:, :k] for n in sizes]
+    x = torch.randn(1, k, generator=generator).to(device, dtype)
+    with launched("row_linear"):
+        actual = row_linear(x, weights)
+    whole = torch.cat(weights)
+    exact_enough("product", actual, F.linear(x, whole), F.linear(x.double(), whole.double()))
+
+
+def test_what_is_left_to_torch(device, launched):
+    weights = [torch.randn(n, 24, device=device) for n in (3, 4, 5, 6)]
+    x = torch.randn(2, 3, 24, device=device)
+    with launched():
+        torch.testing.assert_close(row_linear(x, weights), F.linear(x, torch.cat(weights)))
+        halves = [weight.half() for weight in weights[:2]]
+        assert torch.equal(row_linear(x.half(), halves[0]), F.linear(x.half(), halves[0]))
+        assert row_linear(x[:0].half(), halves).shape == (0, 3, 7)
+        one = row_linear(x[0, :1], weights[0].t().contiguous().t())
+    torch.testing.assert_close(one, F.linear(x[0, :1], weights[0]))
+    with pytest.raises(TypeError, match=r"x has dtype torch\.float16, a weight torch\.float32"):
+        row_linear(x.half(), weights)
+    with pytest.raises(ValueError, match="K must be the same"):
+        row_linear(x[..., :8], weights)
+    with pytest.raises(ValueError, match="use one device"):
+        row_linear(x, weights[0].to("meta"))
 
 
 def attended(q, keys, values, lengths, window, scale):
@@ -189,6 +244,67 @@ def test_attention_in_fp32_and_by_views(device, launched):
     assert torch.equal(result, decode_attention(q.half(), keys.half(), values.half(), counts))
 
 
+@settings(max_examples=8)
+@given(
+    rows=st.integers(1, 3), groups=st.integers(1, 2), group=st.sampled_from([1, 3]), d=st.sampled_from([2, 24, 64]),
+    dtype=st.sampled_from([*HALVES, torch.float32]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_turned_and_kept(device, launched, exact_enough, rows, groups, group, d, dtype, seed):
+    """And nothing else is written; q, k and v lie in one row."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, room = groups * group, 11
+    packed = torch.randn(rows, heads + 2 * groups, d, generator=generator).to(device, dtype)
+    q, k, v = packed.split([heads, groups, groups], 1)
+    angles = torch.randn(room, d // 2, generator=generator).repeat(1, 2).to(device)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    positions = torch.randint(room, (rows,), generator=generator).to(device, torch.int32)
+    kept = torch.zeros(2, rows, room, groups, d, dtype=dtype, device=device)
+    with launched(*(["rope_append"] if dtype != torch.float32 else [])):
+        turned = rope_append(q, k, v, kept[0], kept[1], positions, cos, sin)
+    where = torch.arange(rows, device=device), positions.long()
+
+    def by_transformers(x, wide):
+        """In its order of operations, in one dtype."""
+        c, s = (table[positions.long()][:, None].to(wide) for table in (cos, sin))
+        first, second = x.to(wide).chunk(2, -1)
+        return x.to(wide) * c + torch.cat([-second, first], -1) * s
+
+    for what, actual, x in (("q", turned, q), ("k", kept[0][where], k)):
+        exact_enough(what, actual, by_transformers(x, dtype), by_transformers(x, torch.float64))
+    assert torch.equal(kept[1][where], v)
+    kept[0][where], kept[1][where] = 0, 0
+    assert not kept.any()
+
+
+def test_a_position_beyond_the_room_is_not_kept(device):
+    q, kept = torch.ones(2, 1, 4, dtype=torch.float16, device=device), torch.zeros(2, 3, 1, 4, device=device).half()
+    tables = torch.ones(5, 4, device=device), torch.zeros(5, 4, device=device)
+    positions = torch.tensor([2, 3], dtype=torch.int32, device=device)
+    rope_append(q, q, q, kept, kept.clone(), positions, *tables)
+    assert kept[0, 2].eq(1).all()
+    assert kept[0, :2].eq(0).all()
+    assert kept[1].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": torch.zeros(2, 2, 16).half()}, TypeError, "not of one floating-point dtype"),
+        ({"positions": torch.zeros(2)}, TypeError, "positions are torch.float32, expected torch.int32"),
+        ({"v": torch.zeros(2, 3, 16)}, ValueError, r"k \[2, 2, 16\], v \[2, 3, 16\]"),
+        ({"cos": torch.zeros(9, 8)}, ValueError, r"cos \[9, 8\]"),
+        ({"q": torch.zeros(2, 16, 4).transpose(1, 2)}, ValueError, "must be contiguous"),
+        ({"sin": torch.zeros(9, 16, device="meta")}, ValueError, "several devices"),
+    ],
+)
+def test_bad_arguments_of_rope_append(change, error, message):
+    kept = {"keys": torch.zeros(2, 8, 2, 16), "values": torch.zeros(2, 8, 2, 16)}
+    given = {"q": torch.zeros(2, 4, 16), "k": torch.zeros(2, 2, 16), "v": torch.zeros(2, 2, 16), **kept}
+    given |= {"positions": torch.zeros(2, dtype=torch.int32), "cos": torch.zeros(9, 16), "sin": torch.zeros(9, 16)}
+    with pytest.raises(error, match=message):
+        rope_append(**{**given, **change})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -209,8 +325,9 @@ def test_bad_arguments_of_attention(change, error, message):
 
 
 def test_opcheck(device):
-    from ft_kernels.ops.decode_attention.autograd import decode_attention_op
+    from ft_kernels.ops.decode_attention.autograd import decode_attention_op, rope_append_op
     from ft_kernels.ops.nf4_linear.autograd import nf4_linear_op
+    from ft_kernels.ops.row_linear.autograd import row_linear_op
 
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     (weight,) = draw([8], 64, 64, True, device, 1)
@@ -221,6 +338,10 @@ def test_opcheck(device):
     q, keys, values = kept(2, 20, 4, 2, 16, torch.float16, device, 2)
     counts = torch.tensor([20, 7], dtype=torch.int32, device=device)
     torch.library.opcheck(decode_attention_op, (q, keys, values, counts, 0, 0.25), test_utils=checks)
+    torch.library.opcheck(row_linear_op, (q[:1, 0], [keys[0, :, 0], keys[1, :, 1]]), test_utils=checks)
+    tables = torch.ones(20, 16, device=device), torch.zeros(20, 16, device=device)
+    given = (q, keys[:, 0].clone(), values[:, 0].clone(), keys, values, counts - 1, *tables)
+    torch.library.opcheck(rope_append_op, given, test_utils=checks)
 
 
 @pytest.mark.gpu

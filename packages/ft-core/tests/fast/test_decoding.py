@@ -194,7 +194,9 @@ def test_answers_end_at_their_end_tokens() -> None:
             break
     with pytest.raises(RuntimeError, match="another answer of this model"):
         next(decoder.steps([PROMPTS[0]], new=1))
+    assert not decoder.fits(1, 8)
     steps.close()
+    assert decoder.fits(1, 8)
     assert passes == whole[0][:2]
     assert by_ft(model, PROMPTS, 20) == whole
 

@@ -32,6 +32,8 @@ from ft_kernels.functional import (
     plan_attention,
     rms_norm,
     rope,
+    rope_append,
+    row_linear,
     swiglu,
     widen,
 )
@@ -69,6 +71,8 @@ __all__ = [
     "plan_attention",
     "rms_norm",
     "rope",
+    "rope_append",
+    "row_linear",
     "swiglu",
     "widen",
 ]

@@ -3,7 +3,7 @@
 from ft_kernels.functional.activations import geglu, swiglu
 from ft_kernels.functional.attention import AttentionPlan, packed_attention, plan_attention
 from ft_kernels.functional.blocks import AttentionBlock, Keep, MLPBlock, Norm, attention_block, mlp_block
-from ft_kernels.functional.few_rows import decode_attention, nf4_linear
+from ft_kernels.functional.few_rows import decode_attention, nf4_linear, rope_append, row_linear
 from ft_kernels.functional.heads import Lora, TokenLogProbs, linear_cross_entropy, linear_logprob
 from ft_kernels.functional.lora import lora_linear, lora_qkv
 from ft_kernels.functional.lora_mlp import Activation, lora_mlp
@@ -51,6 +51,8 @@ __all__ = [
     "plan_attention",
     "rms_norm",
     "rope",
+    "rope_append",
+    "row_linear",
     "swiglu",
     "widen",
 ]

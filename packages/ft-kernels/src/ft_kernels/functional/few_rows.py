@@ -13,11 +13,12 @@ from ft_kernels.dispatch import interpreting, use_triton
 from ft_kernels.functional.lora_weights import NF4Weight
 from ft_kernels.functional.quantization import nf4_dequantize
 from ft_kernels.ops.decode_attention import reference as attention_reference
-from ft_kernels.ops.decode_attention.autograd import decode_attention_op
+from ft_kernels.ops.decode_attention.autograd import decode_attention_op, rope_append_op
 from ft_kernels.ops.nf4_linear import reference as linear_reference
 from ft_kernels.ops.nf4_linear.autograd import nf4_linear_op
+from ft_kernels.ops.row_linear.autograd import row_linear_op
 
-__all__ = ["decode_attention", "nf4_linear"]
+__all__ = ["decode_attention", "nf4_linear", "rope_append", "row_linear"]
 
 MOST_ROWS = 128
 """Rows up to which a weight is expanded on the way to the product; above, it pays to do so in memory first."""
@@ -65,6 +66,43 @@ def nf4_linear(x: Tensor, weight: NF4Weight | Sequence[NF4Weight]) -> Tensor:
             for one in weights
         ]
         y = linear_reference.product(rows, expanded)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def row_linear(x: Tensor, weight: Tensor | Sequence[Tensor]) -> Tensor:
+    """The product of a row with frozen weights that have one input, ``x @ cat(W_1, W_2, …).T``.
+
+    One row in 16 bits is multiplied by a kernel, up to three weights in one launch: it takes as long as the weights
+    take to be read. More rows, or weights, are torch's products. No gradients.
+
+    Args:
+        x: ``[..., K]``, floating point, any strides.
+        weight: one ``[N, K]`` in x's dtype, or several such, the last dimension contiguous.
+
+    Returns:
+        ``[..., N]``, or ``[..., N_1 + N_2 + …]``, in x's dtype; of one row added up in fp32.
+
+    Raises:
+        TypeError: dtypes differ.
+        ValueError: a weight has not x's K, or tensors are on several devices.
+    """
+    name = "row_linear"
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    k = x.shape[-1] if x.dim() else 0
+    for one in weights:
+        if one.dtype != x.dtype:
+            raise TypeError(f"{name}: x has dtype {x.dtype}, a weight {one.dtype}; use one")
+        if one.dim() != 2 or one.shape[1] != k:
+            raise ValueError(f"{name}: x has shape {list(x.shape)}, a weight {list(one.shape)}; K must be the same")
+        if one.device != x.device:
+            raise ValueError(f"{name}: a weight is on {one.device}, x on {x.device}; use one device")
+    rows = x.detach().reshape(-1, k)
+    weights = [one.detach() for one in weights]
+    fits = all(one.stride(1) == 1 and one.shape[0] for one in weights) and 0 < len(weights) <= MOST_PARTS and k > 1
+    if rows.shape[0] == 1 and fits and x.dtype in HALVES and use_triton(x):
+        y: Tensor = row_linear_op(rows.contiguous(), weights)
+    else:
+        y = linear_reference.product(rows, weights)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -136,6 +174,56 @@ def decode_attention(
         out: Tensor = decode_attention_op(q, keys, values, lengths, window or 0, factor)
         return out
     return attention_reference.attention(q, keys, values, lengths, window, factor)
+
+
+def rope_append(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """Turn the query and key of one new token of each sequence by its position, and keep its key and value there.
+
+    The rotation is :func:`ft_kernels.rope`'s, of all dimensions, dimension i paired with ``i + D / 2``. No gradients.
+
+    Args:
+        q: ``[B, H, D]``, floating point, the last dimension contiguous.
+        k, v: ``[B, G, D]`` in q's dtype, the last dimension contiguous.
+        keys, values: ``[B, S, G, D]``, written at ``[b, positions[b]]``; the last dimension contiguous.
+        positions: ``[B]``, int32, from 0 to S - 1. A kernel writes nothing for any other.
+        cos, sin: ``[P, D]``, a row of angles for each position, whose first half is read.
+
+    Returns:
+        The turned queries ``[B, H, D]``, contiguous.
+
+    Raises:
+        TypeError: a dtype is not allowed.
+        ValueError: shapes or devices do not fit.
+    """
+    name = "rope_append"
+    if not q.is_floating_point() or any(t.dtype != q.dtype for t in (k, v, keys, values)):
+        raise TypeError(f"{name}: q, k, v, keys and values are not of one floating-point dtype")
+    if positions.dtype != torch.int32 or not (cos.is_floating_point() and sin.dtype == cos.dtype):
+        raise TypeError(
+            f"{name}: positions are {positions.dtype}, expected torch.int32; cos {cos.dtype}, sin {sin.dtype}"
+        )
+    b, _, d = q.shape if q.dim() == 3 else (0, 0, 0)
+    kept = (b, keys.shape[1], k.shape[1], d) if keys.dim() == 4 and k.dim() == 3 else None
+    if d % 2 or k.shape != v.shape or k.shape[0] != b or keys.shape != kept or values.shape != kept:
+        raise ValueError(
+            f"{name}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, keys {list(keys.shape)} and values "
+            f"{list(values.shape)} do not fit; they are [B, H, D], [B, G, D] twice and [B, S, G, D] twice, D even"
+        )
+    if positions.shape != (b,) or cos.dim() != 2 or cos.shape[1] != d or sin.shape != cos.shape:
+        raise ValueError(
+            f"{name}: positions {list(positions.shape)}, cos {list(cos.shape)} and sin {list(sin.shape)} do not fit; "
+            f"q {list(q.shape)} needs [{b}], [P, {d}] and the same"
+        )
+    if any(t.stride(-1) != 1 for t in (q, k, v, keys, values, cos, sin)):
+        raise ValueError(f"{name}: the last dimension of all but the positions must be contiguous")
+    if any(t.device != q.device for t in (k, v, keys, values, positions, cos, sin)):
+        raise ValueError(f"{name}: tensors are on several devices; use one")
+    if q.dtype in HALVES and q.numel() and use_triton(q, cos):
+        turned: Tensor = rope_append_op(q, k, v, keys, values, positions, cos, sin)
+        return turned
+    return attention_reference.append(q, k, v, keys, values, positions, cos, sin)
 
 
 def _check_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, window: int | None) -> None:

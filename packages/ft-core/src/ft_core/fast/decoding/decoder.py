@@ -71,9 +71,11 @@ class Decoder:
         return self.reason is None
 
     def fits(self, rows: int, slots: int) -> bool:
-        """Whether there is memory to keep so many sequences of so many tokens."""
+        """Whether there is memory to keep so many sequences of so many tokens, and no other answer is being written."""
         layers = self._layers
         assert layers is not None
+        if self._busy.locked():
+            return False
         known = self.session
         if layers.device.type != "cuda" or (known is not None and known.rows >= rows and known.slots >= slots):
             return True

@@ -18,7 +18,7 @@ from ft_core.fast.linears import state
 __all__ = ["Layers", "looks"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Attention of a layer, by its number, of q ``[T, H, D]`` and k and v ``[T, G, D]``: ``[T, H, D]``."""
+"""Attention of a layer, by its number, of q ``[T, H, D]`` and k and v ``[T, G, D]``, not yet turned: ``[T, H, D]``."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,13 @@ class _Layer:
     def products(self) -> list[Product]:
         return [self.qkv, self.out, self.gate_up, self.down]
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, few: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v ``[T, heads, D]`` of normed rows, q and k turned by the angles of their positions."""
+    def heads(self, x: Tensor, few: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v ``[T, heads, D]`` of normed rows."""
         layout = self.layout
         groups = layout.heads, layout.kv_heads, layout.kv_heads
         parts = self.qkv(x, few).split([count * layout.head_dim for count in groups], 1)
         q, k, v = (part.unflatten(1, (-1, layout.head_dim)) for part in parts)
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
-        q, k = kernels.rope(q, k, cos, sin, position_ids=positions, layout=layout.attention.rotary)
-        return q, k, v
+        return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
 
     def perceptron(self, x: Tensor, few: bool) -> Tensor:
         packed = self.gate_up(x, few)
@@ -113,23 +110,19 @@ class Layers:
         cos, sin = self.rotary(torch.empty(0, dtype=self.dtype, device=self.device), numbers)
         return cos[0].contiguous(), sin[0].contiguous()
 
-    def __call__(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, attend: Attend, *, few: bool
-    ) -> Tensor:
+    def __call__(self, ids: Tensor, attend: Attend, *, few: bool) -> Tensor:
         """The last norm's output ``[T, H]``.
 
         Args:
             ids: ``[T]``.
-            cos, sin: a row of angles for each position.
-            positions: ``[T]``, of each token in its text.
-            attend: the attention.
+            attend: turns q and k, keeps k and v, and attends.
             few: as a product has it.
         """
         residual = F.embedding(ids, self.embedding)
         x = self.layers[0].first(residual)
         norms = [*(layer.first for layer in self.layers[1:]), self.norm]
         for number, (layer, following) in enumerate(zip(self.layers, norms, strict=True)):
-            out = attend(number, *layer.heads(x, cos, sin, positions, few))
+            out = attend(number, *layer.heads(x, few))
             x, residual = layer.second.of_sum(layer.out(out.flatten(1), few), residual)
             x, residual = following.of_sum(layer.perceptron(x, few), residual)
         return x

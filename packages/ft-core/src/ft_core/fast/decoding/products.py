@@ -66,11 +66,16 @@ class Product:
         return y if self.a is None or self.b is None else y.addmm_(F.linear(x, self.a), self.b.t())
 
     def _frozen(self, x: Tensor, few: bool) -> Tensor:
+        product: Any = None
+        if few and self.kind == "NF4Weight":
+            product = kernels.nf4_linear
+        elif few and self.kind == "plain" and _is_one_row(x):
+            product = kernels.row_linear
+        if product is not None:
+            y: Tensor = product(x, self.weights)
+            return y if self.bias is None else y.add_(self.bias)
         if self.whole is not None:
             return F.linear(x, self.whole, self.bias)
-        if self.kind == "NF4Weight" and few:
-            y = kernels.nf4_linear(x, self.weights)
-            return y if self.bias is None else y.add_(self.bias)
         y = x.new_empty(x.shape[0], sum(self.sizes))
         parts = y.split(self.sizes, 1)
         for weight, bias, part in zip(self.weights, self.biases, parts, strict=True):
@@ -80,6 +85,11 @@ class Product:
             else:
                 torch.addmm(bias, x, weight.t(), out=part)
         return y
+
+
+def _is_one_row(x: Tensor) -> bool:
+    """Whether ft_kernels multiplies it by itself; a bias is then added after rounding, as bitsandbytes' layers do."""
+    return x.shape[0] == 1 and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _expanded(weight: Any, dtype: torch.dtype) -> Tensor:

@@ -73,13 +73,15 @@ class Session:
             backend = "triton" if len(set(counts)) > 1 and _has_kernel(device, layers) else "auto"
 
             def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                self._keep(number, where, k, v)
-                layer = layers.layers[number]
+                layer, (keys, values) = layers.layers[number], self.kept[number]
+                q, k = self._turned(q, k, positions)
+                keys.index_copy_(0, where, k)
+                values.index_copy_(0, where, v)
                 return kernels.packed_attention(
                     q, k, v, plan=plan, window=layer.window, scale=layer.scale, backend=backend
                 )
 
-            hidden = layers(ids, self.cos, self.sin, positions, attend, few=False)
+            hidden = layers(ids, attend, few=False)
             lengths = torch.tensor(counts + [0] * (self.rows - len(counts)), dtype=torch.int32)
             self.lengths.copy_(lengths)
             self.tokens.zero_()
@@ -105,26 +107,32 @@ class Session:
             return self._step()
 
     def _step(self) -> Tensor:
-        positions = self.lengths.long()
+        positions = self.lengths.clone()
         self.lengths.add_(1)
-        where = self.begins + positions
         shape = (self.rows, self.slots, *self.kept.shape[3:])
+        layout = self.layers.layout
+        at_once = layout.attention.rotary == "half" and self.cos.shape[1] == layout.head_dim
+        where = positions if at_once else self.begins + positions
 
         def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._keep(number, where, k, v)
-            keys, values = self.kept[number]
             layer = self.layers.layers[number]
-            return kernels.decode_attention(
-                q, keys.view(shape), values.view(shape), self.lengths, window=layer.window, scale=layer.scale
-            )
+            keys, values = (kept.view(shape) for kept in self.kept[number])
+            if at_once:
+                q = kernels.rope_append(q, k, v, keys, values, positions, self.cos, self.sin)
+            else:
+                q, k = self._turned(q, k, positions)
+                self.kept[number, 0].index_copy_(0, where, k)
+                self.kept[number, 1].index_copy_(0, where, v)
+            return kernels.decode_attention(q, keys, values, self.lengths, window=layer.window, scale=layer.scale)
 
-        hidden = self.layers(self.tokens, self.cos, self.sin, positions, attend, few=True)
-        return self.layers.head(hidden, True)
+        return self.layers.head(self.layers(self.tokens, attend, few=True), True)
 
-    def _keep(self, number: int, where: Tensor, k: Tensor, v: Tensor) -> None:
-        keys, values = self.kept[number]
-        keys.index_copy_(0, where, k)
-        values.index_copy_(0, where, v)
+    def _turned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        layout = self.layers.layout
+        return kernels.rope(
+            q, k, self.cos, self.sin, position_ids=positions, layout=layout.attention.rotary,
+            rotary_dim=self.cos.shape[1],
+        )  # fmt: skip
 
     def _record(self) -> None:
         device = self.layers.device

@@ -16,7 +16,7 @@ from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import cdiv, interpreting, launch, power_of_2
 from ft_kernels.ops.lora.tiles import rounded, rounds_by_hand
 
-__all__ = ["attention"]
+__all__ = ["append", "attention"]
 
 LOG2E = 1.4426950408889634
 TOKENS = 64
@@ -91,6 +91,60 @@ def _together(
     result = tl.sum(tl.load(sums + place, mask=there, other=0.0) * weight[:, None], 0) / total
     target = out + head * D + cols
     tl.store(target, rounded(result, out, BY_HAND), mask=cols < D)
+
+
+@triton.jit(do_not_specialize=["S", "P"])
+def _append(
+    q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, out, keys, key_row, key_token, key_head,
+    values, value_row, value_token, value_head, positions, cos, cos_row, sin, sin_row, S, P,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """One head of q, k or v of one row: turned, or copied, to where it goes."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    pairs = tl.arange(0, BLOCK)
+    there = pairs < PAIRS
+    position = tl.load(positions + row)
+    known = (position >= 0) & (position < S) & (position < P)
+    place = tl.where(known, position, 0).to(tl.int64)
+    if head < HEADS:
+        source = q + row * q_row + head * q_head
+        target = out + (row * HEADS + head) * (2 * PAIRS)
+        write = there
+    elif head < HEADS + GROUPS:
+        source = k + row * k_row + (head - HEADS) * k_head
+        target = keys + row * key_row + place * key_token + (head - HEADS) * key_head
+        write = there & known
+    else:
+        source = v + row * v_row + (head - HEADS - GROUPS) * v_head
+        target = values + row * value_row + place * value_token + (head - HEADS - GROUPS) * value_head
+        write = there & known
+    first = tl.load(source + pairs, mask=there, other=0.0).to(tl.float32)
+    second = tl.load(source + PAIRS + pairs, mask=there, other=0.0).to(tl.float32)
+    c = tl.load(cos + place * cos_row + pairs, mask=there, other=0.0).to(tl.float32)
+    s = tl.load(sin + place * sin_row + pairs, mask=there, other=0.0).to(tl.float32)
+    turned = head < HEADS + GROUPS
+    a = tl.where(turned, first * c - second * s, first)
+    b = tl.where(turned, second * c + first * s, second)
+    tl.store(target + pairs, rounded(a, out, BY_HAND), mask=write)
+    tl.store(target + PAIRS + pairs, rounded(b, out, BY_HAND), mask=write)
+
+
+def append(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """The turned queries ``[B, H, D]``; the arguments are :func:`ft_kernels.rope_append`'s."""
+    b, heads, d = q.shape
+    groups = k.shape[1]
+    out = dispatch.allocate(q.shape, q.dtype, q.device)
+    launch(
+        "rope_append", _append, (b, heads + 2 * groups), q.device,
+        q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], out, keys, *keys.stride()[:3],
+        values, *values.stride()[:3], positions, cos, cos.stride(0), sin, sin.stride(0), keys.shape[1], cos.shape[0],
+        HEADS=heads, GROUPS=groups, PAIRS=d // 2, BLOCK=power_of_2(d // 2), BY_HAND=rounds_by_hand(q.dtype),
+        num_warps=1,
+    )  # fmt: skip
+    return out
 
 
 def _dot_dtype(x: Tensor) -> tl.dtype:

@@ -4,7 +4,8 @@ A product of few rows takes as long as its weight takes to be read, so the weigh
 of it is written. Up to three weights with one input (q, k and v; gate and up) are one launch.
 
 One row is summed up in fp32 from fp32 weights, scaled a block of values at a time. More rows are a matrix product: a
-tile of the weight, rounded to the rows' dtype as an expanded weight would be, times the rows, added up in fp32.
+tile of the weight, rounded to the rows' dtype as an expanded weight would be, times the rows, added up in fp32; where a
+weight has few outputs, by several programs each, whose sums a second launch adds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from ft_kernels.ops.nf4.kernels import _codes, _times, rounded
 __all__ = ["MOST_PARTS", "product"]
 
 MOST_PARTS = 3
+MOST_SHARES = 8
+ADD = 512
+"""Outputs that a program adds up, where several share a row."""
 
 
 @triton.jit
@@ -120,9 +124,12 @@ def _some_rows(
     x, x_stride, y, y_stride, M, words0, absmax0, absmax20, code20, offset0, n0,
     words1, absmax1, absmax21, code21, offset1, n1, words2, absmax2, absmax22, code22, offset2, n2,
     BLOCKS: tl.constexpr, WORDS: tl.constexpr, NESTED: tl.constexpr, NATIVE: tl.constexpr, PARTS: tl.constexpr,
-    INTERPRETED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
+    INTERPRETED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of TOKENS rows of x; the names are those of ``_one_row``, whose rows are the weight's."""
+    """ROWS outputs of TOKENS rows of x; the names are those of ``_one_row``, whose rows are the weight's.
+
+    With several SHARES a program goes along one of so many parts of the weight's rows, and y has a plane for each.
+    """
     words, absmax, second, code, offset, n, column, tile = _part(
         tl.program_id(0), words0, absmax0, absmax20, code20, offset0, n0, words1, absmax1, absmax21, code21, offset1,
         n1, words2, absmax2, absmax22, code22, offset2, n2, PARTS, ROWS,
@@ -134,11 +141,14 @@ def _some_rows(
     there = rows < n
     first = rows[:, None] * BLOCKS + block[None, :]
     place = first[:, :, None] * WORDS + inside[None, None, :]
-    mask = there[:, None] & (block < BLOCKS)[None, :]
-    number = tl.load(absmax + first, mask=mask, other=0)
+    share: tl.constexpr = (BLOCKS + ACROSS * SHARES - 1) // (ACROSS * SHARES) * ACROSS
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, BLOCKS)
+    mask = there[:, None] & (block + begin < BLOCKS)[None, :]
+    number = tl.load(absmax + first + begin, mask=mask, other=0)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     line = tl.arange(0, ACROSS * WORDS * 8)
-    for start in range(0, BLOCKS, ACROSS):
+    for start in range(begin, end, ACROSS):
         ahead = start + ACROSS
         more = there[:, None] & (block + ahead < BLOCKS)[None, :]
         word = tl.load(words + place + start * WORDS, mask=mask[:, :, None], other=0)
@@ -156,30 +166,42 @@ def _some_rows(
         acc = tl.dot(operand(weight, INTERPRETED), operand(inputs, INTERPRETED), acc)
         number = next_number
         mask = more
-    target = y + tokens[None, :] * y_stride + (column + rows)[:, None]
+    target = y + (tl.program_id(1) * M + tokens[None, :]).to(tl.int64) * y_stride + (column + rows)[:, None]
     tl.store(target, rounded(acc, y.dtype.element_ty, NATIVE), mask=there[:, None] & (tokens < M)[None, :])
 
 
+@triton.jit
+def _add_up(planes, y, COUNT, SHARES: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for share in tl.static_range(SHARES):
+        total += tl.load(planes + share * COUNT + i, mask=i < COUNT, other=0.0)
+    tl.store(y + i, rounded(total, y.dtype.element_ty, NATIVE), mask=i < COUNT)
+
+
 @cache
-def _tiling(rows: int, tokens: int, outputs: int, device: torch.device) -> dict[str, Any]:
-    """Few outputs a program where there are few, so that every multiprocessor has some programs to choose from."""
-    processors = tuning.multiprocessors(device)
+def _tiling(rows: int, k: int, tokens: int, outputs: int, device: torch.device) -> dict[str, Any]:
+    """Where there are few outputs, programs share a row, so that every multiprocessor has four to choose from."""
     if rows == 1:
-        return {"ROWS": 8 if outputs < 64 * processors else 16, "ACROSS": 16, "num_warps": 4}
-    tile = {"ROWS": 16 if outputs < 48 * processors else 32, "ACROSS": 4 if tokens <= 32 else 2, "num_warps": 4}
+        return {"ROWS": 8, "ACROSS": 16, "num_warps": 4}
+    tile = {"ROWS": 32, "ACROSS": 4 if tokens <= 32 else 2, "num_warps": 4}
     values = tile["ACROSS"] * 64  # of a row, of the usual blocks of 64
-    most = 5 if tokens <= 32 else 3
-    return tile | {"num_stages": loads_ahead(values * (2 * tokens + tile["ROWS"] // 2), most, device)}
+    shares = round(4 * tuning.multiprocessors(device) / cdiv(outputs, tile["ROWS"]))
+    shares = max(1, min(shares, k // (4 * values), MOST_SHARES))
+    return tile | {"SHARES": shares, "num_stages": loads_ahead(values * (2 * tokens + tile["ROWS"] // 2), 3, device)}
 
 
 def _candidates(rows: int, tokens: int, device: torch.device) -> list[dict[str, Any]]:
     if rows == 1:
-        sizes = ((4, 16, 2), (4, 16, 4), (8, 8, 2), (8, 16, 4), (8, 16, 8), (16, 16, 4), (16, 16, 8))
+        sizes = ((4, 16, 2), (4, 16, 4), (8, 8, 2), (8, 16, 4), (8, 16, 8), (16, 16, 8))
         return [{"ROWS": r, "ACROSS": a, "num_warps": w} for r, a, w in sizes]
-    tiles = ((16, 4, 2, 5), (16, 4, 4, 3), (16, 4, 4, 5), (16, 8, 4, 4), (32, 4, 4, 3), (32, 4, 4, 5), (64, 2, 4, 5))
+    tiles = (
+        (16, 4, 1, 4, 5), (16, 4, 2, 2, 4), (32, 4, 1, 4, 5), (32, 4, 2, 4, 4), (32, 4, 4, 4, 3), (32, 4, 8, 4, 3),
+        (64, 4, 4, 8, 3), (64, 2, 4, 4, 3),
+    )  # fmt: skip
     return [
-        {"ROWS": r, "ACROSS": a, "num_warps": w, "num_stages": s}
-        for r, a, w, s in tiles
+        {"ROWS": r, "ACROSS": a, "SHARES": shares, "num_warps": w, "num_stages": s}
+        for r, a, shares, w, s in tiles
         if s <= loads_ahead(a * 64 * (2 * tokens + r // 2), s, device)
     ]
 
@@ -212,15 +234,22 @@ def product(
     name = "nf4_linear_one" if m == 1 else "nf4_linear_some"
     settings = tuning.settings(
         name, x.device, (k, outputs, len(parts), blocksize, tokens, x.dtype),
-        default=_tiling(min(m, 2), tokens, outputs, x.device),
+        default=_tiling(min(m, 2), k, tokens, outputs, x.device),
         candidates=lambda: _candidates(m, tokens, x.device),
     )  # fmt: skip
-    grid = (sum(cdiv(size, settings["ROWS"]) for size in sizes),)
+    tiles = sum(cdiv(size, settings["ROWS"]) for size in sizes)
     if m == 1:
-        launch(name, _one_row, grid, x.device, x, y, *given, **constants, **settings)
-    else:
+        launch(name, _one_row, (tiles,), x.device, x, y, *given, **constants, **settings)
+        return y
+    shares = settings["SHARES"]
+    planes = y if shares == 1 else dispatch.allocate((shares, m, outputs), torch.float32, x.device)
+    launch(
+        name, _some_rows, (tiles, shares), x.device, x, x.stride(0), planes, outputs, m, *given,
+        **constants, INTERPRETED=interpreting(), TOKENS=tokens, **settings,
+    )  # fmt: skip
+    if shares > 1:
         launch(
-            name, _some_rows, grid, x.device, x, x.stride(0), y, y.stride(0), m, *given,
-            **constants, INTERPRETED=interpreting(), TOKENS=tokens, **settings,
+            "nf4_linear_add", _add_up, (cdiv(m * outputs, ADD),), x.device,
+            planes, y, m * outputs, SHARES=shares, NATIVE=native(), BLOCK=ADD, num_warps=4,
         )  # fmt: skip
     return y
