@@ -136,6 +136,11 @@ def test_bad_arguments_of_the_product(device):
         nf4_linear(torch.zeros(1, 32, device=device), weight)
     with pytest.raises(ValueError, match="use one device"):
         nf4_linear(torch.zeros(1, 64, device="meta"), weight)
+    elsewhere = NF4Weight(weight.packed, weight.absmax.to("meta"), weight.shape)
+    with pytest.raises(ValueError, match="a weight is on meta, x on"):
+        nf4_linear(torch.zeros(1, 64, device=device), elsewhere)
+    with pytest.raises(ValueError, match="nf4_linear: there is no weight"):
+        nf4_linear(torch.zeros(1, 64, device=device), [])
 
 
 @settings(max_examples=12)

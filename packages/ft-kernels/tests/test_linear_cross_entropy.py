@@ -218,7 +218,7 @@ def test_a_gradient_of_the_gradient_is_refused(device, dtype, trained):
         "later": lambda: linear_cross_entropy(hidden, weight, problem.targets, **given, max_memory=2**14),
         "none": lambda: linear_cross_entropy(hidden, weight, problem.targets, **given, reduction="none").sum(),
         "logprob": lambda: linear_logprob(hidden, weight, problem.targets, **given).sum(),
-        "entropy": lambda: linear_logprob(hidden, weight, problem.targets, **given, entropy=True).entropy.sum(),
+        "entropy": lambda: -linear_logprob(hidden, weight, problem.targets, **given, entropy=True).entropy.sum(),
     }
     for way in ways.values():
         with pytest.raises(RuntimeError, match="the gradient cannot be differentiated again"):

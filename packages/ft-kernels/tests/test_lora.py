@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 
 import pytest
@@ -761,9 +762,6 @@ WEIGHT, DOWN, UP = torch.ones(6, 4), torch.ones(2, 4), torch.ones(6, 2)
         ({"weight": WEIGHT.long()}, TypeError, "use one floating-point dtype"),
         ({"weight": "W"}, TypeError, r"the base weight is made of \['str'\]"),
         ({"weight": widen(WEIGHT, 1), "a": torch.ones(99, 4), "b": torch.ones(6, 99)}, ValueError, "room for 60 ranks"),
-        ({"weight": NF4Weight(torch.ones(3).byte(), DOWN, (6, 4))}, ValueError, r"3 bytes; shape .* needs 12"),
-        ({"weight": Int8Weight(WEIGHT.char(), torch.ones(4))}, ValueError, r"they need \[N, K\] and \[N\]"),
-        ({"weight": Fp8Weight(WEIGHT, torch.ones(6))}, ValueError, r"they need \[6, 4\] and \[6, 1\]"),
         ({"a": torch.ones(3, 4)}, ValueError, r"a needs \[r, K\] and b \[6, r\]"),
         ({"b": torch.ones(5, 2)}, ValueError, r"b \[5, 2\] do not fit"),
         ({"a": DOWN.double()}, TypeError, "use one floating-point dtype for all"),
@@ -780,6 +778,57 @@ WEIGHT, DOWN, UP = torch.ones(6, 4), torch.ones(2, 4), torch.ones(6, 2)
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         lora_linear(**{"x": torch.ones(2, 4), "weight": WEIGHT, "a": DOWN, "b": UP, **arguments})
+
+
+FOUR_BIT, NESTED = NF4Weight.quantize(torch.ones(64, 64), nested=False), NF4Weight.quantize(torch.ones(64, 64))
+EIGHT_BIT, IN_FP8 = Int8Weight(WEIGHT.char(), torch.ones(6)), Fp8Weight.quantize(WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("weight", "changed", "error", "message"),
+    [
+        (FOUR_BIT, {"packed": FOUR_BIT.packed[:100]}, ValueError, r"packed has 100 bytes; shape \[64, 64\] needs 2048"),
+        (FOUR_BIT, {"absmax": FOUR_BIT.absmax[:3]}, ValueError, "absmax has 3 elements, expected 64"),
+        (FOUR_BIT, {"absmax": FOUR_BIT.absmax.half()}, TypeError, "absmax has dtype torch.float16, expected"),
+        (FOUR_BIT, {"blocksize": 32}, ValueError, "absmax has 64 elements, expected 128"),
+        (FOUR_BIT, {"blocksize": 48}, ValueError, "blocksize=48; allowed are 32, 64"),
+        (FOUR_BIT, {"shape": (64 * 64,)}, ValueError, "a weight has two sizes"),
+        (NESTED, {"nested": None}, TypeError, "uint8 scales need nested"),
+        (NESTED, {"nested": dataclasses.replace(NESTED.nested, blocksize=3)}, ValueError, "allowed are powers of two"),
+        (NESTED, {"nested": dataclasses.replace(NESTED.nested, code=torch.ones(9))}, ValueError, "code has 9 elements"),
+        (EIGHT_BIT, {"quantized": WEIGHT.byte()}, TypeError, "quantized has dtype torch.uint8, expected torch.int8"),
+        (EIGHT_BIT, {"quantized": WEIGHT.char()[None]}, ValueError, r"has shape \[1, 6, 4\]; it needs \[N, K\]"),
+        (EIGHT_BIT, {"scales": torch.ones(4)}, ValueError, "there is one scale for each row"),
+        (EIGHT_BIT, {"scales": torch.ones(6).half()}, TypeError, "scales have dtype torch.float16, expected"),
+        (IN_FP8, {"numbers": WEIGHT}, TypeError, "numbers and scales have dtypes torch.float32"),
+        (IN_FP8, {"numbers": WEIGHT.to(torch.float8_e5m2)}, TypeError, "expected torch.float8_e4m3fn"),
+        (IN_FP8, {"transposed": IN_FP8.numbers}, ValueError, r"transposed \[6, 4\] and scales \[4, 1\] do not fit"),
+        (IN_FP8, {"scales": torch.ones(6)}, ValueError, r"they need \[6, 4\] and \[6, 1\]"),
+        (widen(WEIGHT, 1), {"in_features": 99}, ValueError, r"buffer \[6, 64\] does not fit in_features=99"),
+        (widen(WEIGHT, 1), {"sizes": (2, 3)}, ValueError, r"it needs \[5, at least 4\]"),
+    ],
+)
+def test_bad_weights(weight, changed, error, message):
+    """Refused where they are made: a kernel would read what lies behind."""
+    with pytest.raises(error, match=f"{type(weight).__name__}: .*{message}"):
+        dataclasses.replace(weight, **changed)
+
+
+@pytest.mark.parametrize(
+    "weight", [WEIGHT.clone(), widen(WEIGHT, 2), dataclasses.replace(FOUR_BIT, absmax=FOUR_BIT.absmax.clone())]
+)
+def test_a_weight_that_wants_a_gradient_is_refused(weight):
+    tensor = next(t for t in [weight, *vars(weight).values()] if isinstance(t, torch.Tensor) and t.is_floating_point())
+    tensor.requires_grad_()
+    k = 64 if isinstance(weight, NF4Weight) else 4
+    with pytest.raises(ValueError, match="lora_linear: the base weight requires a gradient"):
+        lora_linear(torch.ones(2, k), weight, torch.ones(2, k), torch.ones(64 if k == 64 else 6, 2))
+
+
+@pytest.mark.parametrize("weights", [[], [WEIGHT, torch.ones(6, 5)], [torch.ones(6)]])
+def test_what_cannot_be_widened(weights):
+    with pytest.raises(ValueError, match=r"widen: the weights have shapes .*; give one or more \[N, K\]"):
+        widen(weights, 4)
 
 
 def test_bad_arguments_of_several_projections():

@@ -42,24 +42,27 @@ def nf4_linear(x: Tensor, weight: NF4Weight | Sequence[NF4Weight]) -> Tensor:
 
     Raises:
         TypeError: x is not fp16, bf16 or fp32.
-        ValueError: a weight has not x's K, or tensors are on several devices.
+        ValueError: there is no weight, or one that has not x's K, or tensors are on several devices.
     """
     name = "nf4_linear"
     weights = [weight] if isinstance(weight, NF4Weight) else list(weight)
     if x.dtype not in (*HALVES, torch.float32):
         raise TypeError(f"{name}: x has dtype {x.dtype}; allowed are torch.float16, torch.bfloat16 and torch.float32")
     k = x.shape[-1] if x.dim() else 0
+    if not weights:
+        raise ValueError(f"{name}: there is no weight; give one or more")
     for one in weights:
         if one.shape[1] != k:
             raise ValueError(f"{name}: x has shape {list(x.shape)}, a weight {list(one.shape)}; K must be the same")
-        if one.packed.device != x.device:
-            raise ValueError(f"{name}: a weight is on {one.packed.device}, x on {x.device}; use one device")
+        for tensor in one.tensors:
+            if tensor.device != x.device:
+                raise ValueError(f"{name}: a weight is on {tensor.device}, x on {x.device}; use one device")
     rows = x.detach().reshape(-1, k)
     if _few(rows, weights):
         tensors = [tensor for one in weights for tensor in _tensors(one)]
-        nested = 0 if weights[0].nested is None else weights[0].nested.blocksize
+        groups = 0 if weights[0].nested is None else weights[0].nested.blocksize
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        y: Tensor = nf4_linear_op(rows, tensors, [one.shape[0] for one in weights], weights[0].blocksize, nested)
+        y: Tensor = nf4_linear_op(rows, tensors, [one.shape[0] for one in weights], weights[0].blocksize, groups)
     else:
         expanded = [
             nf4_dequantize(one.packed, one.absmax, one.shape, x.dtype, one.blocksize, nested=one.nested)
