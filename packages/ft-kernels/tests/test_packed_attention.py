@@ -351,7 +351,7 @@ def test_plan_is_made_once(monkeypatch):
 
 @pytest.mark.parametrize("by", ["lengths", "cu_seqlens", "cu_seqlens alone", "position_ids alone"])
 @pytest.mark.parametrize("backend", ["auto", "chunked", "triton"])
-def test_a_plan_made_for_an_evaluation_serves_training(device, exact_enough, backend, by):
+def test_a_plan_made_for_an_evaluation_serves_training(device, backend, by):
     """What it keeps must not be tensors that were made under inference_mode, and neither the caller's own."""
     lengths = [3, 5]
     tensors = draw(lengths, 4, 2, 16, torch.float16, device)
@@ -369,12 +369,8 @@ def test_a_plan_made_for_an_evaluation_serves_training(device, exact_enough, bac
     for window in (None, 2):
         actual = both(lambda q, k, v, sinks: packed_attention(q, k, v, plan=plan, backend=backend, window=window),
                       *tensors)  # fmt: skip
-        plain, exact = (
-            both(eager, *(None if x is None else x.to(dtype) for x in tensors), lengths=lengths, window=window)
-            for dtype in (torch.float16, torch.float64)
-        )
-        for name, *three in zip(("out", "dq", "dk", "dv"), actual, plain, exact, strict=True):
-            exact_enough(name, *three)
+        exact = both(eager, *(None if x is None else x.double() for x in tensors), lengths=lengths, window=window)
+        torch.testing.assert_close([t.double() for t in actual], exact, rtol=1e-2, atol=1e-2)
 
 
 def test_flex_without_compilation(exact_enough):
