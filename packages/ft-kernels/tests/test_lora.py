@@ -661,6 +661,30 @@ def test_gradcheck_of_the_reference():
         )
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3), (2, 0, 3)])
+@pytest.mark.parametrize("form", ["plain", "wide", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_leading_dimensions(device, shape, form, dtype):
+    """None, some, or empty ones; with a bias that is trained, whose gradient is summed over them."""
+    problem = Problem(device, 1, 64, [24], [4], dtype, dtype)
+    weight = problem.weights[0]
+    base = {"plain": weight, "wide": widen(weight, 4), "nf4": NF4Weight.quantize(weight)}[form]
+    if form == "nf4":
+        weight = ft.nf4_dequantize(base.packed, base.absmax, base.shape, dtype, nested=base.nested)
+    generator = torch.Generator().manual_seed(4)
+    x, bias, dy = (torch.randn(n, generator=generator).to(device, dtype) for n in ((*shape, 64), (24,), (*shape, 24)))
+    leaves = [t.detach().requires_grad_() for t in (x, problem.a[0], problem.b[0], bias)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    y = lora_linear(leaves[0], base, leaves[1], leaves[2], scaling=2.0, bias=leaves[3])
+    wide = F.linear(exact[0], weight.double(), exact[3]) + 2 * exact[0] @ exact[1].t() @ exact[2].t()
+    results = [y, *torch.autograd.grad(y, leaves, dy)]
+    expected = [wide, *torch.autograd.grad(wide, exact, dy.double())]
+    for actual, number in zip(results, expected, strict=True):
+        assert actual.shape == number.shape
+        bound = 2e-2 if dtype == torch.bfloat16 else 1e-5  # some roundings, one after the other
+        assert (actual.double() - number).norm() <= bound * number.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_opcheck(device, dtype):
     problem = Problem(device, 32, 40, [24, 16], [4, 3], dtype, torch.float32)
