@@ -698,11 +698,7 @@ def test_opcheck(device, dtype):
     linear = (x, *form, a, b, [0, 24], [2.0, 1.0], None, 0.2, seed)
     torch.library.opcheck(lora_linear_op, linear, test_utils=checks)
     wide = widen(problem.weights, 7)
-    lora_qkv(x, wide, a, b)  # fills the columns: what the operation writes there is no change any more
     form = ([wide.buffer], "wide", 40, [24, 16], [])
-    torch.library.opcheck(
-        lora_linear_op, (x, *form, a, b, [0, 24], [1.0, 1.0], problem.dy[0], 0.0, None), test_utils=checks
-    )
     plain_adapters = ([t.detach() for t in a], [t.detach() for t in b], [0, 24], [1.0, 1.0])
     torch.library.opcheck(lora_row_norms_op, (*form, *plain_adapters, dtype), test_utils=checks)
     mlp = Perceptron(device, 32, 40, 24, 16, [4, 4, 4], dtype, torch.float32)
@@ -719,10 +715,33 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(lora_mlp_backward_op, given, test_utils=checks)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compile(device, dtype):
-    problem = Perceptron(device, 32, 40, 24, 16, [4, 4, 4], dtype, torch.float32)
-    qkv = Problem(device, 32, 16, [24, 16], [4, 3], dtype, torch.float32)
+def test_opcheck_of_a_wide_weight(device):
+    """As it is used, from 128 rows on: the operation writes into the columns that the weight has for that.
+
+    A schema that said so could have no autograd formula, see docs/decisions/0010: ``test_schema`` finds the columns
+    changed, and nothing else does.
+    """
+    problem = Problem(device, 130, 40, [24, 16], [4, 3], torch.bfloat16, torch.float32)
+    a, b = ([t.requires_grad_() for t in ts] for ts in (problem.a, problem.b))
+    wide = widen(problem.weights, 7)
+    wide.buffer[:, 40:] = 0
+    weight = wide.weight.clone()
+    form = ([wide.buffer], "wide", 40, [24, 16], [])
+    given = (problem.x.requires_grad_(), *form, a, b, [0, 24], [1.0, 1.0], problem.dy[0], 0.0, None)
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(lora_linear_op, given, test_utils=checks)
+    with pytest.raises(Exception, match="weight.* mutat"):
+        torch.library.opcheck(lora_linear_op, given, test_utils="test_schema")
+    lora_linear_op(*given)
+    assert torch.equal(wide.weight, weight)
+    assert wide.buffer[:, 40:].any()
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(32, torch.bfloat16), (130, torch.bfloat16), (32, torch.float32)])
+def test_compile(device, rows, dtype):
+    """From 128 rows on the operations write into the columns beside a wide weight, which no graph knows."""
+    problem = Perceptron(device, rows, 40, 24, 16, [4, 4, 4], dtype, torch.float32)
+    qkv = Problem(device, rows, 16, [24, 16], [4, 3], dtype, torch.float32)
     wide, down, last = widen(problem.weights[:2], 8), widen(problem.weights[2], 4), widen(qkv.weights, 7)
 
     def block(x, *adapters):
