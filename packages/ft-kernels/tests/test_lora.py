@@ -768,7 +768,7 @@ def test_layer(device, tmp_path):
     assert repr(layer) == "LoRALinear(40, 24, rank=4, scaling=4)"
     x = torch.randn(2, 5, 40, device=device)
     torch.testing.assert_close(layer(x), linear(x), rtol=1e-4, atol=1e-5)
-    assert {n for n, _ in layer.named_parameters()} == {"lora_a", "lora_b", "magnitude"}
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_a", "lora_b", "magnitude"}
     assert set(layer.state_dict()) == {"weight", "bias", "lora_a", "lora_b", "magnitude"}
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     target = torch.randn(2, 5, 24, device=device)
@@ -790,6 +790,40 @@ def test_layer(device, tmp_path):
     del other.state_dict()["weight"]
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         other.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "weight"})
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (6, 1), (8,), (5, 8), (1, 6, 8)])
+def test_a_layer_loads_a_weight_of_its_own_shape_alone(shape):
+    layer = LoRALinear(8, 6, 2)
+    before = layer.weight.clone()
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight: .* is torch.Size\(\[6, 8\]\)"):
+        layer.load_state_dict({**layer.state_dict(), "weight": torch.randn(shape)})
+    assert torch.equal(layer.weight, before)
+    nested = torch.nn.Sequential(layer)
+    assert set(nested.state_dict()) == {"0.weight", "0.lora_a", "0.lora_b"}
+    nested.load_state_dict({**nested.state_dict(), "0.weight": before * 2})
+    assert torch.equal(layer.weight, before * 2)
+    missing = nested.load_state_dict({}, strict=False).missing_keys
+    assert set(missing) == {"0.weight", "0.lora_a", "0.lora_b"}
+
+
+def test_a_layer_in_data_parallel(tmp_path):
+    """Nothing frozen is sent at each forward, and the adapters get their gradients."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        layer = LoRALinear(40, 24, 4, bias=True)
+        model = torch.nn.parallel.DistributedDataParallel(layer)
+        assert not list(model.modules_buffers)
+        model(torch.randn(2, 40)).sum().backward()
+        assert all((p.grad is not None) == p.requires_grad for p in layer.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_layer_needs_a_rank(rank):
+    with pytest.raises(ValueError, match=f"LoRALinear: rank={rank}; allowed is 1 or more"):
+        LoRALinear(8, 6, rank)
 
 
 WEIGHT, DOWN, UP = torch.ones(6, 4), torch.ones(2, 4), torch.ones(6, 2)
