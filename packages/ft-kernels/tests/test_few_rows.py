@@ -249,6 +249,42 @@ def test_attention_in_fp32_and_by_views(device, launched):
     assert torch.equal(result, decode_attention(q.half(), keys.half(), values.half(), counts))
 
 
+def apart(x, dim, step, file):
+    """x with `step` elements between neighbours along a dimension, in a file that is written nowhere else."""
+    size = (x.shape[dim] - 1) * step + x.numel()
+    file.truncate(max(size * x.itemsize, file.seek(0, 2)))
+    memory = torch.from_file(file.name, shared=True, size=size, dtype=x.dtype)
+    strides = list(torch.empty(x.select(dim, 0).shape).stride())
+    strides.insert(dim % x.dim(), step)
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("step", [2**29 + 8, 2**30 + 8])  # three heads: beyond 2^31 bytes, beyond 2^31 elements
+def test_heads_and_rows_far_apart(device, tmp_path, step):
+    if device != "cpu":
+        pytest.skip("needs memory that is only claimed, as files on a CPU have it")
+    files = iter(range(9))
+
+    def far(x, dim):
+        with open(tmp_path / f"sparse{next(files)}", "w+b") as file:
+            return apart(x, dim, step, file)
+
+    q, keys, values = kept(1, 5, 3, 3, 16, torch.float16, device, 3)
+    counts = torch.tensor([4], dtype=torch.int32)
+    near = decode_attention(q, keys, values, counts)
+    assert torch.equal(decode_attention(far(q, 1), far(keys, 2), far(values, 2), counts), near)
+    tables = torch.randn(2, 9, 8).repeat(1, 1, 2)
+    k, v = q * 2, q * 3
+    there = [far(keys, 2), far(values, 2)]
+    turned = rope_append(far(q, 1), far(k, 1), far(v, 1), *there, counts, *tables)
+    assert torch.equal(turned, rope_append(q, k, v, keys, values, counts, *tables))
+    assert torch.equal(there[0], keys)
+    assert torch.equal(there[1], values)
+    (weight,) = draw([8], 64, 64, True, device, 1)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)).half()
+    assert torch.equal(nf4_linear(far(x, 0), weight), nf4_linear(x, weight))
+
+
 @settings(max_examples=8)
 @given(
     rows=st.integers(1, 3), groups=st.integers(1, 2), group=st.sampled_from([1, 3]), d=st.sampled_from([2, 24, 64]),

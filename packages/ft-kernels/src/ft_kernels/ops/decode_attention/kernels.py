@@ -32,7 +32,7 @@ def _parts(
 ):  # fmt: skip
     """A part's weighted sum of values, over its sum of weights, and the logarithm of that to base 2."""
     row = (tl.program_id(0) // (HEADS // GROUP)).to(tl.int64)
-    group = tl.program_id(0) % (HEADS // GROUP)
+    group = (tl.program_id(0) % (HEADS // GROUP)).to(tl.int64)  # heads may lie far apart
     part = tl.program_id(1)
     end = tl.minimum(tl.load(lengths + row), S)
     begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
@@ -101,7 +101,7 @@ def _append(
 ):  # fmt: skip
     """One head of q, k or v of one row: turned, or copied, to where it goes."""
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     pairs = tl.arange(0, BLOCK)
     there = pairs < PAIRS
     position = tl.load(positions + row)

@@ -148,6 +148,7 @@ def _some_rows(
     number = tl.load(absmax + first + begin, mask=mask, other=0)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     line = tl.arange(0, ACROSS * WORDS * 8)
+    sources = x + tokens.to(tl.int64)[None, :] * x_stride
     for start in range(begin, end, ACROSS):
         ahead = start + ACROSS
         more = there[:, None] & (block + ahead < BLOCKS)[None, :]
@@ -155,7 +156,7 @@ def _some_rows(
         next_number = tl.load(absmax + first + ahead, mask=more, other=0)
         col = start * WORDS * 8 + line
         inputs = tl.load(
-            x + tokens[None, :] * x_stride + col[:, None],
+            sources + col[:, None],
             mask=(tokens < M)[None, :] & (col < BLOCKS * WORDS * 8)[:, None],
             other=0.0,
         )
