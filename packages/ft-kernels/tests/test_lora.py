@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -566,6 +567,20 @@ def test_several_adapters_at_once(device, exact_enough):
         strict=True,
     ):  # fmt: skip
         exact_enough(what, *three)
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_second_backward_of_the_mlp(device, dtype, hooks):
+    """Is refused: it writes over gate and up. Autograd itself does not see it where hooks keep the tensors."""
+    problem = Perceptron(device, 32, 40, 24, 16, [4, 4, 4], dtype, torch.float32)
+    leaves = [t.detach().requires_grad_() for t in (problem.x, *problem.a, *problem.b)]
+    same = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with same if hooks else contextlib.nullcontext():
+        y = lora_mlp(leaves[0], problem.weights[:2], problem.weights[2], leaves[1:4], leaves[4:])
+    torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    with pytest.raises(RuntimeError, match="lora_mlp: backward was called a second time"):
+        torch.autograd.grad(y.sum(), leaves)
 
 
 def test_few_rows_are_not_widened(device, monkeypatch):
