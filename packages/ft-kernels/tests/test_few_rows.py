@@ -175,6 +175,8 @@ def test_what_is_left_to_torch(device, launched):
         row_linear(x[..., :8], weights)
     with pytest.raises(ValueError, match="use one device"):
         row_linear(x, weights[0].to("meta"))
+    with pytest.raises(ValueError, match="row_linear: there is no weight"):
+        row_linear(x, [])
 
 
 def attended(q, keys, values, lengths, window, scale):
@@ -363,6 +365,29 @@ def test_bad_arguments_of_attention(change, error, message):
     given |= {"lengths": torch.zeros(2, dtype=torch.int32), **change}
     with pytest.raises(error, match=message):
         decode_attention(**given)
+
+
+def test_what_wants_a_gradient_is_refused(device):
+    (weight,) = draw([8], 64, 64, False, device, 9)
+    q, keys, values = kept(1, 5, 2, 1, 16, torch.float16, device, 3)
+    counts = torch.tensor([4], dtype=torch.int32, device=device)
+    tables = torch.ones(2, 9, 16, device=device)
+    x, plain = torch.ones(1, 64, device=device).half(), torch.ones(8, 64, device=device).half()
+
+    def want(t):
+        return t.clone().requires_grad_()
+
+    calls = {
+        "nf4_linear": lambda want: nf4_linear(want(x), weight),
+        "row_linear": lambda want: row_linear(x, want(plain)),
+        "decode_attention": lambda want: decode_attention(q, want(keys), values, counts),
+        "rope_append": lambda want: rope_append(want(q), q[:, :1], q[:, :1], keys, values, counts, *tables),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name}: an argument requires a gradient"):
+            call(want)
+        with torch.no_grad():
+            assert torch.equal(call(want), call(torch.clone))
 
 
 def test_opcheck(device):

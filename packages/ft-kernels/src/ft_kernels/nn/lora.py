@@ -17,8 +17,8 @@ __all__ = ["LoRALinear"]
 class LoRALinear(torch.nn.Module):
     """:func:`ft_kernels.lora_linear` with a frozen weight that has room for the update, and adapters to train.
 
-    The state dict has ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``magnitude``; the weight is the plain one. Weight
-    and bias are parameters that require no gradient, the weight in rows with room beside it by the name of ``wide``.
+    The state dict has ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``magnitude``; the weight is the plain one. It and
+    the bias are parameters that require no gradient, the weight as ``wide``, in rows with room beside it.
 
     Args:
         in_features, out_features: K and N.
@@ -57,7 +57,7 @@ class LoRALinear(torch.nn.Module):
         self.dropout = dropout
         place = {"device": device, "dtype": adapter_dtype}
         wide = torch.zeros(out_features, width(in_features, rank), device=device, dtype=dtype)
-        # No buffers, though nothing trains them: DistributedDataParallel sends buffers to all processes at each forward.
+        # Not buffers, though nothing trains them: DistributedDataParallel sends these to all at each forward.
         self.wide = torch.nn.Parameter(wide, requires_grad=False)
         shift = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if shift is None else torch.nn.Parameter(shift, requires_grad=False)

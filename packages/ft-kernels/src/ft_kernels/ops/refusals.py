@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["refuse_second_derivative", "refuse_twice"]
+__all__ = ["refuse_gradients", "refuse_second_derivative", "refuse_twice"]
 
 
 def refuse_twice(ctx: Any, name: str) -> None:
@@ -28,4 +29,13 @@ def refuse_second_derivative(name: str) -> None:
         raise RuntimeError(
             f"{name}: the gradient cannot be differentiated again (create_graph=True); leave create_graph out, or for "
             "gradients of gradients make the logits with torch, hidden @ weight.T, and the loss of them"
+        )
+
+
+def refuse_gradients(name: str, *tensors: Tensor) -> None:
+    """Raise where a function without gradients is given what wants one, which would stay without it."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError(
+            f"{name}: an argument requires a gradient, which is not computed here; call it under torch.no_grad(), or "
+            "detach the argument"
         )
