@@ -17,8 +17,8 @@ __all__ = ["LoRALinear"]
 class LoRALinear(torch.nn.Module):
     """:func:`ft_kernels.lora_linear` with a frozen weight that has room for the update, and adapters to train.
 
-    The state dict has ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``magnitude``; the weight is the plain one. It and
-    the bias are parameters that require no gradient, the weight as ``wide``, in rows with room beside it.
+    The state dict has ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``magnitude``; the weight is the plain one. It
+    and the bias are parameters that require no gradient, the weight as ``wide``, in rows with room beside it.
 
     Args:
         in_features, out_features: K and N.
