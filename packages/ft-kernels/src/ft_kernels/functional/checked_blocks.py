@@ -14,7 +14,7 @@ from ft_kernels.dispatch import use_triton
 from ft_kernels.functional.attention import direct_attention, packed_attention
 from ft_kernels.functional.lora_mlp import Activation
 from ft_kernels.functional.lora_weights import BaseWeight, Part, base_of
-from ft_kernels.functional.rope import RopeLayout, _check, _for_tokens, _pairs
+from ft_kernels.functional.rope import RopeLayout, check_rope, for_tokens, rotated_pairs
 from ft_kernels.ops.blocks import attention as attention_ops
 from ft_kernels.ops.blocks import mlp as mlp_ops
 from ft_kernels.ops.blocks import reference
@@ -339,8 +339,8 @@ def _tables(
             raise ValueError("attention_block: only one of cos and sin is given; give both, or None for both")
         return None
     q, k = (x.new_empty(0).expand(*x.shape[:-1], n, 0) for n in (heads, kv_heads))
-    _check(q, k, cos, sin, None, layout, -2)
-    pairs = _pairs(head_dim, cos.shape[-1], rotary_dim)
+    check_rope(q, k, cos, sin, None, layout, -2)
+    pairs = rotated_pairs(head_dim, cos.shape[-1], rotary_dim)
     batches, length = (1, *x.shape[:-1])[-2:]
-    first, second = (_for_tokens("cos and sin", t.detach(), [], batches, length, 1)[..., :pairs] for t in (cos, sin))
+    first, second = (for_tokens("cos and sin", t.detach(), [], batches, length, 1)[..., :pairs] for t in (cos, sin))
     return first, second

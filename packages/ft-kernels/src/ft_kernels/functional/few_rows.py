@@ -15,7 +15,7 @@ from ft_kernels.functional.quantization import nf4_dequantize
 from ft_kernels.ops.decode_attention import reference as attention_reference
 from ft_kernels.ops.decode_attention.autograd import decode_attention_op, rope_append_op
 from ft_kernels.ops.nf4_linear import reference as linear_reference
-from ft_kernels.ops.nf4_linear.autograd import nf4_linear_op
+from ft_kernels.ops.nf4_linear.autograd import MOST_PARTS, nf4_linear_op
 from ft_kernels.ops.refusals import refuse_gradients
 from ft_kernels.ops.row_linear.autograd import row_linear_op
 
@@ -23,7 +23,6 @@ __all__ = ["decode_attention", "nf4_linear", "rope_append", "row_linear"]
 
 MOST_ROWS = 128
 """Rows up to which a weight is expanded on the way to the product; above, it pays to do so in memory first."""
-MOST_PARTS = 3
 HALVES = (torch.float16, torch.bfloat16)
 
 
