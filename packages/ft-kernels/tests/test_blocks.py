@@ -546,6 +546,31 @@ def test_fp8_base(device, half):
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])
+@pytest.mark.parametrize("biases", [HALF, FULL])
+def test_a_block_object_sees_changed_biases(device, half, biases):
+    """What is copied of them, side by side or into x's dtype, is copied at each call; first under inference_mode."""
+    problem = Problem(half, device, HALF, bias=True)
+    problem.bias = [None if t is None else t.to(biases) for t in problem.bias]
+    first, second = problem.forms("wide")
+    norm, given = problem.settings()
+    called = {k: given.pop(k) for k in ("cos", "sin", "attention") if k in given}
+    kind = ft.MLPBlock if half == "mlp" else ft.AttentionBlock
+    x, a, b = problem.leaves()
+    block = kind(norm, first, second, a, b, **given)
+    with torch.inference_mode():
+        before = block(problem.x, **called)
+    with torch.no_grad():
+        for shift in problem.bias:
+            if shift is not None:
+                shift.mul_(-3)
+    function = ft.mlp_block if half == "mlp" else ft.attention_block
+    after, fresh = block(x, **called), function(x, norm, first, second, a, b, **given, **called)
+    assert torch.equal(after, fresh)
+    assert not torch.equal(after, before)
+    assert torch.equal(*(torch.autograd.grad(y, x, problem.dy)[0] for y in (after, fresh)))
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
 def test_without_the_kernels(device, monkeypatch, half):
     """Of torch alone, in float64 and where there is no triton; gradients as autograd has them."""
     exact = Problem(half, device, torch.float64, qk_norm=True, bias=True, shape=(1, 6))

@@ -14,7 +14,7 @@ from ft_kernels.dispatch import use_triton
 from ft_kernels.functional.attention import direct_attention, packed_attention
 from ft_kernels.functional.lora_mlp import Activation
 from ft_kernels.functional.lora_weights import BaseWeight, Part, base_of
-from ft_kernels.functional.rope import RopeLayout, _check, _for_tokens, _pairs
+from ft_kernels.functional.rope import RopeLayout, check_rope, for_tokens, rotated_pairs
 from ft_kernels.ops.blocks import attention as attention_ops
 from ft_kernels.ops.blocks import attention_tiles, mlp_tiles, reference
 from ft_kernels.ops.blocks import heads as heads_ops
@@ -188,10 +188,12 @@ class _Products:
         dropout: float,
     ) -> None:
         one, two = adapters
-        self.name, self.bases, self.adapters, self.biases = name, bases, adapters, biases
+        self.name, self.bases = name, bases
         self.sizes, self.dropout = sizes, dropout
         self.every = [*one.a, *one.b, *two.a, *two.b]
-        self.known: dict[torch.dtype, tuple[Product, Product]] = {}
+        split = len(sizes[0])
+        self.sides = (biases[:split], biases[split:])
+        self.unbiased = tuple(Product(b, a.starts, a.scaling, None) for b, a in zip(bases, adapters, strict=True))
 
     def check(self, x: Tensor, keep: str, tile: int | None) -> None:
         """Raise if x or a setting does not fit."""
@@ -201,13 +203,8 @@ class _Products:
 
     def of(self, dtype: torch.dtype) -> tuple[Product, Product]:
         """Both for an input of this dtype, which the biases are added in."""
-        if dtype not in self.known:
-            (first, second), (one, two), split = self.bases, self.adapters, len(self.sizes[0])
-            self.known[dtype] = (
-                _product(dtype, first, one, self.biases[:split], self.sizes[0]),
-                _product(dtype, second, two, self.biases[split:], self.sizes[1]),
-            )
-        return self.known[dtype]
+        first, second = map(_biased, self.unbiased, self.sides, self.sizes, (dtype, dtype))
+        return first, second
 
     def run(
         self, recorded: Callable[..., Tensor], plain: Callable[..., Tensor], block: Any, x: Tensor, p: float
@@ -326,18 +323,21 @@ def _check_products(
         raise ValueError(f"{name}: a weight or a bias is not on {device}, where the first weight is; use one device")
 
 
-def _product(
-    dtype: torch.dtype, base: Base, adapters: Adapters, biases: Sequence[Tensor | None], sizes: Sequence[int]
-) -> Product:
-    bias = None
-    if any(shift is not None for shift in biases):
-        device = base.tensors[0].device
-        parts = [
-            torch.zeros(n, dtype=dtype, device=device) if t is None else t.detach().to(dtype)
-            for t, n in zip(biases, sizes, strict=True)
-        ]
-        bias = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return Product(base, adapters.starts, adapters.scaling, bias)
+def _biased(product: Product, biases: Sequence[Tensor | None], sizes: Sequence[int], dtype: torch.dtype) -> Product:
+    """The product with its biases as they are now, side by side.
+
+    What is copied is copied at each call: the numbers may have changed since the last one, and a CUDA graph that has
+    recorded a call must read them when it is replayed.
+    """
+    if all(shift is None for shift in biases):
+        return product
+    device = product.base.tensors[0].device
+    parts = [
+        torch.zeros(n, dtype=dtype, device=device) if t is None else t.detach().to(dtype)
+        for t, n in zip(biases, sizes, strict=True)
+    ]
+    bias = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return Product(product.base, product.starts, product.scaling, bias)
 
 
 def _tables(
@@ -356,8 +356,8 @@ def _tables(
             raise ValueError("attention_block: only one of cos and sin is given; give both, or None for both")
         return None
     q, k = (x.new_empty(0).expand(*x.shape[:-1], n, 0) for n in (heads, kv_heads))
-    _check(q, k, cos, sin, None, layout, -2)
-    pairs = _pairs(head_dim, cos.shape[-1], rotary_dim)
+    check_rope(q, k, cos, sin, None, layout, -2)
+    pairs = rotated_pairs(head_dim, cos.shape[-1], rotary_dim)
     batches, length = (1, *x.shape[:-1])[-2:]
-    first, second = (_for_tokens("cos and sin", t.detach(), [], batches, length, 1)[..., :pairs] for t in (cos, sin))
+    first, second = (for_tokens("cos and sin", t.detach(), [], batches, length, 1)[..., :pairs] for t in (cos, sin))
     return first, second

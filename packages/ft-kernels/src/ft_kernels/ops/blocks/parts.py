@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ft_kernels import dispatch
 from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
+from ft_kernels.ops.refusals import refuse_twice
 
 __all__ = [
     "Norm",
@@ -95,13 +96,3 @@ def normed_backward(
 def row_norm(norm: Norm, rstd: Tensor) -> RowNorm:
     """The norm for a kernel that makes normed rows as it reads x."""
     return RowNorm(norm.weight, rstd, norm.offset)
-
-
-def refuse_twice(ctx: Any, name: str) -> None:
-    """Raise in a second backward pass through memory that the first has written over."""
-    if getattr(ctx, "consumed", False):
-        raise RuntimeError(
-            f"{name}: backward was called a second time; it writes gradients over what forward kept. "
-            f"Call {name} again, or add the losses up before one backward"
-        )
-    ctx.consumed = True

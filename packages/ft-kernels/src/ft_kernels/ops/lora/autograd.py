@@ -170,7 +170,7 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
         dy, x, tail, *ctx.base, a, b, starts, scaling, dropout, seed, need_x, any(need_a), any(need_b)
     )
     da, db = ([None] * len(a), [None] * len(b)) if not flat.numel() else unflatten(flat, a, b, need_a, need_b)
-    dbias = dy.sum(tuple(range(dy.dim() - 1))).to(ctx.bias_dtype) if need_bias else None
+    dbias = as_rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
     weight, _, _, sizes, meta = ctx.base
     return (
         dx if need_x else None, [None] * len(weight), None, None, no_gradient(sizes), no_gradient(meta), da, db,
