@@ -121,7 +121,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.families": [],
     "ft_core.fast.families.llama": ["describe_llama", "describe_mistral"],
     "ft_core.fast.families.qwen": ["describe_qwen2", "describe_qwen3"],
-    "ft_core.fast.find": ["NotFast", "layout_of"],
+    "ft_core.fast.find": ["NotFast", "layout_of", "unwrapped"],
     "ft_core.fast.graphs": ["Graphs"],
     "ft_core.fast.head": ["as_count", "can_fuse", "loss_of"],
     "ft_core.fast.layer": ["DecoderLayer", "norm"],
@@ -140,7 +140,7 @@ EXPECTED: dict[str, list[str]] = {
     ],
     "ft_core.fast.offload": ["HostMemory", "Pool"],
     "ft_core.fast.recording": ["as_it_was", "recording_stream"],
-    "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of", "is_own", "unwrapped"],
+    "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of", "is_own"],
     "ft_core.fast.wide": ["Wide"],
     "ft_core.fast.verify": ["Float64", "Ledger", "Line", "verify"],
     "ft_core.generation": [
@@ -288,8 +288,8 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],
     "ft_core.training.job": ["Job", "build_trainer"],
     "ft_core.training.lock": ["held"],
-    "ft_core.training.optimizers": ["QueuedUpdates", "queued"],
     "ft_core.training.memory": ["memory_capped", "memory_errors_said"],
+    "ft_core.training.optimizers": ["QueuedUpdates", "queued"],
     "ft_core.training.prepare": [
         "check_resumable",
         "check_unfinished",

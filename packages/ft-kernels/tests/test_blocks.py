@@ -227,6 +227,12 @@ def test_exact(device, exact_enough, half, form, dtype, adapters, options):
     launched = dispatch.launches - before
     assert launched["rms_norm_backward"]
     assert launched["rope_backward" if half == "attention" else "glu_backward"] or launched["lora_middle"]
+    assert_exact(problem, actual, exact_enough)
+
+
+def assert_exact(problem, actual, exact_enough):
+    """Of the output and all gradients, the errors against float64 are no larger than eager's, or rounding once."""
+    dtype = problem.x.dtype
     same, exact = problem.cast(dtype), problem.cast(torch.float64)
     exact.cos, exact.sin = problem.cos.double(), problem.sin.double()
     others = [same.in_another_order(seed) for seed in range(4 if dtype == FULL else 0)]
@@ -540,6 +546,31 @@ def test_fp8_base(device, half):
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])
+@pytest.mark.parametrize("biases", [HALF, FULL])
+def test_a_block_object_sees_changed_biases(device, half, biases):
+    """What is copied of them, side by side or into x's dtype, is copied at each call; first under inference_mode."""
+    problem = Problem(half, device, HALF, bias=True)
+    problem.bias = [None if t is None else t.to(biases) for t in problem.bias]
+    first, second = problem.forms("wide")
+    norm, given = problem.settings()
+    called = {k: given.pop(k) for k in ("cos", "sin", "attention") if k in given}
+    kind = ft.MLPBlock if half == "mlp" else ft.AttentionBlock
+    x, a, b = problem.leaves()
+    block = kind(norm, first, second, a, b, **given)
+    with torch.inference_mode():
+        before = block(problem.x, **called)
+    with torch.no_grad():
+        for shift in problem.bias:
+            if shift is not None:
+                shift.mul_(-3)
+    function = ft.mlp_block if half == "mlp" else ft.attention_block
+    after, fresh = block(x, **called), function(x, norm, first, second, a, b, **given, **called)
+    assert torch.equal(after, fresh)
+    assert not torch.equal(after, before)
+    assert torch.equal(*(torch.autograd.grad(y, x, problem.dy)[0] for y in (after, fresh)))
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
 def test_without_the_kernels(device, monkeypatch, half):
     """Of torch alone, in float64 and where there is no triton; gradients as autograd has them."""
     exact = Problem(half, device, torch.float64, qk_norm=True, bias=True, shape=(1, 6))
@@ -732,6 +763,275 @@ def test_in_a_graph(device, half):
     with torch.no_grad():
         for leaf in every:
             leaf.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for one, two in zip(captured, step(), strict=True):
+        assert (one - two).norm() <= 1e-2 * two.norm()
+
+
+TILED = [
+    ("attention", "wide", BRAIN, FULL, {"qk_norm": True, "bias": True}, 7),
+    ("attention", "nf4", HALF, FULL, {"ranks": [64, None, 3, 5], "shape": (1, 40)}, 16),
+    ("attention", "plain", FULL, FULL, {"qk_norm": True, "bias": True, "shape": (5, 8)}, 17),
+    ("attention", "int8", HALF, HALF, {"ranks": [4, 4, 4, None]}, 39),
+    ("attention", "plain", BRAIN, BRAIN, {"ranks": [None, 3, None, 130]}, 16),
+    ("mlp", "wide", BRAIN, FULL, {"bias": True}, 7),
+    ("mlp", "nf4", BRAIN, FULL, {"ranks": [64, 64, 64]}, 16),
+    ("mlp", "nf4", HALF, FULL, {"ranks": [None, None, 4]}, 39),
+    ("mlp", "int8", HALF, FULL, {"ranks": [None, 4, None]}, 16),
+    ("mlp", "plain", BRAIN, BRAIN, {"ranks": [4, None, 70]}, 13),
+    ("mlp", "wide", HALF, HALF, {"ranks": [3, 20, 130]}, 16),
+    ("mlp", "wide", FULL, FULL, {"ranks": [4, 6, None]}, 16),
+    ("mlp", "plain", BRAIN, BRAIN, {"ranks": [None] * 3}, 16),
+]
+
+
+@pytest.mark.parametrize(("half", "form", "dtype", "adapters", "options", "tile"), TILED, ids=str)
+def test_tiles_are_exact(device, exact_enough, half, form, dtype, adapters, options, tile):
+    problem = Problem(half, device, dtype, adapters=adapters, **options)
+    assert_exact(problem, problem.run(problem.block(form, tile=tile)), exact_enough)
+
+
+def assert_as_untiled(actual, untiled):
+    """No further than a rounding or two of the dtype: sums over rows have another order, and so may a matrix product of
+    another number of rows, of which one then and now comes out as a neighbouring number."""
+    dtype = untiled[0].dtype
+    bound = torch.finfo(dtype).eps * (8 if dtype == FULL else 1)
+    for one, two in zip(actual, untiled, strict=True):
+        assert (one - two).norm() <= bound * two.norm()
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+@pytest.mark.parametrize(("form", "dtype", "dropout"), [("wide", BRAIN, 0.3), ("nf4", HALF, 0.3), ("plain", FULL, 0.0)])
+def test_tiles_change_the_order_of_sums_alone(device, half, form, dtype, dropout):
+    """With the same dropout, for tiles of any size, the same bits whatever is kept; a tile of all rows is none."""
+    problem = Problem(half, device, dtype, adapters=FULL, qk_norm=dtype != HALF, bias=True)
+    weights = problem.forms(form)
+
+    def run(**settings):
+        torch.manual_seed(0)
+        return problem.run(problem.block(weights=weights, attention=attend, dropout=dropout, **settings))
+
+    untiled = run()
+    for tile in (8, 13, 39):
+        assert_as_untiled(run(tile=tile), untiled)
+    first, *others = (run(tile=16, keep=keep) for keep in KEEP)
+    assert_as_untiled(first, untiled)
+    for expected, actual in [*((first, other) for other in others), (untiled, run(tile=40)), (untiled, run(tile=999))]:
+        for one, two in zip(expected, actual, strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+@pytest.mark.parametrize("shape", [(1, 40), (20, 2), (3, 1), (1, 1), None], ids=str)
+def test_tiles_of_any_shape(device, half, shape):
+    """Of a part of a sequence, of whole ones, of one row, of rows without a batch, and of gapped ones."""
+    problem = Problem(half, device, FULL, qk_norm=True, shape=shape or (1, 40))
+    if shape is None:
+        problem.x, problem.dy = problem.x[0], torch.cat([problem.dy[0], problem.dy[0]], -1)[:, :H]
+    weights = problem.forms("plain")
+    untiled = problem.run(problem.block(weights=weights, attention=attend))
+    for tile in (1, 8):
+        actual = problem.run(problem.block(weights=weights, attention=attend, tile=tile))
+        assert_as_untiled(actual, untiled)
+    block = problem.block(weights=weights, attention=attend, tile=8)
+    x, a, b = problem.leaves(need_x=False)
+    grads = torch.autograd.grad(block(x, a, b), [*a, *b], problem.dy)
+    without_x, expected = torch.cat([g.flatten() for g in grads]), torch.cat(untiled[2:])
+    assert (without_x - expected).norm() <= 1e-5 * expected.norm()
+    x = problem.x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad(block(x, problem.a, problem.b), x, problem.dy)
+    assert (dx.flatten() - untiled[1]).norm() <= 1e-5 * untiled[1].norm()
+    with torch.no_grad():
+        assert (block(*problem.leaves()) - untiled[0]).norm() <= 1e-6 * untiled[0].norm()
+    assert block(problem.x[..., :0, :], problem.a, problem.b).numel() == 0
+
+
+@pytest.mark.parametrize("rotary", [None, {"rotary_dim": 8, "layout": "interleaved"}], ids=str)
+def test_rotations_of_tiles(device, rotary):
+    problem = Problem("attention", device, FULL)
+    first, second = problem.forms("plain")
+    norm, given = problem.settings(attend)
+    given |= {"k_norm": ft.Norm(problem.norms[1], 1e-5), **(rotary or {})}
+    tables = torch.randn(2, 20, 4, device=device)  # for each sequence its own
+    given |= {"cos": tables, "sin": tables.flip(0)} if rotary else {"cos": None, "sin": None}
+    untiled, *tiled = (
+        problem.run(
+            lambda x, a, b, tile=tile: ft.attention_block(x, norm, first, second, a, b, **given, tile=tile, keep="most")
+        )
+        for tile in (None, 8, 32)
+    )
+    for actual in tiled:
+        assert_as_untiled(actual, untiled)
+
+
+@pytest.mark.parametrize("keep", ["most", "inputs", "none"])
+def test_tiles_of_documents(device, keep):
+    """Kernels without a graph, which know the documents; tiles know nothing of them."""
+    problem = Problem("attention", device, HALF, adapters=FULL, shape=(1, 40), qk_norm=True)
+    weights, plan = problem.forms("wide"), ft.plan_attention(lengths=[13, 27])
+    attention = functools.partial(ft.packed_attention, plan=plan)
+    untiled = problem.run(problem.block(weights=weights, attention=attention))
+    actual = problem.run(problem.block(weights=weights, attention=attention, tile=16, keep=keep))
+    assert_as_untiled(actual, untiled)
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_fp8_tiles(device, half):
+    problem = Problem(half, device, BRAIN, adapters=FULL)
+    weights = problem.forms("fp8")
+    untiled = problem.run(problem.block(weights=weights, attention=attend))
+    tiled = problem.run(problem.block(weights=weights, attention=attend, tile=16))
+    assert_as_untiled(tiled, untiled)
+
+
+@pytest.mark.parametrize("form", ["wide", "nf4", "plain"])
+@pytest.mark.parametrize("ranks", [[4, 4, 4], [4, None, None], [None] * 3], ids=str)
+def test_tiles_without_an_answer(device, form, ranks):
+    """Then there is nothing to do in forward: backward makes all of it, and the same bits."""
+    problem = Problem("mlp", device, HALF, adapters=FULL, ranks=ranks)
+    first, second = problem.forms(form)
+    norm, given = problem.settings()
+    block = functools.partial(ft.MLPBlock, norm, first, second, **given, dropout=0.1)
+    results = []
+    for answer in (True, False):
+        torch.manual_seed(0)
+        results.append(problem.run(lambda x, a, b, answer=answer: block(a=a, b=b)(x, answer=answer, tile=16))[1:])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    before, leaves = dispatch.launches.copy(), problem.leaves()
+    with Products() as mode:
+        block(a=leaves[1], b=leaves[2])(leaves[0], answer=False, tile=16)
+    assert not mode.count
+    assert not dispatch.launches - before
+
+
+@pytest.mark.parametrize(("half", "keep", "forward", "backward"), [
+    ("mlp", "inputs", 3, 3), ("attention", "most", 4, 4), ("attention", "none", 4, 7),
+])  # fmt: skip
+def test_a_weight_is_expanded_once_for_all_tiles(device, half, keep, forward, backward):
+    problem = Problem(half, device, HALF, adapters=FULL)
+    block, leaves = problem.block("nf4", tile=8, keep=keep), problem.leaves()
+    before = dispatch.launches.copy()
+    y = block(*leaves)
+    assert (dispatch.launches - before)["nf4_dequantize"] == forward
+    torch.autograd.grad(y, leaves[0], problem.dy)
+    assert (dispatch.launches - before)["nf4_dequantize"] == forward + backward
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_a_second_backward_through_tiles(device, half):
+    """Of the perceptron nothing is written over."""
+    problem = Problem(half, device, FULL)
+    leaves = problem.leaves()
+    y = problem.block(tile=16)(*leaves)
+    (first,) = torch.autograd.grad(y.sum(), leaves[0], retain_graph=True)
+    if half == "mlp":
+        assert torch.equal(first, torch.autograd.grad(y.sum(), leaves[0])[0])
+    else:
+        with pytest.raises(RuntimeError, match="attention_block: backward was called a second time"):
+            torch.autograd.grad(y.sum(), leaves[0])
+    for tile in (0, -8):
+        with pytest.raises(ValueError, match=f"tile={tile}; give a number of rows, at least 1, or None"):
+            problem.block(tile=tile)(*leaves)
+
+
+def test_the_peaks_of_tiles_at_real_sizes():
+    """Of a layer of Llama 3.1 8B: what grows with the sequence is what attention reads and writes, x, y, and gradients.
+
+    Beside that there is the memory of one tile, and expanded weights once.
+    """
+    width, inner, ranks, tile = 4096, 14336, 16, 4096
+    script = Path(__file__).with_name("tiled_sizes.py")
+    cases = {tokens: [f"{half}/nf4/most/{tokens}/{tile}" for half in ("mlp", "attention")] for tokens in (16384, 65536)}
+    words = [sys.executable, "-W", "ignore", str(script), *cases[16384], *cases[65536]]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    row, h = (-(-(n + r) // 64) * 64 * 2 for n, r in ((width, 2 * ranks), (inner, ranks)))
+    low = 2 * 3 * ranks  # of both products' inputs, in bytes a token
+    weights = 2 * inner * row + width * h
+    for tokens, (mlp, attention) in cases.items():
+        forward, backward = found[mlp]
+        # In a tile: G and U, and h or its gradient.
+        assert forward == pytest.approx(tokens * (2 * width + low) + weights + tile * (4 * inner + h), rel=0.02)
+        assert backward == pytest.approx(tokens * (4 * width + low) + weights + tile * (4 * inner + h), rel=0.02)
+        kept = (width + 1536 * 4) * 2 + 4 * 32 + 4 * 2 * ranks * 2 + 4  # the output, q, k, v, sums, low ranks, 1/rms
+        gradients = (width + 1536 * 4) * 2  # of the output or x, and of q, k and v
+        fixed = [
+            most - tokens * (2 * width + kept + more)
+            for most, more in zip(found[attention], (0, gradients), strict=True)
+        ]
+        assert 0 <= fixed[0] <= fixed[1] <= tile * 2 * (6144 + 2 * width) + 2 * 6144 * row
+
+
+def test_a_head_in_three_copies_of_the_hidden_states(device):
+    """The last norm and a chunked head: beside what the head may use there are x, the normed x or x's gradient, and the
+    gradient that waits for backward."""
+    rows, vocabulary, most = 1024, 512, 2**20
+    x = torch.randn(rows, H, device=device, dtype=HALF).requires_grad_()
+    weight, scale = torch.randn(vocabulary, H, device=device, dtype=HALF), torch.ones(H, device=device, dtype=HALF)
+    labels = torch.randint(vocabulary, (rows,), device=device)
+
+    def loss():
+        return ft.linear_cross_entropy(ft.rms_norm(x, scale, 1e-5), weight, labels, max_memory=most)
+
+    torch.autograd.grad(loss(), x)
+    gc.collect()
+    mode = Peak()
+    with mode:
+        torch.autograd.grad(loss(), x)
+    assert mode.peak <= 2 * x.nbytes + most + 2**16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["wide", "nf4"])
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_tiles_on_a_gpu(device, monkeypatch, half, form):
+    """The same, and no memory but a tile's beside what is kept and the gradients."""
+    monkeypatch.setattr(products, "SMALL", 128)
+    attention = functools.partial(ft.packed_attention, plan=ft.plan_attention(lengths=[3000, 5192]))
+    problem = Problem(half, device, BRAIN, adapters=FULL, shape=(1, 8192), bias=True, qk_norm=True)
+    weights, most = problem.forms(form), []
+    untiled = problem.run(problem.block(weights=weights, attention=attention))
+    for tile in (1024, 1000, 8191):
+        for one, two in zip(
+            problem.run(problem.block(weights=weights, attention=attention, tile=tile)), untiled, strict=True
+        ):
+            assert (one - two).norm() <= 1e-2 * two.norm()
+    if half == "attention":
+        return
+    for rows in (4096, 8192):
+        other = problem.cast(BRAIN)
+        other.x, other.dy = problem.x[:, :rows], problem.dy[:, :rows]
+        block, leaves = other.block(weights=weights, tile=1024), other.leaves()
+        other.run(block)
+        torch.cuda.synchronize()
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(block(*leaves), [leaves[0], *leaves[1], *leaves[2]], other.dy)
+        most.append(torch.cuda.max_memory_allocated() - before)
+    assert most[1] - most[0] <= 4096 * 2 * (2 * H + 16 + 16) + 2**21
+
+
+@pytest.mark.gpu
+def test_tiles_in_a_graph(device):
+    """A captured forward and backward in tiles is what it is without a graph."""
+    problem = Problem("mlp", device, BRAIN, adapters=FULL, shape=(2, 512))
+    block, leaves = problem.block(tile=256), problem.leaves()
+    every = [leaves[0], *leaves[1], *leaves[2]]
+
+    def step():
+        y = block(*leaves)
+        return [y, *torch.autograd.grad(y, every, problem.dy)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
     graph.replay()
     torch.cuda.synchronize()
     for one, two in zip(captured, step(), strict=True):

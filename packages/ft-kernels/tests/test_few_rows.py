@@ -136,6 +136,11 @@ def test_bad_arguments_of_the_product(device):
         nf4_linear(torch.zeros(1, 32, device=device), weight)
     with pytest.raises(ValueError, match="use one device"):
         nf4_linear(torch.zeros(1, 64, device="meta"), weight)
+    elsewhere = NF4Weight(weight.packed, weight.absmax.to("meta"), weight.shape)
+    with pytest.raises(ValueError, match="a weight is on meta, x on"):
+        nf4_linear(torch.zeros(1, 64, device=device), elsewhere)
+    with pytest.raises(ValueError, match="nf4_linear: there is no weight"):
+        nf4_linear(torch.zeros(1, 64, device=device), [])
 
 
 @settings(max_examples=12)
@@ -170,6 +175,8 @@ def test_what_is_left_to_torch(device, launched):
         row_linear(x[..., :8], weights)
     with pytest.raises(ValueError, match="use one device"):
         row_linear(x, weights[0].to("meta"))
+    with pytest.raises(ValueError, match="row_linear: there is no weight"):
+        row_linear(x, [])
 
 
 def attended(q, keys, values, lengths, window, scale):
@@ -242,6 +249,42 @@ def test_attention_in_fp32_and_by_views(device, launched):
     packed = torch.cat([q.flatten(1), q.flatten(1)], 1).half()
     result = decode_attention(packed[:, :128].unflatten(1, (4, 32)), both[:, :, 0], both[:, :, 1], counts)
     assert torch.equal(result, decode_attention(q.half(), keys.half(), values.half(), counts))
+
+
+def apart(x, dim, step, file):
+    """x with `step` elements between neighbours along a dimension, in a file that is written nowhere else."""
+    size = (x.shape[dim] - 1) * step + x.numel()
+    file.truncate(max(size * x.itemsize, file.seek(0, 2)))
+    memory = torch.from_file(file.name, shared=True, size=size, dtype=x.dtype)
+    strides = list(torch.empty(x.select(dim, 0).shape).stride())
+    strides.insert(dim % x.dim(), step)
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("step", [2**29 + 8, 2**30 + 8])  # three heads: beyond 2^31 bytes, beyond 2^31 elements
+def test_heads_and_rows_far_apart(device, tmp_path, step):
+    if device != "cpu":
+        pytest.skip("needs memory that is only claimed, as files on a CPU have it")
+    files = iter(range(9))
+
+    def far(x, dim):
+        with open(tmp_path / f"sparse{next(files)}", "w+b") as file:
+            return apart(x, dim, step, file)
+
+    q, keys, values = kept(1, 5, 3, 3, 16, torch.float16, device, 3)
+    counts = torch.tensor([4], dtype=torch.int32)
+    near = decode_attention(q, keys, values, counts)
+    assert torch.equal(decode_attention(far(q, 1), far(keys, 2), far(values, 2), counts), near)
+    tables = torch.randn(2, 9, 8).repeat(1, 1, 2)
+    k, v = q * 2, q * 3
+    there = [far(keys, 2), far(values, 2)]
+    turned = rope_append(far(q, 1), far(k, 1), far(v, 1), *there, counts, *tables)
+    assert torch.equal(turned, rope_append(q, k, v, keys, values, counts, *tables))
+    assert torch.equal(there[0], keys)
+    assert torch.equal(there[1], values)
+    (weight,) = draw([8], 64, 64, True, device, 1)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)).half()
+    assert torch.equal(nf4_linear(far(x, 0), weight), nf4_linear(x, weight))
 
 
 @settings(max_examples=8)
@@ -322,6 +365,29 @@ def test_bad_arguments_of_attention(change, error, message):
     given |= {"lengths": torch.zeros(2, dtype=torch.int32), **change}
     with pytest.raises(error, match=message):
         decode_attention(**given)
+
+
+def test_what_wants_a_gradient_is_refused(device):
+    (weight,) = draw([8], 64, 64, False, device, 9)
+    q, keys, values = kept(1, 5, 2, 1, 16, torch.float16, device, 3)
+    counts = torch.tensor([4], dtype=torch.int32, device=device)
+    tables = torch.ones(2, 9, 16, device=device)
+    x, plain = torch.ones(1, 64, device=device).half(), torch.ones(8, 64, device=device).half()
+
+    def want(t):
+        return t.clone().requires_grad_()
+
+    calls = {
+        "nf4_linear": lambda want: nf4_linear(want(x), weight),
+        "row_linear": lambda want: row_linear(x, want(plain)),
+        "decode_attention": lambda want: decode_attention(q, want(keys), values, counts),
+        "rope_append": lambda want: rope_append(want(q), q[:, :1], q[:, :1], keys, values, counts, *tables),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name}: an argument requires a gradient"):
+            call(want)
+        with torch.no_grad():
+            assert torch.equal(call(want), call(torch.clone))
 
 
 def test_opcheck(device):

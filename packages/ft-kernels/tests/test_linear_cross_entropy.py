@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ft_kernels import dispatch, linear_cross_entropy, nn
+from ft_kernels import dispatch, linear_cross_entropy, linear_logprob, nn
 from ft_kernels.ops.cross_entropy.reference import Settings
 from ft_kernels.ops.linear_head.plan import (
     Needs,
@@ -42,10 +42,27 @@ def plain(
     return loss.sum() if reduction == "sum" else loss.sum() / (flat != -100).sum()
 
 
+def laid_out(targets, layout):
+    """The same targets in other memory, or one of them everywhere; what lies between is another class."""
+    if layout == "expanded":
+        return targets.max().expand(targets.shape)
+    if layout == "apart":  # as labels[..., -1]
+        return torch.stack([(targets + 1).clamp(0), targets, targets * 0], -1)[..., 1]
+    if layout == "turned" and targets.dim() > 1:
+        return targets.transpose(0, 1).contiguous().transpose(0, 1)
+    return targets
+
+
+LAYOUTS = ["plain", "apart", "turned", "expanded"]
+
+
 class Problem:
     """Hidden states, a head and targets, drawn at random."""
 
-    def __init__(self, n, h, v, dtype, device, *, seed=0, spread=3.0, rank=0, bias=False, ignored=0.3, trained=NAMES):
+    def __init__(
+        self, n, h, v, dtype, device, *, seed=0, spread=3.0, rank=0, bias=False, ignored=0.3, trained=NAMES,
+        layout="plain",
+    ):  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape, scale=1.0):
@@ -57,7 +74,7 @@ class Problem:
         shape = self.tensors[0].shape[:-1]
         self.targets = torch.randint(v, shape, generator=generator)
         self.targets[torch.rand(shape, generator=generator) < ignored] = -100
-        self.targets = self.targets.to(device)
+        self.targets = laid_out(self.targets.to(device), layout)
         self.upstream = torch.randn(shape, generator=generator).to(device)
         self.trained = [t is not None and name in trained for t, name in zip(self.tensors, NAMES, strict=True)]
 
@@ -104,15 +121,15 @@ TRAINED = [("hidden",), ("hidden", "weight"), ("weight",), ("hidden", "A", "B"),
     h=st.integers(48, 96), v=st.integers(100, 500), dtype=st.sampled_from(DTYPES), options=OPTIONS,
     rank=st.sampled_from([0, 0, 5]), bias=st.booleans(), trained=st.sampled_from(TRAINED),
     reduction=st.sampled_from(["none", "mean"]), chunked=st.booleans(),
-    spread=st.sampled_from([0.3, 3.0]), seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.3, 3.0]), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 2**31),
 )  # fmt: skip
 @example(
     h=64, v=300, dtype=torch.float16, options={}, rank=0, bias=False, trained=("hidden",), reduction="none",
-    chunked=True, spread=3.0, seed=0,
+    chunked=True, spread=3.0, layout="plain", seed=0,
 )  # fmt: skip
 @example(
     h=64, v=300, dtype=torch.bfloat16, options={}, rank=4, bias=True, trained=NAMES, reduction="mean",
-    chunked=True, spread=0.3, seed=0,
+    chunked=True, spread=0.3, layout="apart", seed=0,
 )  # fmt: skip
 def test_exact(  # of sizes at which the products' own errors are no matter of luck
     device,
@@ -129,9 +146,12 @@ def test_exact(  # of sizes at which the products' own errors are no matter of l
     reduction,
     chunked,
     spread,
+    layout,
     seed,
 ):
-    problem = Problem((2, 16), h, v, dtype, device, seed=seed, spread=spread, rank=rank, bias=bias, trained=trained)
+    problem = Problem(
+        (2, 16), h, v, dtype, device, seed=seed, spread=spread, rank=rank, bias=bias, trained=trained, layout=layout
+    )  # fmt: skip
     if not any(problem.trained):
         problem.trained[0] = True
     ours = {}
@@ -141,6 +161,20 @@ def test_exact(  # of sizes at which the products' own errors are no matter of l
     before = dispatch.launches.copy()
     problem.judge(exact_enough, in_other_orders, {**options, "reduction": reduction}, **ours)
     assert (dispatch.launches - before)[FORWARD]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_targets_in_any_layout(device, layout, dtype):
+    """The last token of each sequence, say: the kernels would read its neighbours."""
+    problem = Problem((3, 9), 16, 33, torch.float32, device, trained=("hidden", "weight"), ignored=0.1)
+    problem.targets = laid_out(problem.targets.to(dtype), layout)
+    for reduction in ("mean", "none"):
+        actual = problem.run(linear_cross_entropy, {"reduction": reduction})
+        targets, problem.targets = problem.targets, problem.targets.long()
+        exact = problem.run(plain, {"reduction": reduction}, torch.float64)
+        problem.targets = targets
+        torch.testing.assert_close([t.double() for t in actual], exact, rtol=1e-5, atol=1e-6)
 
 
 def test_which_kernels_run(device, launched):
@@ -168,6 +202,27 @@ def test_backward_twice(device):
         for a, b, c in zip(first, second, kept, strict=True):
             assert torch.equal(a, b)
             assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight"), NAMES])
+def test_a_gradient_of_the_gradient_is_refused(device, dtype, trained):
+    """The gradient was made in forward and would come without a graph: a penalty on it would do nothing."""
+    problem = Problem(12, 16, 50, dtype, device, rank=2, bias=True, trained=trained)
+    tensors = [t.requires_grad_(train) for t, train in zip(problem.tensors, problem.trained, strict=True)]
+    leaves = [t for t in tensors if t.requires_grad]
+    hidden, weight, bias, a, b = tensors
+    given = {"bias": bias, "lora": (a, b, 0.5)}
+    ways = {
+        "mean": lambda: linear_cross_entropy(hidden, weight, problem.targets, **given),
+        "later": lambda: linear_cross_entropy(hidden, weight, problem.targets, **given, max_memory=2**14),
+        "none": lambda: linear_cross_entropy(hidden, weight, problem.targets, **given, reduction="none").sum(),
+        "logprob": lambda: linear_logprob(hidden, weight, problem.targets, **given).sum(),
+        "entropy": lambda: -linear_logprob(hidden, weight, problem.targets, **given, entropy=True).entropy.sum(),
+    }
+    for way in ways.values():
+        with pytest.raises(RuntimeError, match="the gradient cannot be differentiated again"):
+            torch.autograd.grad(way(), leaves, create_graph=True)
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -209,6 +264,23 @@ def test_fp16_gradients_are_not_cut_off(device):
         for made, expected in zip(actual[1:], exact[1:], strict=True):
             smallest = 2.0**-25 * made.numel() ** 0.5  # what storing the result in fp16 may cost
             assert (made.double() - expected).norm() <= 2e-3 * expected.norm() + smallest
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("z_loss", [1e-4, 1.0, 20.0])
+def test_a_large_z_loss_fits_into_fp16(device, monkeypatch, kernels, z_loss):
+    """It makes the logits' gradient steeper by 1 + 2 · z_loss · logsumexp, here up to 2000."""
+    if not kernels:
+        monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
+    problem = Problem(24, 64, 300, torch.float16, device, spread=10.0, ignored=0.0, trained=("hidden", "weight"))
+    problem.upstream.fill_(1.0)
+    for kwargs in ({"reduction": "mean"}, {"reduction": "none"}, {"softcap": 30.0}, {"logit_scale": 0.1}):
+        actual = problem.run(linear_cross_entropy, {**kwargs, "z_loss": z_loss})
+        exact = problem.run(plain, {**kwargs, "z_loss": z_loss}, torch.float64)
+        for made, expected in zip(actual[1:], exact[1:], strict=True):
+            assert made.isfinite().all()
+            # One rounding of the logits, one of their gradient and one of the result, in fp16.
+            assert (made.double() - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_views_and_layouts(device):
@@ -380,6 +452,11 @@ HIDDEN, WEIGHT, TARGETS = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0,
         ({"targets": TARGETS.to("meta")}, ValueError, "hidden is on cpu, targets on meta"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing=1.5; allowed is 0 to 1"),
         ({"softcap": 0.0}, ValueError, "softcap=0.0; allowed is a positive number"),
+        ({"softcap": math.inf}, ValueError, "softcap=inf; allowed is a positive number"),
+        ({"logit_scale": math.nan}, ValueError, "logit_scale=nan; allowed is a positive number"),
+        ({"z_loss": math.nan}, ValueError, "z_loss=nan; allowed is 0 or more"),
+        ({"lora": (torch.zeros(2, 3), torch.zeros(5, 2))}, TypeError, r"lora has 2 items; give three, \(A \[r, H\]"),
+        ({"max_memory": 1e9}, TypeError, r"max_memory=1000000000.0; give a whole number of bytes"),
         ({"logit_scale": 0.0}, ValueError, "logit_scale=0.0; allowed is a positive number"),
         ({"z_loss": -1.0}, ValueError, "z_loss=-1.0; allowed is 0 or more"),
         ({"reduction": "avg"}, ValueError, "reduction='avg'; allowed are"),

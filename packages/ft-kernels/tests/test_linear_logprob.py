@@ -30,7 +30,7 @@ def plain(hidden, weight, targets, *, bias=None, lora=None, temperature=1.0, sof
 class Problem:
     """Hidden states, a head, targets and gradients from above, drawn at random."""
 
-    def __init__(self, n, h, v, dtype, device, *, seed=0, spread=3.0, rank=0, bias=False, trained=1):
+    def __init__(self, n, h, v, dtype, device, *, seed=0, spread=3.0, rank=0, bias=False, trained=1, apart=1):
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape, scale=1.0):
@@ -40,7 +40,10 @@ class Problem:
         self.tensors += [normal(rank, h, scale=h**-0.5), normal(v, rank)] if rank else [None, None]
         self.targets = torch.randint(v, (n,), generator=generator)
         self.targets[torch.rand(n, generator=generator) < 0.2] = -100
-        self.targets = self.targets.to(device)
+        # Each target in a row of so many, of which the others are other classes.
+        others = torch.randint(v, (n, apart), generator=generator)
+        others[:, 0] = self.targets
+        self.targets = others.to(device)[:, 0]
         self.upstream = torch.randn(2, n, generator=generator).to(device)
         self.trained = trained
 
@@ -77,11 +80,12 @@ OPTIONS = st.fixed_dictionaries(
 @given(
     h=st.integers(48, 96), v=st.integers(100, 500), dtype=st.sampled_from(DTYPES), options=OPTIONS,
     entropy=st.booleans(), rank=st.sampled_from([0, 0, 5]), bias=st.booleans(), trained=st.sampled_from([1, 2, 5]),
-    max_memory=st.sampled_from([2**30, 2**18]), spread=st.sampled_from([0.3, 3.0]), seed=st.integers(0, 2**31),
+    max_memory=st.sampled_from([2**30, 2**18]), spread=st.sampled_from([0.3, 3.0]), apart=st.sampled_from([1, 2, 7]),
+    seed=st.integers(0, 2**31),
 )  # fmt: skip
 @example(
     h=64, v=300, dtype=torch.bfloat16, options={"temperature": 0.7, "softcap": 5.0}, entropy=True, rank=3, bias=True,
-    trained=5, max_memory=2**17, spread=3.0, seed=1,
+    trained=5, max_memory=2**17, spread=3.0, apart=3, seed=1,
 )  # fmt: skip
 def test_exact(  # of sizes at which the products' own errors are no matter of luck
     device,
@@ -98,9 +102,12 @@ def test_exact(  # of sizes at which the products' own errors are no matter of l
     trained,
     max_memory,
     spread,
+    apart,
     seed,
 ):
-    problem = Problem(32, h, v, dtype, device, seed=seed, spread=spread, rank=rank, bias=bias, trained=trained)
+    problem = Problem(
+        32, h, v, dtype, device, seed=seed, spread=spread, rank=rank, bias=bias, trained=trained, apart=apart
+    )  # fmt: skip
     recomputed = entropy or trained > 1
     with launched(FORWARD, SCALED, *[BACKWARD] * recomputed):
         problem.judge(exact_enough, in_other_orders, options, entropy, max_memory=max_memory)

@@ -407,7 +407,7 @@ def test_bad_arguments(arguments, error, message):
 
 
 def test_bad_arguments_of_quantize():
-    with pytest.raises(TypeError, match=r"dtype is torch\.float64"):
+    with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
         nf4_quantize(torch.zeros(64, dtype=torch.float64))
     with pytest.raises(ValueError, match="blocksize=16"):
         nf4_quantize(torch.zeros(64), 16)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ft_kernels import nn, packed_attention, plan_attention
 from ft_kernels.ops.packed_attention import backends
 from ft_kernels.ops.packed_attention.choose import BACKENDS, Case, choose, why_not
+from ft_kernels.ops.packed_attention.plan import AttentionPlan
 
 FORWARD = "packed_attention_forward"
 BACKWARD = ("packed_attention_delta", "packed_attention_backward_keys", "packed_attention_backward_queries")
@@ -328,8 +329,6 @@ def test_plan(lengths, mask, by, block):
 
 
 def test_plan_is_made_once(monkeypatch):
-    from ft_kernels.ops.packed_attention.plan import AttentionPlan
-
     made = []
     plain = AttentionPlan.keep
 
@@ -348,6 +347,29 @@ def test_plan_is_made_once(monkeypatch):
         packed_attention(q, k, v, plan=plan, window=2)
     assert len(made) == len(set(made)) > 0
     assert repr(plan) == "AttentionPlan(count=2, total=8, max_length=5)"
+
+
+@pytest.mark.parametrize("by", ["lengths", "cu_seqlens", "cu_seqlens alone", "position_ids alone"])
+@pytest.mark.parametrize("backend", ["auto", "chunked", "triton"])
+def test_a_plan_made_for_an_evaluation_serves_training(device, backend, by):
+    """What it keeps must not be tensors that were made under inference_mode, and neither the caller's own."""
+    lengths = [3, 5]
+    tensors = draw(lengths, 4, 2, 16, torch.float16, device)
+    with torch.inference_mode():
+        cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+        begins = torch.tensor([True, False, False, True, *[False] * 4], device=device)
+        plan = {
+            "lengths": lambda: plan_attention(lengths=lengths),
+            "cu_seqlens": lambda: plan_attention(cu_seqlens=cu_seqlens),
+            "cu_seqlens alone": lambda: AttentionPlan(cu_seqlens=cu_seqlens, max_length=5),
+            "position_ids alone": lambda: AttentionPlan(begins=begins, max_length=5),
+        }[by]()
+        for window in (None, 2):
+            packed_attention(*tensors[:3], plan=plan, backend=backend, window=window)
+    for window in (None, 2):
+        actual = both(ours(backend), *tensors, plan=plan, window=window)
+        exact = both(eager, *(None if x is None else x.double() for x in tensors), lengths=lengths, window=window)
+        torch.testing.assert_close([t.double() for t in actual], exact, rtol=1e-2, atol=1e-2)
 
 
 def test_flex_without_compilation(exact_enough):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import json
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -343,6 +345,17 @@ def test_switched_off_the_trainers_checkpointing_is_on():
         assert len(calls) == count
 
 
+def test_tiles_within_every_choice():
+    """With dropout, over documents; layers that are computed again compute gate and up once more, not twice."""
+    script = Path(__file__).with_name("tiled.py")
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("a tile of all tokens")[0] == 0
+    for choice, (distance, count) in found.items():
+        assert distance <= 2e-3, choice  # in fp16: a rounding or two
+        assert count == 2 * 2 * 3, choice  # there and back, of two layers, in three tiles
+
+
 class CheckpointedInItsCall(LlamaDecoderLayer):
     """As transformers 5.17's layers are: checkpointing is in the call, around whatever forward the instance has."""
 
@@ -401,8 +414,6 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
 def test_two_processes(tmp_path: Path) -> None:
-    import subprocess
-
     code = (
         "import importlib.util, sys; spec = importlib.util.spec_from_file_location('ranks', sys.argv[1]); "
         "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m); m._rank(int(sys.argv[2]), sys.argv[3])"

@@ -47,20 +47,21 @@ class Blocks:
         sin: Tensor,
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
         keep: Keep | None = None,
+        tile: int | None = None,
     ) -> Tensor | None:
         """``x`` with the attention's branch added, or None where it cannot be one operation."""
         half = self._first()
         if half is None or not half.fits(x):
             return None
-        out: Tensor = half.block(x, cos=cos, sin=sin, attention=attention, keep=keep or self.keep)
+        out: Tensor = half.block(x, cos=cos, sin=sin, attention=attention, keep=keep or self.keep, tile=tile)
         return out
 
-    def mlp(self, x: Tensor, keep: Keep | None = None, answer: bool = True) -> Tensor | None:
+    def mlp(self, x: Tensor, keep: Keep | None = None, answer: bool = True, tile: int | None = None) -> Tensor | None:
         """``x`` with the perceptron's branch added, or None where it cannot be one operation."""
         half = self._second()
         if half is None or not half.fits(x):
             return None
-        out: Tensor = half.block(x, keep=keep or self.keep, answer=answer)
+        out: Tensor = half.block(x, keep=keep or self.keep, answer=answer, tile=tile)
         return out
 
     @contextlib.contextmanager

@@ -9,11 +9,22 @@ from torch import nn
 from ft_core.fast.layout import Layout, at
 from ft_core.plugins import ArchitectureSpec, registry, resolve
 
-__all__ = ["NotFast", "layout_of"]
+__all__ = ["NotFast", "layout_of", "unwrapped"]
 
 
 class NotFast(Exception):
     """Why a model cannot run on the fast layers, in words that follow "trained on transformers' own layers: "."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model that PEFT, DDP or torch.compile may have wrapped."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
 
 
 def layout_of(model: Any) -> Layout:

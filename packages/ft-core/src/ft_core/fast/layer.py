@@ -56,7 +56,15 @@ class DecoderLayer:
         return None if names.window is None else at(at(self.module, names.module), names.window)
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, *, keep: Keep | None = None, answer: bool = True
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: Batch,
+        *,
+        keep: Keep | None = None,
+        answer: bool = True,
+        tile: int | None = None,
     ) -> Tensor:
         """The layer's output ``[B, S, H]``.
 
@@ -66,14 +74,15 @@ class DecoderLayer:
             batch: the documents.
             keep: what the blocks keep, instead of what they say.
             answer: whether the output's numbers are wanted, or its graph alone.
+            tile: how many rows the blocks compute at a time; None for all.
         """
         norms, scale = self.layout.norms, self.layout.residual_scale
         attend = self._attend(batch)
-        after = self.blocks.attention(x, cos, sin, attend, keep)
+        after = self.blocks.attention(x, cos, sin, attend, keep, tile)
         if after is None:
             branch = self._attention(self._norm(norms.attention, x), cos, sin, attend)
             after = self._joined(x, branch, norms.after_attention, scale)
-        done = self.blocks.mlp(after, keep, answer)
+        done = self.blocks.mlp(after, keep, answer, tile)
         if done is None:
             done = self._joined(after, self._mlp(self._norm(norms.mlp, after)), norms.after_mlp, scale)
         return done

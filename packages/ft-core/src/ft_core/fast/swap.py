@@ -22,7 +22,7 @@ from ft_core.fast.again import Choice, compute_by_choice, without_checkpointing
 from ft_core.fast.blocks import Keep
 from ft_core.fast.choose import Chooser, Sizes
 from ft_core.fast.documents import Batch, batch_of
-from ft_core.fast.find import NotFast, layout_of
+from ft_core.fast.find import NotFast, layout_of, unwrapped
 from ft_core.fast.graphs import Graphs
 from ft_core.fast.head import as_count, can_fuse, loss_of
 from ft_core.fast.layer import DecoderLayer, norm
@@ -30,7 +30,7 @@ from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
 from ft_core.fast.offload import HostMemory
 
-__all__ = ["FastPath", "disable", "enable", "fast_path_of", "is_own", "unwrapped"]
+__all__ = ["FastPath", "disable", "enable", "fast_path_of", "is_own"]
 
 BATCH = "ft_batch"
 """The keyword by which the backbone hands the batch's documents to its layers."""
@@ -50,6 +50,9 @@ class FastPath:
         chooser: what each layer keeps between forward and backward (see :meth:`choose`).
         host: activations that wait in the host's memory.
         graphs: recorded steps, for batches of rows without padding (``graphs.on = False`` does without).
+        tile: how many tokens a layer computes at a time, attention aside, in batches of more; None for all. It saves
+            memory for long sequences, and computes gate and up again in backward whatever the layer keeps (see
+            :func:`ft_kernels.mlp_block`). It holds for layers whose halves are one operation each.
     """
 
     model: Any
@@ -57,6 +60,7 @@ class FastPath:
     on: bool = True
     graphs: Graphs = field(default_factory=Graphs)
     host: HostMemory = field(default_factory=HostMemory)
+    tile: int | None = None
     chooser: Chooser = field(init=False)
     _own_head: bool = False
     _changed: list[nn.Module] = field(default_factory=list)
@@ -154,17 +158,6 @@ class FastPath:
         vars(self.model).pop(HANDLE, None)
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model that PEFT, DDP or torch.compile may have wrapped."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
-
-
 def fast_path_of(model: Any) -> FastPath | None:
     """The fast path of a model, or of what wraps it; None where there is none."""
     path: FastPath | None = vars(unwrapped(model)).get(HANDLE)
@@ -237,7 +230,7 @@ class _LayerForward(_Forward):
         compute: Callable[..., Tensor]
         if plain:
             cos, sin = keywords["position_embeddings"]
-            compute = functools.partial(self.fast, cos=cos, sin=sin, batch=batch)
+            compute = functools.partial(self.fast, cos=cos, sin=sin, batch=batch, tile=self.path.tile)
         else:
             # Somebody listens to a part of this layer: it has to be called.
             keywords["attention_mask"] = batch.pairs(hidden_states, self.fast.window)
@@ -376,7 +369,7 @@ class _ModelForward(_Forward):
             return None
         parameters = list(path.model.parameters())
         key = (
-            shifted, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
+            shifted, path.tile, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
             tuple((decoder.blocks.keep, decoder.choice) for decoder in path.decoders), tuple(map(id, halves)),
             tuple((id(parameter), parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
         )  # fmt: skip

@@ -31,7 +31,8 @@ def plan_attention(
     """Where the documents of a batch lie: made once a batch, handed to every layer's :func:`packed_attention`.
 
     What layers share (the documents' bounds on the device, flex attention's block masks) is made on first use and kept
-    in the plan, for each window that occurs.
+    in the plan, for each window that occurs. Before a CUDA graph is captured, use the plan once in the same way: what
+    the capture made and the plan kept would be numbers of the graph alone.
 
     The best choice of a backend needs the lengths on the host. Give them there, as ``lengths`` or as tensors on the
     CPU, where a collator has them anyway. Given a tensor on a GPU, this function copies it to the host, which waits for

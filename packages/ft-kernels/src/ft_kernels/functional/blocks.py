@@ -38,6 +38,7 @@ def attention_block(
     dropout: float = 0.0,
     training: bool = True,
     keep: Keep = "most",
+    tile: int | None = None,
 ) -> Tensor:
     """``x + o(attention(rope(q_norm(q)), rope(k_norm(k)), v))`` with ``q, k, v = qkv(rms_norm(x))``.
 
@@ -64,6 +65,11 @@ def attention_block(
     What needs no gradient is left out: r, s, the normed rows or the output where there are no adapters. Gradients are
     the same bit for bit with each, as far as ``attention`` itself gives the same twice.
 
+    With a ``tile`` and more rows than that, the rows are computed so many at a time, in parts of nearly one size. Whole
+    are then only q, k and v, the attention's output, their gradients, and those of x and of the result: at the most
+    (3·H + 4·N + 4·G)·e bytes a token with x and the result's gradient, (N + G)·e more where q and k are normed, and
+    what ``attention`` takes. "all" keeps what "most" does. See :func:`mlp_block` for how results compare.
+
     Args:
         x: ``[B, S, H]`` or ``[S, H]`` in the weights' dtype, any strides.
         norm: before the product; its weight ``[H]``.
@@ -83,7 +89,8 @@ def attention_block(
         q_norm, k_norm: norms of each head before the rotation (Qwen3); weights ``[head_dim]``.
         rotary_dim, layout: as for :func:`rope`.
         dropout: from 0 to below 1, of the adapters' inputs. training: whether it is on.
-        keep: see above. Without the kernels (on a CPU, in float64) it has no effect, and autograd keeps what it does.
+        keep: see above. tile: a number of rows (tokens), or None for all at once. Without the kernels (on a CPU, in
+            float64) neither has an effect, and autograd keeps what it does.
 
     Returns:
         ``[..., S, H]`` in x's dtype. Gradients come back for x, a and b, once: a second backward through the same
@@ -94,13 +101,13 @@ def attention_block(
 
     Raises:
         TypeError: a dtype does not fit.
-        ValueError: shapes, devices or settings do not fit, or a frozen tensor requires a gradient.
+        ValueError: shapes, devices or settings do not fit, a tile has no rows, or a frozen tensor requires a gradient.
     """
     block = AttentionBlock(
         norm, qkv, o, a, b, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scaling=scaling, bias=bias,
         q_norm=q_norm, k_norm=k_norm, rotary_dim=rotary_dim, layout=layout, dropout=dropout,
     )  # fmt: skip
-    return block(x, cos=cos, sin=sin, attention=attention, training=training, keep=keep)
+    return block(x, cos=cos, sin=sin, attention=attention, training=training, keep=keep, tile=tile)
 
 
 def mlp_block(
@@ -117,6 +124,7 @@ def mlp_block(
     dropout: float = 0.0,
     training: bool = True,
     keep: Keep = "most",
+    tile: int | None = None,
 ) -> Tensor:
     """``x + down(activation(gate(n)) · up(n))`` with ``n = rms_norm(x)``.
 
@@ -135,19 +143,28 @@ def mlp_block(
     The product of the activation and up is never kept: the pass that makes the gradients of gate and up, which it
     writes over them, makes it again.
 
+    With a ``tile`` and more rows than that, nothing of gate and up is ever whole: forward computes so many rows at a
+    time, in parts of nearly one size, and backward computes their gate and up again. So "inputs" is kept whatever
+    ``keep`` says; what "most" and "all" keep more would be as large as what a tile saves. Beside x, the result and
+    their gradients this takes about (3·I + 2·H)·e bytes a row of a tile, and for quantized weights both of them once,
+    expanded. Tiles compute the same function with the same dropout, the same bits each time. Gradients of a and b are
+    sums over tiles in fp32, in order, rounded once. The result and the gradient of x have no sums over rows: they are
+    the untiled ones, but for matrix products (and splits of a row's sum in our kernels) that round differently for
+    another number of rows.
+
     Args:
-        x, norm, scaling, bias, dropout, training, keep: as for :func:`attention_block`, of gate, up and down.
+        x, norm, scaling, bias, dropout, training, keep, tile: as for :func:`attention_block`, of gate, up and down.
         gate_up: gate's weight above up's, ``[2·I, H]``, in a form that :func:`lora_qkv` takes, or both as a list.
         down: ``[H, I]``, in a form that :func:`lora_linear` takes.
         a, b: of gate, up and down, each a tensor or None; all of one dtype.
         activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
 
     Returns:
-        ``[..., H]`` in x's dtype. Gradients come back for x, a and b; with "all" or "most" once, a second backward
-        through the same graph raises a RuntimeError.
+        ``[..., H]`` in x's dtype. Gradients come back for x, a and b; with "all" or "most", without tiles, once: a
+        second backward through the same graph raises a RuntimeError.
 
     Raises:
         TypeError, ValueError: as :func:`attention_block`.
     """
     block = MLPBlock(norm, gate_up, down, a, b, activation=activation, scaling=scaling, bias=bias, dropout=dropout)
-    return block(x, training=training, keep=keep)
+    return block(x, training=training, keep=keep, tile=tile)

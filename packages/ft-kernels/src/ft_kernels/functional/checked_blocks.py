@@ -14,10 +14,11 @@ from ft_kernels.dispatch import use_triton
 from ft_kernels.functional.attention import direct_attention, packed_attention
 from ft_kernels.functional.lora_mlp import Activation
 from ft_kernels.functional.lora_weights import BaseWeight, Part, base_of
-from ft_kernels.functional.rope import RopeLayout, _check, _for_tokens, _pairs
+from ft_kernels.functional.rope import RopeLayout, check_rope, for_tokens, rotated_pairs
 from ft_kernels.ops.blocks import attention as attention_ops
+from ft_kernels.ops.blocks import attention_tiles, mlp_tiles, reference
+from ft_kernels.ops.blocks import heads as heads_ops
 from ft_kernels.ops.blocks import mlp as mlp_ops
-from ft_kernels.ops.blocks import reference
 from ft_kernels.ops.blocks.parts import Norm, Product
 from ft_kernels.ops.glu.reference import KINDS
 from ft_kernels.ops.lora.arguments import Adapters, check_product, draw_seed, numbers
@@ -94,20 +95,24 @@ class AttentionBlock:
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
         training: bool = True,
         keep: Keep = "most",
+        tile: int | None = None,
     ) -> Tensor:
         """``[..., S, H]``; the arguments are those of :func:`ft_kernels.attention_block`."""
-        self._products.check(x, keep)
+        self._products.check(x, keep, tile)
         tables = _tables(x, **self._heads, cos=cos, sin=sin, **self._turned)
         if not self._able or not x.numel() or not use_triton(x, *(tables or ())):
             with torch.autocast(x.device.type, enabled=False):
                 return self._reference(x, cos=cos, sin=sin, attention=attention, training=training)
         norm, q_norm, k_norm = self._norms
         p = self._products.dropout if training else 0.0
-        block = attention_ops.Attention(
+        tile = _tile_of(x, tile)
+        block = heads_ops.Attention(
             norm, *self._products.of(x.dtype), **self._heads, tables=tables,
             interleaved=self._turned["layout"] == "interleaved", q_norm=q_norm, k_norm=k_norm, attend=attention,
-            dropout=p, keep=keep, direct=_kernels_of(attention),
+            dropout=p, keep=keep, direct=_kernels_of(attention), tile=tile,
         )  # fmt: skip
+        if tile is not None:
+            return self._products.run(attention_tiles.TiledAttentionBlock.apply, attention_tiles.run, block, x, p)
         return self._products.run(attention_ops.AttentionBlock.apply, attention_ops.run, block, x, p)
 
 
@@ -150,18 +155,23 @@ class MLPBlock:
             scaling=factors, bias=biases, dropout=dropout,
         )  # fmt: skip
 
-    def __call__(self, x: Tensor, *, training: bool = True, keep: Keep = "most", answer: bool = True) -> Tensor:
+    def __call__(
+        self, x: Tensor, *, training: bool = True, keep: Keep = "most", answer: bool = True, tile: int | None = None
+    ) -> Tensor:
         """``[..., H]``; the arguments are those of :func:`ft_kernels.mlp_block`.
 
         ``answer=False``: only the graph is wanted, by a caller who computes a layer again for its gradients. The last
         product is left out then, and the output is memory that nothing was written to.
         """
-        self._products.check(x, keep)
+        self._products.check(x, keep, tile)
         if not self._able or not x.numel() or not use_triton(x):
             with torch.autocast(x.device.type, enabled=False):
                 return self._reference(x, training=training)
         p = self._products.dropout if training else 0.0
-        block = mlp_ops.MLP(self._norm, *self._products.of(x.dtype), self._kind, p, keep, answer)
+        tile = _tile_of(x, tile)
+        block = mlp_ops.MLP(self._norm, *self._products.of(x.dtype), self._kind, p, keep, answer, tile)
+        if tile is not None:
+            return self._products.run(mlp_tiles.TiledMLPBlock.apply, mlp_tiles.run, block, x, p)
         return self._products.run(mlp_ops.MLPBlock.apply, mlp_ops.run, block, x, p)
 
 
@@ -178,24 +188,23 @@ class _Products:
         dropout: float,
     ) -> None:
         one, two = adapters
-        self.name, self.bases, self.adapters, self.biases = name, bases, adapters, biases
+        self.name, self.bases = name, bases
         self.sizes, self.dropout = sizes, dropout
         self.every = [*one.a, *one.b, *two.a, *two.b]
-        self.known: dict[torch.dtype, tuple[Product, Product]] = {}
+        split = len(sizes[0])
+        self.sides = (biases[:split], biases[split:])
+        self.unbiased = tuple(Product(b, a.starts, a.scaling, None) for b, a in zip(bases, adapters, strict=True))
 
-    def check(self, x: Tensor, keep: str) -> None:
-        """Raise if x does not fit."""
+    def check(self, x: Tensor, keep: str, tile: int | None) -> None:
+        """Raise if x or a setting does not fit."""
         _check_rows(self.name, x, self.bases, keep)
+        if tile is not None and tile < 1:
+            raise ValueError(f"{self.name}: tile={tile}; give a number of rows, at least 1, or None for all at once")
 
     def of(self, dtype: torch.dtype) -> tuple[Product, Product]:
         """Both for an input of this dtype, which the biases are added in."""
-        if dtype not in self.known:
-            (first, second), (one, two), split = self.bases, self.adapters, len(self.sizes[0])
-            self.known[dtype] = (
-                _product(dtype, first, one, self.biases[:split], self.sizes[0]),
-                _product(dtype, second, two, self.biases[split:], self.sizes[1]),
-            )
-        return self.known[dtype]
+        first, second = map(_biased, self.unbiased, self.sides, self.sizes, (dtype, dtype))
+        return first, second
 
     def run(
         self, recorded: Callable[..., Tensor], plain: Callable[..., Tensor], block: Any, x: Tensor, p: float
@@ -204,6 +213,11 @@ class _Products:
         seed = draw_seed(x, p, 2) if self.every else None
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.every))
         return _untraced(recorded if wanted else plain, block, x, seed, *self.every)
+
+
+def _tile_of(x: Tensor, tile: int | None) -> int | None:
+    """The tile, where there are more rows than that."""
+    return None if tile is None or x.numel() <= tile * x.shape[-1] else tile
 
 
 def _kernels_of(attention: Callable[..., Tensor]) -> Callable[..., Direct | None] | None:
@@ -309,18 +323,21 @@ def _check_products(
         raise ValueError(f"{name}: a weight or a bias is not on {device}, where the first weight is; use one device")
 
 
-def _product(
-    dtype: torch.dtype, base: Base, adapters: Adapters, biases: Sequence[Tensor | None], sizes: Sequence[int]
-) -> Product:
-    bias = None
-    if any(shift is not None for shift in biases):
-        device = base.tensors[0].device
-        parts = [
-            torch.zeros(n, dtype=dtype, device=device) if t is None else t.detach().to(dtype)
-            for t, n in zip(biases, sizes, strict=True)
-        ]
-        bias = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return Product(base, adapters.starts, adapters.scaling, bias)
+def _biased(product: Product, biases: Sequence[Tensor | None], sizes: Sequence[int], dtype: torch.dtype) -> Product:
+    """The product with its biases as they are now, side by side.
+
+    What is copied is copied at each call: the numbers may have changed since the last one, and a CUDA graph that has
+    recorded a call must read them when it is replayed.
+    """
+    if all(shift is None for shift in biases):
+        return product
+    device = product.base.tensors[0].device
+    parts = [
+        torch.zeros(n, dtype=dtype, device=device) if t is None else t.detach().to(dtype)
+        for t, n in zip(biases, sizes, strict=True)
+    ]
+    bias = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return Product(product.base, product.starts, product.scaling, bias)
 
 
 def _tables(
@@ -339,8 +356,8 @@ def _tables(
             raise ValueError("attention_block: only one of cos and sin is given; give both, or None for both")
         return None
     q, k = (x.new_empty(0).expand(*x.shape[:-1], n, 0) for n in (heads, kv_heads))
-    _check(q, k, cos, sin, None, layout, -2)
-    pairs = _pairs(head_dim, cos.shape[-1], rotary_dim)
+    check_rope(q, k, cos, sin, None, layout, -2)
+    pairs = rotated_pairs(head_dim, cos.shape[-1], rotary_dim)
     batches, length = (1, *x.shape[:-1])[-2:]
-    first, second = (_for_tokens("cos and sin", t.detach(), [], batches, length, 1)[..., :pairs] for t in (cos, sin))
+    first, second = (for_tokens("cos and sin", t.detach(), [], batches, length, 1)[..., :pairs] for t in (cos, sin))
     return first, second

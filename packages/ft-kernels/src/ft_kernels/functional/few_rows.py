@@ -15,14 +15,14 @@ from ft_kernels.functional.quantization import nf4_dequantize
 from ft_kernels.ops.decode_attention import reference as attention_reference
 from ft_kernels.ops.decode_attention.autograd import decode_attention_op, rope_append_op
 from ft_kernels.ops.nf4_linear import reference as linear_reference
-from ft_kernels.ops.nf4_linear.autograd import nf4_linear_op
+from ft_kernels.ops.nf4_linear.autograd import MOST_PARTS, nf4_linear_op
+from ft_kernels.ops.refusals import refuse_gradients
 from ft_kernels.ops.row_linear.autograd import row_linear_op
 
 __all__ = ["decode_attention", "nf4_linear", "rope_append", "row_linear"]
 
 MOST_ROWS = 128
 """Rows up to which a weight is expanded on the way to the product; above, it pays to do so in memory first."""
-MOST_PARTS = 3
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -42,24 +42,29 @@ def nf4_linear(x: Tensor, weight: NF4Weight | Sequence[NF4Weight]) -> Tensor:
 
     Raises:
         TypeError: x is not fp16, bf16 or fp32.
-        ValueError: a weight has not x's K, or tensors are on several devices.
+        ValueError: there is no weight, or one that has not x's K; tensors are on several devices, or x requires a
+            gradient.
     """
     name = "nf4_linear"
     weights = [weight] if isinstance(weight, NF4Weight) else list(weight)
     if x.dtype not in (*HALVES, torch.float32):
         raise TypeError(f"{name}: x has dtype {x.dtype}; allowed are torch.float16, torch.bfloat16 and torch.float32")
     k = x.shape[-1] if x.dim() else 0
+    if not weights:
+        raise ValueError(f"{name}: there is no weight; give one or more")
     for one in weights:
         if one.shape[1] != k:
             raise ValueError(f"{name}: x has shape {list(x.shape)}, a weight {list(one.shape)}; K must be the same")
-        if one.packed.device != x.device:
-            raise ValueError(f"{name}: a weight is on {one.packed.device}, x on {x.device}; use one device")
+        for tensor in one.tensors:
+            if tensor.device != x.device:
+                raise ValueError(f"{name}: a weight is on {tensor.device}, x on {x.device}; use one device")
+    refuse_gradients(name, x)
     rows = x.detach().reshape(-1, k)
     if _few(rows, weights):
         tensors = [tensor for one in weights for tensor in _tensors(one)]
-        nested = 0 if weights[0].nested is None else weights[0].nested.blocksize
+        groups = 0 if weights[0].nested is None else weights[0].nested.blocksize
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        y: Tensor = nf4_linear_op(rows, tensors, [one.shape[0] for one in weights], weights[0].blocksize, nested)
+        y: Tensor = nf4_linear_op(rows, tensors, [one.shape[0] for one in weights], weights[0].blocksize, groups)
     else:
         expanded = [
             nf4_dequantize(one.packed, one.absmax, one.shape, x.dtype, one.blocksize, nested=one.nested)
@@ -84,11 +89,14 @@ def row_linear(x: Tensor, weight: Tensor | Sequence[Tensor]) -> Tensor:
 
     Raises:
         TypeError: dtypes differ.
-        ValueError: a weight has not x's K, or tensors are on several devices.
+        ValueError: there is no weight, or one that has not x's K; tensors are on several devices, or one requires a
+            gradient.
     """
     name = "row_linear"
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     k = x.shape[-1] if x.dim() else 0
+    if not weights:
+        raise ValueError(f"{name}: there is no weight; give one or more")
     for one in weights:
         if one.dtype != x.dtype:
             raise TypeError(f"{name}: x has dtype {x.dtype}, a weight {one.dtype}; use one")
@@ -96,6 +104,7 @@ def row_linear(x: Tensor, weight: Tensor | Sequence[Tensor]) -> Tensor:
             raise ValueError(f"{name}: x has shape {list(x.shape)}, a weight {list(one.shape)}; K must be the same")
         if one.device != x.device:
             raise ValueError(f"{name}: a weight is on {one.device}, x on {x.device}; use one device")
+    refuse_gradients(name, x, *weights)
     rows = x.detach().reshape(-1, k)
     weights = [one.detach() for one in weights]
     fits = all(one.stride(1) == 1 and one.shape[0] for one in weights) and 0 < len(weights) <= MOST_PARTS and k > 1
@@ -165,7 +174,7 @@ def decode_attention(
 
     Raises:
         TypeError: a dtype is not allowed.
-        ValueError: shapes, devices or settings do not fit.
+        ValueError: shapes, devices or settings do not fit, or a tensor requires a gradient.
     """
     _check_attention(q, keys, values, lengths, window)
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
@@ -195,7 +204,7 @@ def rope_append(
 
     Raises:
         TypeError: a dtype is not allowed.
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes or devices do not fit, or a tensor requires a gradient.
     """
     name = "rope_append"
     if not q.is_floating_point() or any(t.dtype != q.dtype for t in (k, v, keys, values)):
@@ -220,6 +229,7 @@ def rope_append(
         raise ValueError(f"{name}: the last dimension of all but the positions must be contiguous")
     if any(t.device != q.device for t in (k, v, keys, values, positions, cos, sin)):
         raise ValueError(f"{name}: tensors are on several devices; use one")
+    refuse_gradients(name, q, k, v, keys, values, cos, sin)
     if q.dtype in HALVES and q.numel() and use_triton(q, cos):
         turned: Tensor = rope_append_op(q, k, v, keys, values, positions, cos, sin)
         return turned
@@ -246,3 +256,4 @@ def _check_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, w
         raise ValueError(f"{name}: q, keys, values and lengths are on several devices; use one")
     if window is not None and window < 1:
         raise ValueError(f"{name}: window={window}; a window is 1 or more, or None")
+    refuse_gradients(name, q, keys, values)

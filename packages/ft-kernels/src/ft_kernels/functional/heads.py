@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from ft_kernels.functional.losses import Reduction
+from ft_kernels.functional.losses import Reduction, check_reduction, check_settings
 from ft_kernels.ops.linear_head import chunks
 from ft_kernels.ops.linear_head.autograd import linear_head_op, linear_head_sum_op
 from ft_kernels.ops.linear_head.plan import Needs, least_memory
@@ -76,7 +78,8 @@ def linear_cross_entropy(
         z_loss: weight of the squared logsumexp, at least 0.
         reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"`` for one loss a row.
         max_memory: bytes that may be used at any time beyond the arguments and the gradients returned. Not counted
-            are the matrix library's own workspace and a copy of hidden if its rows are not evenly spaced.
+            are the matrix library's own workspace, a copy of hidden if its rows are not evenly spaced, one of targets
+            that have gaps or are not int64, and autocast's copies of hidden and weight in its dtype.
 
     Returns:
         A scalar, or ``[...]`` for ``"none"``; in fp32, in float64 for float64 inputs. Where every row is ignored or
@@ -85,15 +88,12 @@ def linear_cross_entropy(
     Raises:
         TypeError: dtypes do not fit.
         ValueError: shapes, devices, settings or ``max_memory`` do not fit.
+        RuntimeError: in backward, if the gradient is to be differentiated again (``create_graph=True``).
     """
     where = "linear_cross_entropy"
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{where}: label_smoothing={label_smoothing}; allowed is 0 to 1")
-    if not z_loss >= 0:
-        raise ValueError(f"{where}: z_loss={z_loss}; allowed is 0 or more")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{where}: reduction={reduction!r}; allowed are 'mean', 'sum' and 'none'")
-    given = _Inputs.prepared(where, hidden, weight, targets, bias, lora, softcap, logit_scale, max_memory)
+    check_settings(where, softcap, logit_scale, label_smoothing, z_loss)
+    check_reduction(where, reduction)
+    given = _Inputs.prepared(where, hidden, weight, targets, bias, lora, max_memory)
     numbers = (
         given.head.scaling, ignore_index, float(label_smoothing), float(softcap or 0.0), float(logit_scale),
         float(z_loss), 1.0, max_memory,
@@ -158,11 +158,13 @@ def linear_logprob(
     Raises:
         TypeError: dtypes do not fit.
         ValueError: shapes, devices, settings or ``max_memory`` do not fit.
+        RuntimeError: in backward, if the gradient is to be differentiated again (``create_graph=True``).
     """
     where = "linear_logprob"
-    if not temperature > 0:
+    check_settings(where, softcap, logit_scale)
+    if not 0 < temperature < math.inf:
         raise ValueError(f"{where}: temperature={temperature}; allowed is a positive number")
-    given = _Inputs.prepared(where, hidden, weight, targets, bias, lora, softcap, logit_scale, max_memory)
+    given = _Inputs.prepared(where, hidden, weight, targets, bias, lora, max_memory)
     numbers = (
         given.head.scaling, ignore_index, 0.0, float(softcap or 0.0), float(logit_scale), 0.0, float(temperature),
         max_memory,
@@ -195,15 +197,12 @@ class _Inputs(NamedTuple):
     @classmethod
     def prepared(
         cls, where: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, lora: Lora | None,
-        softcap: float | None, logit_scale: float, max_memory: int,
+        max_memory: int,
     ) -> _Inputs:  # fmt: skip
+        _check_kinds(where, lora, max_memory)
         a, b, scaling = lora if lora is not None else (None, None, 1.0)
         _check_dtypes(where, hidden, weight, targets, bias, a, b)
         _check_shapes(where, hidden, weight, targets, bias, a, b)
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"{where}: softcap={softcap}; allowed is a positive number, or None for no cap")
-        if not logit_scale > 0:
-            raise ValueError(f"{where}: logit_scale={logit_scale}; allowed is a positive number")
         if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -224,6 +223,14 @@ class _Inputs(NamedTuple):
                 f"{list(weight.shape)}; give at least {least}"
             )
         return cls(flat, targets.reshape(-1).long(), head, needs)
+
+
+def _check_kinds(where: str, lora: Any, max_memory: Any) -> None:
+    if lora is not None and (not isinstance(lora, Sequence) or len(lora) != 3):
+        given = f"has {len(lora)} items" if isinstance(lora, Sequence) else f"is a {type(lora).__name__}"
+        raise TypeError(f"{where}: lora {given}; give three, (A [r, H], B [V, r], scaling)")
+    if not isinstance(max_memory, int):
+        raise TypeError(f"{where}: max_memory={max_memory!r}; give a whole number of bytes, such as 2**30")
 
 
 def _check_dtypes(

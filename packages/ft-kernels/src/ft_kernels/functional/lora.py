@@ -30,6 +30,7 @@ __all__ = [
     "Int8Weight",
     "NF4Weight",
     "WideWeight",
+    "joined_bias",
     "lora_linear",
     "lora_qkv",
     "widen",
@@ -141,7 +142,7 @@ def lora_qkv(
         raise ValueError(
             "lora_qkv: magnitude needs one vector, or None, for each projection, and only where an adapter is"
         )
-    whole = _joined_bias(bias, sizes)
+    whole = joined_bias("lora_qkv", bias, sizes)
     y = _product("lora_qkv", x, base, adapters, whole, dropout if training else 0.0, [magnitudes[i] for i in kept])
     if torch.compiler.is_compiling() or not y.requires_grad:
         return tuple(y.split(list(sizes), -1))
@@ -196,9 +197,15 @@ def _sizes(name: str, base: Base, b: Sequence[Tensor | None], sizes: Sequence[in
     return list(sizes)
 
 
-def _joined_bias(bias: Tensor | Sequence[Tensor | None] | None, sizes: Sequence[int]) -> Tensor | None:
+def joined_bias(name: str, bias: Tensor | Sequence[Tensor | None] | None, sizes: Sequence[int]) -> Tensor | None:
+    """The biases of projections with so many outputs as one, zeros for those without."""
     if bias is None or isinstance(bias, Tensor):
         return bias
+    shapes = [None if t is None else list(t.shape) for t in bias]
+    if len(shapes) != len(sizes) or any(s not in (None, [n]) for s, n in zip(shapes, sizes, strict=True)):
+        raise ValueError(
+            f"{name}: bias has shapes {shapes}; give one, or None, for each projection: {[[n] for n in sizes]}"
+        )
     some = next((t for t in bias if t is not None), None)
     if some is None:
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ft_kernels.dispatch import use_triton
-from ft_kernels.functional.lora import lora_linear, lora_qkv
+from ft_kernels.functional.lora import joined_bias, lora_linear, lora_qkv
 from ft_kernels.functional.lora_weights import BaseWeight, Part, base_of
 from ft_kernels.ops.glu import reference as glu
 from ft_kernels.ops.glu.autograd import glu_op
@@ -52,7 +52,7 @@ def lora_mlp(
         activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
         bias: gate's, up's and down's, each one or None.
         dropout, training: as for :func:`lora_linear`.
-        magnitude: gate's, up's and down's for DoRA, each one or None.
+        magnitude: for DoRA, one or None for each adapter.
 
     Returns:
         ``[..., N]`` in the weights' dtype; gradients as for :func:`lora_linear`. With a bias or a magnitude the parts
@@ -75,11 +75,14 @@ def lora_mlp(
     if first.n != 2 * width or second.k != width:
         raise ValueError(f"{name}: gate_up has {first.n} outputs, down {second.k} inputs; gate_up needs twice as many")
     kind, factors = glu.KINDS.index(activation), numbers(name, scaling, count)
-    if any(t is not None for t in (*(bias or ()), *(magnitude or ()))) or x.dtype == torch.float64:
-        return _in_parts(x, gate_up, down, a, b, factors, kind, width, bias, dropout, magnitude, training)
+    for what, given, needed in (("bias", bias, 3), ("magnitude", magnitude, count)):
+        if given is not None and len(given) != needed:
+            raise ValueError(f"{name}: {what} has {len(given)} items; give {needed}, None where there is none")
     outputs = [width] * 2 if count == 3 else [2 * width]
     one = Adapters.some(name, a[:-1], b[:-1], outputs, factors[:-1])
     two = Adapters.some(name, a[-1:], b[-1:], [second.n], factors[-1:])
+    if any(t is not None for t in (*(bias or ()), *(magnitude or ()))) or x.dtype == torch.float64:
+        return _in_parts(x, gate_up, down, a, b, factors, kind, width, bias, dropout, magnitude, training)
     if not one.a and not two.a:
         return _in_parts(x, gate_up, down, a, b, factors, kind, width, bias, dropout, magnitude, training)
     x = check_product(name, x, first, one, None, dropout)
@@ -107,10 +110,7 @@ def _in_parts(
     biases = [None, None, None] if bias is None else list(bias)
     magnitudes = [None] * len(a) if magnitude is None else list(magnitude)
     sizes = [width] * 2 if len(a) == 3 else [2 * width]
-    shift: Tensor | None = None
-    if any(t is not None for t in biases[:2]):
-        some = next(t for t in biases[:2] if t is not None)
-        shift = torch.cat([some.new_zeros(width) if t is None else t for t in biases[:2]])
+    shift = joined_bias("lora_mlp", biases[:2], [width] * 2)
     parts = lora_qkv(
         x, gate_up, a[:-1], b[:-1], scaling=scaling[:-1], sizes=sizes, bias=shift, dropout=dropout,
         magnitude=magnitudes[:-1], training=training,

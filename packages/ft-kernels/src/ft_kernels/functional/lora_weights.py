@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ft_kernels.functional.quantization import NestedScales, fp8_quantize, nf4_quantize
+from ft_kernels.functional.quantization import NestedScales, check_int8, check_nf4, fp8_quantize, nf4_quantize
 from ft_kernels.ops.lora.operands import Base, width
 
 __all__ = ["BaseWeight", "Fp8Weight", "Int8Weight", "NF4Weight", "Part", "WideWeight", "base_of", "widen"]
@@ -30,6 +30,15 @@ class WideWeight:
     buffer: Tensor
     in_features: int
     sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.buffer.dim() != 2 or sum(self.sizes) != self.buffer.shape[0] or self.room < 0:
+            raise ValueError(
+                f"WideWeight: buffer {list(self.buffer.shape)} does not fit in_features={self.in_features} and sizes "
+                f"{list(self.sizes)}; it needs [{sum(self.sizes)}, at least {self.in_features}]"
+            )
+        if not self.buffer.is_floating_point():
+            raise TypeError(f"WideWeight: buffer has dtype {self.buffer.dtype}; use a floating-point dtype")
 
     @classmethod
     def empty(
@@ -66,8 +75,15 @@ def widen(weight: Tensor | Sequence[Tensor], rank: int) -> WideWeight:
     Args:
         weight: ``[N, K]``, or several such.
         rank: of all adapters of this product together (three of rank 16 on q, k and v: 48).
+
+    Raises:
+        ValueError: there is no weight, or one that is not ``[N, K]`` with the first one's K.
     """
     parts = [weight] if isinstance(weight, Tensor) else list(weight)
+    if not parts or any(p.dim() != 2 or p.shape[1:] != parts[0].shape[1:] for p in parts):
+        raise ValueError(
+            f"widen: the weights have shapes {[list(p.shape) for p in parts]}; give one or more [N, K] with the same K"
+        )
     wide = WideWeight.empty(
         [p.shape[0] for p in parts], parts[0].shape[1], rank, dtype=parts[0].dtype, device=parts[0].device
     )
@@ -82,6 +98,9 @@ class NF4Weight:
 
     Attributes:
         packed, absmax, blocksize, nested: as ``nf4_dequantize`` takes them. shape: ``(N, K)``.
+
+    Raises:
+        TypeError, ValueError: dtypes or sizes do not fit. It is looked at here, once, and not at each product.
     """
 
     packed: Tensor
@@ -90,11 +109,22 @@ class NF4Weight:
     blocksize: int = 64
     nested: NestedScales | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, Sequence) or len(self.shape) != 2:
+            raise ValueError(f"NF4Weight: shape is {self.shape!r}; a weight has two sizes, (N, K)")
+        check_nf4("NF4Weight", self.packed, self.absmax, torch.Size(self.shape), self.blocksize, self.nested)
+
     @classmethod
     def quantize(cls, weight: Tensor, blocksize: int = 64, *, nested: bool = True) -> NF4Weight:
         """From numbers ``[N, K]``."""
         packed, absmax, scales = nf4_quantize(weight, blocksize, nested=nested)
         return cls(packed, absmax, (weight.shape[0], weight.shape[1]), blocksize, scales)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it is made of."""
+        own, nested = (self.packed, self.absmax), self.nested
+        return own if nested is None else (*own, nested.absmax, nested.code, nested.offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +133,18 @@ class Int8Weight:
 
     Attributes:
         quantized: ``[N, K]``, int8, bitsandbytes' ``CB``. scales: ``[N]``, fp32, its ``SCB``.
+
+    Raises:
+        TypeError, ValueError: dtypes or sizes do not fit.
     """
 
     quantized: Tensor
     scales: Tensor
+
+    def __post_init__(self) -> None:
+        check_int8("Int8Weight", self.quantized, self.scales)
+        if self.quantized.dim() != 2:
+            raise ValueError(f"Int8Weight: quantized has shape {list(self.quantized.shape)}; it needs [N, K]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +155,23 @@ class Fp8Weight:
         numbers: ``[N, K]``, e4m3fn. scales: ``[N, 1]``, fp32.
         transposed, transposed_scales: the same of the transposed weight, ``[K, N]`` and ``[K, 1]``, for the product in
             backward. Without them the weight is expanded there, which takes half the memory and more time.
+
+    Raises:
+        TypeError, ValueError: dtypes or sizes do not fit.
     """
 
     numbers: Tensor
     scales: Tensor
     transposed: Tensor | None = None
     transposed_scales: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.numbers.dim() != 2:
+            raise ValueError(f"Fp8Weight: numbers have shape {list(self.numbers.shape)}; they need [N, K]")
+        n, k = self.numbers.shape
+        _check_fp8("numbers", self.numbers, self.scales, n, k)
+        if self.transposed is not None and self.transposed_scales is not None:
+            _check_fp8("transposed", self.transposed, self.transposed_scales, k, n)
 
     @classmethod
     def quantize(cls, weight: Tensor, *, backward: bool = True) -> Fp8Weight:
@@ -138,19 +187,31 @@ BaseWeight = Part | WideWeight
 
 def base_of(name: str, weight: BaseWeight | Sequence[Part]) -> Base:
     """The form in which the operations take a weight."""
-    if isinstance(weight, WideWeight):
-        return Base("wide", [weight.buffer], weight.in_features, list(weight.sizes))
     parts: list[Any] = list(weight) if isinstance(weight, (list, tuple)) else [weight]
     readers: dict[type, Callable[[str, list[Any]], Base]]
-    readers = {Tensor: _plain, NF4Weight: _nf4, Int8Weight: _int8, Fp8Weight: _fp8}
+    readers = {Tensor: _plain, WideWeight: _wide, NF4Weight: _nf4, Int8Weight: _int8, Fp8Weight: _fp8}
     for kind, read in readers.items():
         if parts and all(isinstance(p, kind) for p in parts):
-            return read(name, parts)
-    kinds = sorted({type(p).__name__ for p in parts})
-    raise TypeError(
-        f"{name}: the base weight is made of {kinds}; allowed are tensors [N, K], a WideWeight, or parts that are all "
-        "NF4Weight, all Int8Weight or all Fp8Weight"
-    )
+            base = read(name, parts)
+            break
+    else:
+        kinds = sorted({type(p).__name__ for p in parts})
+        raise TypeError(
+            f"{name}: the base weight is made of {kinds}; allowed are tensors [N, K], one WideWeight, or parts that "
+            "are all NF4Weight, all Int8Weight or all Fp8Weight"
+        )
+    if any(t.requires_grad for t in base.tensors):
+        raise ValueError(
+            f"{name}: the base weight requires a gradient, which is not computed here; freeze it "
+            "(requires_grad_(False)), or train it with torch's own linear"
+        )
+    return base
+
+
+def _wide(name: str, parts: list[WideWeight]) -> Base:
+    if len(parts) > 1:
+        raise TypeError(f"{name}: there are {len(parts)} wide weights; widen(parts, rank) makes one of several parts")
+    return Base("wide", [parts[0].buffer], parts[0].in_features, list(parts[0].sizes))
 
 
 def _plain(name: str, parts: list[Tensor]) -> Base:
@@ -161,11 +222,6 @@ def _plain(name: str, parts: list[Tensor]) -> Base:
         if not part.is_floating_point() or part.dtype != parts[0].dtype:
             dtypes = [str(p.dtype) for p in parts]
             raise TypeError(f"{name}: the base weight has dtype {dtypes}; use one floating-point dtype")
-        if part.requires_grad:
-            raise ValueError(
-                f"{name}: the base weight requires a gradient, which is not computed here; freeze it "
-                "(requires_grad_(False)), or train it with torch's own linear"
-            )
     return Base("plain", parts, parts[0].shape[1], [p.shape[0] for p in parts])
 
 
@@ -176,44 +232,40 @@ def _same_inputs(name: str, widths: list[int]) -> int:
 
 
 def _nf4(name: str, parts: list[NF4Weight]) -> Base:
-    tensors, meta = [], []
+    tensors: list[Tensor] = []
+    meta: list[int] = []
     for part in parts:
-        tensors += [part.packed.contiguous().view(-1).view(torch.uint8), part.absmax.contiguous()]
+        packed, *tables = (t.contiguous() for t in part.tensors)
+        tensors += [packed.view(-1).view(torch.uint8), *tables]
         meta += [part.blocksize, 0 if part.nested is None else part.nested.blocksize]
-        if part.nested is not None:
-            tensors += [part.nested.absmax.contiguous(), part.nested.code.contiguous(), part.nested.offset]
-        needed, given = (part.shape[0] * part.shape[1] + 1) // 2, tensors[-5 if part.nested else -2].numel()
-        if needed != given:
-            raise ValueError(f"{name}: packed has {given} bytes; shape {list(part.shape)} needs {needed}")
     return Base("nf4", tensors, _same_inputs(name, [p.shape[1] for p in parts]), [p.shape[0] for p in parts], meta)
 
 
 def _int8(name: str, parts: list[Int8Weight]) -> Base:
-    for part in parts:
-        if part.quantized.dim() != 2 or part.scales.numel() != part.quantized.shape[0]:
-            raise ValueError(
-                f"{name}: quantized {list(part.quantized.shape)} and scales {list(part.scales.shape)} do not fit; "
-                "they need [N, K] and [N]"
-            )
     tensors = [t for p in parts for t in (p.quantized, p.scales.detach().reshape(-1))]
     k = _same_inputs(name, [p.quantized.shape[1] for p in parts])
     return Base("int8", tensors, k, [p.quantized.shape[0] for p in parts])
+
+
+def _check_fp8(what: str, numbers: Tensor, scales: Tensor, rows: int, columns: int) -> None:
+    if numbers.dtype != torch.float8_e4m3fn or scales.dtype != torch.float32:
+        raise TypeError(
+            f"Fp8Weight: {what} and scales have dtypes {numbers.dtype} and {scales.dtype}, expected "
+            "torch.float8_e4m3fn and torch.float32"
+        )
+    if numbers.shape != (rows, columns) or scales.shape != (rows, 1):
+        raise ValueError(
+            f"Fp8Weight: {what} {list(numbers.shape)} and scales {list(scales.shape)} do not fit; "
+            f"they need [{rows}, {columns}] and [{rows}, 1]"
+        )
 
 
 def _fp8(name: str, parts: list[Fp8Weight]) -> Base:
     tensors: list[Tensor] = []
     both = all(p.transposed is not None and p.transposed_scales is not None for p in parts)
     for part in parts:
-        n, k = part.numbers.shape
-        pairs = [(part.numbers, part.scales, n, k)]
+        tensors += [part.numbers, part.scales]
         if both and part.transposed is not None and part.transposed_scales is not None:
-            pairs.append((part.transposed, part.transposed_scales, k, n))
-        for numbers, scales, rows, columns in pairs:
-            if numbers.shape != (rows, columns) or scales.shape != (rows, 1):
-                raise ValueError(
-                    f"{name}: numbers {list(numbers.shape)} and scales {list(scales.shape)} do not fit; "
-                    f"they need [{rows}, {columns}] and [{rows}, 1]"
-                )
-            tensors += [numbers, scales]
+            tensors += [part.transposed, part.transposed_scales]
     k = _same_inputs(name, [p.numbers.shape[1] for p in parts])
     return Base("fp8", tensors, k, [p.numbers.shape[0] for p in parts], [int(both)])

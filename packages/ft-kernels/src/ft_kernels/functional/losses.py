@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from ft_kernels.dispatch import use_triton
 from ft_kernels.ops.cross_entropy.autograd import cross_entropy_op
 from ft_kernels.ops.cross_entropy.reference import Settings, cross_entropy_rows
 
-__all__ = ["Reduction", "cross_entropy"]
+__all__ = ["Reduction", "check_reduction", "check_settings", "cross_entropy"]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -43,7 +44,7 @@ def cross_entropy(
         ignore_index: rows with this target give no loss and a gradient of zero, whatever their logits.
         label_smoothing: from 0 to 1.
         softcap: a positive bound on the logits, or None.
-        logit_scale: multiplies the logits, before the softcap.
+        logit_scale: multiplies the logits, before the softcap; positive.
         z_loss: weight of the squared logsumexp, at least 0.
         reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"`` for one loss a row.
 
@@ -57,7 +58,9 @@ def cross_entropy(
         IndexError, RuntimeError: a target is outside the vocabulary, where torch computes; a kernel cannot raise
             without stopping the GPU's queue, and makes that row's loss and gradient nan instead.
     """
-    _check_cross_entropy(logits, targets, label_smoothing, softcap, z_loss, reduction)
+    _check_cross_entropy(logits, targets)
+    check_settings("cross_entropy", softcap, logit_scale, label_smoothing, z_loss)
+    check_reduction("cross_entropy", reduction)
     targets = targets.long()
     settings = Settings(ignore_index, float(label_smoothing), float(softcap or 0.0), float(logit_scale), float(z_loss))
     if use_triton(logits):
@@ -73,9 +76,7 @@ def cross_entropy(
     return total.to(dtype)
 
 
-def _check_cross_entropy(
-    logits: Tensor, targets: Tensor, label_smoothing: float, softcap: float | None, z_loss: float, reduction: str
-) -> None:
+def _check_cross_entropy(logits: Tensor, targets: Tensor) -> None:
     if not logits.is_floating_point():
         raise TypeError(f"cross_entropy: logits have dtype {logits.dtype}; use a floating-point dtype")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
@@ -89,11 +90,23 @@ def _check_cross_entropy(
         raise ValueError(f"cross_entropy: logits {list(logits.shape)} have no classes; the last dimension is V, from 1")
     if logits.device != targets.device:
         raise ValueError(f"cross_entropy: logits are on {logits.device}, targets on {targets.device}; use one device")
+
+
+def check_settings(
+    where: str, softcap: float | None, logit_scale: float, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> None:
+    """Raise for a setting that no loss of logits takes; nan is none of them."""
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing={label_smoothing}; allowed is 0 to 1")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"cross_entropy: softcap={softcap}; allowed is a positive number, or None for no cap")
-    if not z_loss >= 0:
-        raise ValueError(f"cross_entropy: z_loss={z_loss}; allowed is 0 or more")
+        raise ValueError(f"{where}: label_smoothing={label_smoothing}; allowed is 0 to 1")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{where}: softcap={softcap}; allowed is a positive number, or None for no cap")
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"{where}: logit_scale={logit_scale}; allowed is a positive number")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{where}: z_loss={z_loss}; allowed is 0 or more")
+
+
+def check_reduction(where: str, reduction: str) -> None:
+    """Raise for a reduction of another name."""
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"cross_entropy: reduction={reduction!r}; allowed are 'mean', 'sum' and 'none'")
+        raise ValueError(f"{where}: reduction={reduction!r}; allowed are 'mean', 'sum' and 'none'")

@@ -18,7 +18,16 @@ from ft_kernels.ops.nf4 import reference as nf4_reference
 from ft_kernels.ops.nf4.autograd import nf4_dequantize_op, nf4_dequantize_out_op, nf4_quantize_op
 from ft_kernels.ops.nf4.format import BLOCKSIZES, NESTED_BLOCKSIZE
 
-__all__ = ["Fp8Scaling", "NestedScales", "fp8_quantize", "int8_dequantize", "nf4_dequantize", "nf4_quantize"]
+__all__ = [
+    "Fp8Scaling",
+    "NestedScales",
+    "check_int8",
+    "check_nf4",
+    "fp8_quantize",
+    "int8_dequantize",
+    "nf4_dequantize",
+    "nf4_quantize",
+]
 
 Fp8Scaling = Literal["row", "1x128", "128x128"]
 
@@ -77,10 +86,14 @@ def nf4_dequantize(
         ValueError: sizes or devices do not fit, or uint8 scales come without ``nested``.
     """
     name = "nf4_dequantize"
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"{name}: shape is {shape!r}; give the weight's sizes, (N, K)")
     shape = torch.Size(shape)
-    _check_nf4(name, dtype, blocksize)
-    count = shape.numel()
-    _check_weight(name, packed, absmax, shape, (count + blocksize - 1) // blocksize, nested)
+    _check_dtype(name, "dtype is", dtype)
+    check_nf4(name, packed, absmax, shape, blocksize, nested)
+    for what, (tensor, *_) in _tables(absmax, nested, shape.numel(), blocksize).items():
+        if tensor.device != packed.device:
+            raise ValueError(f"{name}: {what} is on {tensor.device}, packed on {packed.device}; use one device")
     packed = packed.contiguous().view(-1).view(torch.uint8)
     absmax = absmax.contiguous()
     absmax2, code2, offset, groups = None, None, None, NESTED_BLOCKSIZE
@@ -126,7 +139,8 @@ def nf4_quantize(
         ValueError: a blocksize that is not allowed, or bytes that do not fill numbers of the storage dtype.
     """
     name = "nf4_quantize"
-    _check_nf4(name, x.dtype, blocksize)
+    _check_dtype(name, "x has dtype", x.dtype)
+    _check_blocksize(name, blocksize)
     if ((x.numel() + 1) // 2) % storage.itemsize:
         raise ValueError(
             f"{name}: x {list(x.shape)} needs {(x.numel() + 1) // 2} bytes, which do not fill numbers of {storage}; "
@@ -161,17 +175,8 @@ def int8_dequantize(
         ValueError: sizes or devices do not fit.
     """
     name = "int8_dequantize"
-    if quantized.dtype != torch.int8:
-        raise TypeError(f"{name}: quantized has dtype {quantized.dtype}, expected torch.int8")
-    if scales.dtype != torch.float32:
-        raise TypeError(f"{name}: scales have dtype {scales.dtype}, expected torch.float32")
-    if dtype not in KERNEL_DTYPES:
-        raise TypeError(f"{name}: dtype is {dtype}; allowed are torch.float32, torch.float16 and torch.bfloat16")
-    if quantized.dim() == 0 or scales.numel() != quantized.shape[:-1].numel():
-        raise ValueError(
-            f"{name}: quantized {list(quantized.shape)} and scales {list(scales.shape)} do not fit; there is one scale "
-            "for each row [..., K]"
-        )
+    check_int8(name, quantized, scales)
+    _check_dtype(name, "dtype is", dtype)
     if scales.device != quantized.device:
         raise ValueError(f"{name}: scales are on {scales.device}, quantized on {quantized.device}; use one device")
     scales = scales.detach().reshape(quantized.shape[:-1])
@@ -226,8 +231,7 @@ def fp8_quantize(x: Tensor, scaling: Fp8Scaling = "row") -> tuple[Tensor, Tensor
     name = "fp8_quantize"
     if scaling not in fp8_reference.SCALINGS:
         raise ValueError(f"{name}: scaling={scaling!r}; allowed are {', '.join(map(repr, fp8_reference.SCALINGS))}")
-    if x.dtype not in KERNEL_DTYPES:
-        raise TypeError(f"{name}: x has dtype {x.dtype}; allowed are torch.float32, torch.float16 and torch.bfloat16")
+    _check_dtype(name, "x has dtype", x.dtype)
     if x.dim() == 0 or (scaling == "128x128" and x.dim() != 2):
         needed = "[N, K]" if scaling == "128x128" else "[..., K]"
         raise ValueError(f"{name}: x has shape {list(x.shape)}; scaling {scaling!r} needs {needed}")
@@ -236,37 +240,60 @@ def fp8_quantize(x: Tensor, scaling: Fp8Scaling = "row") -> tuple[Tensor, Tensor
     return result
 
 
-def _check_nf4(name: str, dtype: torch.dtype, blocksize: int) -> None:
-    if dtype not in KERNEL_DTYPES:
-        raise TypeError(f"{name}: dtype is {dtype}; allowed are torch.float32, torch.float16 and torch.bfloat16")
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"{name}: blocksize={blocksize}; allowed are {', '.join(map(str, BLOCKSIZES))}")
-
-
-def _check_weight(
-    name: str, packed: Tensor, absmax: Tensor, shape: torch.Size, blocks: int, nested: NestedScales | None
-) -> None:
-    needed = (shape.numel() + 1) // 2
-    if packed.numel() * packed.itemsize != needed:
+def check_int8(name: str, quantized: Tensor, scales: Tensor) -> None:
+    """Raise if these are not a weight in 8 bits, wherever they lie."""
+    if quantized.dtype != torch.int8:
+        raise TypeError(f"{name}: quantized has dtype {quantized.dtype}, expected torch.int8")
+    if scales.dtype != torch.float32:
+        raise TypeError(f"{name}: scales have dtype {scales.dtype}, expected torch.float32")
+    if quantized.dim() == 0 or scales.numel() != quantized.shape[:-1].numel():
         raise ValueError(
-            f"{name}: packed has {packed.numel() * packed.itemsize} bytes; shape {list(shape)} needs {needed}"
+            f"{name}: quantized {list(quantized.shape)} and scales {list(scales.shape)} do not fit; there is one scale "
+            "for each row [..., K]"
         )
-    parts = {"absmax": (absmax, torch.float32 if nested is None else torch.uint8, blocks)}
-    if nested is not None:
-        if nested.blocksize < 1 or nested.blocksize & (nested.blocksize - 1):
-            raise ValueError(f"{name}: nested.blocksize={nested.blocksize}; allowed are powers of two")
-        groups = (blocks + nested.blocksize - 1) // nested.blocksize
-        parts["nested.absmax"] = (nested.absmax, torch.float32, groups)
-        parts["nested.code"] = (nested.code, torch.float32, 256)
-        parts["nested.offset"] = (nested.offset, torch.float32, 1)
-    for what, (tensor, dtype, numel) in parts.items():
+
+
+def check_nf4(
+    name: str, packed: Tensor, absmax: Tensor, shape: torch.Size, blocksize: int, nested: NestedScales | None
+) -> None:
+    """Raise if these are not a weight of this shape in NF4, wherever they lie. A kernel would read what lies behind."""
+    _check_blocksize(name, blocksize)
+    needed, given = (shape.numel() + 1) // 2, packed.numel() * packed.itemsize
+    if given != needed:
+        raise ValueError(f"{name}: packed has {given} bytes; shape {list(shape)} needs {needed}")
+    if nested is not None and (nested.blocksize < 1 or nested.blocksize & (nested.blocksize - 1)):
+        raise ValueError(f"{name}: nested.blocksize={nested.blocksize}; allowed are powers of two")
+    for what, (tensor, dtype, numel) in _tables(absmax, nested, shape.numel(), blocksize).items():
         if tensor.dtype != dtype:
             hint = "; uint8 scales need nested" if tensor.dtype == torch.uint8 else ""
             raise TypeError(f"{name}: {what} has dtype {tensor.dtype}, expected {dtype}{hint}")
         if tensor.numel() != numel:
             raise ValueError(f"{name}: {what} has {tensor.numel()} elements, expected {numel} for shape {list(shape)}")
-        if tensor.device != packed.device:
-            raise ValueError(f"{name}: {what} is on {tensor.device}, packed on {packed.device}; use one device")
+
+
+def _tables(
+    absmax: Tensor, nested: NestedScales | None, values: int, blocksize: int
+) -> dict[str, tuple[Tensor, torch.dtype, int]]:
+    """What stands beside the bytes, and which dtype and how many elements it needs."""
+    blocks = -(-values // blocksize)
+    if nested is None:
+        return {"absmax": (absmax, torch.float32, blocks)}
+    return {
+        "absmax": (absmax, torch.uint8, blocks),
+        "nested.absmax": (nested.absmax, torch.float32, -(-blocks // nested.blocksize)),
+        "nested.code": (nested.code, torch.float32, 256),
+        "nested.offset": (nested.offset, torch.float32, 1),
+    }
+
+
+def _check_dtype(name: str, what: str, dtype: torch.dtype) -> None:
+    if dtype not in KERNEL_DTYPES:
+        raise TypeError(f"{name}: {what} {dtype}; allowed are torch.float32, torch.float16 and torch.bfloat16")
+
+
+def _check_blocksize(name: str, blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{name}: blocksize={blocksize}; allowed are {', '.join(map(str, BLOCKSIZES))}")
 
 
 def _check_out(name: str, out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:

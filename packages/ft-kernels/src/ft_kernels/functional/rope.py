@@ -12,7 +12,7 @@ from ft_kernels.dispatch import use_triton
 from ft_kernels.ops.rope import reference
 from ft_kernels.ops.rope.autograd import rope_inplace_op, rope_op
 
-__all__ = ["RopeLayout", "rope"]
+__all__ = ["RopeLayout", "check_rope", "for_tokens", "rope", "rotated_pairs"]
 
 RopeLayout = Literal["half", "interleaved"]
 
@@ -70,8 +70,8 @@ def rope(
         IndexError: a position is not in the table, where torch computes; a kernel cannot raise without stopping the
             GPU's queue, and makes that token nan instead.
     """
-    _check(q, k, cos, sin, position_ids, layout, heads_dim)
-    pairs = _pairs(q.shape[-1], cos.shape[-1], rotary_dim)
+    check_rope(q, k, cos, sin, position_ids, layout, heads_dim)
+    pairs = rotated_pairs(q.shape[-1], cos.shape[-1], rotary_dim)
     parts = _sections(sections, pairs, interleaved_sections)
     views = [t.movedim(heads_dim, -2) for t in (q, k)]
     if q.dim() == 3:
@@ -81,11 +81,11 @@ def rope(
         raise ValueError(f"rope: q is {list(q.shape)}, k {list(k.shape)}; only the number of heads may differ")
     tables = [t.detach() for t in (cos, sin)]
     if position_ids is None:
-        tables = [_for_tokens("cos and sin", t, parts, batches, length, 1) for t in tables]
+        tables = [for_tokens("cos and sin", t, parts, batches, length, 1) for t in tables]
     elif cos.dim() != 2:
         raise ValueError(f"rope: cos is {list(cos.shape)}; with position_ids it is a table [positions, n]")
     else:
-        position_ids = _for_tokens("position_ids", position_ids, parts, batches, length, 0)
+        position_ids = for_tokens("position_ids", position_ids, parts, batches, length, 0)
     tables = [t[..., :pairs] for t in tables]
     settings = (tables[0], tables[1], position_ids, parts, layout == "interleaved", interleaved_sections)
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
@@ -108,7 +108,8 @@ def _writable(view: Tensor) -> bool:
     return all(size <= 1 or stride != 0 for size, stride in zip(view.shape, view.stride(), strict=True))
 
 
-def _pairs(d: int, columns: int, rotary_dim: int | None) -> int:
+def rotated_pairs(d: int, columns: int, rotary_dim: int | None) -> int:
+    """How many pairs of a head of d are turned, by tables of so many columns; raises if they do not fit."""
     if rotary_dim is None:
         if columns != d:
             raise ValueError(
@@ -137,7 +138,7 @@ def _sections(sections: Sequence[int] | None, pairs: int, interleaved: bool) -> 
     return parts
 
 
-def _for_tokens(what: str, given: Tensor, sections: list[int], batches: int, length: int, columns: int) -> Tensor:
+def for_tokens(what: str, given: Tensor, sections: list[int], batches: int, length: int, columns: int) -> Tensor:
     """``given`` as ``[streams, batches, length]`` (and columns, 0 or 1 dimensions), by views."""
     streams = len(sections) or 1
     shaped = given if sections else given.unsqueeze(0)
@@ -159,9 +160,10 @@ def _for_tokens(what: str, given: Tensor, sections: list[int], batches: int, len
     return shaped.expand(streams, batches, length, *shaped.shape[3:])
 
 
-def _check(
+def check_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, layout: str, heads_dim: int
 ) -> None:
+    """Raise if dtypes, devices, shapes or settings do not fit."""
     for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         if not tensor.is_floating_point():
             raise TypeError(f"rope: {name} has dtype {tensor.dtype}; use a floating-point dtype")

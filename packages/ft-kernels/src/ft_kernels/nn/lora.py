@@ -17,11 +17,12 @@ __all__ = ["LoRALinear"]
 class LoRALinear(torch.nn.Module):
     """:func:`ft_kernels.lora_linear` with a frozen weight that has room for the update, and adapters to train.
 
-    The state dict has ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``magnitude``; the weight is the plain one.
+    The state dict has ``weight``, ``bias``, ``lora_a``, ``lora_b`` and ``magnitude``; the weight is the plain one. It
+    and the bias are parameters that require no gradient, the weight as ``wide``, in rows with room beside it.
 
     Args:
         in_features, out_features: K and N.
-        rank: of the update.
+        rank: of the update, from 1.
         alpha: the update is scaled by alpha / rank.
         rank_stabilized: it is scaled by alpha / sqrt(rank) instead (rsLoRA).
         weight_decomposed: train each row's magnitude too (DoRA).
@@ -31,8 +32,7 @@ class LoRALinear(torch.nn.Module):
         adapter_dtype: what the adapters are.
     """
 
-    wide: Tensor
-    bias: Tensor | None
+    bias: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -50,13 +50,17 @@ class LoRALinear(torch.nn.Module):
         adapter_dtype: torch.dtype | None = torch.float32,
     ) -> None:
         super().__init__()
+        if rank < 1:
+            raise ValueError(f"LoRALinear: rank={rank}; allowed is 1 or more, or use torch.nn.Linear for no update")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.scaling = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self.dropout = dropout
         place = {"device": device, "dtype": adapter_dtype}
         wide = torch.zeros(out_features, width(in_features, rank), device=device, dtype=dtype)
-        self.register_buffer("wide", wide, persistent=False)
-        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+        # Not buffers, though nothing trains them: DistributedDataParallel sends these to all at each forward.
+        self.wide = torch.nn.Parameter(wide, requires_grad=False)
+        shift = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = None if shift is None else torch.nn.Parameter(shift, requires_grad=False)
         self.lora_a = torch.nn.Parameter(torch.empty(rank, in_features, **place))  # type: ignore[arg-type]
         self.lora_b = torch.nn.Parameter(torch.zeros(out_features, rank, **place))  # type: ignore[arg-type]
         torch.nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
@@ -101,19 +105,27 @@ class LoRALinear(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "wide"]
         destination[prefix + "weight"] = self.weight.contiguous()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _, strict, missing, unexpected, _ = args
+        _, strict, missing, unexpected, errors = args
         weight = state_dict.get(prefix + "weight")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "weight" in unexpected:
-            unexpected.remove(prefix + "weight")
-        if weight is not None:
+        for names, name in ((missing, "wide"), (unexpected, "weight")):
+            if prefix + name in names:
+                names.remove(prefix + name)
+        if weight is None:
+            if strict:
+                missing.append(prefix + "weight")
+        elif weight.shape != self.weight.shape:  # copy_ would repeat a row that fits
+            errors.append(
+                f"size mismatch for {prefix}weight: copying a param with shape {weight.shape} from checkpoint, "
+                f"the shape in current model is {self.weight.shape}."
+            )
+        else:
             with torch.no_grad():
                 self.weight.copy_(weight)
-        elif strict:
-            missing.append(prefix + "weight")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={self.scaling:g}"

@@ -16,8 +16,7 @@ from ft_core.fast.decoding.layers import Layers, looks
 from ft_core.fast.decoding.sampling import choose
 from ft_core.fast.decoding.session import Session, bytes_of
 from ft_core.fast.decoding.trial import trial
-from ft_core.fast.find import NotFast
-from ft_core.fast.swap import unwrapped
+from ft_core.fast.find import NotFast, unwrapped
 
 __all__ = ["Decoder", "decoder_of", "forget"]
 

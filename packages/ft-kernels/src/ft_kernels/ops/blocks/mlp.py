@@ -31,7 +31,7 @@ from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.autograd import as_rows, unflatten
 from ft_kernels.ops.lora_mlp import products as mlp_products
 
-__all__ = ["MLP", "MLPBlock", "run"]
+__all__ = ["MLP", "MLPBlock", "run", "sides"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,7 @@ class MLP:
     Attributes:
         kind: the activation's number.
         answer: whether Y is wanted, or what is kept for backward alone.
+        tile: rows at a time (see ``mlp_tiles``); None for all.
     """
 
     norm: Norm
@@ -50,13 +51,14 @@ class MLP:
     dropout: float
     keep: str
     answer: bool = True
+    tile: int | None = None
 
 
 def _forward(
     block: MLP, x: Tensor, seed: Tensor | None, adapters: Sequence[Tensor]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Y, and all there may be to keep: the normed row, 1/rms, [G | U] and both products' low-rank inputs."""
-    first, second = (p.low(*ab) for p, ab in _sides(block, adapters))
+    first, second = (p.low(*ab) for p, ab in sides(block, adapters))
     drop, drop_hidden = drops(block.dropout, seed)
     rows = as_rows(x)
     row: Tensor | None
@@ -71,7 +73,8 @@ def _forward(
     return y.view(x.shape), (row, rstd, both, tail, hidden_tail)
 
 
-def _sides(block: MLP, adapters: Sequence[Any]) -> list[tuple[Product, tuple[Any, Any]]]:
+def sides(block: MLP, adapters: Sequence[Any]) -> list[tuple[Product, tuple[Any, Any]]]:
+    """Both products, each with its adapters' a and b."""
     two = (block.gate_up, block.down)
     return list(zip(two, split_adapters(two, adapters), strict=True))
 
@@ -110,8 +113,8 @@ class MLPBlock(torch.autograd.Function):
         x, seed, tail, hidden_tail, row, rstd, both, *adapters = ctx.saved_tensors
         need_x = ctx.needs_input_grad[1]
         with torch.autocast(x.device.type, enabled=False):
-            sides = _sides(block, adapters)
-            first, second = (p.low(*ab) for p, ab in sides)
+            pairs = sides(block, adapters)
+            first, second = (p.low(*ab) for p, ab in pairs)
             drop, drop_hidden = drops(block.dropout, seed)
             rows, dys = as_rows(x), as_rows(dy)
             # Gradients of A need the normed rows, which a kernel makes as it reads x.
@@ -131,7 +134,7 @@ class MLPBlock(torch.autograd.Function):
         needs = split_adapters((block.gate_up, block.down), ctx.needs_input_grad[3:])
         result: list[Tensor | None] = []
         parts = flat.split([first.numel, second.numel])
-        for side, need, part in zip(sides, needs, parts, strict=True):
+        for side, need, part in zip(pairs, needs, parts, strict=True):
             da, db = unflatten(part, *side[1], *need)
             result += [*da, *db]
         return None, dx, None, *result

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ft_kernels import dispatch
 from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
+from ft_kernels.ops.refusals import refuse_twice
 
 __all__ = [
     "Norm",
@@ -82,24 +83,16 @@ def normed(x: Tensor, norm: Norm, low: Low) -> tuple[Tensor, Tensor]:
     return row, rstd
 
 
-def normed_backward(dn: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor) -> Tensor:
+def normed_backward(
+    dn: Tensor, x: Tensor, norm: Norm, rstd: Tensor, residual: Tensor, out: Tensor | None = None
+) -> Tensor:
     """The gradient of x ``[M, H]``: through its norm, from ``dn``, and past it, ``residual``; rounded once."""
     from ft_kernels.ops.rms_norm import kernels
 
-    dx = dispatch.allocate(x.shape, x.dtype, x.device)
+    dx = dispatch.allocate(x.shape, x.dtype, x.device) if out is None else out
     return kernels.backward(dn, x, norm.weight, rstd, norm.offset, False, residual, dx)[0]
 
 
 def row_norm(norm: Norm, rstd: Tensor) -> RowNorm:
     """The norm for a kernel that makes normed rows as it reads x."""
     return RowNorm(norm.weight, rstd, norm.offset)
-
-
-def refuse_twice(ctx: Any, name: str) -> None:
-    """Raise in a second backward pass through memory that the first has written over."""
-    if getattr(ctx, "consumed", False):
-        raise RuntimeError(
-            f"{name}: backward was called a second time; it writes gradients over what forward kept. "
-            f"Call {name} again, or add the losses up before one backward"
-        )
-    ctx.consumed = True

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_kernels import dispatch, tuning
-from ft_kernels.dispatch import cdiv, interpreting, launch, power_of_2
-from ft_kernels.ops.lora.tiles import rounded, rounds_by_hand
+from ft_kernels.dispatch import cdiv, launch, power_of_2
+from ft_kernels.ops.lora.tiles import dot_dtype, rounded, rounds_by_hand
 
 __all__ = ["append", "attention"]
 
@@ -32,7 +32,7 @@ def _parts(
 ):  # fmt: skip
     """A part's weighted sum of values, over its sum of weights, and the logarithm of that to base 2."""
     row = (tl.program_id(0) // (HEADS // GROUP)).to(tl.int64)
-    group = tl.program_id(0) % (HEADS // GROUP)
+    group = (tl.program_id(0) % (HEADS // GROUP)).to(tl.int64)  # heads may lie far apart
     part = tl.program_id(1)
     end = tl.minimum(tl.load(lengths + row), S)
     begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
@@ -101,7 +101,7 @@ def _append(
 ):  # fmt: skip
     """One head of q, k or v of one row: turned, or copied, to where it goes."""
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     pairs = tl.arange(0, BLOCK)
     there = pairs < PAIRS
     position = tl.load(positions + row)
@@ -147,12 +147,6 @@ def append(
     return out
 
 
-def _dot_dtype(x: Tensor) -> tl.dtype:
-    if x.dtype == torch.float16:
-        return tl.float16
-    return tl.float32 if interpreting() else tl.bfloat16  # the interpreter computes with bf16 wrongly
-
-
 def attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, window: int, scale: float) -> Tensor:
     """``[B, H, D]``; the arguments are :func:`ft_kernels.decode_attention`'s, with window 0 for none."""
     b, heads, d = q.shape
@@ -170,7 +164,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, window: 
         q, q.stride(0), q.stride(1), keys, *keys.stride()[:3], values, *values.stride()[:3], lengths, sums, marks, s,
         window, scale * LOG2E,
         HEADS=heads, GROUP=group, D=d, PARTS=parts, BLOCK_D=block_d, M=max(16, power_of_2(group)), N=TOKENS,
-        DOT=_dot_dtype(q),
+        DOT=dot_dtype(q),
         num_warps=4, num_stages=3,
     )  # fmt: skip
     launch(

@@ -20,6 +20,7 @@ from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, row_stride
 from ft_kernels.ops.linear_head.products import wide_of
 from ft_kernels.ops.linear_head.reference import Head
 from ft_kernels.ops.linear_head.steps import scaled, step_dtype
+from ft_kernels.ops.refusals import refuse_second_derivative
 
 __all__ = ["linear_head_backward_op", "linear_head_kept_op", "linear_head_op", "linear_head_sum_op", "scaled_op"]
 
@@ -28,6 +29,7 @@ _NUMBERS = (
     "float scaling, int ignore_index, float label_smoothing, float softcap, float logit_scale, float z_loss, "
     "float temperature, int max_memory"
 )
+_NAMES = "linear_cross_entropy and linear_logprob"
 _Numbers = tuple[float, int, float, float, float, float, float, int]
 
 
@@ -125,6 +127,7 @@ def _backward_rows(ctx: Any, grads: Tensor | None, *others: Tensor | None) -> tu
     entropy_grads = others[2] if ctx.entropy else None
     if grads is None and entropy_grads is None:
         return *(None,) * 5, *rest
+    refuse_second_derivative(_NAMES)
     if ctx.keep and grads is not None:  # then there is no entropy
         (held,) = ctx.saved_tensors
         scale = chunks.gradient_scale(ctx.dtype, Settings(*ctx.numbers[1:-1]))
@@ -260,6 +263,7 @@ def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _backward_sum(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 15
+    refuse_second_derivative(_NAMES)
     sums, more = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     settings = Settings(*ctx.numbers[1:-1])
     factor = grad / chunks.gradient_scale(ctx.dtypes[0], settings)

@@ -70,7 +70,14 @@ def gradient_scale(dtype: torch.dtype, settings: Settings) -> float:
     if dtype != torch.float16:
         return 1.0
     steepest = abs(settings.logit_scale / settings.temperature)
-    return 2.0 ** (8 - (math.frexp(steepest)[1] if steepest else 0))
+    power = 8 - (math.frexp(steepest)[1] if steepest else 0)
+    if settings.z_loss:
+        # The z-loss makes them steeper by 1 + 2 · z_loss · logsumexp, which only the device knows: the largest there
+        # may be, from fp16 logits and 2^32 classes, must not overflow. What that costs, the steepness gives back.
+        largest = torch.finfo(dtype).max * abs(settings.logit_scale)
+        largest = (min(largest, settings.softcap) if settings.softcap else largest) / settings.temperature + 23
+        power = min(power, 15 - math.frexp(steepest * (1 + 2 * settings.z_loss * largest))[1])
+    return 2.0**power
 
 
 def _spans(count: int, step: int) -> Iterator[slice]:
@@ -167,7 +174,7 @@ def forward_rows(
     The weight's is left out if ``weight_way`` says so; :func:`weight_from_kept` or :func:`backward_rows` makes it then.
     """
     shape, device = shape_of(hidden, head), hidden.device
-    head = _in_dtype(head, hidden.dtype)
+    head, targets = _in_dtype(head, hidden.dtype), targets.contiguous()  # the kernels read them one after the other
     dtype = step_dtype(hidden)
     losses, lses, rests = (dispatch.allocate((shape.rows,), dtype, device) for _ in range(3))
     way, rows = weight_way(shape, needs, max_memory), plan_rows(shape, needs, max_memory)
@@ -217,7 +224,7 @@ def backward_rows(
 ) -> Sums:
     """Gradients from those of each row's loss and entropy; the logits are made again. Each is in its tensor's dtype."""
     shape, device, given = shape_of(hidden, head), hidden.device, head
-    head = _in_dtype(head, hidden.dtype)
+    head, targets = _in_dtype(head, hidden.dtype), targets.contiguous()
     wide = wide_of(hidden.dtype)
     grads = grads.to(lses.dtype).contiguous()
     entropy_grads = None if entropy_grads is None else entropy_grads.to(lses.dtype).contiguous()

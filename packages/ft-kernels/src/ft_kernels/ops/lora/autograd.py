@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.operands import Base, Drop, Low, padded
+from ft_kernels.ops.row_norms.norms import row_norms
 
 __all__ = ["as_rows", "lora_linear_backward_op", "lora_linear_op", "lora_row_norms_op", "no_gradient", "unflatten"]
 
@@ -169,7 +170,7 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
         dy, x, tail, *ctx.base, a, b, starts, scaling, dropout, seed, need_x, any(need_a), any(need_b)
     )
     da, db = ([None] * len(a), [None] * len(b)) if not flat.numel() else unflatten(flat, a, b, need_a, need_b)
-    dbias = dy.sum(tuple(range(dy.dim() - 1))).to(ctx.bias_dtype) if need_bias else None
+    dbias = as_rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
     weight, _, _, sizes, meta = ctx.base
     return (
         dx if need_x else None, [None] * len(weight), None, None, no_gradient(sizes), no_gradient(meta), da, db,
@@ -198,7 +199,7 @@ def lora_row_norms_op(
     dtype: torch.dtype,
 ) -> Tensor:
     """The norm of each row of the weight with its updates, ``[N]``, in fp32 (float64 for float64)."""
-    return products.row_norms(Base(kind, weight, k, sizes, meta), Low(a, b, starts, scaling), dtype)
+    return row_norms(Base(kind, weight, k, sizes, meta), Low(a, b, starts, scaling), dtype)
 
 
 @lora_row_norms_op.register_fake

@@ -80,7 +80,8 @@ def _pack(
 
 @triton.jit
 def _rows(
-    x, x_stride, wide, wide_stride, partial, packed, seed, threshold, inverse, M, K, R, cols_each, end0, end1,
+    x, x_stride, wide, wide_stride, partial, packed, seed, threshold, inverse, first_row, M, K, R, cols_each,
+    end0, end1,
     COPY: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
     BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +102,9 @@ def _rows(
             total = tl.dot(operand(values, INTERPRETED), tl.trans(low), total)
         for i in tl.static_range(DROPS):
             mine = _segment(ranks, end0, end1, i, DROPS)
-            left = rounded(kept(values, seed, rows[:, None], cols[None, :], threshold, inverse, i), x, BY_HAND)
+            left = rounded(
+                kept(values, seed, rows[:, None], cols[None, :], threshold, inverse, first_row, i), x, BY_HAND
+            )
             right = tl.where(mine[:, None], low, 0.0)
             total = tl.dot(operand(left, INTERPRETED), tl.trans(right), total)
     slot = partial + (tl.program_id(1) * M + rows[:, None]) * R + ranks[None, :]
@@ -178,7 +181,7 @@ def _b_gradient(
 @triton.jit
 def _a_gradient(
     x, x_stride, low, low_stride, packed, dx, dx_stride, out, out_stride, partial, split_stride,
-    norm, rstd, offset, offset_rest, seed, threshold, inverse, M, K, R, ranks_given, share, end0, end1,
+    norm, rstd, offset, offset_rest, seed, threshold, inverse, first_row, M, K, R, ranks_given, share, end0, end1,
     NORM: tl.constexpr, UPDATE: tl.constexpr, SUM: tl.constexpr, DROPS: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr, RP: tl.constexpr, STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -213,10 +216,12 @@ def _a_gradient(
         for i in tl.static_range(DROPS):
             mine = tl.where(_segment(ranks, end0, end1, i, DROPS)[None, :], up, 0.0)
             if SUM:
-                left = rounded(kept(values, seed, rows[:, None], cols[None, :], threshold, inverse, i), x, BY_HAND)
+                left = rounded(
+                    kept(values, seed, rows[:, None], cols[None, :], threshold, inverse, first_row, i), x, BY_HAND
+                )
                 total = tl.dot(tl.trans(operand(left, INTERPRETED)), mine, total)
             if UPDATE:
-                result += kept(tl.dot(mine, a), seed, rows[:, None], cols[None, :], threshold, inverse, i)
+                result += kept(tl.dot(mine, a), seed, rows[:, None], cols[None, :], threshold, inverse, first_row, i)
         if UPDATE:
             slot = out + rows[:, None] * out_stride + cols[None, :]
             tl.store(slot, rounded(result, out, BY_HAND), mask=mask)

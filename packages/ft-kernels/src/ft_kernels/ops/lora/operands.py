@@ -71,14 +71,24 @@ class Low:
 
 @dataclass(eq=False)
 class Drop:
-    """Dropout of the adapters' input with probability p; adapter i has the random numbers of stream i."""
+    """Dropout of the adapters' input with probability p; adapter i has the random numbers of stream i.
+
+    Attributes:
+        first: the number of the input's first row among those that share the seed. Random numbers go by these numbers,
+            so that rows computed some at a time are dropped as if they were computed together.
+    """
 
     p: float = 0.0
     seed: Tensor | None = None
+    first: int = 0
 
-    def arguments(self, other: Tensor) -> tuple[Tensor, int, float]:
-        """What the kernels take: the seed, the smallest number that is kept, and what the kept are multiplied with."""
-        return (other if self.seed is None else self.seed), round(self.p * 2**32), 1 / (1 - self.p)
+    def at(self, first: int) -> Drop:
+        """The same, for an input whose first row has this number."""
+        return Drop(self.p, self.seed, first) if self.p else self
+
+    def arguments(self, other: Tensor) -> tuple[Tensor, int, float, int]:
+        """What kernels take: the seed, the smallest number kept, the factor of what is kept, and the first row."""
+        return (other if self.seed is None else self.seed), round(self.p * 2**32), 1 / (1 - self.p), self.first
 
 
 @dataclass(eq=False)
@@ -140,6 +150,13 @@ class Base:
         if self.quantized:
             return [self._expanded(dispatch.allocate((self.n, self.k), dtype, self.tensors[0].device))[:, : self.k]]
         return list(self.tensors)
+
+    def expanded(self, r: int, dtype: torch.dtype) -> Base:
+        """The same weight with room for r ranks, expanded now and not at each use. Codes in fp8 stay: they multiply."""
+        if self.kind not in ("nf4", "int8"):
+            return self
+        whole = self._expanded(row_buffer(self.n, self.k, r, dtype, self.tensors[0].device))
+        return Base("wide", [whole], self.k, [self.n])
 
     def _expanded(self, target: Tensor) -> Tensor:
         """A quantized weight in the left part of ``[N, ≥ K]``."""

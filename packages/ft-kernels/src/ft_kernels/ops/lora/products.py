@@ -12,17 +12,20 @@ weight that lies alone gets the update added: the same function with one more ro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ft_kernels import dispatch, tuning
+from ft_kernels.ops.linear_head.products import mm_into, wide_of
 from ft_kernels.ops.lora import scaled
 from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
 from ft_kernels.ops.lora.reference import keep_mask
-from ft_kernels.ops.lora.reference import row_norms as reference_norms
 
 __all__ = [
+    "Ready",
     "add_input_gradient",
     "backward",
     "fill_tail",
@@ -32,7 +35,7 @@ __all__ = [
     "linear",
     "norms_rows",
     "pack",
-    "row_norms",
+    "prepare",
     "sum_parts",
     "uses_kernels",
     "widened_weight",
@@ -78,7 +81,7 @@ def pack(low: Low, k: int, columns: Tensor) -> Tensor:
 def _dropped(x: Tensor, stream: int, drop: Drop) -> Tensor:
     if not drop.p or drop.seed is None:
         return x
-    keep = keep_mask(drop.seed, x.shape[0], x.shape[1], stream, drop.p)
+    keep = keep_mask(drop.seed, x.shape[0], x.shape[1], stream, drop.p, drop.first)
     return torch.where(keep, x / (1 - drop.p), 0.0)
 
 
@@ -133,9 +136,39 @@ def widened_weight(base: Base, r: int, m: int, dtype: torch.dtype) -> Tensor | N
     return base.widened(r, dtype)
 
 
+@dataclass(eq=False)
+class Ready:
+    """What stands on the weight's side of a product, made once for all its rows.
+
+    Attributes:
+        base: the weight.
+        widened: ``[N, ≥ K + R]``, the weight with S beside it; None where the update is added by itself.
+        columns: S, ``[N, R]``. packed: A, ``[R, K]``. None for both without adapters.
+    """
+
+    base: Base
+    widened: Tensor | None = None
+    columns: Tensor | None = None
+    packed: Tensor | None = None
+
+
+def prepare(base: Base, low: Low, m: int, dtype: torch.dtype, *, widen: bool = True) -> Ready:
+    """The weight's side of a product of m rows in this dtype; without ``widen`` the weight lies alone."""
+    r = low.padded
+    if not r:
+        return Ready(base)
+    widened = widened_weight(base, r, m, dtype) if widen else None
+    if widened is None:
+        columns = dispatch.allocate((base.n, r), dtype, base.tensors[0].device)
+    else:
+        columns = widened[:, base.k : base.k + r]
+    return Ready(base, widened, columns, pack(low, base.k, columns))
+
+
 def forward(
     x: Tensor, base: Base, low: Low, bias: Tensor | None = None, drop: Drop | None = None,
-    *, residual: Tensor | None = None, tail: Tensor | None = None,
+    *, residual: Tensor | None = None, tail: Tensor | None = None, ready: Ready | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Y ``[M, N]`` and ``X Aᵀ`` ``[M, R]``, which backward wants.
 
@@ -143,24 +176,25 @@ def forward(
         x: ``[M, K]``, or a whole row buffer ``[M, ≥ K + R]`` with X in its left part, whose tail is filled.
         residual: ``[M, N]``, added to Y, inside the product where that rounds less.
         tail: ``X Aᵀ`` where it is known, from an earlier forward.
+        ready: of this base and these adapters, where it is known. out: ``[M, N]``, where Y goes.
     """
     k, r, m = base.k, low.padded, x.shape[0]
     row = x if x.shape[1] > k else None
     x = x[:, :k]
     if not r or not x.numel():
-        return _dense_product(x, base, bias, residual), x.new_zeros(m, r)
-    widened = widened_weight(base, r, m, x.dtype)
+        return _dense_product(x, base if ready is None else ready.base, bias, residual, out), x.new_zeros(m, r)
+    ready = ready or prepare(base, low, m, x.dtype)
+    widened, columns, packed = ready.widened, ready.columns, ready.packed
+    assert columns is not None
+    assert packed is not None
     if widened is None:
-        columns = dispatch.allocate((base.n, r), x.dtype, x.device)
-        packed = pack(low, k, columns)
         if tail is None:
             tail = fill_tail(x, packed, low, None, drop)
-        y = _dense_product(x, base, bias)
+        y = _dense_product(x, ready.base, bias, out=out)
         for outputs, ranks in _blocks(low, x.dtype):
             add_product(y[:, outputs], tail[:, ranks], columns[outputs, ranks].t())
         # Added last: a residual is large, and each step would round at its size.
         return y if residual is None else y.add_(residual), tail
-    packed = pack(low, k, widened[:, k : k + r])
     if row is None:
         row = row_buffer(m, k, r, x.dtype, x.device)
         if tail is not None:
@@ -169,26 +203,33 @@ def forward(
         tail = fill_tail(x, packed, low, row, drop)
     else:
         row[:, k : k + r].copy_(tail)
-    return linear(row[:, : k + r], widened[:, : k + r], bias, residual), tail
+    return linear(row[:, : k + r], widened[:, : k + r], bias, residual, out), tail
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """``X Wᵀ + bias + residual``; with a residual alone, in 16 bits, rounded once."""
-    if residual is None:
-        return F.linear(x, weight, bias)
-    if bias is None and x.dtype.itemsize <= 2:
-        return torch.addmm(residual, x, weight.t())
-    return F.linear(x, weight, bias).add_(residual)  # see add_product
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """``X Wᵀ + bias + residual``, into ``out`` if there is one; with a residual alone, in 16 bits, rounded once."""
+    if residual is not None and bias is None and x.dtype.itemsize <= 2:
+        return torch.addmm(residual, x, weight.t(), out=out)
+    if out is None:
+        y = F.linear(x, weight, bias)
+    else:  # what F.linear calls for rows
+        y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    return y if residual is None else y.add_(residual)  # see add_product
 
 
-def _dense_product(x: Tensor, base: Base, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+def _dense_product(
+    x: Tensor, base: Base, bias: Tensor | None, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     if base.kind == "fp8":
         y = scaled.forward(x, base, bias)
+        y = y if out is None else out.copy_(y)
         return y if residual is None else y.add_(residual)
     weights = base.dense(x.dtype)
     if len(weights) == 1:
-        return linear(x, weights[0], bias, residual)
-    y = dispatch.allocate((x.shape[0], base.n), x.dtype, x.device)
+        return linear(x, weights[0], bias, residual, out)
+    y = dispatch.allocate((x.shape[0], base.n), x.dtype, x.device) if out is None else out
     biases = [None] * len(weights) if bias is None else bias.split([w.shape[0] for w in weights])
     for part, weight, shift in zip(y.split([w.shape[0] for w in weights], 1), weights, biases, strict=True):
         if shift is None:
@@ -201,6 +242,7 @@ def _dense_product(x: Tensor, base: Base, bias: Tensor | None, residual: Tensor 
 def backward(
     dy: Tensor, x: Tensor, tail: Tensor, base: Base, low: Low, drop: Drop | None = None,
     *, need_x: bool = True, need_a: bool = True, need_b: bool = True, dense: bool = False, norm: RowNorm | None = None,
+    ready: Ready | None = None, out: Tensor | None = None, sums: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dX, the left part of a row buffer, and all adapters' gradients in one flat tensor; None for what is not needed.
 
@@ -208,23 +250,31 @@ def backward(
         dy: ``[M, N]``. x: ``[M, K]``. Both with the last dimension contiguous. tail: ``X Aᵀ`` from forward.
         dense: dX with one row right after the other, which costs nothing where a kernel adds the adapters' share.
         norm: X is the norm of the given one; only where :func:`norms_rows` says so. dX is still that of X.
+        ready: as for :func:`forward`. out: ``[M, K]`` without gaps, where dX goes if it is wanted.
+        sums: the dtype of the adapters' gradients, for a caller who adds them up; None for the adapters'.
     """
     drop = drop or Drop()
     if not dy.numel() or not base.k:
         flat = low.a[0].new_zeros(low.numel) if low.a and (need_a or need_b) else None
         return (row_buffer(dy.shape[0], base.k, low.r, dy.dtype, dy.device)[:, : base.k] if need_x else None), flat
-    dx, dlow, packed = input_gradient(dy, base, low, need_x, need_x or need_a)
+    dx, dlow, packed = input_gradient(dy, base, low, need_x, need_x or need_a, ready)
+    if dx is None:
+        out = None
+    elif not low.r:
+        return (out.copy_(dx) if out is not None else dx.contiguous() if dense else dx), None
+    elif out is None and dense:
+        out = dispatch.allocate(dx.shape, dx.dtype, dx.device)
     if not low.r:
-        return (dx.contiguous() if dense and dx is not None else dx), None
-    out = dispatch.allocate(dx.shape, dx.dtype, dx.device) if dense and dx is not None else None
+        return None, None
     flat = gradients(
-        dy, x[:, : base.k], tail, dlow, dx, packed, low, drop, need_a=need_a, need_b=need_b, out=out, norm=norm
-    )
+        dy, x[:, : base.k], tail, dlow, dx, packed, low, drop, need_a=need_a, need_b=need_b, out=out, norm=norm,
+        sums=sums,
+    )  # fmt: skip
     return dx if out is None else out, flat
 
 
 def input_gradient(
-    dy: Tensor, base: Base, low: Low, need_x: bool = True, need_low: bool = True
+    dy: Tensor, base: Base, low: Low, need_x: bool = True, need_low: bool = True, ready: Ready | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dY W`` (not yet with the adapters' share), ``D = dY S`` and A stacked; the first two in one row buffer."""
     k, r, m = base.k, low.padded, dy.shape[0]
@@ -232,42 +282,41 @@ def input_gradient(
         return None, None, None
     out = row_buffer(m, k, r, dy.dtype, dy.device) if need_x else dispatch.allocate((m, k + r), dy.dtype, dy.device)
     dx, dlow = out[:, :k], out[:, k : k + r]
-    widened = widened_weight(base, r, m, dy.dtype) if r and need_x else None
-    if widened is not None:
-        packed = pack(low, k, widened[:, k : k + r])
-        torch.mm(dy, widened[:, : k + r], out=out[:, : k + r])
-        return dx, dlow, packed
-    if need_x and not (base.kind == "fp8" and scaled.input_gradient(dy, base, dx)):
+    ready = ready or prepare(base, low, m, dy.dtype, widen=need_x)
+    if need_x and ready.widened is not None:
+        torch.mm(dy, ready.widened[:, : k + r], out=out[:, : k + r])
+        return dx, dlow, ready.packed
+    if need_x and not (ready.base.kind == "fp8" and scaled.input_gradient(dy, ready.base, dx)):
         start = 0
-        for i, weight in enumerate(base.dense(dy.dtype)):
+        for i, weight in enumerate(ready.base.dense(dy.dtype)):
             part = dy[:, start : start + weight.shape[0]]
             torch.mm(part, weight, out=dx) if i == 0 else add_product(dx, part, weight)
             start += weight.shape[0]
     if not r:
         return dx, None, None
-    columns = dispatch.allocate((base.n, r), dy.dtype, dy.device)
-    packed = pack(low, k, columns)
+    columns = ready.columns
+    assert columns is not None
     dlow[:, low.r :] = 0
     for outputs, ranks in _blocks(low, dy.dtype):
         torch.mm(dy[:, outputs], columns[outputs, ranks], out=dlow[:, ranks])
-    return (dx if need_x else None), dlow, packed
+    return (dx if need_x else None), dlow, ready.packed
 
 
 def gradients(
     dy: Tensor, x: Tensor, tail: Tensor, dlow: Tensor | None, dx: Tensor | None, packed: Tensor | None, low: Low,
     drop: Drop, *, need_a: bool = True, need_b: bool = True, out: Tensor | None = None,
-    norm: RowNorm | None = None,
+    norm: RowNorm | None = None, sums: torch.dtype | None = None,
 ) -> Tensor | None:  # fmt: skip
     """All adapters' gradients in one flat tensor (see :class:`Low`) of their dtype; adds the adapters' share to dx.
 
     Args:
         out: where dx with that share goes; None is over dx.
-        norm: as for :func:`backward`.
+        norm, sums: as for :func:`backward`.
     """
     m, k = x.shape
-    dtype = low.a[0].dtype
+    dtype = sums or low.a[0].dtype
     if not uses_kernels(x, low.padded) or len(low.a) > 3:
-        flat = _gradients_by_torch(dy, x, tail, dlow, dx, packed, low, drop, need_a, need_b)
+        flat = _gradients_by_torch(dy, x, tail, dlow, dx, packed, low, drop, need_a, need_b, sums)
         if out is not None and dx is not None:
             out.copy_(dx)
         return flat
@@ -295,12 +344,12 @@ def sum_parts(partial: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _gradients_by_torch(
     dy: Tensor, x: Tensor, tail: Tensor, dlow: Tensor | None, dx: Tensor | None, packed: Tensor | None, low: Low,
-    drop: Drop, need_a: bool, need_b: bool,
+    drop: Drop, need_a: bool, need_b: bool, sums: torch.dtype | None,
 ) -> Tensor | None:  # fmt: skip
     k = x.shape[1]
     flat = None
     if need_a or need_b:
-        flat = dispatch.allocate((low.numel,), low.a[0].dtype, x.device)
+        flat = dispatch.allocate((low.numel,), sums or low.a[0].dtype, x.device)
         if not (need_a and need_b):
             flat.zero_()
     for stream, ranks in _streams(low, drop, x.dtype):
@@ -312,15 +361,24 @@ def _gradients_by_torch(
         if need_a and flat is not None:
             end = min(ranks.stop, low.r)
             flat[ranks.start * k : end * k].view(-1, k).copy_(
-                torch.mm(mine[:, : end - ranks.start].t(), _dropped(x, stream, drop))
+                _sum_product(mine[:, : end - ranks.start].t(), _dropped(x, stream, drop), sums)
             )
     if need_b and flat is not None:
         rank, slot = 0, low.r * k
         for r, n, start, scaling in zip(low.ranks, low.sizes, low.starts, low.scaling, strict=True):
-            product = torch.mm(dy[:, start : start + n].t(), tail[:, rank : rank + r])
+            product = _sum_product(dy[:, start : start + n].t(), tail[:, rank : rank + r], sums)
             flat[slot : slot + n * r].view(n, r).copy_(product.mul_(scaling))
             rank, slot = rank + r, slot + n * r
     return flat
+
+
+def _sum_product(left: Tensor, right: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``left right``; for a sum in a wider dtype not rounded to theirs."""
+    if dtype is None or dtype != wide_of(left.dtype):
+        return torch.mm(left, right)
+    product = dispatch.allocate((left.shape[0], right.shape[1]), dtype, left.device)
+    mm_into(product, left, right)
+    return product
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -337,19 +395,3 @@ def add_input_gradient(dx: Tensor, dlow: Tensor, packed: Tensor, stream: int, dr
         dx += _dropped(torch.mm(dlow, packed), stream, drop)
     else:
         add_product(dx, dlow, packed)
-
-
-def row_norms(base: Base, low: Low, dtype: torch.dtype) -> Tensor:
-    """``‖W + scaling B A‖`` of each row ``[N]``, at least in fp32; without an update in rows that no adapter has."""
-    weights = base.dense(dtype)
-    columns = dispatch.allocate((base.n, low.padded), dtype, weights[0].device)
-    packed = pack(low, base.k, columns)
-    norms = []
-    for weight, up in zip(weights, columns.split([w.shape[0] for w in weights]), strict=True):
-        if uses_kernels(weight, low.padded) and weight.stride(-1) == 1 and weight.numel():
-            from ft_kernels.ops.row_norms import kernels
-
-            norms.append(kernels.row_norms(weight, up, packed))
-        else:
-            norms.append(reference_norms(weight, packed, up, 1.0))
-    return torch.cat(norms) if len(norms) > 1 else norms[0]

@@ -13,13 +13,15 @@ __all__ = ["keep_mask", "lora_linear", "row_norms"]
 _M = 0xFFFFFFFF
 
 
-def keep_mask(seed: Tensor, rows: int, cols: int, stream: int, dropout: float) -> Tensor:
-    """What dropout keeps of ``[rows, cols]``: element (r, c) is kept where a 32-bit random number is ≥ dropout · 2³².
+def keep_mask(seed: Tensor, rows: int, cols: int, stream: int, dropout: float, start: int = 0) -> Tensor:
+    """What dropout keeps of ``[rows, cols]``, of which the first row has the number ``start``.
 
-    The number is word ``stream`` (0 to 3) of Philox-4x32-10 at counter (c, r, 0, 0) under the 64-bit key ``seed``
-    (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"); the kernels compute the same.
+    Element (r, c) is kept where a 32-bit random number is ≥ dropout · 2³². It is word ``stream`` (0 to 3) of
+    Philox-4x32-10 at counter (c, r, 0, 0) under the 64-bit key ``seed`` (Salmon et al. 2011, "Parallel random numbers:
+    as easy as 1, 2, 3"); the kernels compute the same.
     """
-    word0, word1 = torch.arange(cols, device=seed.device), torch.arange(rows, device=seed.device)[:, None]
+    word0 = torch.arange(cols, device=seed.device)
+    word1 = torch.arange(start, start + rows, device=seed.device)[:, None]
     word2 = word3 = torch.zeros((), dtype=torch.int64, device=seed.device)
     key0, key1 = seed & _M, (seed >> 32) & _M
     for _ in range(10):

@@ -9,12 +9,19 @@ import triton.language as tl
 from ft_kernels import tuning
 from ft_kernels.dispatch import interpreting
 
-__all__ = ["computed_once", "kept", "loads_ahead", "operand", "ranks_block", "rounded", "rounds_by_hand"]
+__all__ = ["computed_once", "dot_dtype", "kept", "loads_ahead", "operand", "ranks_block", "rounded", "rounds_by_hand"]
 
 
 def rounds_by_hand(dtype: torch.dtype) -> bool:
     """Whether stores must be rounded before: triton's interpreter cuts fp32 off when it stores bf16."""
     return interpreting() and dtype == torch.bfloat16
+
+
+def dot_dtype(x: torch.Tensor) -> tl.dtype:
+    """What tl.dot multiplies 16-bit numbers in: the interpreter computes with bf16 wrongly."""
+    if x.dtype == torch.float16:
+        return tl.float16
+    return tl.float32 if interpreting() else tl.bfloat16
 
 
 @triton.jit
@@ -47,8 +54,12 @@ def computed_once(value, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def kept(values, seed, rows, cols, threshold, inverse, STREAM: tl.constexpr):
-    """Dropout of a tile, in fp32: the same random number for an element wherever it is computed."""
+def kept(values, seed, rows, cols, threshold, inverse, first_row, STREAM: tl.constexpr):
+    """Dropout of a tile, in fp32: the same random number for an element wherever it is computed.
+
+    The rows' random numbers are those of rows from ``first_row`` on.
+    """
+    rows += first_row
     zero = rows.to(tl.int32) * 0 + cols.to(tl.int32) * 0
     words = tl.philox(tl.load(seed), zero + cols.to(tl.int32), zero + rows.to(tl.int32), zero, zero)
     keep = words[STREAM].to(tl.int64) >= threshold

@@ -11,6 +11,7 @@ from torch import Tensor
 from ft_kernels.ops.lora.autograd import as_rows, no_gradient, unflatten
 from ft_kernels.ops.lora.operands import Base, Drop, Low, padded, width
 from ft_kernels.ops.lora_mlp import products
+from ft_kernels.ops.refusals import refuse_twice
 
 __all__ = ["lora_mlp_backward_op", "lora_mlp_op"]
 
@@ -98,6 +99,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    # Autograd itself would see that gate and up were written over, but not where hooks keep the saved tensors.
+    refuse_twice(ctx, "lora_mlp")
     x, both, tail, hidden_tail, seed, *adapters = ctx.saved_tensors
     lists, place = [], 0
     for count in (ctx.counts[0], ctx.counts[0], ctx.counts[1], ctx.counts[1]):

@@ -79,7 +79,8 @@ def _active(x, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def _hidden(
-    gate_up, gate_up_stride, wide, wide_stride, partial, packed, seed, threshold, inverse, M, WIDTH, R, cols_each,
+    gate_up, gate_up_stride, wide, wide_stride, partial, packed, seed, threshold, inverse, first_row, M, WIDTH, R,
+    cols_each,
     KIND: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
     BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +100,7 @@ def _hidden(
         h = computed_once(rounded(_active(x, KIND, NATIVE)[0] * u, wide, BY_HAND), NATIVE)
         tl.store(wide + rows[:, None] * wide_stride + cols[None, :], h, mask=mask)
         if DROP:
-            h = rounded(kept(h, seed, rows[:, None], cols[None, :], threshold, inverse, 0), wide, BY_HAND)
+            h = rounded(kept(h, seed, rows[:, None], cols[None, :], threshold, inverse, first_row, 0), wide, BY_HAND)
             h = computed_once(h, NATIVE)
         total = tl.dot(operand(h, INTERPRETED), tl.trans(low), total)
     slot = partial + (tl.program_id(1) * M + rows[:, None]) * R + ranks[None, :]
@@ -109,7 +110,7 @@ def _hidden(
 @triton.jit
 def _middle(
     gate_up, gate_up_stride, dh, dh_stride, low, low_stride, packed, tail, tail_stride, partial, split_stride,
-    a_slot, gate_slot, up_slot, seed, threshold, inverse, M, WIDTH, R,
+    a_slot, gate_slot, up_slot, seed, threshold, inverse, first_row, M, WIDTH, R,
     a_ranks, gate_ranks, up_ranks, gate_first, up_first, gate_scaling, up_scaling, rows_each,
     KIND: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     RP: tl.constexpr, RT: tl.constexpr, STAGES: tl.constexpr, BY_HAND: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -140,8 +141,8 @@ def _middle(
         # The long side first: a tile of few rows would be computed by several warps at once, and all that follows it.
         more = tl.trans(tl.dot(tl.trans(a), tl.trans(up_low))) if LONG_SIDE else tl.dot(up_low, a)
         if DROP:
-            d += kept(more, seed, rows[:, None], cols[None, :], threshold, inverse, 0)
-            h = rounded(kept(h, seed, rows[:, None], cols[None, :], threshold, inverse, 0), gate_up, BY_HAND)
+            d += kept(more, seed, rows[:, None], cols[None, :], threshold, inverse, first_row, 0)
+            h = rounded(kept(h, seed, rows[:, None], cols[None, :], threshold, inverse, first_row, 0), gate_up, BY_HAND)
             h = computed_once(h, NATIVE)
         else:
             d += more

@@ -16,6 +16,7 @@ from ft_kernels import dispatch, tuning
 from ft_kernels.ops.glu import reference as glu
 from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
+from ft_kernels.ops.lora.products import Ready
 
 __all__ = ["backward", "forward", "second_product"]
 
@@ -84,46 +85,55 @@ def forward(
 
 def second_product(
     both: Tensor, first: Low, down: Base, second: Low, kind: int, drop_hidden: Drop | None = None,
-    *, bias: Tensor | None = None, residual: Tensor | None = None, answer: bool = True,
+    *, bias: Tensor | None = None, residual: Tensor | None = None, answer: bool = True, ready: Ready | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Y of ``[G | U]``, and what the second product's adapters made of H.
 
     Args:
         first: the adapters that ``[G | U]`` has in it.
-        answer: whether Y is wanted; without it a tensor of Y's shape is given whose numbers mean nothing and take no
-            memory, and where the product is one with its update it is left out.
+        answer: whether Y is wanted; without it the product is left out, and a tensor of Y's shape is given whose
+            numbers mean nothing and take no memory.
+        ready, out: as for :func:`ft_kernels.ops.lora.products.forward`, of the second product.
     """
     drop_hidden = drop_hidden or Drop()
     m, i, r, dtype, device = both.shape[0], down.k, second.padded, both.dtype, both.device
-    if _fuses(both, first, second):
-        # Without an answer a quantized weight need not be expanded.
-        without = not answer and down.kind in ("nf4", "int8") and m >= products.SMALL
-        widened = None if without else products.widened_weight(down, r, m, dtype)
-        if without or widened is not None:
-            from ft_kernels.ops.lora_mlp import kernels
-
-            columns = dispatch.allocate((down.n, r), dtype, device) if widened is None else widened[:, i : i + r]
-            packed = products.pack(second, i, columns)
-            row = row_buffer(m, i, r, dtype, device)
-            hidden_tail = kernels.hidden(both, row, packed, kind, drop_hidden)
-            if widened is None or not answer:
-                return dispatch.allocate((1, 1), dtype, device).expand(m, down.n), hidden_tail
-            return products.linear(row[:, : i + r], widened[:, : i + r], bias, residual), hidden_tail
+    if not answer and not r:
+        return _nothing(both, down.n), both.new_empty(m, 0)
+    # Without an answer a quantized weight need not be expanded.
+    without = not answer and ready is None and down.kind in ("nf4", "int8") and m >= products.SMALL
+    ready = ready or products.prepare(down, second, m, dtype, widen=not without)
+    packed, widened = ready.packed, ready.widened
     row = row_buffer(m, i, r, dtype, device)
+    if packed is not None and (without or widened is not None) and _fuses(both, first, second):
+        from ft_kernels.ops.lora_mlp import kernels
+
+        hidden_tail = kernels.hidden(both, row, packed, kind, drop_hidden)
+        if widened is None or not answer:
+            return _nothing(both, down.n), hidden_tail
+        return products.linear(row[:, : i + r], widened[:, : i + r], bias, residual, out), hidden_tail
     h = _activate(both, kind, row[:, :i])
-    return products.forward(row if r else h, down, second, bias, drop_hidden, residual=residual)
+    if packed is not None and not answer:
+        return _nothing(both, down.n), products.fill_tail(h, packed, second, None, drop_hidden)
+    return products.forward(row if r else h, down, second, bias, drop_hidden, residual=residual, ready=ready, out=out)
+
+
+def _nothing(like: Tensor, n: int) -> Tensor:
+    """A tensor for an answer that nobody reads."""
+    return dispatch.allocate((1, 1), like.dtype, like.device).expand(like.shape[0], n)
 
 
 def backward(
     dy: Tensor, x: Tensor, both: Tensor, tail: Tensor, hidden_tail: Tensor, gate_up: Base, first: Low, down: Base,
     second: Low, kind: int, drop: Drop | None = None, drop_hidden: Drop | None = None,
-    *, need_x: bool = True, norm: RowNorm | None = None,
+    *, need_x: bool = True, norm: RowNorm | None = None, ready: tuple[Ready | None, Ready | None] = (None, None),
+    sums: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """dX, the left part of a row buffer, and all adapters' gradients in one flat tensor, the first product's first.
 
     Args:
         both: ``[G | U]``, which their gradients are written over.
-        norm: as for :func:`ft_kernels.ops.lora.products.backward`.
+        norm, sums: as for :func:`ft_kernels.ops.lora.products.backward`. ready: the same, of both products.
     """
     drop, drop_hidden = drop or Drop(), drop_hidden or Drop()
     m, k, i = x.shape[0], gate_up.k, down.k
@@ -132,31 +142,33 @@ def backward(
     if not m:
         flat = some.new_zeros(first.numel + second.numel)
         return (row_buffer(0, k, first.r, x.dtype, x.device)[:, :k] if need_x else None), flat
-    dh, dlow, packed = products.input_gradient(dy, down, second)
+    dh, dlow, packed = products.input_gradient(dy, down, second, ready=ready[1])
     assert dh is not None
     if _fuses(both, first, second) and dlow is not None and packed is not None:
-        from ft_kernels.ops.lora import kernels as sums
+        from ft_kernels.ops.lora import kernels as lora_kernels
         from ft_kernels.ops.lora_mlp import kernels
 
-        parts = sums.splits(m, k, x.device)
+        parts = lora_kernels.splits(m, k, x.device)
         partial = dispatch.allocate((parts, first.numel + second.numel), torch.float32, x.device)
-        sums.b_gradient(dy, hidden_tail, second, partial, first.numel + second.r * i)
+        lora_kernels.b_gradient(dy, hidden_tail, second, partial, first.numel + second.r * i)
         gate, up = _places(first, k, i)
         kernels.middle(
             both, dh, dlow, packed, second.r, tail, partial, first.numel, gate, up, kind, drop_hidden
         )  # fmt: skip
         del dh, dlow  # half as large as both, whose product with the weight comes next
-        dx, dfirst, stacked = products.input_gradient(both, gate_up, first, need_x)
+        dx, dfirst, stacked = products.input_gradient(both, gate_up, first, need_x, ready=ready[0])
         if dfirst is not None and stacked is not None:
-            sums.a_gradient(x, k, dfirst, stacked, first, partial, dx, parts, drop, None, norm)
-        return dx, products.sum_parts(partial, second.a[0].dtype)
+            lora_kernels.a_gradient(x, k, dfirst, stacked, first, partial, dx, parts, drop, None, norm)
+        return dx, products.sum_parts(partial, sums or second.a[0].dtype)
     h = _activate(both, kind, dispatch.allocate((m, i), x.dtype, x.device))
     flats: list[Tensor | None] = []
     if second.r:
-        flats.append(products.gradients(dy, h, hidden_tail, dlow, dh, packed, second, drop_hidden))
+        flats.append(products.gradients(dy, h, hidden_tail, dlow, dh, packed, second, drop_hidden, sums=sums))
     _deactivate(dh, both, kind)
     del h, dh, dlow
-    dx, own = products.backward(both, x, tail, gate_up, first, drop, need_x=need_x, norm=norm)
+    dx, own = products.backward(
+        both, x, tail, gate_up, first, drop, need_x=need_x, norm=norm, ready=ready[0], sums=sums
+    )  # fmt: skip
     given = [flat for flat in (own, *flats) if flat is not None]
     return dx, torch.cat(given) if given else some.new_empty(0)
 

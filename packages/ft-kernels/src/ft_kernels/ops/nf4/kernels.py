@@ -23,7 +23,7 @@ from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import Rows, cdiv, launch, native, power_of_2
 from ft_kernels.ops.nf4.format import NESTED_BLOCKSIZE, dynamic_code
 
-__all__ = ["dequantize", "quantize", "rounded"]
+__all__ = ["dequantize", "quantiles", "quantize", "rounded", "times"]
 
 WORDS = 1024
 """Words of eight values that a program of the fast kernel works on."""
@@ -36,7 +36,7 @@ def _flush(x):
 
 
 @triton.jit
-def _times(a, b, NATIVE: tl.constexpr):
+def times(a, b, NATIVE: tl.constexpr):
     """The product of two fp32 numbers, rounded, with numbers under 2⁻¹²⁶ as zero."""
     if NATIVE:
         product = tl.inline_asm_elementwise(
@@ -60,7 +60,7 @@ def rounded(x, target: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _codes():
+def quantiles():
     """What the sixteen numbers stand for: format.CODE."""
     i = tl.arange(0, 16)
     code = tl.where(i == 0, -1.0, 0.0)
@@ -87,7 +87,7 @@ def _scale(absmax, absmax2, code2, offset, block, mask, NESTED: tl.constexpr, NA
     if NESTED >= 0:
         first = tl.load(code2 + scale.to(tl.int32))
         second = tl.load(absmax2 + (block >> NESTED), mask=mask, other=0.0)
-        scale = _times(first, second, NATIVE) + tl.load(offset)
+        scale = times(first, second, NATIVE) + tl.load(offset)
     return scale
 
 
@@ -111,7 +111,7 @@ def _dequantize_words(
     shift = (tl.arange(0, 8) * 4) ^ 4  # of a byte the high half comes first
     numbers = tl.reshape((word[:, None] >> shift[None, :]) & 15, [ROWS * WIDTH * 8])
     scales = tl.reshape(tl.broadcast_to(scale[:, None], [ROWS * WIDTH, 8]), [ROWS * WIDTH * 8])
-    values = _times(tl.gather(_codes(), numbers, 0), scales, NATIVE)
+    values = times(tl.gather(quantiles(), numbers, 0), scales, NATIVE)
     line = tl.arange(0, ROWS * WIDTH * 8)
     row = line // (WIDTH * 8)
     col = first_word * 8 + line % (WIDTH * 8)
@@ -130,7 +130,7 @@ def _dequantize_values(
     byte = tl.load(packed + i // 2, mask=mask, other=0).to(tl.int32)
     number = tl.where(i % 2 == 0, byte >> 4, byte & 15)
     scale = _scale(absmax, absmax2, code2, offset, i >> BLOCK_BITS, mask, NESTED, NATIVE)
-    value = _times(tl.gather(_codes(), number, 0), scale, NATIVE)
+    value = times(tl.gather(quantiles(), number, 0), scale, NATIVE)
     row = i // WIDTH
     place = out + (row // inner) * outer_stride + (row % inner) * inner_stride + i % WIDTH
     tl.store(place, rounded(value, out.dtype.element_ty, NATIVE), mask=mask)
@@ -228,7 +228,7 @@ def _fractions(x, NATIVE: tl.constexpr):
         )
     else:
         inverse = _flush(1.0 / absmax)
-    return _times(values, inverse[:, None], NATIVE), absmax
+    return times(values, inverse[:, None], NATIVE), absmax
 
 
 @triton.jit

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["TENSORS", "nf4_linear_op"]
+__all__ = ["MOST_PARTS", "TENSORS", "nf4_linear_op"]
 
+MOST_PARTS = 3
+"""Weights with one input that a launch can take, here and of 16-bit ones (``row_linear``)."""
 TENSORS = 5
 """Tensors of a weight: bytes, absmax, and absmax2, code2 and offset, or absmax again in their places."""
 

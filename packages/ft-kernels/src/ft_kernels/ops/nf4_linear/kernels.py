@@ -22,11 +22,11 @@ from torch import Tensor
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import cdiv, interpreting, launch, native
 from ft_kernels.ops.lora.tiles import loads_ahead, operand
-from ft_kernels.ops.nf4.kernels import _codes, _times, rounded
+from ft_kernels.ops.nf4.kernels import quantiles, rounded, times
+from ft_kernels.ops.nf4_linear.autograd import MOST_PARTS
 
-__all__ = ["MOST_PARTS", "product"]
+__all__ = ["product"]
 
-MOST_PARTS = 3
 MOST_SHARES = 8
 ADD = 512
 """Outputs that a program adds up, where several share a row."""
@@ -63,7 +63,7 @@ def _values(word, SHAPE: tl.constexpr):
     byte = tl.join(tl.join(word, word >> 16), tl.join(word >> 8, word >> 24))  # the last dimension is the bit of 8
     byte = tl.reshape(byte, [SHAPE // 2])
     number = tl.reshape(tl.join((byte >> 4) & 15, byte & 15), [SHAPE])
-    return tl.gather(_codes(), number, 0)
+    return tl.gather(quantiles(), number, 0)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _scaled(number, second, code, offset, block, mask, NESTED: tl.constexpr, NAT
     scale = number
     if NESTED >= 0:
         group = tl.load(second + (block >> NESTED), mask=mask, other=0.0)
-        scale = _times(tl.load(code + number.to(tl.int32)), group, NATIVE) + tl.load(offset)
+        scale = times(tl.load(code + number.to(tl.int32)), group, NATIVE) + tl.load(offset)
     return scale
 
 
@@ -148,6 +148,7 @@ def _some_rows(
     number = tl.load(absmax + first + begin, mask=mask, other=0)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     line = tl.arange(0, ACROSS * WORDS * 8)
+    sources = x + tokens.to(tl.int64)[None, :] * x_stride
     for start in range(begin, end, ACROSS):
         ahead = start + ACROSS
         more = there[:, None] & (block + ahead < BLOCKS)[None, :]
@@ -155,13 +156,13 @@ def _some_rows(
         next_number = tl.load(absmax + first + ahead, mask=more, other=0)
         col = start * WORDS * 8 + line
         inputs = tl.load(
-            x + tokens[None, :] * x_stride + col[:, None],
+            sources + col[:, None],
             mask=(tokens < M)[None, :] & (col < BLOCKS * WORDS * 8)[:, None],
             other=0.0,
         )
         codes = tl.reshape(_values(word, ROWS * ACROSS * WORDS * 8), [ROWS, ACROSS, WORDS * 8])
         scale = _scaled(number, second, code, offset, first + start, mask, NESTED, NATIVE)
-        weight = rounded(_times(codes, scale[:, :, None], NATIVE), x.dtype.element_ty, NATIVE)
+        weight = rounded(times(codes, scale[:, :, None], NATIVE), x.dtype.element_ty, NATIVE)
         weight = tl.reshape(weight, [ROWS, ACROSS * WORDS * 8])
         acc = tl.dot(operand(weight, INTERPRETED), operand(inputs, INTERPRETED), acc)
         number = next_number

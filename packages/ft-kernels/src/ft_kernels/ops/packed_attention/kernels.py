@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import cdiv, interpreting, launch, power_of_2
+from ft_kernels.ops.lora.tiles import dot_dtype
 from ft_kernels.ops.packed_attention.tiles import tiles
 
 __all__ = ["backward", "delta", "forward"]
@@ -294,12 +295,6 @@ def _backward_queries(
     tl.store(place, (total * scale).to(dq.dtype.element_ty), mask=there[:, None] & (dims < D)[None, :])
 
 
-def _dot_dtype(x: Tensor) -> tl.dtype:
-    if x.dtype == torch.float16:
-        return tl.float16
-    return tl.float32 if interpreting() else tl.bfloat16  # the interpreter computes with bf16 wrongly
-
-
 def _strided(x: Tensor) -> tuple[Tensor, int, int]:
     """The tensor ``[T, H, D]``, or a copy whose last dimension is contiguous, and its other strides."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
@@ -327,7 +322,7 @@ def forward(
         name, _forward, (cdiv(total, setting["M"]) * heads,), q.device,
         *_strided(q), *_strided(k), *_strided(v), out, lse, intervals, lse if sinks is None else sinks.contiguous(),
         total, heads, heads // k.shape[1], _factor(scale, softcap), softcap,
-        D=d, BLOCK_D=block, SOFTCAP=softcap > 0, SINKS=sinks is not None, DOT=_dot_dtype(q), **setting,
+        D=d, BLOCK_D=block, SOFTCAP=softcap > 0, SINKS=sinks is not None, DOT=dot_dtype(q), **setting,
     )  # fmt: skip
     return out, lse
 
@@ -365,7 +360,7 @@ def backward(
     block, product = max(16, power_of_2(d)), delta(grad, out)
     inputs = (*_strided(q), *_strided(k), *_strided(v), *_strided(grad), lse, product, intervals)
     numbers = (heads // key_heads, scale, _factor(scale, softcap), softcap)
-    meta = {"D": d, "BLOCK_D": block, "SOFTCAP": softcap > 0, "DOT": _dot_dtype(q)}
+    meta = {"D": d, "BLOCK_D": block, "SOFTCAP": softcap > 0, "DOT": dot_dtype(q)}
     name, key = "packed_attention_backward_keys", (block, softcap > 0)
     setting = tuning.settings(name, q.device, key, default=tiles("keys", block, q.device))
     launch(

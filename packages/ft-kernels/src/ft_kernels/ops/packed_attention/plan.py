@@ -66,7 +66,12 @@ class AttentionPlan:
     def keep(self, key: Any, make: Callable[[], T]) -> T:
         """What ``make`` gave the first time that this key was asked for."""
         if key not in self._kept:
-            self._kept[key] = make()
+            if torch.is_inference_mode_enabled():
+                # An evaluation may come first, and autograd takes nothing that was made under inference_mode.
+                with torch.inference_mode(False):
+                    self._kept[key] = make()
+            else:
+                self._kept[key] = make()
         kept: T = self._kept[key]
         return kept
 
@@ -88,7 +93,8 @@ class AttentionPlan:
                 assert self._begins is not None
                 starts = self._begins.nonzero().flatten()
                 found = torch.cat([starts, starts.new_tensor([self._begins.numel()])])
-            return found.to(device=device, dtype=torch.int32, non_blocking=True)
+            found = found.to(device=device, dtype=torch.int32, non_blocking=True)
+            return found.clone() if found.is_inference() else found
 
         return self.keep(("cu_seqlens", device), make)
 

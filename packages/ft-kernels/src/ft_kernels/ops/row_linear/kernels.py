@@ -16,10 +16,9 @@ from torch import Tensor
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import cdiv, launch, power_of_2
 from ft_kernels.ops.lora.tiles import rounded, rounds_by_hand
+from ft_kernels.ops.nf4_linear.autograd import MOST_PARTS
 
 __all__ = ["product"]
-
-MOST_PARTS = 3
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
