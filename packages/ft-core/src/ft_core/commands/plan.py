@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
         elsewhere = elsewhere or card is None
         card = with_memory(card, memory)
     if card is None:
-        raise ConfigError('there is no GPU here to plan for: name one (--gpu "RTX 4090"), or an amount (--memory 12GiB)')
+        raise ConfigError(
+            'there is no GPU here to plan for: name one (--gpu "RTX 4090"), or an amount (--memory 12GiB)'
+        )
     source = find_outline(config)
     config = fit_to_model(config, source, say=console.say)
     planned = plan(config, source, card, host=None if elsewhere else host_memory()[0])

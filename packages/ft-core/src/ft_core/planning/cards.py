@@ -84,7 +84,11 @@ BY_MULTIPROCESSOR = {
     (7, 0): 1024, (7, 5): 1024, (8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512,
 }  # fmt: skip
 """Product operations of a multiprocessor in one clock, by compute capability (the makers' peaks divided)."""
-NOISE = {"nvidia", "geforce", "tesla", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "hbm3", "hbm3e", "gpu", "laptop", "pcie"}
+NOISE = set(
+    "nvidia geforce tesla rtx gpu generation blackwell server workstation edition sxm sxm2 sxm3 sxm4 sxm5".split()
+)
+"""Words that tell no card from another, and those of its kind of memory."""
+SIZE = r"(\d{2,3})(?:gi?b?)?"
 
 
 def find_card(name: str) -> Card:
@@ -97,8 +101,8 @@ def find_card(name: str) -> Card:
     if found is not None:
         return found
     names = [card.name for card in CARDS]
-    lowered = {_plain(known): known for known in names}
-    close = difflib.get_close_matches(_plain(name), list(lowered), 1, cutoff=0.5)
+    lowered = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), list(lowered), 1, cutoff=0.5)
     hint = f"; did you mean {lowered[close[0]]!r}?" if close else ""
     raise ConfigError(f"--gpu {name!r} is no card that is known{hint} (known: {', '.join(names)})")
 
@@ -125,35 +129,23 @@ def card_here() -> Card | None:
 
 
 def _match(name: str, memory: int | None = None) -> Card | None:
-    """The card whose name is meant; of several sizes the one nearest to ``memory``, else the largest."""
-    wanted = _plain(name)
-    found = [card for card in CARDS if _plain(card.name) == wanted]
-    if not found:
-        words = _words(name)
-        # "A100" names two sizes, and "NVIDIA A100-SXM4-80GB" one of them; "RTX 4070 Ti" is no RTX 4070.
-        found = [card for card in CARDS if words and (words <= _words(card.name) or _core(card.name) == _core(name))]
-    if not found:
-        return None
-    sizes = [card for card in found if _size(name) is not None and _size(name) == _size(card.name)] or found
-    return min(sizes, key=lambda card: abs(card.memory - memory)) if memory else sizes[0]
+    """The card whose name is meant; of several sizes the one that is said, or nearest to ``memory``, else the first."""
+    words, sizes = _read(name)
+    # NVIDIA's "A100-PCIE-40GB" is an A100; "H100 PCIe" is another card than the H100 on its board, and is listed.
+    for wanted in (words, words - {"pcie"}):
+        found = [card for card in CARDS if wanted and _read(card.name)[0] == wanted]
+        said = [card for card in found if sizes & _read(card.name)[1]] or found
+        if said:
+            return min(said, key=lambda card: abs(card.memory - memory)) if memory else said[0]
+    return None
 
 
-def _words(name: str) -> set[str]:
-    spaced = re.sub(r"(rtx|gtx)(?=\d)", r"\1 ", name.lower())
-    return {word for word in re.split(r"[^a-z0-9]+", spaced) if word and word not in NOISE}
-
-
-def _core(name: str) -> frozenset[str]:
-    return frozenset(word for word in _words(name) if not re.fullmatch(r"\d+gb?", word))
-
-
-def _size(name: str) -> int | None:
-    found = re.search(r"(\d+)\s*g(?:i?b)?\b", name.lower())
-    return int(found[1]) if found else None
-
-
-def _plain(name: str) -> str:
-    return "".join(sorted(_words(name), key=lambda word: (word.isdigit(), word)))
+def _read(name: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The words that tell a card from others, and the sizes of its memory in GB."""
+    spaced = re.sub(r"rtx(?=\d)", "rtx ", name.lower())
+    words = {word for word in re.split(r"[^a-z0-9]+", spaced) if word and not word.startswith("hbm")} - NOISE
+    sizes = {found[1] for word in words if (found := re.fullmatch(SIZE, word))}
+    return frozenset(word for word in words if not re.fullmatch(SIZE, word)), frozenset(sizes)
 
 
 def _by_properties(properties: Any, name: str, memory: int) -> Card:

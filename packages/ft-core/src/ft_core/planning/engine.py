@@ -28,6 +28,8 @@ SHARE = 0.8
 """Of the host's memory, what may be pinned (``ft_core.fast.offload``)."""
 GAPS = 0.95
 """The share of ``memory`` that is planned with (``ft_core.training.speed``)."""
+ALONE = ("offload", "offload-input", "recompute")
+"""The leanest choices of a layer."""
 MOST_ROWS = 4096
 """The largest micro-batch that is tried."""
 
@@ -131,6 +133,10 @@ class Planner:
 
     def fits(self, config: TrainConfig, card: Card, wanted: str | None = None) -> bool:
         """Whether it fits; ``wanted`` instead of the configuration's ``activations``."""
+        if (wanted or config.activations) == "auto" and self.blueprint.layout is not None:
+            # One choice for all layers is quick to count; which mix is the fastest is not asked here.
+            if any(self.fits(config, card, choice) for choice in ALONE):
+                return True
         peak = self.peak(config, card, wanted)
         return peak.total <= limit_of(config, card) and not peak.refused
 
@@ -140,7 +146,7 @@ class Planner:
 
     def longest(self, config: TrainConfig, card: Card) -> int:
         """The longest ``max_length`` that fits, within the model's positions; a multiple of 64, or 0."""
-        bound = positions(self.blueprint.text) or 2**22
+        bound = max(positions(self.blueprint.text) or 2**22, config.max_length)
         steps = most(lambda n: self.fits(with_length(config, 64 * n), card), max(bound // 64, 1))
         return 64 * steps
 

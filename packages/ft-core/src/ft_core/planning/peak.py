@@ -268,5 +268,3 @@ def _head(
     held = tokens * layer.hidden * 4 if held_dtype(shape, most) != shape.dtype else 0
     work: Any = rows * (2 * row_stride(shape) + 4 * layer.hidden) + 48 * tokens + held
     return states + (most if outline.full else min(int(work), most)), rows
-
-

@@ -9,6 +9,8 @@ from ft_core.planning.engine import CONTEXT, Plan
 __all__ = ["line", "table"]
 
 GIB = 2**30
+SHOWN = GIB // 200
+"""Bytes from which a part is worth a row."""
 CHOSEN = {
     "keep": "kept", "inputs": "partly computed again", "recompute": "computed again", "offload": "offloaded",
     "offload-input": "computed again from offloaded inputs",
@@ -43,8 +45,7 @@ def table(plan: Plan, ways: Sequence[str] = ()) -> str:
         f"{config.max_length} tokens, on {plan.card.name} ({plan.card.memory / GIB:.1f} GiB)",
         "",
     ]
-    for part, size in peak.parts.items():
-        lines.append(_row(LABELS.get(part, part), size))
+    lines += [_row(LABELS.get(part, part), size) for part, size in peak.parts.items() if size >= SHOWN]
     lines += [
         _row("peak", peak.total) + f"   of {plan.limit / GIB:.2f} that can be had",
         _row("CUDA itself, beside that", CONTEXT),
@@ -95,7 +96,7 @@ def _times(plan: Plan) -> list[str]:
     lines = [
         f"step           {_seconds(times.step)}: {times.accumulation} x {_ms(times.batch)} and {_ms(times.update)} of "
         f"updates; {times.rate:,.0f} tokens a second",
-        f"micro-batch    {parts}",
+        f"of which       {parts}",
     ]
     if plan.steps is None:
         return [*lines, f"run            unknown: {plan.counted}"]
@@ -104,7 +105,7 @@ def _times(plan: Plan) -> list[str]:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _seconds(seconds: float) -> str:

@@ -99,6 +99,6 @@ def _cards(planner: Planner, config: TrainConfig) -> list[str]:
         return []
     fitting = sorted((c for c in CARDS if planner.fits(free, c)), key=lambda c: c.memory)
     names = [c.name for c in fitting if c.memory <= 1.1 * fitting[0].memory][:2]
-    return [f"a GPU with {gib} GiB" + (f" ({' or '.join(names)})" if names else "; no card that is known has them")]
-
-
+    return [
+        f"a GPU with {gib} GiB" + (f" (the smallest known: {' or '.join(names)})" if names else ", more than any known")
+    ]

@@ -38,7 +38,7 @@ from ft_core.training.prepare import (
     prepare_rows,
 )
 from ft_core.training.ranks import Ranks
-from ft_core.training.speed import check_first_step, recomputes, speed_up
+from ft_core.training.speed import check_first_step, foresee, recomputes, speed_up
 from ft_core.training.trainer import last_whole_checkpoint, storage_error
 
 __all__ = ["TrainResult", "train"]
@@ -119,6 +119,7 @@ def _train(
         check_resumable(run, config)
     say(f"{source.name}, {config.method}, on {device}")
     _say_other_gpus(device, ranks, say)
+    planned = foresee(config, source, device, say)
     tokenizer = load_tokenizer(source)
     train_rows, held_out = prepare_rows(config, spec, run.held_out() if resuming else ())
     data_sha256 = fingerprint(train_rows)
@@ -138,7 +139,7 @@ def _train(
             train_rows=train_rows,
             eval_rows=held_out,
             arguments=trainer_arguments(
-                config, run, device, evaluates=bool(held_out), recompute=recomputes(model, config, device, say)
+                config, run, device, evaluates=bool(held_out), recompute=recomputes(model, config, device, say, planned)
             ),
             callbacks=[],
             counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},

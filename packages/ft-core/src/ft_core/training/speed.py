@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_core.config import TrainConfig
 from ft_core.errors import RunError
 from ft_core.memory import bytes_of, is_memory_error
-from ft_core.models import Device
+from ft_core.models import Device, ModelSource
 
-__all__ = ["check_first_step", "recomputes", "runs_kernels", "speed_up"]
+if TYPE_CHECKING:
+    from ft_core.planning import Plan
+
+__all__ = ["check_first_step", "foresee", "recomputes", "runs_kernels", "speed_up"]
 
 CHECKED = 256
 """Tokens of the row that the first step is checked on."""
@@ -21,6 +24,31 @@ GAPS = 0.95
 def runs_kernels(device: Device) -> bool:
     """Whether the kernels run there: on a CPU their references would, which gain nothing."""
     return device.type == "cuda"
+
+
+def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Callable[[str], None]) -> Plan | None:
+    """Say in one line what a training will take of this GPU, before anything is loaded; None without one.
+
+    A prediction that fails is left out: whatever is wrong with the model is said when it is loaded.
+    """
+    if not runs_kernels(device):
+        return None
+    try:
+        from ft_core.models.device import host_memory
+        from ft_core.planning import card_here, plan, with_memory
+        from ft_core.planning.engine import CONTEXT
+        from ft_core.planning.show import line
+
+        card = card_here()
+        if card is None:
+            return None
+        card = with_memory(card, min(device.memory, device.free + CONTEXT))  # others may be at work there
+        planned = plan(config, source, card, host=host_memory()[1], quick=True)
+        said = line(planned)
+    except Exception:
+        return None
+    say(said)
+    return planned
 
 
 def speed_up(model: Any, device: Device, say: Callable[[str], None]) -> None:
@@ -44,11 +72,14 @@ def speed_up(model: Any, device: Device, say: Callable[[str], None]) -> None:
         say(f"trained on transformers' own layers: the fast ones fail on this machine ({words})")
 
 
-def recomputes(model: Any, config: TrainConfig, device: Device, say: Callable[[str], None]) -> bool:
+def recomputes(
+    model: Any, config: TrainConfig, device: Device, say: Callable[[str], None], planned: Plan | None = None
+) -> bool:
     """Whether the trainer has to compute activations again (transformers' checkpointing of whole layers).
 
     The fast layers choose by themselves, as ``activations`` and ``memory`` say. Without them ``activations: auto``
-    keeps on a CPU and computes again on a GPU, and nothing is offloaded.
+    keeps on a CPU and computes again on a GPU, and nothing is offloaded. Long sequences are computed in tiles where the
+    plan has found that they would not fit whole.
     """
     from ft_core import fast
 
@@ -56,6 +87,8 @@ def recomputes(model: Any, config: TrainConfig, device: Device, say: Callable[[s
     if path is not None:
         # torch's own count of what it holds is above what is in use: rounding, and gaps.
         path.choose(config.activations, memory=None if config.memory == "auto" else int(GAPS * bytes_of(config.memory)))
+        if planned is not None:
+            path.tile = planned.peak.tile
         return False
     if config.activations == "offload":
         say("activations: offload needs the fast layers; they are computed again instead")

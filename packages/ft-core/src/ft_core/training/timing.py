@@ -21,7 +21,7 @@ from ft_core.training.arguments import trainer_arguments
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.memory import memory_capped
 from ft_core.training.prepare import prepare_model, prepare_rows
-from ft_core.training.speed import recomputes, speed_up
+from ft_core.training.speed import foresee, recomputes, speed_up
 
 __all__ = ["PARTS", "Timing", "time_steps"]
 
@@ -84,13 +84,14 @@ def _time(
     say: Callable[[str], None],
 ) -> Timing:  # fmt: skip
     rows, _ = prepare_rows(config.model_copy(update={"eval_split": None, "eval_data": None}), spec)
+    planned = foresee(config, source, device, say)
     began = time.perf_counter()
     model = prepare_model(config, spec, source, device, say)
     speed_up(model, device, say)
     loaded = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
-        recompute = recomputes(model, config, device, say)
+        recompute = recomputes(model, config, device, say, planned)
         arguments = trainer_arguments(config, run, device, evaluates=False, recompute=recompute)
         arguments |= {"max_steps": warm + steps, "gradient_accumulation_steps": 1, "save_strategy": "no"}
         job = Job(
