@@ -1,4 +1,4 @@
-"""A model's sizes from its configuration alone: built by transformers on torch's meta device, which holds no numbers."""
+"""A model's sizes from its configuration alone: built by transformers on the meta device, which holds no numbers."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """GPUs: what a training step gets out of each, and which one is meant.
 
-A card's peaks are its maker's (dense products in 16 bits with sums in fp32, no sparsity). ``share`` is what a whole step
-sustains of the products' peak, all that its matrix products wait for included. It was measured on an H200 (Llama 3.1 8B,
-2 x 2048 tokens, bf16: 123 TFLOP of products in 190 of 236 ms; ``benchmarks/NOTES.md``) and taken for the H100, which has
-the same processor; for every other card it is estimated, from how far its power lets large products come.
+A card's peaks are its maker's (dense products in 16 bits with sums in fp32, no sparsity). ``share`` is what a whole
+step sustains of the products' peak, all that its matrix products wait for included. It was measured on an H200 (Llama
+3.1 8B, 2 x 2048 tokens, bf16: 126 TFLOP of products in 190 of 236 ms; ``benchmarks/NOTES.md``) and taken for the H100,
+which has the same processor; for every other card it is estimated, from how far its power lets large products come.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ BY_MULTIPROCESSOR = {
     (7, 0): 1024, (7, 5): 1024, (8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512,
 }  # fmt: skip
 """Product operations of a multiprocessor in one clock, by compute capability (the makers' peaks divided)."""
-NOISE = set(
-    "nvidia geforce tesla rtx gpu generation blackwell server workstation edition sxm sxm2 sxm3 sxm4 sxm5".split()
-)
+NOISE = {
+    "nvidia", "geforce", "tesla", "rtx", "gpu", "generation", "blackwell", "server", "workstation", "edition",
+    "sxm", "sxm2", "sxm3", "sxm4", "sxm5",
+}  # fmt: skip
 """Words that tell no card from another, and those of its kind of memory."""
 SIZE = r"(\d{2,3})(?:gi?b?)?"
 

@@ -13,7 +13,7 @@ from ft_core.models.positions import positions
 from ft_core.models.source import ModelSource
 from ft_core.planning.blueprint import Blueprint
 from ft_core.planning.cards import Card
-from ft_core.planning.peak import TILE, Peak, Step, peak_of
+from ft_core.planning.peak import ALONE, TILE, Peak, Step, peak_of
 from ft_core.planning.rows import count_rows, steps_of
 from ft_core.planning.speed import Times, times_of
 from ft_core.plugins import MethodSpec, registry
@@ -28,8 +28,6 @@ SHARE = 0.8
 """Of the host's memory, what may be pinned (``ft_core.fast.offload``)."""
 GAPS = 0.95
 """The share of ``memory`` that is planned with (``ft_core.training.speed``)."""
-ALONE = ("offload", "offload-input", "recompute")
-"""The leanest choices of a layer."""
 MOST_ROWS = 4096
 """The largest micro-batch that is tried."""
 
@@ -133,10 +131,10 @@ class Planner:
 
     def fits(self, config: TrainConfig, card: Card, wanted: str | None = None) -> bool:
         """Whether it fits; ``wanted`` instead of the configuration's ``activations``."""
-        if (wanted or config.activations) == "auto" and self.blueprint.layout is not None:
-            # One choice for all layers is quick to count; which mix is the fastest is not asked here.
-            if any(self.fits(config, card, choice) for choice in ALONE):
-                return True
+        free = (wanted or config.activations) == "auto" and self.blueprint.layout is not None
+        # One choice for all layers is quick to count; which mix is the fastest is not asked here.
+        if free and any(self.fits(config, card, choice) for choice in ALONE):
+            return True
         peak = self.peak(config, card, wanted)
         return peak.total <= limit_of(config, card) and not peak.refused
 

@@ -7,18 +7,21 @@ takes beside that follows the allocations of ``ft_kernels``' blocks (``benchmark
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
 
 from ft_core.fast.again import Choice
 from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, Sizes, fit
 from ft_core.planning.blueprint import Blueprint, Outline
 from ft_core.planning.weights import room_bytes, states_of, weight_bytes
+from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
 
-__all__ = ["TILE", "Peak", "Step", "peak_of"]
+__all__ = ["ALONE", "TILE", "Peak", "Step", "peak_of"]
+
+ALONE: tuple[Choice, ...] = ("offload", "offload-input", "recompute")
+"""The leanest choices of a layer, the fastest first."""
 
 WORKSPACE = 2**25
 """Bytes that cuBLAS takes for its products."""
@@ -67,6 +70,7 @@ class Peak:
             optimizer's state that the system moves between host and GPU.
         choices: of the layers, first layer first. head_rows: of logits at a time. moment: ``head``, ``layer`` or
             ``update``. exact: whether the family is known and only an adapter is trained, which is what was measured.
+        tile: tokens of a sequence tile. refused: the host cannot hold what is to be offloaded.
     """
 
     parts: dict[str, int]
@@ -77,7 +81,7 @@ class Peak:
     moment: str
     exact: bool
     tile: int | None = None
-    refused: bool = field(default=False)
+    refused: bool = False
 
     @property
     def total(self) -> int:
@@ -109,7 +113,15 @@ class _Layer:
 
 
 def peak_of(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
-    """The peak of a step, its layers' choices made as training makes them."""
+    """The peak of a step, its layers' choices made as training makes them; the least there is where none fits."""
+    peak = _peak(blueprint, outline, step)
+    if step.wanted != "auto" or step.limit is None or peak.total <= step.limit or blueprint.layout is None:
+        return peak
+    others = [_peak(blueprint, outline, replace(step, wanted=choice)) for choice in ALONE]
+    return min([peak, *others], key=lambda one: (one.refused, one.total))
+
+
+def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
     itemsize = 4 if outline.full else 2
     states = states_of(outline.trained, step.optimizer)
     trained = sum(outline.trained)
@@ -178,7 +190,7 @@ def _moments(
 def _choices(
     blueprint: Blueprint, step: Step, sizes: Sizes, beside: dict[Choice, int], used: int, head: int, gradients: int
 ) -> tuple[list[Choice], bool]:
-    """As :class:`ft_core.fast.choose.Chooser` makes them once a batch is measured; and whether the host is too small."""
+    """As :class:`ft_core.fast.choose.Chooser` makes them once a batch is measured; whether the host is too small."""
     layers, tokens = blueprint.layers, step.tokens
     if step.wanted != "auto":
         choice: Choice = step.wanted  # type: ignore[assignment]

@@ -1,8 +1,8 @@
 """The time of a step, from the operations and bytes that it takes and the rates that a card sustains.
 
 Four sums, one after the other on the GPU: matrix products (each of a layer's twice, for the output and for the input's
-gradient, and what is computed again), attention, passes over memory, expansions of quantized weights. Copies to and from
-the host run beside them, and count where they take longer.
+gradient, and what is computed again), attention, passes over memory, expansions of quantized weights. Copies to and
+from the host run beside them, and count where they take longer.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def times_of(
     if plain:
         again = whole
     flops = 2.0 * tokens * inside * blueprint.used * (1 + backward + again)
-    flops *= 1.0 if outline.full or not outline.rank else 1.016 + 2 * outline.rank / 4096
+    if not outline.full:  # inputs are wider by a line of 64 numbers; A and B in forward, and twice in backward
+        flops = flops * (1 + 64 / 4096) + 6.0 * tokens * sum(outline.trained)
     head = 2.0 * tokens * blueprint.head.count * (1 + backward)
     window = getattr(blueprint.text, "sliding_window", None) if getattr(blueprint.layout, "attention", None) else None
     seen = min(step.length, int(window)) if window and blueprint.layout.attention.window else step.length

@@ -46,9 +46,8 @@ def weight_bytes(blueprint: Blueprint, quantization: str, itemsize: int) -> int:
 
 def room_bytes(blueprint: Blueprint, outline: Outline, itemsize: int = 2) -> int:
     """Bytes beside frozen 16-bit weights for the low-rank updates in their products (``ft_core.fast.wide``)."""
-    from ft_kernels.ops.lora.operands import width
-
     from ft_core.fast.wide import ALIGN
+    from ft_kernels.ops.lora.operands import width
 
     layout = blueprint.layout
     if layout is None or not outline.able:

@@ -1,0 +1,154 @@
+"""`ft plan` itself: tables, JSON, exit codes, one line for each mistake; and the line of `ft train`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def written(folder: Any, tmp_path: Path) -> Any:
+    """`written(shape={}, **keys)`: a configuration of a model that is a `config.json` alone."""
+
+    def write(shape: dict[str, Any] | None = None, **keys: Any) -> Path:
+        path = tmp_path / "plan.yaml"
+        values = {"model": str(folder(**(shape or {}))), "data": str(tmp_path / "rows.jsonl"), **keys}
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_a_table_from_a_configuration_alone(ft: Any, written: Any, write_rows: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a text"}] * 640)
+    config = written(quantization="nf4", packing=False)
+    before = set(tmp_path.rglob("*"))
+    done = ft("plan", config, "--gpu", "RTX 4090")
+    assert done.code == 0, done.err
+    assert done.out.rstrip().endswith("fits")
+    for word in ("weights", "peak", "32 of 32 kept", "tokens a second", "80 steps", "estimated"):
+        assert word in done.out
+    assert all(len(line) <= 140 for line in done.out.splitlines())
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_json_for_machines(ft: Any, written: Any) -> None:
+    done = ft("plan", written(quantization="nf4"), "training.batch_size=4", "--gpu", "h100", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    memory = found["memory"]
+    assert sum(memory["parts"].values()) == memory["peak"] <= memory["limit"]
+    assert sum(found["layers"].values()) == 32
+    assert found["micro_batch"]["configured"] == 4 <= found["micro_batch"]["largest"]
+    assert found["time"]["tokens_per_second"] > 1000
+    assert found["steps"] is None
+    assert found["would_fit"] == []
+    assert found["fits"] is True
+
+
+def test_what_would_make_it_fit_is_true(ft: Any, written: Any) -> None:
+    config = written()
+    done = ft("plan", config, "--gpu", "RTX 3060", "--json")
+    assert done.code == 1
+    found = json.loads(done.out)
+    assert found["fits"] is False
+    assert any("quantization: nf4" in way for way in found["would_fit"])
+    assert any(re.search(r"a GPU with \d+ GiB", way) for way in found["would_fit"])
+    for way in found["would_fit"]:
+        gib = re.search(r"a GPU with (\d+) GiB", way)
+        if gib is not None:
+            assert ft("plan", config, "--memory", f"{gib[1]}GiB").code == 0
+            assert ft("plan", config, "--memory", f"{int(gib[1]) - 1}GiB").code == 1
+            continue
+        words = [part.split(", the longest")[0].replace(": ", "=") for part in re.split(r" and |, (?=training)", way)]
+        assert ft("plan", config, *words, "--gpu", "RTX 3060").code == 0, way
+
+
+def test_the_longest_that_fits(ft: Any, written: Any) -> None:
+    config = written(quantization="nf4", training={"batch_size": 1}, max_length=131072)
+    done = ft("plan", config, "--memory", "12GiB", "--json")
+    assert done.code == 1
+    said = next(way for way in json.loads(done.out)["would_fit"] if way.startswith("max_length"))
+    length = int(re.findall(r"\d+", said)[0])
+    assert ft("plan", config, f"max_length={length}", "--memory", "12GiB").code == 0
+    assert ft("plan", config, f"max_length={length + 64}", "--memory", "12GiB").code == 1
+
+
+def test_a_bound_that_is_too_low(ft: Any, written: Any) -> None:
+    done = ft("plan", written(quantization="nf4", memory="5GiB"), "--gpu", "H100", "--json")
+    assert done.code == 1
+    said = next(way for way in json.loads(done.out)["would_fit"] if way.startswith("memory"))
+    assert ft("plan", written(quantization="nf4"), said.replace(": ", "="), "--gpu", "H100").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "RTX 409"], "did you mean 'RTX 4090'"),
+        (["--gpu", "H100", "--memory", "12 lots"], "--memory '12 lots' is no amount"),
+        (["--gpu", "H100", "--memory", "0GiB"], "units: GiB, MiB, GB, MB"),
+        (["--gpu", "H100", "quantisation=nf4"], "did you mean 'quantization'"),
+        (["--gpu", "H100", "model=nowhere/at/all"], "nowhere/at/all"),
+        (["--gpu", "H100", "lora.targets=[nothing]"], "nothing"),
+    ],
+)
+def test_mistakes_are_one_line(ft: Any, written: Any, words: list[str], said: str) -> None:
+    done = ft("plan", written(), *words)
+    assert done.code == 2
+    assert len(done.err.strip().splitlines()) == 1
+    assert said in done.err
+
+
+def test_without_a_gpu_one_has_to_be_named(ft: Any, written: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = ft("plan", written())
+    assert done.code == 2
+    assert "--gpu" in done.message
+
+
+def test_a_family_that_is_not_known_says_that_it_is_rough(ft: Any, written: Any) -> None:
+    shape = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"]}
+    done = ft("plan", written(shape, quantization="nf4"), "--gpu", "H100")
+    assert done.code == 0, done.err
+    assert "rough: trained on transformers' own layers" in done.out
+
+
+def test_full_fine_tuning(ft: Any, written: Any) -> None:
+    config = written(lora=None)
+    assert ft("plan", config, "--gpu", "H100").code == 1
+    done = ft("plan", config, "--gpu", "H200")
+    assert done.code == 0, done.err
+    assert "full fine-tuning" in done.out
+
+
+def test_training_says_it_in_one_line(planned: Any) -> None:
+    from ft_core.planning.show import line
+
+    said = line(planned("RTX 4090", quantization="nf4"))
+    assert re.fullmatch(r"plan: about 17\.\d of \d+\.\d GiB, \d+\.\dk tokens a second, 32 of 32 kept", said)
+    assert "may run out of memory" in line(planned("RTX 4090", quantization="none", gib=12))
+    assert line(planned("H100", 1, 65536, quantization="nf4", gib=14)).endswith("tiles of 4096 tokens")
+
+
+def test_training_goes_on_without_a_plan(planned: Any, folder: Any) -> None:
+    from ft_core.config.load import check_config
+    from ft_core.models import Device, ModelSource
+    from ft_core.training.speed import foresee
+
+    path = folder()
+    config = check_config({"model": str(path), "data": "rows.jsonl"})
+    source = ModelSource(str(path), path, "m")
+    said: list[str] = []
+    assert foresee(config, source, Device("cpu", "a CPU", "float32", 2**34, 2**34), said.append) is None
+    # A GPU that is none: whatever fails is left to the training itself.
+    (path / "config.json").write_text("{", encoding="utf-8")
+    assert foresee(config, source, Device("cuda", "a card", "bfloat16", 2**34, 2**34), said.append) is None
+    assert said == []

@@ -1,0 +1,128 @@
+"""Predictions beside what was measured (benchmarks/NOTES.md and its results), and how they move with a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("quantization", "rows", "length", "gib", "seconds"),
+    [
+        ("none", 2, 2048, 27.63, 0.236),
+        ("nf4", 2, 2048, 17.82, 0.246),
+        # These two were timed before the optimizer's updates were queued; the figure is to backward's end, and 3 ms.
+        ("none", 1, 8192, 39.38, None),
+        ("nf4", 1, 8192, 29.63, 0.558),
+    ],
+)
+def test_what_was_measured_on_an_h200(
+    planned: Any, quantization: str, rows: int, length: int, gib: float, seconds: float | None
+) -> None:
+    plan = planned("H200", rows, length, quantization=quantization)
+    assert set(plan.peak.choices) == {"keep"}
+    assert plan.peak.exact
+    # The project's bars for the planner: memory within 5 %, time within 10 %.
+    assert plan.peak.total / GIB == pytest.approx(gib, rel=0.05)
+    if seconds is not None:
+        assert plan.times.step == pytest.approx(seconds, rel=0.10)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "rows", "length", "activations", "gib"),
+    [
+        ("none", 2, 2048, "offload", 16.1),
+        ("nf4", 2, 2048, "offload", 6.34),
+        ("nf4", 1, 8192, "offload", 6.7),
+        ("none", 2, 2048, "recompute", 16.9),
+        ("nf4", 2, 2048, "recompute", 7.2),
+        ("nf4", 1, 8192, "recompute", 8.6),
+    ],
+)
+def test_what_was_counted_allocation_by_allocation(
+    planned: Any, quantization: str, rows: int, length: int, activations: str, gib: float
+) -> None:
+    plan = planned("H100", rows, length, quantization=quantization, activations=activations)
+    assert plan.peak.total / GIB == pytest.approx(gib, rel=0.05)
+
+
+def test_a_long_sequence_in_tiles_as_counted(planned: Any) -> None:
+    # 14 GiB leave no room without a tile (14.9 were counted), and with one of 4096 tokens 11.9 to 12.9 GiB do.
+    plan = planned("H100", 1, 65536, quantization="nf4", gib=14)
+    assert plan.fits
+    assert plan.peak.tile == 4096
+    lean = planned("H100", 1, 65536, quantization="nf4", gib=13)
+    assert 11.9 * 0.95 <= lean.peak.total / GIB <= 12.9 * 1.05
+    whole = planned("H100", 1, 65536, quantization="nf4", gib=80)
+    assert whole.peak.tile is None
+
+
+@pytest.mark.parametrize(
+    ("quantization", "rows", "length", "gib"),
+    [("nf4", 2, 2048, 12.6), ("nf4", 1, 8192, 19.5), ("none", 2, 2048, 22.2), ("none", 1, 8192, 29.1)],
+)
+def test_transformers_own_layers(planned: Any, quantization: str, rows: int, length: int, gib: float) -> None:
+    """Measured on an H100 with checkpointing. A family that is not known trains so; the shape here is Llama's."""
+    shape = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "tie_word_embeddings": False}
+    plan = planned("H100", rows, length, quantization=quantization, shape=shape)
+    assert not plan.peak.exact
+    assert plan.notes[0].startswith("rough: ")
+    assert plan.peak.total / GIB == pytest.approx(gib, rel=0.10)
+
+
+def test_more_of_anything_takes_more(planned: Any) -> None:
+    def peaks(key: str, values: list[Any], **others: Any) -> list[int]:
+        return [planned("H200", **{key: value, **others}).peak.total for value in values]
+
+    for activations in ("keep", "recompute", "offload"):
+        for key in ("rows", "length"):
+            found = peaks(key, [1, 2, 3, 8, 64] if key == "rows" else [64, 512, 1024, 5000, 32768], activations=activations)
+            assert found == sorted(found)
+            assert len(set(found)) == len(found)
+    found = peaks("lora", [{"r": r} for r in (1, 4, 8, 16, 64, 256)])
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize("gib", [8, 10, 12, 16, 24, 40])
+@pytest.mark.parametrize(("rows", "length"), [(1, 512), (2, 2048), (1, 8192), (4, 8192), (1, 32768)])
+def test_a_bound_is_kept_to(planned: Any, gib: int, rows: int, length: int) -> None:
+    plan = planned("H200", rows, length, quantization="nf4", memory=f"{gib}GiB")
+    if plan.fits:
+        assert plan.peak.total <= gib * GIB * 0.95
+    else:
+        assert plan.peak.total > gib * GIB * 0.94  # 0.95 of it, less a hundredth
+        assert plan.largest < rows
+
+
+def test_spare_memory_is_spent_and_missing_memory_costs_time(planned: Any) -> None:
+    times = []
+    for gib in (8, 12, 16, 24, 80):
+        plan = planned("H200", 2, 4096, quantization="nf4", gib=gib, host=2**40)
+        assert plan.fits
+        times.append(plan.times.step)
+    assert times == sorted(times, reverse=True)
+    assert times[0] > times[-1]
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not(planned: Any) -> None:
+    plan = planned("RTX 4090", 2, 4096, quantization="nf4")
+    from ft_core.planning.engine import with_rows
+
+    largest = plan.largest
+    assert largest > plan.largest_kept >= 1
+    assert plan.planner.fits(with_rows(plan.config, largest), plan.card)
+    assert not plan.planner.fits(with_rows(plan.config, largest + 1), plan.card)
+    assert not plan.planner.fits(with_rows(plan.config, plan.largest_kept + 1), plan.card, "keep")
+
+
+def test_a_host_that_is_too_small_is_seen(planned: Any) -> None:
+    plan = planned("H100", 8, 8192, activations="offload", quantization="nf4", host=2**30)
+    assert not plan.fits
+    assert plan.peak.refused
+    # auto does with what the host has.
+    plan = planned("H100", 8, 8192, quantization="nf4", host=2**30)
+    assert plan.fits
+    assert plan.peak.host <= 2**30
