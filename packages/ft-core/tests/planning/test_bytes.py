@@ -131,7 +131,12 @@ def test_room_for_updates_is_that_of_wide_weights(tiny: Path) -> None:
     outline = found.outline(LoraSettings(r=8))
     hidden, inner, keys, layers = 64, 128, 32, 2
     actual = 0
-    for sizes, into in (((hidden, keys, keys), hidden), ((hidden,), hidden), ((inner, inner), hidden), ((hidden,), inner)):
+    for sizes, into in (
+        ((hidden, keys, keys), hidden),
+        ((hidden,), hidden),
+        ((inner, inner), hidden),
+        ((hidden,), inner),
+    ):
         weights = [torch.zeros(size, into, dtype=torch.bfloat16) for size in sizes]
         rank = -(-8 * len(sizes) // 16) * 16
         wide = kernels.widen(weights, rank)

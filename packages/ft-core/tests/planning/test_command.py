@@ -152,3 +152,10 @@ def test_training_goes_on_without_a_plan(planned: Any, folder: Any) -> None:
     (path / "config.json").write_text("{", encoding="utf-8")
     assert foresee(config, source, Device("cuda", "a card", "bfloat16", 2**34, 2**34), said.append) is None
     assert said == []
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_says_its_plan_before_it_loads(ft: Any, configure: Any) -> None:
+    done = ft("train", configure(training={"max_steps": 1}))
+    assert done.code == 0, done.err
+    assert re.search(r"^plan: about \d+\.\d of \d+\.\d GiB", done.err, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Predictions beside what was measured (benchmarks/NOTES.md and its results), and how they move with a configuration."""
+"""Predictions beside what was measured (benchmarks/NOTES.md, and its results), and how they move with a config."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def test_more_of_anything_takes_more(planned: Any) -> None:
 
     for activations in ("keep", "recompute", "offload"):
         for key in ("rows", "length"):
-            found = peaks(key, [1, 2, 3, 8, 64] if key == "rows" else [64, 512, 1024, 5000, 32768], activations=activations)
+            found = peaks(
+                key, [1, 2, 3, 8, 64] if key == "rows" else [64, 512, 1024, 5000, 32768], activations=activations
+            )
             assert found == sorted(found)
             assert len(set(found)) == len(found)
     found = peaks("lora", [{"r": r} for r in (1, 4, 8, 16, 64, 256)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_core.config import LoraSettings, TrainConfig
-from ft_core.errors import ModelError
+from ft_core.errors import ConfigError, ModelError
 from ft_core.models.source import HUB_NAME, ModelSource, find_model
 
 __all__ = ["Blueprint", "Matrix", "Outline", "find_outline"]
@@ -54,11 +55,10 @@ class Blueprint:
     Attributes:
         name: of the model. text: its text configuration. layout: of its family, None if that is unknown.
         reason: why it has none. linears: all linear layers but the head. head: the head.
-        others: how many numbers lie elsewhere (embeddings, norms, biases; a tied head is one of them).
-        tensors: how many numbers each parameter has. used: the share of the linear layers and of stacked experts that
-            one token goes through.
-        experts: numbers in stacked experts, a part of ``others``. stored: ``nf4`` or ``int8`` where the files are
-            quantized already.
+        tensors: how many numbers each parameter has. modules: names of all modules.
+        used: the share of a mixture's experts that one token goes through. experts: numbers in stacked experts.
+        stored: ``nf4`` or ``int8`` where the files are quantized already.
+        dense: what ``all-linear`` adapts in a mixture; None for all linear layers.
     """
 
     name: str
@@ -67,7 +67,6 @@ class Blueprint:
     reason: str
     linears: tuple[Matrix, ...]
     head: Matrix
-    others: int
     tensors: tuple[int, ...]
     modules: tuple[str, ...]
     used: float
@@ -122,8 +121,7 @@ class Blueprint:
 
         text = model.config.get_text_config()
         output = model.score if score else model.get_output_embeddings()
-        linears, head, counted = [], None, 0
-        tied = not score and output is not None and output.weight is model.get_input_embeddings().weight
+        linears, head = [], None
         for path, module in model.named_modules():
             if not isinstance(module, torch.nn.Linear):
                 continue
@@ -131,10 +129,8 @@ class Blueprint:
             matrix = Matrix(path, module.out_features, module.in_features, inside, module.bias is not None)
             if module is output:
                 head = matrix
-                counted += 0 if tied else matrix.count
             else:
                 linears.append(matrix)
-                counted += matrix.count
         if head is None:
             head = Matrix("", int(getattr(text, "vocab_size", 1)), int(text.hidden_size), False)
         tensors = tuple(parameter.numel() for parameter in model.parameters())
@@ -150,15 +146,21 @@ class Blueprint:
                 dense = None if found is None else tuple(found)
         return cls(
             name=name, text=text, layout=layout, reason=reason, linears=tuple(linears), head=head,
-            others=sum(tensors) - counted,
             tensors=tensors, modules=tuple(path for path, _ in model.named_modules()), used=share, experts=experts,
             stored=stored, dense=dense,
         )  # fmt: skip
 
     def outline(self, lora: LoraSettings | None) -> Outline:
-        """What this adapter, or None, makes of the model."""
+        """What this adapter, or None, makes of the model.
+
+        Raises:
+            ConfigError: a target or module that the model doesn't have.
+        """
         if lora is None:
             return Outline(self.tensors, frozenset(), 0, False, True)
+        for key, wanted in (("targets", lora.targets), ("modules_to_save", lora.modules_to_save)):
+            if isinstance(wanted, list):
+                self._check_names(f"lora.{key}", wanted)
         names = self.dense if lora.targets == "all-linear" else tuple(lora.targets)
         targets, trained = [], []
         for matrix in self.linears:
@@ -182,6 +184,14 @@ class Blueprint:
             and len(layout.mlp.gate_up) == 2
         )
         return Outline(tuple(trained), frozenset(targets), lora.r, able, False)
+
+    def _check_names(self, key: str, names: list[str]) -> None:
+        lasts = dict.fromkeys(path.rpartition(".")[2] for path in self.modules)
+        for name in names:
+            if not any(path == name or path.endswith("." + name) for path in self.modules):
+                close = difflib.get_close_matches(name, [last for last in lasts if not last.isdigit()], 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"{key}: the model has no module {name!r}{hint}")
 
 
 def find_outline(config: TrainConfig) -> ModelSource:

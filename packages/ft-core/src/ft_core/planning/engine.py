@@ -18,7 +18,9 @@ from ft_core.planning.rows import count_rows, steps_of
 from ft_core.planning.speed import Times, times_of
 from ft_core.plugins import MethodSpec, registry
 
-__all__ = ["CONTEXT", "HOST_ASSUMED", "Plan", "Planner", "limit_of", "plan"]
+__all__ = [
+    "CONTEXT", "HOST_ASSUMED", "Plan", "Planner", "limit_of", "most", "plan", "with_length", "with_rows",
+]  # fmt: skip
 
 CONTEXT = 600 * 2**20
 """Bytes that CUDA takes of the card for itself and the kernels that are loaded: 500 to 650 MiB, by card and driver."""

@@ -18,7 +18,7 @@ from ft_core.planning.blueprint import Blueprint, Outline
 from ft_core.planning.weights import room_bytes, states_of, weight_bytes
 from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
 
-__all__ = ["ALONE", "TILE", "Peak", "Step", "peak_of"]
+__all__ = ["ALONE", "TILE", "Layer", "Peak", "Step", "peak_of"]
 
 ALONE: tuple[Choice, ...] = ("offload", "offload-input", "recompute")
 """The leanest choices of a layer, the fastest first."""
@@ -58,6 +58,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
+        """Of a micro-batch, padding included."""
         return self.rows * self.length
 
 
@@ -90,7 +91,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """Widths of a decoder layer in numbers: of its input, its perceptron, its queries, and its keys."""
 
     hidden: int
@@ -99,7 +100,8 @@ class _Layer:
     keys: int
 
     @classmethod
-    def of(cls, blueprint: Blueprint) -> _Layer:
+    def of(cls, blueprint: Blueprint) -> Layer:
+        """Of a model; guessed from the usual names where the family is not known."""
         text, layout = blueprint.text, blueprint.layout
         hidden = int(text.hidden_size)
         if layout is not None:
@@ -140,7 +142,7 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
     width = int(getattr(blueprint.layout, "head_dim", 0) or 128)
     fixed["batch"] = tokens * (3 * 8 + 4 * width)  # ids, labels and the labels moved by one; cos and sin
     used = sum(fixed.values())
-    layer = _Layer.of(blueprint)
+    layer = Layer.of(blueprint)
     sizes = _sizes(blueprint, outline, layer)
     beside = _beside(blueprint, outline, step, layer)
     head, rows = _head(blueprint, outline, step, layer, used)
@@ -208,7 +210,7 @@ def _choices(
     return fit(layers, tokens, room, sizes, step.host), False
 
 
-def _sizes(blueprint: Blueprint, outline: Outline, layer: _Layer) -> Sizes:
+def _sizes(blueprint: Blueprint, outline: Outline, layer: Layer) -> Sizes:
     if blueprint.layout is not None:
         ranks = 7 * -(-outline.rank // 16) * 16
         sizes = Sizes.of(blueprint.layout, blueprint.text, outline.able, 2, ranks)
@@ -220,7 +222,7 @@ def _sizes(blueprint: Blueprint, outline: Outline, layer: _Layer) -> Sizes:
     return Sizes({"keep": whole, "recompute": 2 * layer.hidden}, {}, whole)
 
 
-def _beside(blueprint: Blueprint, outline: Outline, step: Step, layer: _Layer) -> dict[Choice, int]:
+def _beside(blueprint: Blueprint, outline: Outline, step: Step, layer: Layer) -> dict[Choice, int]:
     """Bytes that computing a layer backwards takes beside what waits, by choice.
 
     The perceptron's half comes first: the gradient from above, [gate | up], the gradient of their product, and in a
@@ -257,7 +259,7 @@ def _beside(blueprint: Blueprint, outline: Outline, step: Step, layer: _Layer) -
     }
 
 
-def _expanded(blueprint: Blueprint, step: Step, layer: _Layer) -> tuple[int, int]:
+def _expanded(blueprint: Blueprint, step: Step, layer: Layer) -> tuple[int, int]:
     """Numbers of the weights of down, and of gate and up, that are expanded for a product; none in 16 bits."""
     if step.quantization == "none" and blueprint.stored is None:
         return 0, 0
@@ -265,7 +267,7 @@ def _expanded(blueprint: Blueprint, step: Step, layer: _Layer) -> tuple[int, int
 
 
 def _head(
-    blueprint: Blueprint, outline: Outline, step: Step, layer: _Layer, used: int
+    blueprint: Blueprint, outline: Outline, step: Step, layer: Layer, used: int
 ) -> tuple[int, int]:  # fmt: skip
     """Bytes that the head and its loss take, and the rows of logits that exist at a time."""
     tokens, vocabulary = step.tokens, blueprint.head.out

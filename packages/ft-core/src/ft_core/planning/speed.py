@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ft_core.fast.again import Choice
 from ft_core.planning.blueprint import Blueprint, Outline
 from ft_core.planning.cards import Card
-from ft_core.planning.peak import Peak, Step, _Layer
+from ft_core.planning.peak import Layer, Peak, Step
 from ft_core.planning.weights import States, states_of
 
 __all__ = ["Times", "times_of"]
@@ -68,7 +68,7 @@ def times_of(
     """
     if not card.peak:
         return None
-    layer, layers, tokens = _Layer.of(blueprint), blueprint.layers, step.tokens
+    layer, layers, tokens = Layer.of(blueprint), blueprint.layers, step.tokens
     products, plain = card.peak * card.share, blueprint.layout is None
     inside = sum(matrix.count for matrix in blueprint.linears) + blueprint.experts
     backward = 2.0 if outline.full else 1.0
@@ -112,7 +112,7 @@ def times_of(
     return Times(parts, update, accumulation, tokens)
 
 
-def _again(choice: Choice, layer: _Layer) -> float:
+def _again(choice: Choice, layer: Layer) -> float:
     """The share of a layer's products that is computed again."""
     h, i, q, k = layer.hidden, layer.inner, layer.queries, layer.keys
     whole = h * (q + 2 * k) + q * h + 3 * h * i
@@ -123,7 +123,7 @@ def _again(choice: Choice, layer: _Layer) -> float:
     return 1.0 - h * i / whole
 
 
-def _passes(layer: _Layer) -> tuple[int, int]:
+def _passes(layer: Layer) -> tuple[int, int]:
     """Numbers that a token's way through a layer reads and writes beside the products, forward and backward.
 
     Forward: both norms, the rotation, the activation, the low-rank product before o. Backward: the activation's pass,
