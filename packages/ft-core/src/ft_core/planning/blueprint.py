@@ -18,13 +18,11 @@ __all__ = ["Blueprint", "Matrix", "Outline", "find_outline"]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer: ``[out, into]``, in which layer (None outside of them), and whether it has a bias."""
+    """A linear layer's weight, ``[out, into]``."""
 
     name: str
     out: int
     into: int
-    inside: bool
-    bias: bool = False
 
     @property
     def count(self) -> int:
@@ -80,6 +78,12 @@ class Blueprint:
         return sum(self.tensors)
 
     @property
+    def used_numbers(self) -> float:
+        """Numbers of the layers' matrices that one token is multiplied with; of a mixture's experts a share."""
+        routed = self.experts + sum(m.count for m in self.linears if ".experts." in m.name)
+        return sum(m.count for m in self.linears) + self.experts - routed * (1 - self.used)
+
+    @property
     def layers(self) -> int:
         """How many decoder layers."""
         return int(self.text.num_hidden_layers)
@@ -123,16 +127,17 @@ class Blueprint:
         output = model.score if score else model.get_output_embeddings()
         linears, head = [], None
         for path, module in model.named_modules():
-            if not isinstance(module, torch.nn.Linear):
+            if not isinstance(module, torch.nn.Linear) and type(module).__name__ != "Conv1D":  # GPT-2's, transposed
                 continue
-            inside = any(part.isdigit() for part in path.split("."))
-            matrix = Matrix(path, module.out_features, module.in_features, inside, module.bias is not None)
+            sizes = tuple(module.weight.shape)
+            out, into = sizes if isinstance(module, torch.nn.Linear) else sizes[::-1]
+            matrix = Matrix(path, int(out), int(into))
             if module is output:
                 head = matrix
             else:
                 linears.append(matrix)
         if head is None:
-            head = Matrix("", int(getattr(text, "vocab_size", 1)), int(text.hidden_size), False)
+            head = Matrix("", int(getattr(text, "vocab_size", 1)), int(text.hidden_size))
         tensors = tuple(parameter.numel() for parameter in model.parameters())
         experts = sum(p.numel() for path, p in model.named_parameters() if ".experts." in path and p.dim() == 3)
         linear_experts = any(".experts." in matrix.name for matrix in linears)

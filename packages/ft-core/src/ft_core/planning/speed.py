@@ -70,13 +70,12 @@ def times_of(
         return None
     layer, layers, tokens = Layer.of(blueprint), blueprint.layers, step.tokens
     products, plain = card.peak * card.share, blueprint.layout is None
-    inside = sum(matrix.count for matrix in blueprint.linears) + blueprint.experts
     backward = 2.0 if outline.full else 1.0
     again = sum(_again(choice, layer) for choice in peak.choices) / max(layers, 1)
     whole = sum(choice in ("recompute", "offload-input") for choice in peak.choices) / max(layers, 1)
     if plain:
         again = whole
-    flops = 2.0 * tokens * inside * blueprint.used * (1 + backward + again)
+    flops = 2.0 * tokens * blueprint.used_numbers * (1 + backward + again)
     if not outline.full:  # inputs are wider by a line of 64 numbers; A and B in forward, and twice in backward
         flops = flops * (1 + 64 / 4096) + 6.0 * tokens * sum(outline.trained)
     head = 2.0 * tokens * blueprint.head.count * (1 + backward)
