@@ -189,6 +189,7 @@ EXPECTED: dict[str, list[str]] = {
         "Planner",
         "card_here",
         "find_card",
+        "find_outline",
         "plan",
         "ways",
         "with_memory",
