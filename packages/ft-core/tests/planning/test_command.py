@@ -154,6 +154,38 @@ def test_training_goes_on_without_a_plan(planned: Any, folder: Any) -> None:
     assert said == []
 
 
+def test_training_takes_the_tile_from_its_plan(
+    planned: Any, folder: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the card itself is real: there is none here."""
+    from transformers import AutoModelForCausalLM
+
+    from ft_core import add_lora, fast, planning
+    from ft_core.config.load import check_config
+    from ft_core.models import Device, ModelSource
+    from ft_core.training.speed import foresee, recomputes
+
+    monkeypatch.setattr(planning, "card_here", lambda: planning.find_card("H100"))
+    path = folder()
+    values = {"model": str(path), "data": "rows.jsonl", "quantization": "nf4", "max_length": 65536}
+    config = check_config({**values, "training": {"batch_size": 1}})
+    said: list[str] = []
+    free = 13 * 2**30  # others have the rest of the card
+    device = Device("cuda", "H100", "bfloat16", 80 * 2**30, free)
+    found = foresee(config, ModelSource(str(path), path, "m"), device, said.append)
+    assert found is not None
+    assert found.limit <= free
+    assert len(said) == 1
+    assert said[0].startswith("plan: about 1")
+    model = add_lora(AutoModelForCausalLM.from_pretrained(tiny))
+    fast.enable(model)
+    for plan, tile in ((found, 4096), (planned("H100"), None)):
+        assert not recomputes(model, config, device, said.append, plan)
+        handle = fast.fast_path_of(model)
+        assert handle is not None
+        assert handle.tile == tile
+
+
 @pytest.mark.gpu
 def test_training_on_a_gpu_says_its_plan_before_it_loads(ft: Any, configure: Any) -> None:
     done = ft("train", configure(training={"max_steps": 1}))

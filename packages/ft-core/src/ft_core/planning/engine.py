@@ -39,7 +39,7 @@ def limit_of(config: TrainConfig, card: Card) -> int:
     limit = card.memory - CONTEXT
     if config.memory != "auto":
         limit = min(limit, int(GAPS * bytes_of(config.memory)))
-    return int(limit * (1 - MARGIN))
+    return max(int(limit * (1 - MARGIN)), 0)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ HOST = 7.8e-3
 """Seconds in which the host launches one layer's kernels, forward and backward, where no step is recorded."""
 UPDATE = 6e-6
 """Seconds of one tensor's update, its launch."""
-PLAIN = 1.9
-"""transformers' own layers take this many times what products, attention and passes would (566 ms where they take 300,
+PLAIN = 1.75
+"""transformers' own layers take this many times what products, attention and passes would (566 ms where these take 336,
 bf16 2 x 2048 on an H200)."""
 
 
