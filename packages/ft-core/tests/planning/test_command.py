@@ -104,6 +104,31 @@ def test_mistakes_are_one_line(ft: Any, written: Any, words: list[str], said: st
     assert said in done.err
 
 
+def test_a_hub_name_that_cannot_be_reached_is_one_line(
+    ft: Any, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    # A port that nobody listens on; and a cache that has the one model and not the other.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    done = ft("plan", written(), "model=nobody/nothing", "--gpu", "H100")
+    assert done.code == 2
+    assert len(done.err.strip().splitlines()) == 1
+    assert "not in the Hub's cache" in done.message
+    snapshot = tmp_path / "cache" / "models--somebody--something" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc", encoding="utf-8")
+    path = written()
+    model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    (snapshot / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
+    done = ft("plan", path, "model=somebody/something", "--gpu", "H100")
+    assert done.code == 0, done.err
+    assert done.out.startswith("somebody/something (8.03 B)")
+
+
 def test_without_a_gpu_one_has_to_be_named(ft: Any, written: Any) -> None:
     import torch
 

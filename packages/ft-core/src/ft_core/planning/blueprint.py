@@ -124,7 +124,7 @@ class Blueprint:
         import torch
 
         text = model.config.get_text_config()
-        output = model.score if score else model.get_output_embeddings()
+        output = getattr(model, "score", None) if score else model.get_output_embeddings()
         linears, head = [], None
         for path, module in model.named_modules():
             if not isinstance(module, torch.nn.Linear) and type(module).__name__ != "Conv1D":  # GPT-2's, transposed
@@ -219,18 +219,25 @@ def find_outline(config: TrainConfig) -> ModelSource:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
         return Path(cached).parent
     try:
+        HfApi().model_info(name, timeout=20)  # asked once, where a download would be tried for half a minute
         return Path(hf_hub_download(name, "config.json")).parent
+    except GatedRepoError:
+        reason = "is gated: accept its terms on its Hub page and log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "is no folder here, and is not on the Hub (a private one needs `hf auth login`)"
     except Exception as error:  # whatever the network, the Hub or its client has
-        raise ModelError(
-            f"model {name!r} is no folder here and not in the Hub's cache, and its config.json cannot be fetched "
+        reason = (
+            "is no folder here and not in the Hub's cache, and its config.json cannot be fetched "
             f"({type(error).__name__}): check the name or the connection, or give a folder with a config.json"
-        ) from None
+        )
+    raise ModelError(f"model {name!r} {reason}")
 
 
 def _stored(quantization: Any) -> str | None:

@@ -251,7 +251,7 @@ def _beside(blueprint: Blueprint, outline: Outline, step: Step, layer: Layer) ->
             "offload-input": single + whole,
         }  # fmt: skip
     return {
-        "keep": max(kept, 2 * (attention - q - 2 * k) * tokens),
+        "keep": max(kept, 2 * (attention - 2 * q - 2 * k) * tokens),  # q, k, v and the output are kept
         "inputs": work(0, h),
         "offload": work(0, h + (UNDER_WAY + 1) * h),
         "recompute": work(again, h),
