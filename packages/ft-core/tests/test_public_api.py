@@ -141,7 +141,7 @@ EXPECTED: dict[str, list[str]] = {
         "stop_ids",
         "stream",
     ],
-    "ft_core.loftq": ["init_loftq", "low_rank"],
+    "ft_core.loftq": ["MARK", "init_loftq", "low_rank"],
     "ft_core.models": [
         "Device",
         "ModelSource",
