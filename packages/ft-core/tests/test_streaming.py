@@ -208,6 +208,34 @@ def test_who_waits_when_reading_stops_is_told(tmp_path: Path) -> None:
             waiting.result()
 
 
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """A model of 400 billion parameters has more than a hundred, of which eight threads read."""
+    import os
+
+    import torch
+    from safetensors.torch import save_file
+
+    from ft_core.models.streaming import THREADS, Reader, read_headers
+
+    resource = pytest.importorskip("resource", reason="needs POSIX limits")
+    files = [tmp_path / f"{i:03}.safetensors" for i in range(60)]
+    for i, file in enumerate(files):
+        save_file({f"layers.{i}.{j}": torch.full((64,), float(i)) for j in range(2 * THREADS)}, file)
+    entries = read_headers(files)
+    assert entries is not None
+    was = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = max(os.open(os.devnull, os.O_RDONLY) for _ in range(3))  # descriptors are the lowest free numbers
+    for number in range(open_now - 2, open_now + 1):
+        os.close(number)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 2 * THREADS, was[1]))
+        with Reader(entries, torch.device("cpu"), piece=64) as reader:
+            for name in entries:
+                assert reader.take(name)[0] == int(name.split(".")[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, was)
+
+
 def test_formats_that_are_not_known_are_left_to_transformers(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

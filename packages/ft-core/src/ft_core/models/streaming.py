@@ -212,16 +212,20 @@ class Reader:
             self._changed.notify()
 
     def _work(self) -> None:
-        files: dict[Path, Any] = {}
+        path: Path | None = None
+        file: Any = None
         try:
             while (job := self._next()) is not None:
                 piece, slot = job
                 try:
                     if slot.copied is not None:
                         slot.copied.synchronize()
-                    file = files.get(piece.entry.file)
-                    if file is None:
-                        file = files[piece.entry.file] = open(piece.entry.file, "rb", buffering=0)  # noqa: SIM115
+                    if path != piece.entry.file:
+                        # No more than one a thread: large models have more files than a process may open.
+                        if file is not None:
+                            file.close()
+                        file = path = None
+                        file, path = open(piece.entry.file, "rb", buffering=0), piece.entry.file  # noqa: SIM115
                     _fill(file, piece.entry.start + piece.first, slot.memory[: piece.last - piece.first])
                 except BaseException as error:  # whoever waits for the piece has to hear of it
                     piece.filled.set_exception(error)
@@ -229,7 +233,7 @@ class Reader:
                 else:
                     piece.filled.set_result(slot)
         finally:
-            for file in files.values():
+            if file is not None:
                 file.close()
 
 
