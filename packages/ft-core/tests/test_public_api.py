@@ -91,6 +91,7 @@ EXPECTED: dict[str, list[str]] = {
         "disable",
         "enable",
         "fast_path_of",
+        "forget",
         "layout_of",
         "trial",
     ],

@@ -38,7 +38,6 @@ class Product:
             raise NotFast("weights of several kinds have one input")
         self.weights: list[Any] = [linear.weight for linear in linears]
         self.sizes = [linear.sizes[0] for linear in linears]
-        self.whole = _adjacent(self.weights) if self.kind == "plain" else None
         self.bias = _zeros(linears, dtype) if any(linear.bias is not None for linear in linears) else None
         self.a, self.b = _room(linears, dtype)
 
@@ -79,8 +78,10 @@ class Product:
         if product is not None:
             y: Tensor = product(x, self.weights)
             return y if self.bias is None else y.add_(self.bias)
-        if self.whole is not None:
-            return F.linear(x, self.whole, self.bias)
+        # Looked for at each call: what was found would hold the memory that weights had before somebody moved them.
+        whole = _adjacent(self.weights) if self.kind == "plain" else None
+        if whole is not None:
+            return F.linear(x, whole, self.bias)
         y = x.new_empty(x.shape[0], sum(self.sizes))
         parts = y.split(self.sizes, 1)
         biases = [None] * len(parts) if self.bias is None else self.bias.split(self.sizes)
