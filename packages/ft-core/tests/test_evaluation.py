@@ -46,6 +46,29 @@ def taught(tiny: Path, tmp_path_factory: pytest.TempPathFactory, sums: Any, writ
     return folder
 
 
+def test_an_interrupted_evaluation_keeps_no_memory_for_more_answers(taught: Path, sums: Any) -> None:
+    from ft_core.config.load import method_settings
+    from ft_core.evaluation import EvaluationJob, evaluate_answers
+    from ft_core.fast.decoding import decoder_of
+    from ft_core.models import load_run
+    from ft_core.runs import Run
+
+    run = Run.open(taught / "run")
+    model, tokenizer = load_run(run, say=lambda line: None)
+    job = EvaluationJob(run.config, method_settings(run.config), model, tokenizer, sums(8))
+
+    def interrupt(done: int, total: int, what: str) -> None:
+        if what == "answers":
+            assert "_ft_decoder" in vars(model)
+            raise KeyboardInterrupt
+
+    job.progress = interrupt
+    assert decoder_of(model, anywhere=True) is not None  # by itself only a GPU's model gets one
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_answers(job)
+    assert "_ft_decoder" not in vars(model)
+
+
 def test_a_model_that_knows_the_answers(taught: Path, ft: Any, sums: Any) -> None:
     run = taught / "run"
     done = ft("eval", run, "--json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -59,6 +60,12 @@ def test_it_is_saved_as_an_adapter_on_the_quantized_model(tiny: Path, tmp_path: 
     adapted = ft_core.add_lora(ft_core.load(tiny, quantization="nf4")[0], r=4, init_lora_weights="loftq").eval()
     adapted.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["init_lora_weights"] is True
+    mark = json.loads((tmp_path / "loftq.json").read_text(encoding="utf-8"))
+    dtype = str(adapted.dtype).removeprefix("torch.")
+    assert mark == {"loftq_format": 1, "quantization": "nf4", "dtype": dtype}
+    copy.deepcopy(adapted).save_pretrained(tmp_path / "copy")
+    names = [path.name for path in tmp_path.iterdir() if path.is_file()]
+    assert sorted(names) == sorted(path.name for path in (tmp_path / "copy").iterdir())
     again = PeftModel.from_pretrained(ft_core.load(tiny, quantization="nf4")[0], tmp_path).eval()
     ids = torch.tensor([[1, 5, 9]], device=adapted.device)
     with torch.no_grad():
@@ -118,4 +125,8 @@ def test_where_it_cannot_begin_so(tiny: Path, tmp_path: Path) -> None:
 def test_in_a_training(ft: Any, configure: Any, tmp_path: Path) -> None:
     done = ft("train", configure(quantization="nf4", lora={"r": 4, "init_lora_weights": "loftq"}))
     assert done.code == 0, done
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    adapter = tmp_path / "run" / "adapter"
+    assert (adapter / "adapter_model.safetensors").is_file()
+    marked = {path.parent for path in (tmp_path / "run").rglob("loftq.json")}
+    assert adapter in marked
+    assert marked == {path.parent for path in (tmp_path / "run").rglob("adapter_config.json")}  # checkpoints too

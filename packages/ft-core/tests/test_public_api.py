@@ -102,6 +102,7 @@ EXPECTED: dict[str, list[str]] = {
         "disable",
         "enable",
         "fast_path_of",
+        "forget",
         "layout_of",
         "trial",
     ],
@@ -153,7 +154,7 @@ EXPECTED: dict[str, list[str]] = {
         "stop_ids",
         "stream",
     ],
-    "ft_core.loftq": ["init_loftq", "low_rank"],
+    "ft_core.loftq": ["MARK", "init_loftq", "low_rank"],
     "ft_core.models": [
         "Device",
         "ModelSource",

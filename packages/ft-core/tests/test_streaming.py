@@ -208,6 +208,103 @@ def test_who_waits_when_reading_stops_is_told(tmp_path: Path) -> None:
             waiting.result()
 
 
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """A model of 400 billion parameters has more than a hundred, of which eight threads read."""
+    import os
+
+    import torch
+    from safetensors.torch import save_file
+
+    from ft_core.models.streaming import THREADS, Reader, read_headers
+
+    resource = pytest.importorskip("resource", reason="needs POSIX limits")
+    files = [tmp_path / f"{i:03}.safetensors" for i in range(60)]
+    for i, file in enumerate(files):
+        save_file({f"layers.{i}.{j}": torch.full((64,), float(i)) for j in range(2 * THREADS)}, file)
+    entries = read_headers(files)
+    assert entries is not None
+    was = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = max(os.open(os.devnull, os.O_RDONLY) for _ in range(3))  # descriptors are the lowest free numbers
+    for number in range(open_now - 2, open_now + 1):
+        os.close(number)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 2 * THREADS, was[1]))
+        with Reader(entries, torch.device("cpu"), piece=64) as reader:
+            for name in entries:
+                assert reader.take(name)[0] == int(name.split(".")[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, was)
+
+
+def test_closed_while_others_take(tmp_path: Path) -> None:
+    """Whoever takes gets its tensor or an OSError, and nobody waits for ever."""
+    import sys
+    import time
+
+    import torch
+
+    from ft_core.models.streaming import Reader
+
+    entries, _ = some(tmp_path, 400)
+    told = 0
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for trial in range(60):
+            reader = Reader(entries, torch.device("cpu"), piece=64, threads=4)
+
+            def work(first: int, reader: Any = reader) -> int:
+                try:
+                    for name in list(entries)[first::4]:
+                        reader.take(name)
+                except OSError:
+                    return 1
+                return 0
+
+            with ThreadPoolExecutor(4) as pool:
+                waiting = [pool.submit(work, first) for first in range(4)]
+                time.sleep(0.005 + 0.001 * (trial % 7))
+                reader.close()
+                told += sum(future.result(timeout=30) for future in waiting)
+    finally:
+        sys.setswitchinterval(interval)
+    assert told
+
+
+def test_too_little_memory_for_a_tensor_takes_none_from_the_others(tmp_path: Path) -> None:
+    import torch
+
+    from ft_core.models.streaming import Entry, Reader
+
+    resource = pytest.importorskip("resource", reason="needs POSIX limits")
+    statistics = Path("/proc/self/statm")
+    if not statistics.is_file():
+        pytest.skip("needs Linux's /proc, to know how much memory is in use")
+    file, size = tmp_path / "a.safetensors", 256 << 20
+    with open(file, "wb") as stream:
+        stream.truncate(size)
+    # The first fills what is read ahead; the second is then read when it is asked for.
+    shape = (size,)
+    entries = {f"layers.{i}": Entry(file, 0, size, torch.uint8, shape) for i in range(2)}
+    was = resource.getrlimit(resource.RLIMIT_AS)
+    with Reader(entries, torch.device("cpu"), piece=1 << 20) as reader, ThreadPoolExecutor(1) as pool:
+        while reader._free[True]:
+            pass
+        assert list(reader._begun) == ["layers.0"]
+        now = int(statistics.read_text().split()[0]) * resource.getpagesize()
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (now + size // 2, was[1]))
+            with pytest.raises(RuntimeError, match="memory"):
+                reader.take("layers.1")
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, was)
+        again = pool.submit(reader.take, "layers.1")
+        try:
+            assert again.result(timeout=30).shape == shape
+        finally:
+            reader.close()
+
+
 def test_formats_that_are_not_known_are_left_to_transformers(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

@@ -343,6 +343,43 @@ def test_an_adapter_that_began_as_what_quantization_lost(base: Path, make_run: A
     assert gaps[1] < gaps[0] / 4
 
 
+@pytest.mark.parametrize("where", ["in its run", "by itself"])
+def test_the_adapters_folder_alone_says_where_it_began(
+    base: Path, make_run: Any, make_adapter: Any, tmp_path: Path, where: str
+) -> None:
+    """``ft merge RUN/adapter`` makes what ``ft merge RUN`` makes; a copy elsewhere has a file that says so."""
+    pytest.importorskip("bitsandbytes", reason='pip install "ft-export[bitsandbytes]"')
+    run = make_run(quantization="nf4")
+    with open(run / "config.yaml", "a") as file:
+        file.write("lora: {init_lora_weights: loftq}\n")
+    adapter = make_adapter(run / "adapter", base)
+    expected = merge(run).folder
+    if where == "by itself":
+        adapter = Path(shutil.move(adapter, tmp_path / "alone"))
+        mark = {"loftq_format": 1, "quantization": "nf4", "dtype": "bfloat16"}
+        (adapter / "loftq.json").write_text(json.dumps(mark))
+        PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), adapter)  # reads it still
+    result = merge(adapter, tmp_path / "out")
+    assert "was held in nf4, where the adapter began" in result.lines[0]
+    found, wanted = Checkpoint(result.folder), Checkpoint(expected)
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found.tensor(name), wanted.tensor(name)) for name in wanted)
+
+
+def test_a_word_on_where_it_began_that_is_not_known(base: Path, make_adapter: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    for mark, message in (
+        ({"loftq_format": 2}, "has loftq_format 2, this ft-export reads up to 1: upgrade ft-export"),
+        ({"loftq_format": 1, "quantization": "int4"}, "has quantization 'int4' and dtype None (allowed: nf4; bfloat16"),
+    ):
+        (adapter / "loftq.json").write_text(json.dumps(mark))
+        with pytest.raises(ExportError) as caught:
+            merge(adapter)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (adapter / "merged").exists()
+
+
 def test_a_quantized_base_is_dequantized(base: Path, make_adapter: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason='pip install "ft-export[bitsandbytes]"')
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -118,6 +118,58 @@ def test_a_launch_may_be_compiled_instead():
     assert dispatch.launches["noted"] == before + 1
 
 
+def test_a_launch_waits_for_its_own_kernel_only():
+    class Slow(Noted):
+        def warmup(self, *args, grid, **meta):
+            begun.set()
+            assert go_on.wait(30)
+            super().warmup(*args, grid=grid, **meta)
+
+    begun, go_on, cpu = threading.Event(), threading.Event(), torch.device("cpu")
+    kernels = [Slow(), Noted()]
+    with dispatch.CompileAhead(1):
+        for kernel in kernels:
+            dispatch.launch("noted", kernel, (1,), cpu)
+    first, second = (next(key for key in dispatch._coming if key[0] == id(kernel)) for kernel in kernels)
+    assert begun.wait(30)
+    waiting = [threading.Thread(target=dispatch._wait_for, args=(key,), daemon=True) for key in (first, second)]
+    for thread in waiting:
+        thread.start()
+    waiting[1].join(30)
+    assert not waiting[1].is_alive(), "it stood in line behind another"
+    assert waiting[0].is_alive()
+    go_on.set()
+    waiting[0].join(30)
+    assert not waiting[0].is_alive()
+    assert len(kernels[0].compiled) == 1
+    for thread in threading.enumerate():
+        if thread.name == "ft-compile":
+            thread.join(30)
+    assert not kernels[1].compiled  # its launch does it
+
+
+CHILD = """
+import sys, time, torch
+from ft_kernels import dispatch
+class Slow:
+    pre_run_hooks = ()
+    def warmup(self, *args, **meta):
+        print("compiled", flush=True)
+        time.sleep(0.2)
+kernels = [Slow() for _ in range(40)]
+with dispatch.CompileAhead(2):
+    for kernel in kernels:
+        dispatch.launch("slow", kernel, (1,), torch.device("cpu"))
+sys.exit("it fails early")
+"""
+
+
+def test_a_program_that_ends_leaves_what_stands_in_line():
+    done = subprocess.run([sys.executable, "-c", CHILD], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (1, "it fails early"), done
+    assert done.stdout.count("compiled") <= 20, done.stdout
+
+
 def test_other_threads_launch_meanwhile():
     kernel, cpu = Noted(), torch.device("cpu")
     with dispatch.CompileAhead(1):
@@ -133,6 +185,7 @@ def test_what_cannot_be_compiled_ahead_is_waited_for_and_left_to_the_launch():
     with dispatch.CompileAhead(1):
         dispatch.launch("noted", kernel, (1,), cpu, x)
     (key,) = [key for key in dispatch._coming if key[0] == id(kernel)]
+    assert isinstance(dispatch._coming[key].exception(30), RuntimeError)
     dispatch._wait_for(key)
     assert len(kernel.compiled) == 1
     assert key not in dispatch._coming

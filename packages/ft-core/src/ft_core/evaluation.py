@@ -161,7 +161,7 @@ def _nll(model: PreTrainedModel, ids: list[list[int]], labels: list[list[int]]) 
 
 def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
     from ft_core.data import render_prompt
-    from ft_core.fast.decoding import forget
+    from ft_core.fast import forget
     from ft_core.generation import encode_prompt, generate_ids
     from ft_core.models.positions import positions
 
@@ -181,14 +181,16 @@ def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
     most = positions(job.model.config)
     fitting = [i for i, (ids, _, _) in enumerate(asked) if ids and (most is None or len(ids) < most)]
     answers = [""] * len(asked)
-    found = generate_ids(
-        job.model,
-        job.tokenizer,
-        [asked[i][0] for i in fitting],
-        max_new_tokens=longest,
-        progress=lambda done, total: job.progress(done, total, "answers"),
-    )
-    forget(job.model)  # a training may want the memory
+    try:
+        found = generate_ids(
+            job.model,
+            job.tokenizer,
+            [asked[i][0] for i in fitting],
+            max_new_tokens=longest,
+            progress=lambda done, total: job.progress(done, total, "answers"),
+        )
+    finally:
+        forget(job.model)  # a training may want the memory
     for i, answer in zip(fitting, found, strict=True):
         answers[i] = answer
     samples = [

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ft_core.errors import ConfigError
 from ft_core.models.source import weight_files
+from ft_core.runs import write_json
 
-__all__ = ["init_loftq", "low_rank"]
+if TYPE_CHECKING:
+    _Config = object
+else:
+    from peft import LoraConfig as _Config
 
+__all__ = ["MARK", "init_loftq", "low_rank"]
+
+MARK = "loftq.json"
+"""The file in an adapter's folder that says which base the adapter belongs to (the page on run folders has it)."""
 KEY = "lora.init_lora_weights"
 ROUNDS = 4
 """Power iterations: the errors of a quantization have a flat spectrum, in which one would miss half of the gain."""
@@ -25,6 +33,9 @@ def init_loftq(adapted: Any, name: str = "default") -> None:
     one step of the paper's alternation (its algorithm 1 with T = 1), as PEFT's ``replace_lora_weights_loftq`` takes it,
     but divided by the adapter's scaling, which PEFT leaves out. W is read from the folder that the model was loaded
     from. Layers that aren't quantized begin as they always do.
+
+    ``save_pretrained`` writes :data:`MARK` beside such an adapter: nothing in PEFT's own files says that it belongs to
+    the quantized weights alone. PEFT does not read it, so one that PEFT has loaded and saves again has none.
 
     Args:
         adapted: a ``peft.PeftModel`` on a model that was loaded with ``quantization="nf4"``.
@@ -54,6 +65,26 @@ def init_loftq(adapted: Any, name: str = "default") -> None:
         if found not in places or places[found].get_slice(found).get_shape() != shape:
             raise ConfigError(f"{KEY}: loftq needs the unquantized weights, and {folder} has no {key} of shape {shape}")
         _set(module, name, places[found].get_tensor(found))
+    held = next(iter(layers.values())).get_base_layer().weight.quant_state
+    adapted.peft_config[name] = _MarkedConfig.of(adapted.peft_config[name], held.dtype)
+
+
+class _MarkedConfig(_Config):
+    """PEFT's configuration of an adapter, whose ``save_pretrained`` leaves :data:`MARK` beside it."""
+
+    quantized_from: str
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype) -> _MarkedConfig:
+        made = cls.__new__(cls)
+        vars(made).update(vars(config), quantized_from=str(dtype).removeprefix("torch."))
+        return made
+
+    def save_pretrained(self, save_directory: str, **named: Any) -> None:
+        parent: Any = super()
+        parent.save_pretrained(save_directory, **named)
+        mark = {"loftq_format": 1, "quantization": "nf4", "dtype": self.quantized_from}
+        write_json(Path(save_directory) / MARK, mark)
 
 
 def _is_quantized(module: Any, name: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -210,6 +212,46 @@ def test_a_loader_gives_every_document_once(stream: Any, workers: int) -> None:
     assert documents(given) == documents(stream())
     batch = next(iter(DataLoader(stream(), batch_size=2, collate_fn=Collator(0))))
     assert batch["position_ids"].shape == batch["input_ids"].shape
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_place_that_workers_have_is_not_taken_for_the_beginning(stream: Any, start: str) -> None:
+    if start not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system cannot {start} processes")
+    for reading in (stream(), copy.deepcopy(stream())):
+        beginning = reading.state_dict()
+        loader = DataLoader(reading, batch_size=None, num_workers=1, multiprocessing_context=start)
+        rows = iter(loader)
+        next(rows)
+        with pytest.raises(DataError) as caught:
+            reading.state_dict()
+        assert str(caught.value) == (
+            "the stream's place is not known: the DataLoader's workers read it, each by itself; take num_workers=0"
+        )
+        del rows, loader
+        own = iter(reading)  # here, where it is known again
+        next(own)
+        assert reading.state_dict() == {**beginning, "given_of_window": 1}
+        reading.load_state_dict(beginning)
+        assert reading.state_dict() == beginning
+
+
+class Noting(PackedStream):
+    """Gives each row with the state behind it, as a loader that asks its workers keeps it."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in super().__iter__():
+            yield {"row": row, "state": self.state_dict()}
+
+
+def test_a_worker_knows_its_own_place(stream: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    rows = RowStream(tmp_path / "rows.jsonl", FORMATS)
+    noting = Noting(rows, make_tokenizer(), max_length=LENGTH, window=8)
+    given = [item["state"] for item in DataLoader(noting, batch_size=None, num_workers=1)]
+    running, expected = stream(), []
+    for _ in running:
+        expected.append(running.state_dict())
+    assert given == expected
 
 
 @pytest.mark.parametrize("library", ["transformers", "trl"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,56 @@ def test_its_step_reaches_every_adapter(tiny: Path) -> None:
     fast.enable(adapted)
     # On a CPU nothing is launched; a parameter that the step did not reach would be an error of autograd.
     ahead._step(adapted, torch.float32, [(2, 32), (1, 7)], device)
+
+
+def held() -> int:
+    """Bytes of all tensors that Python can reach."""
+    import gc
+
+    import torch
+
+    memory = {}
+    for tensor in gc.get_objects():
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            memory[storage.data_ptr()] = storage.nbytes()
+    return sum(memory.values())
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("fault", [False, True])
+def test_nothing_of_it_is_left(tiny: Path, quantization: str, fault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python's search for circles, which may come when the weights have been read already."""
+    import gc
+
+    import torch
+    from transformers import AutoConfig
+
+    from ft_core import adapters, fast
+    from ft_core.fast import ahead
+
+    plain, dtype = adapters.add_lora, torch.float32 if quantization == "none" else torch.bfloat16
+
+    def add_lora(*args: Any, **named: Any) -> Any:  # as it does on a GPU
+        adapted = plain(*args, **named)
+        fast.enable(adapted)
+        return adapted
+
+    monkeypatch.setattr(adapters, "add_lora", add_lora)
+    config, device, shapes = AutoConfig.from_pretrained(tiny), torch.device("cpu"), [(2, 32), (1, -1 if fault else 7)]
+    ahead._try(config, dtype, quantization, {"r": 4}, [(2, 32)], device)  # imports, and what is kept once for all
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        with pytest.raises(RuntimeError) if fault else contextlib.nullcontext():
+            ahead._try(config, dtype, quantization, {"r": 4}, shapes, device)
+        # Less than any matrix of the layer. For NF4, bitsandbytes' tables of 16 and 256 numbers for each of the seven
+        # matrices, and their scales: a byte for 64 of some 12 · 64² weights.
+        small = config.hidden_size**2 // 2 + (7 * (16 + 256) * 4 if quantization == "nf4" else 0)
+        assert held() - before < small
+    finally:
+        gc.enable()
 
 
 def test_no_step_of_a_family_that_is_not_known(tiny: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ __all__ = ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"]
 
 RUN_FORMAT = 1
 """The newest version of the run folder's layout that this package reads."""
+LOFTQ, LOFTQ_FORMAT = "loftq.json", 1
+"""The file in an adapter's folder that says that it began as what quantization lost; the newest version read here."""
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def open_source(path: Path) -> Source:
     """Find out what ``path`` is.
 
     Raises:
-        ExportError: it does not exist, is a run folder of a newer format or without a trained model, or is none of the
-            three.
+        ExportError: it does not exist, is a run folder of a newer format or without a trained model, is none of the
+            three, or what its adapter belongs to cannot be told.
     """
     path = path.expanduser()
     name = path.absolute().name
@@ -82,14 +85,42 @@ def open_source(path: Path) -> Source:
     if (path / "environment.json").is_file():
         return _open_run(path, name)
     if (path / "adapter_config.json").is_file():
-        run = path.absolute().parent
-        in_run = path.absolute().name == "adapter" and (run / "environment.json").is_file()
-        return Source(path, name, adapter=path, rope=_open_run(run, run.name).rope if in_run else None)
+        return _open_adapter(path, name)
     if (path / "config.json").is_file():
         return Source(path, name, model=path)
     raise ExportError(
         f"{path} holds no environment.json (a run), adapter_config.json (a PEFT adapter) or config.json (a model)"
     )
+
+
+def _open_adapter(path: Path, name: str) -> Source:
+    """An adapter's folder; of one that lies in its run, what it belongs to is asked of the run too."""
+    run, began = path.absolute().parent, _began_in(path)
+    in_run = path.absolute().name == "adapter" and (run / "environment.json").is_file()
+    whole = _open_run(run, run.name) if in_run else None
+    if began is None and whole is not None and whole.on_quantized:
+        began = whole.quantization, whole.dtype
+    source = Source(path, name, adapter=path, rope=whole.rope if whole is not None else None)
+    return source if began is None else replace(source, quantization=began[0], dtype=began[1], on_quantized=True)
+
+
+def _began_in(adapter: Path) -> tuple[str, str | None] | None:
+    """The quantization that an adapter began in (LoftQ), and the format of the weights before it, as ft left them."""
+    if not (adapter / LOFTQ).is_file():
+        return None
+    said = read_json(adapter / LOFTQ)
+    version, quantization, dtype = (said.get(key) for key in ("loftq_format", "quantization", "dtype"))
+    if not isinstance(version, int) or not 1 <= version <= LOFTQ_FORMAT:
+        raise ExportError(
+            f"{adapter / LOFTQ} has loftq_format {version!r}, this ft-export reads up to {LOFTQ_FORMAT}: "
+            "upgrade ft-export"
+        )
+    if quantization != "nf4" or dtype not in DTYPES:
+        raise ExportError(
+            f"{adapter / LOFTQ} has quantization {quantization!r} and dtype {dtype!r} "
+            f"(allowed: nf4; {', '.join(DTYPES)})"
+        )
+    return quantization, dtype
 
 
 def _open_run(path: Path, name: str) -> Source:

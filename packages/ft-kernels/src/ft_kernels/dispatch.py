@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import queue
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import cache
 from typing import Any
 
@@ -137,8 +138,8 @@ class CompileAhead:
     A step of training launches some thirty kernels one after another, and each is compiled when it is first launched;
     with what they would be launched with known, they can be compiled side by side while something else is done. What
     a launch would have written stays as it is, so nothing that is computed inside means anything. A launch outside
-    waits for its kernel if that is being compiled; one that could not be compiled is compiled again there, and fails
-    there.
+    waits for its kernel if that is being compiled; one that still stands in line, or could not be compiled, is compiled
+    there, and fails there. When the program ends, what stands in line is left.
 
     Args:
         threads: how many compile at once.
@@ -148,7 +149,10 @@ class CompileAhead:
     """
 
     def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ft-compile")
+        self._jobs: queue.SimpleQueue[tuple[Future[None], tuple[Any, ...]] | None] = queue.SimpleQueue()
+        # Neither a pool's threads, for which Python waits until they have done all that is in line, nor daemons, which
+        # it ends inside the compiler, with the program.
+        self._threads = [threading.Thread(target=self._work, name="ft-compile") for _ in range(threads)]
 
     def add(self, kernel: Any, grid: tuple[int, ...], device: torch.device, args: Any, meta: dict[str, Any]) -> None:
         """Compile a kernel for arguments like these; at once if it is not being compiled already."""
@@ -156,15 +160,35 @@ class CompileAhead:
         if key not in _coming and key not in _compiled:
             # A dtype stands for a tensor of it; memory would be held as long as a tensor itself waits here.
             kinds = [a.dtype if isinstance(a, Tensor) and a.data_ptr() % 16 == 0 else a for a in args]
-            _coming[key] = self._pool.submit(_compile, kernel, grid, device, kinds, meta)
+            _coming[key] = Future()
+            self._jobs.put((_coming[key], (kernel, grid, device, kinds, meta)))
+
+    def _work(self) -> None:
+        while threading.main_thread().is_alive():
+            try:
+                job = self._jobs.get(timeout=1)
+            except queue.Empty:
+                continue
+            if job is None:
+                return
+            future, given = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    _compile(*given)
+                    future.set_result(None)
+                except BaseException as error:  # whoever launches it meets it again
+                    future.set_exception(error)
 
     def __enter__(self) -> CompileAhead:
+        for thread in self._threads:
+            thread.start()
         _ahead.compiler = self
         return self
 
     def __exit__(self, *_: object) -> None:
         _ahead.compiler = None
-        self._pool.shutdown(wait=False)
+        for _thread in self._threads:
+            self._jobs.put(None)  # behind all that is in line
 
 
 class _Ahead(threading.local):
@@ -196,7 +220,7 @@ _starting = threading.Lock()
 
 def _wait_for(key: tuple[Any, ...]) -> None:
     coming = _coming.pop(key, None)
-    if coming is not None:
+    if coming is not None and not coming.cancel():  # one that stands in line is compiled sooner by its launch
         wait([coming])
 
 

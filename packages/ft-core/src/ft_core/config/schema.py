@@ -92,7 +92,8 @@ class LoraSettings(Section):
         init_lora_weights: what the adapter begins as (``init_lora_weights``). ``true``: nothing (A random, B zero);
             ``gaussian``: the same with another distribution; ``loftq``: the part of the weights that nf4 lost, as far
             as the rank holds it (Li et al. 2023, arXiv:2310.08659). An adapter that began so belongs to the quantized
-            model: `ft merge` merges it into that model's dequantized weights.
+            model: `ft merge` merges it into that model's dequantized weights, of a run and of the adapter's folder
+            alone, whose ``loftq.json`` says so.
     """
 
     r: Whole = Field(default=16, ge=1, le=4096)

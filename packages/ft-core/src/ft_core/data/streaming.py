@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ft_core.data.packing import Packed
@@ -39,7 +40,9 @@ class PackedStream(IterableDataset[dict[str, Any]]):
     ``state_dict()`` says after which row this is, in a few numbers; after ``load_state_dict()`` each pass begins there,
     until one has come to its end, and gives the rows that would have followed. The rows of the stream before that
     window are passed over, its own are packed again. It counts what has been taken from the last iterator, also by a
-    loader that fetches ahead of the training.
+    loader that fetches ahead of the training. A DataLoader's workers iterate copies in their own processes, each with a
+    place of its own: once they have begun, ``state_dict()`` refuses here. Take ``num_workers=0``, or a loader that asks
+    each worker (torchdata's ``StatefulDataLoader``).
 
     Args:
         rows: rows in normal form, which can be gone through anew: a :class:`ft_core.data.RowStream`, a list, an
@@ -52,8 +55,8 @@ class PackedStream(IterableDataset[dict[str, Any]]):
 
     Raises:
         TypeError: ``rows`` is an iterator, which can be gone through once only.
-        DataError: an argument is out of range, a state is another stream's; or, while it is iterated, a row cannot be
-            rendered (with its number), or none of the stream's rows has a trained token.
+        DataError: an argument is out of range, a state is another stream's, or the place is a worker's; or, while it is
+            iterated, a row cannot be rendered (with its number), or none of the stream's rows has a trained token.
     """
 
     def __init__(
@@ -75,12 +78,19 @@ class PackedStream(IterableDataset[dict[str, Any]]):
         self._rows, self._tokenize = rows, RowTokenizer(tokenizer, max_length, train_on)
         self._window, self._seed, self._epoch = window, seed, 0
         self._begin = self._now = (0, 0)
+        self._in_workers = torch.zeros((), dtype=torch.bool).share_memory_()  # which they set, and this process sees
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if not self._in_workers.is_shared():  # a copy; a worker that was spawned has the memory itself
+            self._in_workers.share_memory_()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         epoch, (start, given) = self._epoch, self._begin
         self._now = self._begin
+        self._in_workers.fill_(worker is not None)
         source = enumerate(islice(self._rows, start, None), start)
         anything = bool(start or given)
         while (window := self._read(source)).rows:
@@ -115,9 +125,18 @@ class PackedStream(IterableDataset[dict[str, Any]]):
         """Which pass comes next, from 0: its rows are in an order of their own. Another than the last begins anew."""
         if epoch != self._epoch:
             self._epoch, self._begin, self._now = epoch, (0, 0), (0, 0)
+            self._in_workers.fill_(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the last iterator is, in values that JSON knows."""
+        """Where the last iterator is, in values that JSON knows.
+
+        Raises:
+            DataError: it is in a DataLoader's workers.
+        """
+        if self._in_workers and get_worker_info() is None:
+            raise DataError(
+                "the stream's place is not known: the DataLoader's workers read it, each by itself; take num_workers=0"
+            )
         start, given = self._now
         return {"epoch": self._epoch, "rows_before_window": start, "given_of_window": given, **self._settings()}
 
@@ -136,6 +155,7 @@ class PackedStream(IterableDataset[dict[str, Any]]):
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"this is no state of a stream: {error}") from error
         self._begin = self._now = place
+        self._in_workers.fill_(False)
 
     def _settings(self) -> dict[str, Any]:
         settings = self._tokenize

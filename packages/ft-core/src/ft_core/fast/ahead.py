@@ -19,7 +19,7 @@ from torch import nn
 
 from ft_core.fast.find import layout_of
 from ft_core.fast.layout import at
-from ft_core.fast.swap import fast_path_of
+from ft_core.fast.swap import disable, fast_path_of
 
 __all__ = ["compile_ahead"]
 
@@ -66,8 +66,6 @@ def _begin(
     targets: str | list[str],
     shapes: Sequence[tuple[int, int]],
 ) -> None:
-    from ft_core.adapters import add_lora
-
     device = torch.device("cuda", torch.cuda.current_device())
     with torch.random.fork_rng([device]):
         with torch.device("meta"):
@@ -75,8 +73,35 @@ def _begin(
         layout_of(outline)  # a family that is not known ends it here
         needed = sum(p.numel() for p in outline.parameters()) * dtype.itemsize
         if needed <= SHARE * torch.cuda.mem_get_info(device)[0]:
-            model = _one_layer(config, dtype, quantization, device)
-            _step(add_lora(model, r, alpha=alpha, dropout=dropout, targets=targets), dtype, shapes, device)
+            adapter = {"r": r, "alpha": alpha, "dropout": dropout, "targets": targets}
+            _try(config, dtype, quantization, adapter, shapes, device)
+
+
+def _try(
+    config: Any,
+    dtype: torch.dtype,
+    quantization: str,
+    adapter: dict[str, Any],
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+) -> None:
+    """Take the step of one layer, and leave none of its memory behind."""
+    from ft_core.adapters import add_lora
+
+    model = _one_layer(config, dtype, quantization, device)
+    try:
+        _step(add_lora(model, **adapter), dtype, shapes, device)
+    finally:
+        _empty(model)
+
+
+def _empty(model: nn.Module) -> None:
+    """Give back a model's memory. Its layers' forwards and bitsandbytes' weights refer to what they belong to, so that
+    it would stay until Python looks for such circles, and the weights that are read meanwhile want it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.new_empty(0)
+        vars(tensor).clear()  # bitsandbytes keeps scales and a second name of the weight there
+    disable(model)  # forgets what was made of the weights
 
 
 def _model(config: Any, dtype: torch.dtype) -> Any:

@@ -87,17 +87,15 @@ class FastPath:
         for decoder in self.decoders:
             decoder.blocks.keep = what
 
-    def choose(
-        self, what: Literal["auto"] | Choice | Sequence[Choice] = "auto", *, memory: int | None = None
-    ) -> None:  # fmt: skip
+    def choose(self, what: Literal["auto"] | Choice | Sequence[Choice] = "auto", *, memory: int | None = None) -> None:
         """Choose what each layer keeps between forward and backward, instead of a trainer's gradient_checkpointing.
 
         Args:
             what: ``keep``, ``inputs``, ``recompute``, ``offload`` or ``offload-input`` (see
                 :data:`ft_core.fast.again.Choice`), one for all layers or one for each, first layer first; ``auto``
                 chooses by itself, for each batch, what is fastest and fits. Where the host's memory cannot hold what
-                ``offload`` takes there, it is ``offload-input``. Gradients are the same bit
-                for bit with each, save for a head that is given less memory.
+                ``offload`` takes there, it is ``offload-input``. Gradients are the same bit for bit with each, save for
+                a head that is given less memory.
             memory: bytes that the GPU's allocated memory may reach; None for what is free. It binds ``auto`` and the
                 head; a choice of yours stays as it is. It is a plan, not a limit that torch enforces.
 
@@ -110,6 +108,9 @@ class FastPath:
     @contextlib.contextmanager
     def choosing(self, tokens: int, device: torch.device) -> Iterator[None]:
         """Within it the layers compute a batch that is to be differentiated, each by its choice."""
+        from ft_core.fast.decoding import forget
+
+        forget(self.model)  # training may want the memory that was kept for more answers
 
         def room(wanted: int) -> int:
             return min(wanted, self.host.pool(device).room)
@@ -384,12 +385,7 @@ class _ModelForward(_Forward):
             forward = own.get("forward")
             if forward is not None and not is_own(forward):
                 return False
-            hooks = [
-                own["_forward_hooks"],
-                own["_forward_pre_hooks"],
-                own["_backward_hooks"],
-                own["_backward_pre_hooks"],
-            ]
+            hooks = [own[f"_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre")]
             # transformers' enable_input_require_grads: it asks for a gradient, and computes nothing.
             if any(getattr(h, "__name__", "") != "make_inputs_require_grads" for h in chain(*map(dict.values, hooks))):
                 return False

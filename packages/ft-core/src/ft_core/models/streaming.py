@@ -146,6 +146,8 @@ class Reader:
             OSError: its file cannot be read, or has become shorter.
         """
         entry = self.entries[name]
+        # Before anything is read for it: where this fails, no piece of memory is left with what nobody fetches.
+        content = torch.empty(entry.size, dtype=torch.uint8, device=self.device)
         with self._changed:
             pieces = self._begun.pop(name, None)
             if pieces is None:
@@ -156,14 +158,12 @@ class Reader:
                 self._skipped.add(name)
                 self._asked.extend(pieces)
                 self._changed.notify_all()
-        content = torch.empty(entry.size, dtype=torch.uint8, device=self.device)
         for piece in pieces:
             slot = piece.filled.result()
-            self._waited_for.discard(piece)
             content[piece.first : piece.last].copy_(slot.memory[: piece.last - piece.first], non_blocking=True)
             if slot.copied is not None:
                 slot.copied.record(torch.cuda.current_stream(self.device))
-            self._give_back(slot)
+            self._give_back(slot, piece)
         return content.view(entry.dtype).view(entry.shape)
 
     def close(self) -> None:
@@ -173,7 +173,9 @@ class Reader:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        for piece in self._waited_for:  # transformers' own threads may still wait, where it has failed
+        with self._changed:
+            waited_for = list(self._waited_for)
+        for piece in waited_for:  # transformers' own threads may still wait, where it has failed
             if not piece.filled.done():
                 piece.filled.set_exception(OSError(f"{piece.entry.file.name} is not read any more"))
         if self.device.type == "cuda":
@@ -206,30 +208,35 @@ class Reader:
                 self._changed.wait()
         return None
 
-    def _give_back(self, slot: _Slot) -> None:
+    def _give_back(self, slot: _Slot, piece: _Piece) -> None:
         with self._changed:
+            self._waited_for.discard(piece)
             self._free[slot.is_ahead].append(slot)
             self._changed.notify()
 
     def _work(self) -> None:
-        files: dict[Path, Any] = {}
+        path: Path | None = None
+        file: Any = None
         try:
             while (job := self._next()) is not None:
                 piece, slot = job
                 try:
                     if slot.copied is not None:
                         slot.copied.synchronize()
-                    file = files.get(piece.entry.file)
-                    if file is None:
-                        file = files[piece.entry.file] = open(piece.entry.file, "rb", buffering=0)  # noqa: SIM115
+                    if path != piece.entry.file:
+                        # No more than one a thread: large models have more files than a process may open.
+                        if file is not None:
+                            file.close()
+                        file = path = None
+                        file, path = open(piece.entry.file, "rb", buffering=0), piece.entry.file  # noqa: SIM115
                     _fill(file, piece.entry.start + piece.first, slot.memory[: piece.last - piece.first])
                 except BaseException as error:  # whoever waits for the piece has to hear of it
                     piece.filled.set_exception(error)
-                    self._give_back(slot)
+                    self._give_back(slot, piece)
                 else:
                     piece.filled.set_result(slot)
         finally:
-            for file in files.values():
+            if file is not None:
                 file.close()
 
 

@@ -89,7 +89,8 @@ class RunTrainerMixin(_Base):
         if count is not None:
             if self.accelerator.num_processes > 1:
                 count = self.accelerator.reduce(count.to(self.args.device))
-            self.state.num_input_tokens_seen += int(count)  # one process counts on the host, and waits for no GPU
+            # Without a mask one process counts on the host; a sum on a GPU, a mask's or all processes', is waited for.
+            self.state.num_input_tokens_seen += int(count)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,8 @@ ALIGN = 8
 class Product:
     """``[M, K]`` → ``[M, N_1 + N_2 + …]`` of linear layers with one input.
 
-    What the weights are is read once; the numbers of the updates, which training changes in place, at ``refresh()``.
+    What the weights are is read once; the numbers of updates and biases, which training changes in place, at
+    ``refresh()``.
 
     Raises:
         NotFast: a layer that only its own code can compute.
@@ -37,22 +38,25 @@ class Product:
             raise NotFast("weights of several kinds have one input")
         self.weights: list[Any] = [linear.weight for linear in linears]
         self.sizes = [linear.sizes[0] for linear in linears]
-        self.whole = _adjacent(self.weights) if self.kind == "plain" else None
-        self.biases = [linear.bias for linear in linears]
-        self.bias = _side_by_side(linears, dtype)
+        self.bias = _zeros(linears, dtype) if any(linear.bias is not None for linear in linears) else None
         self.a, self.b = _room(linears, dtype)
 
     @torch.inference_mode()
     def refresh(self) -> None:
-        """Take over the numbers of the updates as they are now, into the memory that they have here."""
-        if self.a is None or self.b is None:
+        """Take over the numbers of updates and biases as they are now, into the memory that they have here.
+
+        Recorded steps read them there: it stays the same as long as the product does.
+        """
+        if self.a is None and self.bias is None:
             return
         row = rank = 0
         for module in self.modules:
             linear = read(module)
             assert linear is not None
             adapter = linear.adapter
-            if adapter is not None:
+            if linear.bias is not None and self.bias is not None:
+                self.bias[row : row + linear.sizes[0]] = linear.bias.detach()
+            if adapter is not None and self.a is not None and self.b is not None:
                 r = adapter.a.shape[0]
                 self.a[rank : rank + r] = adapter.a.detach()
                 self.b[row : row + linear.sizes[0], rank : rank + r] = adapter.b.detach() * adapter.scaling
@@ -74,11 +78,14 @@ class Product:
         if product is not None:
             y: Tensor = product(x, self.weights)
             return y if self.bias is None else y.add_(self.bias)
-        if self.whole is not None:
-            return F.linear(x, self.whole, self.bias)
+        # Looked for at each call: what was found would hold the memory that weights had before somebody moved them.
+        whole = _adjacent(self.weights) if self.kind == "plain" else None
+        if whole is not None:
+            return F.linear(x, whole, self.bias)
         y = x.new_empty(x.shape[0], sum(self.sizes))
         parts = y.split(self.sizes, 1)
-        for weight, bias, part in zip(self.weights, self.biases, parts, strict=True):
+        biases = [None] * len(parts) if self.bias is None else self.bias.split(self.sizes)
+        for weight, bias, part in zip(self.weights, biases, parts, strict=True):
             weight = _expanded(weight, x.dtype)
             if bias is None:
                 torch.mm(x, weight.t(), out=part)
@@ -135,17 +142,10 @@ def _adjacent(weights: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
 
 
-def _side_by_side(linears: Sequence[Linear], dtype: torch.dtype) -> Tensor | None:
-    """All biases, zero where there is none; None if there is none at all."""
-    biases = [linear.bias for linear in linears]
-    device = _device(linears[0].weight)
-    if all(bias is None for bias in biases):
-        return None
-    parts = [
-        torch.zeros(linear.sizes[0], dtype=dtype, device=device) if bias is None else bias.detach().to(dtype)
-        for linear, bias in zip(linears, biases, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _zeros(linears: Sequence[Linear], dtype: torch.dtype) -> Tensor:
+    """Room for all biases; it stays zero where there is none."""
+    rows = sum(linear.sizes[0] for linear in linears)
+    return torch.zeros(rows, dtype=dtype, device=_device(linears[0].weight))
 
 
 def _room(linears: Sequence[Linear], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
