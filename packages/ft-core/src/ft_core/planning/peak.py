@@ -237,7 +237,10 @@ def _beside(blueprint: Blueprint, outline: Outline, step: Step, layer: Layer) ->
 
     def work(before: int, around: int) -> int:
         """``before``: numbers a token that wait from the attention's half; ``around``: what waits anyhow."""
-        first = max(3 * i * ours + down, (2 * i + h * (not tiled)) * ours + both) + before * tokens
+        if tiled:  # all three weights are expanded once for all tiles, and the gradient of the half's input is whole
+            first = 3 * i * ours + down + both + (before + h) * tokens
+        else:
+            first = max(3 * i * tokens + down, (2 * i + h) * tokens + both) + before * tokens
         second = attention * tokens + (q + 2 * k + 2 * h) * (ours if tiled else 0)
         return 2 * (max(first, second) + around * tokens)
 
