@@ -67,7 +67,7 @@ def test_the_model_is_the_same(family: str, quantization: str, tmp_path: Path, m
     models = []
     for devices in [(), ("cuda", "cpu")]:
         monkeypatch.setattr(pretrained, "STREAMED", devices)
-        models.append(_load(source, pick_device(), quantization, "bfloat16", "language-model", None))
+        models.append(_load(source, pick_device(), quantization, "bfloat16", "language-model", None, None))
     assert len(begun) == 1
     plain, streamed = models
     expected, found = plain.state_dict(), streamed.state_dict()
