@@ -95,6 +95,8 @@ def test_a_bound_that_is_too_low(ft: Any, written: Any) -> None:
         (["--gpu", "H100", "quantisation=nf4"], "did you mean 'quantization'"),
         (["--gpu", "H100", "model=nowhere/at/all"], "nowhere/at/all"),
         (["--gpu", "H100", "lora.targets=[nothing]"], "nothing"),
+        (["--gpu", "H100", "max_length=9999999"], "positions of"),
+        (["max_length=9999999"], "positions of"),  # before anything is asked of the card
     ],
 )
 def test_mistakes_are_one_line(ft: Any, written: Any, words: list[str], said: str) -> None:

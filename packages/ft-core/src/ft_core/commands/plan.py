@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.planning.blueprint import find_outline
     from ft_core.planning.show import table
 
+    source = find_outline(config)
+    config = fit_to_model(config, source, say=console.say)
     elsewhere = args.gpu is not None
     card = find_card(args.gpu) if elsewhere else card_here()
     if memory is not None:
@@ -52,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             'there is no GPU here to plan for: name one (--gpu "RTX 4090"), or an amount (--memory 12GiB)'
         )
-    source = find_outline(config)
-    config = fit_to_model(config, source, say=console.say)
     planned = plan(config, source, card, host=None if elsewhere else host_memory()[0])
     found = [] if planned.fits else ways(planned.planner, config, card)
     if args.json:

@@ -220,12 +220,11 @@ def fit_to_model(config: TrainConfig, source: ModelSource, *, say: Callable[[str
 
     Raises:
         ConfigError: as :func:`scale`.
+        ModelError: as :func:`check_length`.
     """
     from transformers import AutoConfig
 
     is_set = "max_length" in config.model_fields_set
-    if is_set and config.rope_scaling is None:
-        return config
     try:
         loaded = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     except Exception:  # what is wrong with the model is said when it is loaded
@@ -233,6 +232,8 @@ def fit_to_model(config: TrainConfig, source: ModelSource, *, say: Callable[[str
     if config.rope_scaling is not None:
         scaling = scale(loaded, config.rope_scaling, config.max_length if is_set else None, source.reference)
         config = config.model_copy(update={"rope_scaling": scaling})
+    elif is_set:
+        check_length(loaded, config.max_length, source.reference)
     most = positions(loaded)
     if is_set or not most or most >= config.max_length:
         return config

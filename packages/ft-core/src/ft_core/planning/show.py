@@ -82,7 +82,7 @@ def _chosen(plan: Plan) -> str:
 def _batch(plan: Plan) -> str:
     said = f"{plan.config.training.batch_size} {'fits' if plan.fits else 'does not fit'}"
     if not plan.largest:
-        return f"{said}, nor does 1" if not plan.fits else said
+        return f"{said}, nor does 1" if not plan.fits and plan.config.training.batch_size > 1 else said
     kept = plan.largest_kept
     with_kept = "" if kept in (0, plan.largest) else f" ({kept} with all activations kept)"
     return f"{said}; the largest that fits: {plan.largest}{with_kept}"
