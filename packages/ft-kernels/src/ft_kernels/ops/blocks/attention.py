@@ -19,18 +19,29 @@ from torch.autograd.function import once_differentiable
 
 from ft_kernels import dispatch
 from ft_kernels.ops.blocks.heads import Attention, Inputs, Way, attend, inputs, joined, output, sides
-from ft_kernels.ops.blocks.parts import drops, normed, normed_backward, refuse_twice, row_norm, split_adapters
+from ft_kernels.ops.blocks.parts import (
+    drops,
+    normed,
+    normed_backward,
+    normed_copied,
+    ready_both,
+    refuse_twice,
+    row_norm,
+    split_adapters,
+)
 from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.autograd import as_rows, unflatten
 from ft_kernels.ops.lora.operands import Drop, Low
+from ft_kernels.ops.lora.products import Ready
 
 __all__ = ["AttentionBlock", "run"]
 
 
 def _project(
-    block: Attention, row: Tensor, low: Low, drop: Drop, tail: Tensor | None, leading: Sequence[int]
-) -> tuple[Inputs, Tensor]:
-    qkv, tail = products.forward(row, block.qkv.base, low, block.qkv.bias, drop, tail=tail)
+    block: Attention, row: Tensor, low: Low, drop: Drop, tail: Tensor | None, leading: Sequence[int],
+    ready: Ready | None,
+) -> tuple[Inputs, Tensor]:  # fmt: skip
+    qkv, tail = products.forward(row, block.qkv.base, low, block.qkv.bias, drop, tail=tail, ready=ready)
     return inputs(block, qkv, leading), tail
 
 
@@ -40,13 +51,16 @@ def run(block: Attention, x: Tensor, seed: Tensor | None, *adapters: Tensor) -> 
         first, second = (p.low(*ab) for p, ab in sides(block, adapters))
         drop, drop_out = drops(block.dropout, seed)
         rows = as_rows(x)
-        row, _ = normed(rows, block.norm, first)
-        given, _ = _project(block, row, first, drop, None, x.shape[:-1])
+        row, _, residual, over = normed_copied(rows, block.norm, first, block.o)
+        ready = ready_both(block.qkv, block.o, first, second, rows)
+        given, _ = _project(block, row, first, drop, None, x.shape[:-1], ready[0])
         del row
         out = output(block, given)
         del given
         o = as_rows(out.flatten(-2))
-        y, _ = products.forward(o, block.o.base, second, block.o.bias, drop_out, residual=rows)
+        y, _ = products.forward(
+            o, block.o.base, second, block.o.bias, drop_out, residual=residual, over=over, ready=ready[1]
+        )
         return y.view(x.shape)
 
 
@@ -60,8 +74,9 @@ class AttentionBlock(torch.autograd.Function):
             drop, drop_out = drops(block.dropout, seed)
             rows, keep = as_rows(x), block.keep
             row: Tensor | None
-            row, rstd = normed(rows, block.norm, first)
-            given, tail = _project(block, row, first, drop, None, x.shape[:-1])
+            row, rstd, residual, over = normed_copied(rows, block.norm, first, block.o)
+            ready = ready_both(block.qkv, block.o, first, second, rows)
+            given, tail = _project(block, row, first, drop, None, x.shape[:-1], ready[0])
             if keep != "all" or not first.r:
                 row = None
             q, k, q_rstd, k_rstd = given.q, given.k, given.q_rstd, given.k_rstd
@@ -74,7 +89,9 @@ class AttentionBlock(torch.autograd.Function):
                 out, graph, kept = attend(block, given)
             del given
             o = as_rows(out.flatten(-2))
-            y, tail_out = products.forward(o, block.o.base, second, block.o.bias, drop_out, residual=rows)
+            y, tail_out = products.forward(
+                o, block.o.base, second, block.o.bias, drop_out, residual=residual, over=over, ready=ready[1]
+            )
         ctx.set_materialize_grads(False)
         ctx.block, ctx.graph, ctx.kept = block, graph, len(kept)
         whole = keep == "all"
@@ -108,6 +125,7 @@ class AttentionBlock(torch.autograd.Function):
             drop, drop_out = drops(block.dropout, seed)
             rows, leading, dys, graph = as_rows(x), x.shape[:-1], as_rows(dy), ctx.graph
             need_first = [any(n) for n in needs[0]]
+            ready = ready_both(block.qkv, block.o, first, second, rows)
             given = None
             if qkv is not None and q is None and k is None:
                 given = inputs(block, qkv, leading, turned=True)
@@ -117,7 +135,7 @@ class AttentionBlock(torch.autograd.Function):
                                 q_rstd, k_rstd)  # fmt: skip
             elif need_x or any(need_first) or block.keep == "none":
                 row, rstd = normed(rows, block.norm, first)
-                given, _ = _project(block, row, first, drop, tail, leading)
+                given, _ = _project(block, row, first, drop, tail, leading, ready[0])
                 if not first.r:
                     row = None
             if block.keep == "none":
@@ -127,6 +145,7 @@ class AttentionBlock(torch.autograd.Function):
             dout, flat_out = products.backward(
                 dys, o, tail_out, block.o.base, second, drop_out,
                 need_x=need_x or any(need_first), need_a=any(needs[1][0]), need_b=any(needs[1][1]), dense=True,
+                ready=ready[1],
             )  # fmt: skip
             dx = flat = None
             if dout is not None:
@@ -144,7 +163,7 @@ class AttentionBlock(torch.autograd.Function):
                 dn, flat = products.backward(
                     joint, rows if row is None else row, tail, block.qkv.base, first, drop,
                     need_x=need_x, need_a=need_first[0], need_b=need_first[1],
-                    norm=row_norm(block.norm, rstd) if row is None and need_first[0] else None,
+                    norm=row_norm(block.norm, rstd) if row is None and need_first[0] else None, ready=ready[0],
                 )  # fmt: skip
                 if dn is not None:
                     dx = normed_backward(dn, rows, block.norm, rstd, dys).view(x.shape)

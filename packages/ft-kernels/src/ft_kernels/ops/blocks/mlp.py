@@ -23,6 +23,8 @@ from ft_kernels.ops.blocks.parts import (
     drops,
     normed,
     normed_backward,
+    normed_copied,
+    ready_both,
     refuse_twice,
     row_norm,
     split_adapters,
@@ -62,13 +64,17 @@ def _forward(
     drop, drop_hidden = drops(block.dropout, seed)
     rows = as_rows(x)
     row: Tensor | None
-    row, rstd = normed(rows, block.norm, first)
-    both, tail = products.forward(row, block.gate_up.base, first, block.gate_up.bias, drop)
+    if block.answer:
+        row, rstd, residual, over = normed_copied(rows, block.norm, first, block.down)
+    else:
+        (row, rstd), residual, over = normed(rows, block.norm, first), rows, False
+    ready = ready_both(block.gate_up, block.down, first, second, rows)
+    both, tail = products.forward(row, block.gate_up.base, first, block.gate_up.bias, drop, ready=ready[0])
     if block.keep != "all" or not block.gate_up.starts:
         row = None  # its memory is there for what comes
     y, hidden_tail = mlp_products.second_product(
-        both, first, block.down.base, second, block.kind, drop_hidden, bias=block.down.bias, residual=rows,
-        answer=block.answer,
+        both, first, block.down.base, second, block.kind, drop_hidden, bias=block.down.bias, residual=residual,
+        over=over, answer=block.answer, ready=ready[1],
     )  # fmt: skip
     return y.view(x.shape), (row, rstd, both, tail, hidden_tail)
 
@@ -117,17 +123,20 @@ class MLPBlock(torch.autograd.Function):
             first, second = (p.low(*ab) for p, ab in pairs)
             drop, drop_hidden = drops(block.dropout, seed)
             rows, dys = as_rows(x), as_rows(dy)
+            ready = ready_both(block.gate_up, block.down, first, second, rows)
             # Gradients of A need the normed rows, which a kernel makes as it reads x.
             alone = products.norms_rows(rows, first)
             if row is None and (both is None or (first.r and not alone)):
                 row, rstd = normed(rows, block.norm, first)
             if both is None:
-                both, _ = products.forward(row, block.gate_up.base, first, block.gate_up.bias, drop, tail=tail)
+                both, _ = products.forward(
+                    row, block.gate_up.base, first, block.gate_up.bias, drop, tail=tail, ready=ready[0]
+                )
                 if alone or not first.r:
                     row = None
             dn, flat = mlp_products.backward(
                 dys, rows if row is None else row, both, tail, hidden_tail, block.gate_up.base, first,
-                block.down.base, second, block.kind, drop, drop_hidden, need_x=need_x,
+                block.down.base, second, block.kind, drop, drop_hidden, need_x=need_x, ready=ready,
                 norm=row_norm(block.norm, rstd) if row is None and first.r else None,
             )  # fmt: skip
             dx = normed_backward(dn, rows, block.norm, rstd, dys).view(x.shape) if dn is not None else None

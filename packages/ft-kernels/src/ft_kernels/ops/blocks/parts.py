@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ft_kernels import dispatch
+from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
+from ft_kernels.ops.lora.products import Ready
 from ft_kernels.ops.refusals import refuse_twice
 
 __all__ = [
@@ -18,10 +20,15 @@ __all__ = [
     "drops",
     "normed",
     "normed_backward",
+    "normed_copied",
+    "ready_both",
     "refuse_twice",
     "row_norm",
     "split_adapters",
 ]
+
+ADDS = ("wide", "nf4", "int8")
+"""Weights whose product with the update inside adds a residual, too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +88,26 @@ def normed(x: Tensor, norm: Norm, low: Low) -> tuple[Tensor, Tensor]:
     row = row_buffer(m, h, low.padded, x.dtype, x.device)
     _, rstd, _ = kernels.forward(x, norm.weight, norm.eps, norm.offset, out=row[:, :h])
     return row, rstd
+
+
+def normed_copied(x: Tensor, norm: Norm, low: Low, last: Product) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """:func:`normed`, and x as the residual of the block's last product, with whether that may be written over.
+
+    A product adds to what lies where its result goes, so without a copy that the norm makes of x as it reads it, torch
+    makes one, and reads x once more.
+    """
+    from ft_kernels.ops.rms_norm import kernels
+
+    m, h = x.shape
+    copy = m >= products.SMALL and x.dtype.itemsize <= 2 and last.bias is None and last.base.kind in ADDS
+    row = row_buffer(m, h, low.padded, x.dtype, x.device)
+    _, rstd, copied = kernels.forward(x, norm.weight, norm.eps, norm.offset, out=row[:, :h], copy=copy)
+    return row, rstd, x if copied is None else copied, copied is not None
+
+
+def ready_both(one: Product, two: Product, first: Low, second: Low, x: Tensor) -> tuple[Ready | None, Ready | None]:
+    """The weights' side of both products of a block on x, made at once where that costs no memory."""
+    return products.prepare_both((one.base, two.base), (first, second), x.shape[0], x.dtype)
 
 
 def normed_backward(

@@ -15,6 +15,8 @@ order, so that every result is the same bit for bit each time.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ __all__ = [
     "column_share",
     "join",
     "pack",
+    "pack_two",
     "rows",
     "share",
     "splits",
@@ -45,11 +48,10 @@ Options = tuple[dict[str, Any], list[dict[str, Any]]]
 
 @triton.jit
 def _pack(
-    a0, a1, a2, b0, b1, b2, packed, columns, column_stride, K, N, R, a_programs,
+    pid, a0, a1, a2, b0, b1, b2, packed, columns, column_stride, K, N, R, a_programs,
     start0, start1, start2, n0, n1, n2, r0, r1, r2, s0, s1, s2,
     COUNT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
     if pid < a_programs:
         blocks = tl.cdiv(K, BLOCK)
         row = pid // blocks
@@ -76,6 +78,42 @@ def _pack(
             number += tl.load(b2 + (n - start2) * r2 + rank - r0 - r1, mask=its, other=0.0).to(tl.float32) * s2
         slot = columns + n.to(tl.int64) * column_stride + rank
         tl.store(slot, rounded(number, columns, BY_HAND), mask=(n < N) & (rank < R))
+
+
+@triton.jit
+def _pack_one(
+    a0, a1, a2, b0, b1, b2, packed, columns, column_stride, K, N, R, a_programs,
+    start0, start1, start2, n0, n1, n2, r0, r1, r2, s0, s1, s2,
+    COUNT: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    _pack(
+        tl.program_id(0), a0, a1, a2, b0, b1, b2, packed, columns, column_stride, K, N, R, a_programs,
+        start0, start1, start2, n0, n1, n2, r0, r1, r2, s0, s1, s2, COUNT, BLOCK, ROWS, RP, BY_HAND,
+    )  # fmt: skip
+
+
+@triton.jit
+def _pack_two(
+    a0, a1, a2, b0, b1, b2, packed, columns, column_stride, K, N, R, a_programs,
+    start0, start1, start2, n0, n1, n2, r0, r1, r2, s0, s1, s2,
+    a3, a4, a5, b3, b4, b5, packed_2, columns_2, column_stride_2, K_2, N_2, R_2, a_programs_2,
+    start3, start4, start5, n3, n4, n5, r3, r4, r5, s3, s4, s5,
+    COUNT: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr,
+    COUNT_2: tl.constexpr, RP_2: tl.constexpr, ROWS_2: tl.constexpr,
+    BLOCK: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    programs = a_programs + tl.cdiv(N, ROWS)
+    if pid < programs:
+        _pack(
+            pid, a0, a1, a2, b0, b1, b2, packed, columns, column_stride, K, N, R, a_programs,
+            start0, start1, start2, n0, n1, n2, r0, r1, r2, s0, s1, s2, COUNT, BLOCK, ROWS, RP, BY_HAND,
+        )  # fmt: skip
+    else:
+        _pack(
+            pid - programs, a3, a4, a5, b3, b4, b5, packed_2, columns_2, column_stride_2, K_2, N_2, R_2, a_programs_2,
+            start3, start4, start5, n3, n4, n5, r3, r4, r5, s3, s4, s5, COUNT_2, BLOCK, ROWS_2, RP_2, BY_HAND,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -234,23 +272,55 @@ def _three(values: Any, other: Any) -> list[Any]:
     return [*values, *[other] * (3 - len(values))]
 
 
-def pack(low: Any, k: int, columns: Tensor) -> Tensor:
-    """A, stacked to ``[low.padded, K]`` in the dtype of ``columns [N, low.padded]``, which get S."""
+PACKED = 2048
+"""Numbers of A that a program packs."""
+
+
+@dataclass(eq=False)
+class _Packing:
+    """One product's part of a launch."""
+
+    packed: Tensor
+    programs: int
+    args: list[Any]
+    constants: dict[str, int]
+
+
+def _packing(low: Any, k: int, columns: Tensor) -> _Packing:
     device, r, n = columns.device, low.padded, columns.shape[0]
     a = [t.contiguous() for t in low.a]
     b = [t.contiguous() for t in low.b]
     plain = len(a) == 1 and low.r == r and a[0].dtype == columns.dtype
     packed = a[0] if plain else dispatch.allocate((r, k), columns.dtype, device)
-    rp, block = ranks_block(r), 2048
+    rp = ranks_block(r)
     tile = max(1, 4096 // rp)
-    a_programs = 0 if plain else r * cdiv(k, block)
-    launch(
-        "lora_pack", _pack, (a_programs + cdiv(n, tile),), device,
+    a_programs = 0 if plain else r * cdiv(k, PACKED)
+    args = [
         *_three(a, a[0]), *_three(b, b[0]), packed, columns, columns.stride(0), k, n, r, a_programs,
         *_three(low.starts, 0), *_three(low.sizes, 0), *_three(low.ranks, 0), *_three(low.scaling, 0.0),
-        COUNT=len(a), BLOCK=block, ROWS=tile, RP=rp, BY_HAND=rounds_by_hand(columns.dtype), num_warps=4,
+    ]  # fmt: skip
+    return _Packing(packed, a_programs + cdiv(n, tile), args, {"COUNT": len(a), "RP": rp, "ROWS": tile})
+
+
+def pack(low: Any, k: int, columns: Tensor) -> Tensor:
+    """A, stacked to ``[low.padded, K]`` in the dtype of ``columns [N, low.padded]``, which get S."""
+    one = _packing(low, k, columns)
+    launch(
+        "lora_pack", _pack_one, (one.programs,), columns.device, *one.args,
+        **one.constants, BLOCK=PACKED, BY_HAND=rounds_by_hand(columns.dtype), num_warps=4,
     )  # fmt: skip
-    return packed
+    return one.packed
+
+
+def pack_two(lows: Sequence[Any], ks: Sequence[int], columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """:func:`pack` of two products whose columns have one dtype, in one launch."""
+    one, two = (_packing(*given) for given in zip(lows, ks, columns, strict=True))
+    second = {f"{name}_2": value for name, value in two.constants.items()}
+    launch(
+        "lora_pack", _pack_two, (one.programs + two.programs,), columns[0].device, *one.args, *two.args,
+        **one.constants, **second, BLOCK=PACKED, BY_HAND=rounds_by_hand(columns[0].dtype), num_warps=4,
+    )  # fmt: skip
+    return one.packed, two.packed
 
 
 def rows(x: Tensor, k: int, packed: Tensor, low: Any, wide: Tensor | None, drop: Any) -> Tensor:

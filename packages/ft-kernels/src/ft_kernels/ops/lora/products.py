@@ -12,6 +12,7 @@ weight that lies alone gets the update added: the same function with one more ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ __all__ = [
     "norms_rows",
     "pack",
     "prepare",
+    "prepare_both",
     "sum_parts",
     "uses_kernels",
     "widened_weight",
@@ -64,7 +66,7 @@ def norms_rows(x: Tensor, low: Low) -> bool:
 
 def pack(low: Low, k: int, columns: Tensor) -> Tensor:
     """A, stacked to ``[low.padded, K]`` in the dtype of ``columns [N, low.padded]``, which get S."""
-    if uses_kernels(columns, low.padded) and len(low.a) <= 3 and all(t.dtype in dispatch.KERNEL_DTYPES for t in low.a):
+    if _packs(columns, low):
         from ft_kernels.ops.lora import kernels
 
         return kernels.pack(low, k, columns)
@@ -76,6 +78,12 @@ def pack(low: Low, k: int, columns: Tensor) -> Tensor:
         columns[start : start + len(b), first : first + len(a)] = b * scaling
         first += len(a)
     return packed
+
+
+def _packs(columns: Tensor, low: Low) -> bool:
+    """Whether a kernel packs these adapters."""
+    known = all(t.dtype in dispatch.KERNEL_DTYPES for t in low.a)
+    return uses_kernels(columns, low.padded) and 0 < len(low.a) <= 3 and known
 
 
 def _dropped(x: Tensor, stream: int, drop: Drop) -> Tensor:
@@ -165,16 +173,38 @@ def prepare(base: Base, low: Low, m: int, dtype: torch.dtype, *, widen: bool = T
     return Ready(base, widened, columns, pack(low, base.k, columns))
 
 
+def prepare_both(
+    bases: Sequence[Base], lows: Sequence[Low], m: int, dtype: torch.dtype
+) -> tuple[Ready | None, Ready | None]:
+    """What :func:`prepare` makes of two products, in one launch; None for both where they are better made one by one.
+
+    A quantized weight, which is expanded into memory of its own, waits for its product.
+    """
+    wide = [b.widened(low.padded, dtype) if b.kind == "wide" else None for b, low in zip(bases, lows, strict=True)]
+    if dtype.itemsize > 2 or m < SMALL or any(w is None for w in wide):
+        return None, None
+    known = [w for w in wide if w is not None]
+    columns = [w[:, b.k : b.k + low.padded] for w, b, low in zip(known, bases, lows, strict=True)]
+    if not all(_packs(c, low) for c, low in zip(columns, lows, strict=True)):
+        return None, None
+    from ft_kernels.ops.lora import kernels
+
+    packed = kernels.pack_two(lows, [b.k for b in bases], columns)
+    one, two = (Ready(*each) for each in zip(bases, known, columns, packed, strict=True))
+    return one, two
+
+
 def forward(
     x: Tensor, base: Base, low: Low, bias: Tensor | None = None, drop: Drop | None = None,
-    *, residual: Tensor | None = None, tail: Tensor | None = None, ready: Ready | None = None,
+    *, residual: Tensor | None = None, over: bool = False, tail: Tensor | None = None, ready: Ready | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Y ``[M, N]`` and ``X Aᵀ`` ``[M, R]``, which backward wants.
 
     Args:
         x: ``[M, K]``, or a whole row buffer ``[M, ≥ K + R]`` with X in its left part, whose tail is filled.
-        residual: ``[M, N]``, added to Y, inside the product where that rounds less.
+        residual: ``[M, N]``, added to Y, inside the product where that rounds less. over: whether it is memory that Y
+            may have.
         tail: ``X Aᵀ`` where it is known, from an earlier forward.
         ready: of this base and these adapters, where it is known. out: ``[M, N]``, where Y goes.
     """
@@ -182,7 +212,8 @@ def forward(
     row = x if x.shape[1] > k else None
     x = x[:, :k]
     if not r or not x.numel():
-        return _dense_product(x, base if ready is None else ready.base, bias, residual, out), x.new_zeros(m, r)
+        y = _dense_product(x, base if ready is None else ready.base, bias, residual, out, over)
+        return y, x.new_zeros(m, r)
     ready = ready or prepare(base, low, m, x.dtype)
     widened, columns, packed = ready.widened, ready.columns, ready.packed
     assert columns is not None
@@ -203,14 +234,21 @@ def forward(
         tail = fill_tail(x, packed, low, row, drop)
     else:
         row[:, k : k + r].copy_(tail)
-    return linear(row[:, : k + r], widened[:, : k + r], bias, residual, out), tail
+    return linear(row[:, : k + r], widened[:, : k + r], bias, residual, out, over), tail
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None = None
-) -> Tensor:
-    """``X Wᵀ + bias + residual``, into ``out`` if there is one; with a residual alone, in 16 bits, rounded once."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None = None,
+    over: bool = False,
+) -> Tensor:  # fmt: skip
+    """``X Wᵀ + bias + residual``, into ``out`` if there is one; with a residual alone, in 16 bits, rounded once.
+
+    Args:
+        over: whether the sum may be written over the residual, which spares a copy of it.
+    """
     if residual is not None and bias is None and x.dtype.itemsize <= 2:
+        if over and out is None:
+            return residual.addmm_(x, weight.t())
         return torch.addmm(residual, x, weight.t(), out=out)
     if out is None:
         y = F.linear(x, weight, bias)
@@ -220,15 +258,16 @@ def linear(
 
 
 def _dense_product(
-    x: Tensor, base: Base, bias: Tensor | None, residual: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
+    x: Tensor, base: Base, bias: Tensor | None, residual: Tensor | None = None, out: Tensor | None = None,
+    over: bool = False,
+) -> Tensor:  # fmt: skip
     if base.kind == "fp8":
         y = scaled.forward(x, base, bias)
         y = y if out is None else out.copy_(y)
         return y if residual is None else y.add_(residual)
     weights = base.dense(x.dtype)
     if len(weights) == 1:
-        return linear(x, weights[0], bias, residual, out)
+        return linear(x, weights[0], bias, residual, out, over)
     y = dispatch.allocate((x.shape[0], base.n), x.dtype, x.device) if out is None else out
     biases = [None] * len(weights) if bias is None else bias.split([w.shape[0] for w in weights])
     for part, weight, shift in zip(y.split([w.shape[0] for w in weights], 1), weights, biases, strict=True):

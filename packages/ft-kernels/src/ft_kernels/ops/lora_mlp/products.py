@@ -85,8 +85,8 @@ def forward(
 
 def second_product(
     both: Tensor, first: Low, down: Base, second: Low, kind: int, drop_hidden: Drop | None = None,
-    *, bias: Tensor | None = None, residual: Tensor | None = None, answer: bool = True, ready: Ready | None = None,
-    out: Tensor | None = None,
+    *, bias: Tensor | None = None, residual: Tensor | None = None, over: bool = False, answer: bool = True,
+    ready: Ready | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Y of ``[G | U]``, and what the second product's adapters made of H.
 
@@ -94,7 +94,7 @@ def second_product(
         first: the adapters that ``[G | U]`` has in it.
         answer: whether Y is wanted; without it the product is left out, and a tensor of Y's shape is given whose
             numbers mean nothing and take no memory.
-        ready, out: as for :func:`ft_kernels.ops.lora.products.forward`, of the second product.
+        over, ready, out: as for :func:`ft_kernels.ops.lora.products.forward`, of the second product.
     """
     drop_hidden = drop_hidden or Drop()
     m, i, r, dtype, device = both.shape[0], down.k, second.padded, both.dtype, both.device
@@ -111,11 +111,13 @@ def second_product(
         hidden_tail = kernels.hidden(both, row, packed, kind, drop_hidden)
         if widened is None or not answer:
             return _nothing(both, down.n), hidden_tail
-        return products.linear(row[:, : i + r], widened[:, : i + r], bias, residual, out), hidden_tail
+        return products.linear(row[:, : i + r], widened[:, : i + r], bias, residual, out, over), hidden_tail
     h = _activate(both, kind, row[:, :i])
     if packed is not None and not answer:
         return _nothing(both, down.n), products.fill_tail(h, packed, second, None, drop_hidden)
-    return products.forward(row if r else h, down, second, bias, drop_hidden, residual=residual, ready=ready, out=out)
+    return products.forward(
+        row if r else h, down, second, bias, drop_hidden, residual=residual, over=over, ready=ready, out=out
+    )
 
 
 def _nothing(like: Tensor, n: int) -> Tensor:

@@ -87,12 +87,14 @@ def rounded(value, target):
 
 
 @triton.jit
-def _input(source, other, total, mask, ADD: tl.constexpr):
-    """The elements to normalize: what is there, or the sum of two (stored too), rounded once as torch rounds it."""
+def _input(source, other, total, mask, ADD: tl.constexpr, COPY: tl.constexpr):
+    """The elements to normalize: what is there (copied, if wanted), or the sum of two (stored too), rounded once as
+    torch rounds it."""
     values = tl.load(source, mask=mask, other=0.0)
     if ADD:
         values = values.to(tl.float32) + tl.load(other, mask=mask, other=0.0).to(tl.float32)
         values = values.to(total.dtype.element_ty)
+    if ADD or COPY:
         tl.store(total, values, mask=mask)
     return values
 
@@ -101,7 +103,7 @@ def _input(source, other, total, mask, ADD: tl.constexpr):
 def _forward(
     x, x_inner, x_outer_stride, x_inner_stride, residual, residual_inner, residual_outer_stride, residual_inner_stride,
     weight, y, y_inner, y_outer_stride, y_inner_stride, total, rstd, N, H, eps, eps_rest, offset, offset_rest,
-    ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr,
+    ADD: tl.constexpr, COPY: tl.constexpr, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -114,7 +116,7 @@ def _forward(
     if WHOLE:
         mask = cols < H
         here, both = cols[None, :], there & mask[None, :]
-        values = _input(source + here, other + here, sums + here, both, ADD).to(WIDE)
+        values = _input(source + here, other + here, sums + here, both, ADD, COPY).to(WIDE)
         r = 1.0 / tl.sqrt(tl.sum(values * values, 1) / H + eps + eps_rest)
         scale = _scale(weight, cols, mask, offset, offset_rest, HAS_WEIGHT, WIDE)
         tl.store(target + here, rounded(values * r[:, None] * scale[None, :], y), mask=both)
@@ -122,7 +124,7 @@ def _forward(
         squares = tl.zeros((ROWS, BLOCK), WIDE)
         for start in range(0, H, BLOCK):
             here = (start + cols)[None, :]
-            values = _input(source + here, other + here, sums + here, there & (here < H), ADD).to(WIDE)
+            values = _input(source + here, other + here, sums + here, there & (here < H), ADD, COPY).to(WIDE)
             squares += values * values
         r = 1.0 / tl.sqrt(tl.sum(squares, 1) / H + eps + eps_rest)
         if ADD:
@@ -318,11 +320,17 @@ def forward(
     offset: float,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    copy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The normed tensor (x's dtype; contiguous, or ``out``), 1/rms of each row, the sum with the residual if any."""
+    """The normed tensor (x's dtype; contiguous, or ``out``), 1/rms of each row, and what was normed or None.
+
+    Args:
+        residual: added to x; what was normed is the sum then.
+        copy: whether a copy of x is wanted, which costs no reading of its own.
+    """
     wide = wide_dtype(x)
     y = dispatch.allocate(x.shape, x.dtype, x.device) if out is None else out
-    total = None if residual is None else dispatch.allocate(x.shape, x.dtype, x.device)
+    total = dispatch.allocate(x.shape, x.dtype, x.device) if copy or residual is not None else None
     rstd = dispatch.allocate(x.shape[:-1], wide, x.device)
     if y.numel() == 0:
         return y, rstd.zero_(), total
@@ -336,7 +344,8 @@ def forward(
         source.tensor, *source.layout, other.tensor, *other.layout, x if weight is None else weight.contiguous(),
         written, *target.layout, y if total is None else total, rstd, source.count, h,
         *two_floats(eps), *two_floats(offset),
-        ADD=total is not None, HAS_WEIGHT=weight is not None, WIDE=triton_dtype(wide), **tiling,
+        ADD=residual is not None, COPY=copy and residual is None, HAS_WEIGHT=weight is not None,
+        WIDE=triton_dtype(wide), **tiling,
     )  # fmt: skip
     if written is not y:
         y.copy_(written)
