@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fast_path import TARGETS, make, versions
+from fast_path import TARGETS, versions
 
 RESULTS = Path(__file__).with_name("results") / "decoding.jsonl"
 CONTESTANTS = ("transformers", "ft")
@@ -45,17 +45,20 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="measure the first logits against float32 (32 GB more)")
     parser.add_argument("--tune", action="store_true", help="let ft search for its kernels' launch settings first")
     parser.add_argument("--profile", action="store_true", help="print the kernels of ft's steps")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a tiny model, to test this program
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--one", metavar="CONTESTANT", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    folder = args.work / f"llama-8b-{args.layers}"
+    folder = args.work / f"llama-{'8b' if args.device == 'cuda' else 'tiny'}-{args.layers}"
     if args.one:
         run(args, folder)
         return
-    if not (folder / "config.json").is_file():
-        make(folder, args.layers)
+    if not (folder / "config.json").is_file():  # in a process of its own, which gives its memory on the GPU back
+        program = [sys.executable, str(Path(__file__).with_name("fast_path.py")), "--work", str(args.work), "--make"]
+        subprocess.run([*program, "--layers", str(args.layers), "--device", args.device], check=True)
     rows: list[dict[str, Any]] = []
-    RESULTS.parent.mkdir(exist_ok=True)
+    args.results.parent.mkdir(exist_ok=True)
     facts = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "layers": args.layers}
     with tempfile.TemporaryDirectory() as tokens:
         for contestant in args.contestants.split(","):
@@ -71,7 +74,7 @@ def main() -> None:
             rows += lines
             for line in lines:
                 print(table_line(line), flush=True)
-            with open(RESULTS, "a", encoding="utf-8") as file:
+            with open(args.results, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({**facts, **line}) + "\n" for line in lines)
         print()
         for row in rows:
@@ -117,7 +120,7 @@ def agreement(folder: Path) -> None:
         print(f"{file.stem.removeprefix('ft-')}: {sum(same) / len(same):.1f} of {least} tokens until one differs")
 
 
-def load(quantization: str, folder: Path, lora: bool) -> Any:
+def load(quantization: str, folder: Path, lora: bool, device: str) -> Any:
     """The model in bf16 or nf4, plain or with an adapter whose B is not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -128,7 +131,7 @@ def load(quantization: str, folder: Path, lora: bool) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa",
+        folder, dtype=torch.bfloat16, device_map={"": 0 if device == "cuda" else "cpu"}, attn_implementation="sdpa",
         quantization_config=four_bits if quantization == "nf4" else None,
     )  # fmt: skip
     if lora:
@@ -138,11 +141,11 @@ def load(quantization: str, folder: Path, lora: bool) -> Any:
     return model.eval()
 
 
-def prompts(batch: int, tokens: int) -> list[list[int]]:
+def prompts(batch: int, tokens: int, vocabulary: int) -> list[list[int]]:
     import torch
 
     found: list[list[int]] = torch.randint(
-        3, 128000, (batch, tokens), generator=torch.Generator().manual_seed(batch)
+        3, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(batch)
     ).tolist()
     return found
 
@@ -152,7 +155,7 @@ def by_transformers(model: Any, given: list[list[int]], new: int) -> list[list[i
     from transformers import GenerationConfig
 
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=2)
-    ids = torch.tensor(given, device="cuda")
+    ids = torch.tensor(given, device=model.device)
     model.generation_config.eos_token_id = None
     with torch.inference_mode():
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -163,10 +166,11 @@ def by_transformers(model: Any, given: list[list[int]], new: int) -> list[list[i
 def by_ft(model: Any, given: list[list[int]], new: int) -> list[list[int]]:
     from ft_core.fast.decoding import decoder_of
 
-    decoder = decoder_of(model)
-    assert decoder is not None, "no GPU"
+    decoder = decoder_of(model, anywhere=True)
+    assert decoder is not None
     assert decoder.reason is None, decoder.reason
-    assert decoder.fits(len(given), len(given[0]) + new), "too little memory"
+    problem = decoder.why_not(len(given), len(given[0]) + new)
+    assert problem is None, problem
     return decoder.answers(given, new=new, stops=(), temperature=0.0, top_p=1.0)
 
 
@@ -174,12 +178,12 @@ def error_of_logits(contestant: str, model: Any, given: list[list[int]]) -> floa
     """Of the logits after one token over kept ones, in L2, against a copy of the model in float32."""
     import torch
 
-    ids = torch.tensor(given, device="cuda")
+    ids = torch.tensor(given, device=model.device)
     with torch.inference_mode():
         if contestant == "ft":
             from ft_core.fast.decoding import decoder_of
 
-            decoder = decoder_of(model)
+            decoder = decoder_of(model, anywhere=True)
             assert decoder is not None
             session = decoder._session(len(given), len(given[0]) + 1)
             session.begin([row[:-1] for row in given])
@@ -217,27 +221,33 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
+    cuda = args.device == "cuda"
+
+    def wait() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     answer = by_ft if args.one == "ft" else by_transformers
     new = args.new if args.one == "ft" else args.peer_new
     for quantization in args.quantization.split(","):
-        model = load(quantization, folder, args.lora)
+        model = load(quantization, folder, args.lora, args.device)
         for batch in map(int, args.batches.split(",")):
-            given = prompts(batch, args.prompt)
-            torch.cuda.reset_peak_memory_stats()
-            begun = time.perf_counter()
+            given = prompts(batch, args.prompt, 128000 if cuda else 500)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            begun = wait()
             answer(model, given, new if args.one == "ft" else FIRST)  # compiles, warms up, and for ft records
             cold = time.perf_counter() - begun
             if args.tune and args.one == "ft":
                 tune(model, given)
             seconds = {}
             for count in (FIRST, new):
-                torch.cuda.synchronize()
-                begun = time.perf_counter()
+                begun = wait()
                 said = answer(model, given, count)
-                torch.cuda.synchronize()
-                seconds[count] = time.perf_counter() - begun
+                seconds[count] = wait() - begun
             step = (seconds[new] - seconds[FIRST]) / (new - FIRST)
-            peak = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0.0
             remark = note(model) if args.one == "ft" else ""
             error = error_of_logits(args.one, model, given) if args.exact else None
             torch.cuda.empty_cache()
@@ -246,7 +256,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
                 "lora": args.lora, "tokens_per_second": round(batch / step, 1), "step_ms": round(step * 1e3, 3),
                 "first_s": round(seconds[FIRST], 4), "cold_s": round(cold, 1), "peak_gib": peak,
                 "error_of_logits": error, "note": remark,
-                "gpu": torch.cuda.get_device_name(), "versions": versions(),
+                "gpu": torch.cuda.get_device_name() if cuda else "none", "versions": versions(),
             }  # fmt: skip
             print(json.dumps(row), flush=True)
             name = f"{args.one}-{quantization}-{batch}.json"
@@ -265,7 +275,7 @@ def note(model: Any) -> str:
     """What is worth knowing of ft's session."""
     from ft_core.fast.decoding import decoder_of
 
-    decoder = decoder_of(model)
+    decoder = decoder_of(model, anywhere=True)
     session = None if decoder is None else decoder.session
     if session is None:
         return "no session"
@@ -278,7 +288,7 @@ def tune(model: Any, given: list[list[int]]) -> None:
     from ft_kernels import tuning
 
     with tuning.autotune():
-        decoder = decoder_of(model)
+        decoder = decoder_of(model, anywhere=True)
         assert decoder is not None
         session = decoder._session(len(given), len(given[0]) + 64)
         session.reason = "tuning"

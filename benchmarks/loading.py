@@ -40,27 +40,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--forget", action="store_true", help="a new triton cache for each run")
     parser.add_argument("--cold", action="store_true", help="the model's files out of the page cache before each run")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a tiny model, to test this program
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=3, metavar=("CONTESTANT", "QUANTIZATION", "BEGAN"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    folder = args.work / f"llama-8b-{args.layers}"
+    args.folder = args.work / f"llama-{'8b' if args.device == 'cuda' else 'tiny'}-{args.layers}"
     if args.one:
         contestant, quantization, began = args.one
-        run(contestant, quantization, float(began), folder)
+        run(contestant, quantization, float(began), args)
         return
-    if not (folder / "config.json").is_file():
+    if not (args.folder / "config.json").is_file():
         make = [sys.executable, str(Path(__file__).with_name("fast_path.py")), "--work", str(args.work), "--make"]
-        subprocess.run([*make, "--layers", str(args.layers)], check=True)
-    RESULTS.parent.mkdir(exist_ok=True)
+        subprocess.run([*make, "--layers", str(args.layers), "--device", args.device], check=True)
+    args.results.parent.mkdir(exist_ok=True)
     facts = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "layers": args.layers}
     print(f"{'':20}{'imports':>9}{'load':>8}{'step':>8}{'second':>8}{'all':>8} s{'GPU':>9}{'host':>8} GiB")
     for quantization in args.quantization.split(","):
         for number in range(args.rounds):
             for contestant in args.contestants.split(","):
                 if args.cold:
-                    drop(folder)
+                    drop(args.folder)
                 row = facts | {"round": number, "forget": args.forget, "cold": args.cold}
                 row |= one(args, contestant, quantization)
-                with open(RESULTS, "a", encoding="utf-8") as file:
+                with open(args.results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(table_line(row), flush=True)
 
@@ -98,7 +100,7 @@ def table_line(row: dict[str, Any]) -> str:
     )
 
 
-def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
+def run(contestant: str, quantization: str, began: float, args: argparse.Namespace) -> None:
     """Print the row; ``began`` is when the parent started this process, so that the interpreter's start counts."""
     import resource
 
@@ -112,9 +114,15 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
     imported = time.time()
     from fast_path import adamw8bit, load, versions
 
-    model = load(contestant, quantization, folder, TOKENS)
-    torch.cuda.synchronize()
-    loaded, gpu = time.time(), torch.cuda.max_memory_allocated()
+    cuda = args.device == "cuda"
+
+    def wait() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.time()
+
+    model = load(contestant, quantization, args, TOKENS)
+    loaded, gpu = wait(), torch.cuda.max_memory_allocated() if cuda else 0
     ahead = 0
     if contestant == "ft":
         from ft_kernels import dispatch
@@ -124,16 +132,16 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
     optimizer = adamw8bit(contestant, [p for p in model.parameters() if p.requires_grad])
     times, loss = [loaded], 0.0
     for step in range(2):
-        ids = torch.randint(3, 128000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(step)).cuda()
+        ids = torch.randint(3, 128000 if cuda else 500, (ROWS, TOKENS if cuda else 64),
+                            generator=torch.Generator().manual_seed(step)).to(args.device)  # fmt: skip
         mask = {} if contestant == "ft" else {"attention_mask": torch.ones_like(ids)}
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16):
             out = model(input_ids=ids, labels=ids.clone(), **mask).loss
         out.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss = out.item()
-        torch.cuda.synchronize()
-        times.append(time.time())
+        times.append(wait())
     row = {
         "contestant": contestant, "quantization": quantization, "imports_s": round(imported - began, 2),
         "load_s": round(loaded - imported, 2), "first_step_s": round(times[1] - loaded, 2),
@@ -141,7 +149,7 @@ def run(contestant: str, quantization: str, began: float, folder: Path) -> None:
         "gpu_gib": round(gpu / 2**30, 2),
         "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "loss": round(loss, 5), "compiled_ahead": ahead,
-        "gpu": torch.cuda.get_device_name(), "cores": os.cpu_count(), "versions": versions(),
+        "gpu": torch.cuda.get_device_name() if cuda else "none", "cores": os.cpu_count(), "versions": versions(),
     }  # fmt: skip
     print(json.dumps(row), flush=True)
 

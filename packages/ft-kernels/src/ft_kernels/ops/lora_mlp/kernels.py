@@ -34,7 +34,7 @@ from ft_kernels.ops.lora.tiles import (
     rounds_by_hand,
 )
 
-__all__ = ["hidden", "middle"]
+__all__ = ["hidden", "middle", "middle_parts"]
 
 
 @triton.jit
@@ -180,17 +180,32 @@ HIDDEN = [
 @functools.cache
 def _middle_options(rp: int, rt: int, drops: bool, device: torch.device) -> Options:
     # Fewer warps have less to wait for one another, more of them fill the multiprocessor.
-    options = [(16, 64, 4), (32, 64, 4), (16, 32, 1), (16, 32, 2), (32, 32, 2), (16, 16, 1), (32, 16, 1)]
+    options = [(16, 64, 4, 3), (32, 64, 4, 2), (16, 64, 4, 2), (16, 32, 2, 3)]
     if max(rp, rt) > 32 or drops:
-        options = [(32, 64, 8), (16, 64, 4)]
+        options = [(32, 64, 8, 3), (16, 64, 4, 3)]
+    elif tuning.family(device) == "hopper" and max(rp, rt) == 16:
+        options = [(32, 64, 4, 2), (16, 64, 4, 3), (16, 64, 4, 2)]
     default, *more = [
-        {"BM": bm, "BC": bc, "num_warps": w, "STAGES": loads_ahead((3 * bc + rp + 2 * rt) * bm * 2, 3, device)}
-        for bm, bc, w in options
+        {"BM": bm, "BC": bc, "num_warps": w, "STAGES": loads_ahead((3 * bc + rp + 2 * rt) * bm * 2, most, device)}
+        for bm, bc, w, most in options
     ]
-    if tuning.family(device) == "hopper" and max(rp, rt) == 16 and not drops:
-        # With fewer registers five or six programs fit on a multiprocessor, in place of four.
-        more += [default | {"maxnreg": most} for most in (96, 80)]
     return default, more
+
+
+RESIDENT = 4
+"""Programs of ``middle`` that a multiprocessor holds at once; more take more registers than there are."""
+
+
+def middle_parts(m: int, i: int, least: int, device: torch.device) -> int:
+    """Among how many parts ``middle`` splits m rows of i numbers, from ``least`` to twice as many.
+
+    All programs take the same time, so that the last turn of all multiprocessors should be a full one.
+    """
+    if interpreting() or m < 256 * 2 * least:
+        return least
+    slots = RESIDENT * tuning.multiprocessors(device)
+    turns = {parts: cdiv(i, 64) * parts / slots for parts in range(least, 2 * least)}
+    return max(turns, key=lambda parts: turns[parts] / -(-turns[parts] // 1))
 
 
 def hidden(gate_up: Tensor, row: Tensor, packed: Tensor, kind: int, drop: Any) -> Tensor:

@@ -150,7 +150,7 @@ def backward(
         from ft_kernels.ops.lora import kernels as lora_kernels
         from ft_kernels.ops.lora_mlp import kernels
 
-        parts = lora_kernels.splits(m, k, x.device)
+        parts = kernels.middle_parts(m, i, lora_kernels.splits(m, k, x.device), x.device)
         partial = dispatch.allocate((parts, first.numel + second.numel), torch.float32, x.device)
         lora_kernels.b_gradient(dy, hidden_tail, second, partial, first.numel + second.r * i)
         gate, up = _places(first, k, i)

@@ -280,14 +280,14 @@ def backward_tiling(h: int, wide: torch.dtype, device: torch.device, loop_bytes:
         loop_bytes: bytes that are loaded for an element in a loop over tiles; 0 where each program has one tile.
 
     Returns:
-        HOIST: whether the scale stays in registers from tile to tile. STAGES: how many tiles are worked on or on their
+        HOIST: whether the scale is loaded first, and stays in registers from tile to tile. STAGES: how many tiles are worked on or on their
         way, by asynchronous copies (sm_80 and later) into half of a multiprocessor's shared memory. PER_SM: programs
         for each multiprocessor, where they loop.
     """
     tiling = _tiling(h, wide)
     elements = tiling["ROWS"] * tiling["BLOCK"]
-    warps = _warps(elements, 16, wide)
-    hoist = elements * (2 if wide == torch.float64 else 1) <= 16 * 32 * warps
+    warps = _warps(elements, 16 if loop_bytes else 32, wide)
+    hoist = not loop_bytes or elements * (2 if wide == torch.float64 else 1) <= 16 * 32 * warps
     stages = 1
     if loop_bytes and tiling["WHOLE"] and tuning.capability(device) >= (8, 0):
         loop_bytes += 0 if hoist else 4  # the scale is then loaded with each tile
