@@ -9,12 +9,14 @@ import json
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoTokenizer,
@@ -345,10 +347,12 @@ def test_switched_off_the_trainers_checkpointing_is_on():
         assert len(calls) == count
 
 
+@pytest.mark.skipif(Version(version("triton")) < Version("3.7"), reason="its interpreter wants an older numpy")
 def test_tiles_within_every_choice():
     """With dropout, over documents; layers that are computed again compute gate and up once more, not twice."""
     script = Path(__file__).with_name("tiled.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("a tile of all tokens")[0] == 0
     for choice, (distance, count) in found.items():

@@ -141,7 +141,8 @@ def _quantize(model: nn.Module, head: nn.Module, quantization: str, dtype: torch
             if quantization == "nf4":
                 layer.weight = Params4bit(weight, quant_type="nf4", module=layer).to(weight.device)
             else:
-                layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+                # From the host: it quantizes on the way to a device, and nowhere else.
+                layer.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
             layer.bias = child.bias
             setattr(parent, name, layer)
 

@@ -280,9 +280,9 @@ def backward_tiling(h: int, wide: torch.dtype, device: torch.device, loop_bytes:
         loop_bytes: bytes that are loaded for an element in a loop over tiles; 0 where each program has one tile.
 
     Returns:
-        HOIST: whether the scale is loaded first, and stays in registers from tile to tile. STAGES: how many tiles are worked on or on their
-        way, by asynchronous copies (sm_80 and later) into half of a multiprocessor's shared memory. PER_SM: programs
-        for each multiprocessor, where they loop.
+        HOIST: whether the scale is loaded first, and stays in registers from tile to tile. STAGES: how many tiles are
+        worked on or on their way, by asynchronous copies (sm_80 and later) into half of a multiprocessor's shared
+        memory. PER_SM: programs for each multiprocessor, where they loop.
     """
     tiling = _tiling(h, wide)
     elements = tiling["ROWS"] * tiling["BLOCK"]
