@@ -355,6 +355,76 @@ def test_a_recorded_step_is_the_step(family, case):
     assert len(set(results[1][0])) == len(results[1][0])
 
 
+def packed_step(model: Any, lengths: list[int], seed: int, **keywords: Any) -> torch.Tensor:
+    """The loss of one row of documents, as ft's collator hands them over; its gradients are in the parameters."""
+    total, generator = sum(lengths), torch.Generator().manual_seed(seed)
+    ids = torch.randint(1000, (1, total), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100).cuda()
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(
+            input_ids=ids.cuda(), labels=labels, position_ids=positions, document_lengths=lengths, use_cache=False,
+            **keywords,
+        ).loss  # fmt: skip
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("keywords", [{}, {"num_items_in_batch": 321}], ids=str)
+@pytest.mark.parametrize("family", MAKE)
+def test_a_recorded_row_of_documents_is_the_row(family, keywords, monkeypatch):
+    """Bit for bit where it need not be filled up, whatever its documents; else up to the order of sums over rows."""
+    rows = [[100, 156], [30, 200, 26], [130, 126], [7, 9, 240], [200, 56], [1, 255]]
+    odd = [[100, 150], [250], [3, 240], [77, 90, 74], [249], [130, 111]]
+    results = []
+    for on in (False, True):
+        model = adapted(family)
+        path = fast.enable(model)
+        path.graphs.on = on
+        monkeypatch.setattr(path.pace, "by_host", lambda: True)
+        steps = []
+        for seed, lengths in enumerate([*rows, *odd, *rows]):
+            loss = packed_step(model, lengths, seed, **keywords)
+            steps.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+            assert path.graphs.replays == (on and seed >= 3)  # all are filled up to 256 tokens
+        assert path.graphs.reason is None
+        assert path.graphs.recorded == on
+        results.append(steps)
+    for number, ((loss, grads), (recorded_loss, recorded)) in enumerate(zip(*results, strict=True)):
+        if not 6 <= number < 12:
+            assert loss == recorded_loss
+            assert all(torch.equal(one, two) for one, two in zip(grads, recorded, strict=True))
+            continue
+        assert abs(loss - recorded_loss) < 1e-3 * loss
+        for one, two in zip(grads, recorded, strict=True):
+            assert (one - two).norm() < 2e-2 * one.norm()
+
+
+def test_recordings_of_several_lengths_share_memory(monkeypatch):
+    """Each gives its own row's gradients, in turns, and the second takes little more memory than the first."""
+    model = adapted()
+    path = fast.enable(model)
+    monkeypatch.setattr(path.pace, "by_host", lambda: True)
+    lengths = {256: [100, 156], 512: [500, 12], 1024: [24, 1000]}
+    expected = {}
+    for total, row in lengths.items():
+        path.graphs.on = False
+        packed_step(model, row, total)
+        expected[total] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    path.graphs.on = True
+    for row in lengths.values():
+        for _ in range(4):
+            packed_step(model, row, 0)
+        assert path.graphs.replays
+    assert path.graphs.recorded == 3
+    for total in (256, 1024, 512, 256, 512, 1024):
+        packed_step(model, lengths[total], total)
+        assert path.graphs.replays
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(torch.equal(one, two) for one, two in zip(grads, expected[total], strict=True))
+
+
 class Waiting(torch.nn.Embedding):
     """A class's own forward cannot be seen; this one waits for the GPU, which is an error in a recording."""
 

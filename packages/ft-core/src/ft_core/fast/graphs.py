@@ -1,14 +1,18 @@
-"""A training step as two recorded graphs of kernels, for batches of one shape that come again and again.
+"""A training step as two recorded graphs of kernels, for batches of shapes that come again and again.
 
 A layer makes some sixty launches, there and back, and what they cost the host is more than what they cost the GPU while
 a batch has few tokens. A recorded graph (CUDA graphs) is one launch. It computes what the layers compute, by the same
 kernels in the same order, on the same parameters; its input is copied into its memory, and the gradients out of it.
+
+The recordings of a model, one for each shape, share their memory: only one step is under way at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,14 +22,16 @@ from torch.autograd.function import once_differentiable
 
 from ft_core.fast.recording import as_it_was, recording_stream
 
-__all__ = ["Graphs"]
+__all__ = ["Graphs", "Pace"]
 
 AFTER = 3
 """Steps of one shape before it is recorded: these compile, choose and allocate whatever the kernels need."""
 SHARE = 0.5
 """The share of the free memory that a recorded step may keep for itself."""
 MOST = 8
-"""Recordings of a model; where shapes change as often as that, they are no gain."""
+"""Recordings of a model at a time, each of a shape; steps of further shapes are computed kernel by kernel."""
+MOST_IN_ALL = 24
+"""Recordings of a model; where what they depend on changes as often as that, they are no gain."""
 
 
 class Graphs:
@@ -34,25 +40,22 @@ class Graphs:
     Attributes:
         on: whether steps are recorded and replayed; while it is False, each is computed kernel by kernel.
         recorded: how often one was recorded.
+        replays: whether the last step's shape is recorded.
         reason: why none is recorded any more, or None.
     """
 
     def __init__(self) -> None:
-        self.on, self.recorded = True, 0
+        self.on, self.recorded, self.replays = True, 0, False
         self.reason: str | None = None
         self._key: Any = None
         self._kept: Any = None
-        self._shapes: Any = None
-        self._seen = 0
-        self._step: _Step | None = None
+        self._seen: Counter[Any] = Counter()
+        self._steps: dict[Any, _Step] = {}
+        self._turn: Callable[[], _Turn | None] = lambda: None
+        self._pool: Any = None
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs()  # a recording reads and writes the memory of its own model
-
-    @property
-    def replays(self) -> bool:
-        """Whether the last step's shape is recorded."""
-        return self._step is not None
 
     def loss(
         self,
@@ -60,6 +63,8 @@ class Graphs:
         given: Mapping[str, Tensor],
         look: Callable[[], tuple[Any, Any] | None],
         model: nn.Module,
+        worth: Callable[[], bool] = lambda: True,
+        fresh: bool = False,
     ) -> Tensor | None:
         """The loss with a graph to the parameters, replayed; None where the caller has to compute it.
 
@@ -70,48 +75,115 @@ class Graphs:
                 must live as long as that is; None where a step cannot be recorded. It may take its time: meanwhile the
                 GPU computes the step recorded for these shapes, which is thrown away if it isn't the one.
             model: whose parameters may get a gradient.
+            worth: whether steps of this shape gain by being recorded; asked each time before one would be.
+            fresh: whether the caller's own way is not by these shapes, so that their kernels may not be compiled yet.
         """
+        self.replays = False
         if not self.on or self.reason is not None or torch.cuda.is_current_stream_capturing():
             return None
         device = next(iter(given.values())).device
         generator = torch.cuda.default_generators[device.index]
         shapes = tuple((name, t.shape, t.dtype, t.device) for name, t in given.items())
         before, begun = generator.get_offset(), None
-        if self._step is not None and shapes == self._shapes and self._step.stands() and not self._step.waits():
-            begun = self._step(given)
+        step = self._steps.get(shapes)
+        if step is not None and step.stands() and not self._waits():
+            begun = self._replay(step, given)
         found = look()
         key, kept = found if found is not None else (None, None)
         if begun is not None and key == self._key:
+            self.replays = True
             return begun
         if begun is not None:
+            begun = None
+            self._turn = lambda: None
             generator.set_offset(before)  # its random numbers are the next step's
-        if key is None or key != self._key or shapes != self._shapes:
-            self._key, self._kept, self._shapes, self._seen, self._step = key, kept, shapes, 0, None
+        if key is None or key != self._key:
+            self._key, self._kept = key, kept
+            self._seen.clear()
+            self._steps.clear()
         if key is None:
             return None
-        self._seen += 1
-        if self._step is None:
-            if self._seen <= AFTER:
+        self._seen[shapes] += 1
+        step = self._steps.get(shapes)
+        if self._waits():
+            return None  # its activations lie where another's would
+        if step is None:
+            if self._seen[shapes] <= AFTER or len(self._steps) == MOST or not worth():
                 return None
-            if self.recorded == MOST or not _fits(device):
-                self.reason = "shapes change too often" if self.recorded == MOST else "too little memory is free"
+            if self.recorded == MOST_IN_ALL or not _fits(device):
+                self.reason = "too little memory is free" if self.recorded < MOST_IN_ALL else "it changes too often"
                 return None
             self.recorded += 1
-            self._step = self._record(compute, given, model, device)
-            if self._step is None:
+            step = self._record(compute, given, model, device, fresh)
+            if step is None:
                 return None
-        return None if self._step.waits() else self._step(given)
+            self._steps[shapes] = step
+        self.replays = True
+        return self._replay(step, given)
+
+    def _waits(self) -> bool:
+        """Whether a backward pass through the last use of a recording may still come."""
+        turn = self._turn()
+        return turn is not None and not turn.done
+
+    def _replay(self, step: _Step, given: Mapping[str, Tensor]) -> Tensor:
+        turn = _Turn()
+        self._turn = weakref.ref(turn)
+        return step(given, turn)
 
     def _record(
-        self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module, device: torch.device
-    ) -> _Step | None:
+        self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module, device: torch.device,
+        fresh: bool,
+    ) -> _Step | None:  # fmt: skip
         try:
             with torch.cuda.device(device), as_it_was(device):
-                return _Step(compute, given, model)
+                if self._pool is None:
+                    self._pool = torch.cuda.graph_pool_handle()
+                return _Step(compute, given, model, self._pool, fresh)
         except Exception as error:
             # Something waited for the GPU, say. The layers can still be computed kernel by kernel.
             self.reason = f"{type(error).__name__}: {error}"
             return None
+
+
+class Pace:
+    """Whether the host's launches take longer than what the GPU computes, found out by the steps themselves.
+
+    The GPU's clock is read before and after a forward pass is launched. If the GPU has more to do than the host, it
+    falls behind, and more time passes there than here.
+    """
+
+    def __init__(self) -> None:
+        self._begun: tuple[torch.cuda.Event, float] | None = None
+        self._measured: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
+
+    def __deepcopy__(self, memo: Any) -> Pace:
+        return Pace()
+
+    def begin(self) -> None:
+        """A forward pass is about to be launched."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._begun = event, time.perf_counter()
+
+    def end(self) -> None:
+        """It was launched."""
+        if self._begun is None:
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        begun, before = self._begun
+        self._measured = [*self._measured[-1:], (begun, event, time.perf_counter() - before)]
+        self._begun = None
+
+    def by_host(self) -> bool:
+        """Whether the host set the pace in the last passes, as far as the GPU is done with them."""
+        done = [(one.elapsed_time(two) / 1e3, host) for one, two, host in self._measured if one.query() and two.query()]
+        return bool(done) and all(gpu <= BEHIND * host for gpu, host in done)
+
+
+BEHIND = 1.2
+"""How much longer a pass may take on the GPU than on the host and still be the host's."""
 
 
 @contextlib.contextmanager
@@ -151,17 +223,21 @@ class _Turn:
 class _Step:
     """A recorded forward and backward pass."""
 
-    def __init__(self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module) -> None:
+    def __init__(
+        self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module, pool: Any,
+        fresh: bool,
+    ) -> None:  # fmt: skip
         self.given = {name: t.detach().clone() for name, t in given.items()}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self._turn: Callable[[], _Turn | None] = lambda: None
-        pool, stream = torch.cuda.graph_pool_handle(), recording_stream(next(iter(given.values())).device)
+        stream = recording_stream(next(iter(given.values())).device)
         # Threads that load data may allocate meanwhile. A cast that autocast keeps would lie in the graph's memory.
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         with (
             torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
             _stand_ins(model) as (self.parameters, stand_ins),
         ):
+            if fresh:
+                _try(compute, self.given, stand_ins)
             with torch.cuda.graph(self.forward, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 loss = compute(**self.given)
             self.up = torch.ones_like(loss)
@@ -178,16 +254,9 @@ class _Step:
         """Whether the parameters it was recorded with lie where they did."""
         return all(p.data_ptr() == place and p.requires_grad == trained for p, place, trained in self.places)
 
-    def waits(self) -> bool:
-        """Whether a backward pass through the last use may still come."""
-        turn = self._turn()
-        return turn is not None and not turn.done
-
-    def __call__(self, given: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, given: Mapping[str, Tensor], turn: _Turn) -> Tensor:
         for name, tensor in given.items():
             self.given[name].copy_(tensor)
-        turn = _Turn()
-        self._turn = weakref.ref(turn)
         loss: Tensor = _Replay.apply(self, turn, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
@@ -203,6 +272,14 @@ class _Step:
             None if kind is None else next(parts[kind]).view(parameter.shape)
             for parameter, kind in zip(self.parameters, self.known, strict=True)
         ]
+
+
+def _try(compute: Callable[..., Tensor], given: Mapping[str, Tensor], trained: list[Tensor]) -> None:
+    """Compute a step that is thrown away, random numbers and all: nothing can be compiled while a graph is recorded."""
+    generator = torch.cuda.default_generators[next(iter(given.values())).device.index]
+    before = generator.get_offset()
+    torch.autograd.grad(compute(**given), trained, allow_unused=True)
+    generator.set_offset(before)
 
 
 class _Replay(torch.autograd.Function):

@@ -23,12 +23,13 @@ from ft_core.fast.blocks import Keep
 from ft_core.fast.choose import Chooser, Sizes
 from ft_core.fast.documents import Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of, unwrapped
-from ft_core.fast.graphs import Graphs
+from ft_core.fast.graphs import Graphs, Pace
 from ft_core.fast.head import as_count, can_fuse, loss_of
 from ft_core.fast.layer import DecoderLayer, norm
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
 from ft_core.fast.offload import HostMemory
+from ft_core.fast.recurring import documents_plan, filled_up, recurs
 
 __all__ = ["FastPath", "disable", "enable", "fast_path_of", "is_own"]
 
@@ -49,7 +50,9 @@ class FastPath:
         on: whether the fast layers are used; while they are not, every call is transformers' own.
         chooser: what each layer keeps between forward and backward (see :meth:`choose`).
         host: activations that wait in the host's memory.
-        graphs: recorded steps, for batches of rows without padding (``graphs.on = False`` does without).
+        graphs: recorded steps, for batches of rows without padding, and for rows of documents where the host is slower
+            than the GPU (``graphs.on = False`` does without).
+        pace: which of the two it is.
         tile: how many tokens a layer computes at a time, attention aside, in batches of more; None for all. It saves
             memory for long sequences, and computes gate and up again in backward whatever the layer keeps (see
             :func:`ft_kernels.mlp_block`). It holds for layers whose halves are one operation each.
@@ -59,6 +62,7 @@ class FastPath:
     layout: Layout
     on: bool = True
     graphs: Graphs = field(default_factory=Graphs)
+    pace: Pace = field(default_factory=Pace)
     host: HostMemory = field(default_factory=HostMemory)
     tile: int | None = None
     chooser: Chooser = field(init=False)
@@ -272,8 +276,8 @@ class _BackboneForward(_Forward):
         wants_cache = model.config.use_cache if use_cache is None else use_cache
         choosing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.path.on and tokens is not None and past_key_values is None and (model.training or not wants_cache):
-            batch = None
-            if not keywords.get("output_attentions"):
+            batch = keywords.pop(BATCH, None)
+            if batch is None and not keywords.get("output_attentions"):
                 shape = (tokens.shape[0], tokens.shape[1])
                 batch = batch_of(shape, attention_mask, position_ids, lengths, keywords)
             use_cache = False
@@ -317,11 +321,16 @@ class _ModelForward(_Forward):
             loss = self._replayed(head, known, count, shifted is not None, **keywords)
             if loss is not None:
                 return CausalLMOutputWithPast(loss=loss)
+            timed = known.is_cuda and keywords.get(LENGTHS) is not None
+            if timed:
+                self.path.pace.begin()
             outputs = self.backbone(**keywords)
         finally:
             self.path._own_head = False
         loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None,
                        max_memory=self.path.chooser.head)  # fmt: skip
+        if timed:
+            self.path.pace.end()
         return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
 
     def _replayed(
@@ -333,33 +342,54 @@ class _ModelForward(_Forward):
         *,
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
+        position_ids: Tensor | None = None,
         use_cache: Any = None,
         **others: Any,
     ) -> Tensor | None:
-        """The loss by a recorded step, for rows of tokens without padding; None where it has to be computed."""
-        path = self.path
+        """The loss by a recorded step; None where it has to be computed.
+
+        Rows of tokens without padding are recorded as they are. A row of documents, whose lengths are stated, is filled
+        up to a length that comes again, where the host is slower than the GPU.
+        """
+        path, lengths = self.path, others.pop(LENGTHS, None)
         if input_ids is None or not input_ids.is_cuda or any(value is not None for value in others.values()):
             return None
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not path.chooser.recordable(input_ids.numel()):
-            return None
         if not path.graphs.on or several or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        batch = batch_of((input_ids.shape[0], input_ids.shape[1]), attention_mask, None, None, {})
-        if batch is None or batch.plan is not None:
+        given = {"ids": input_ids, "labels": labels.to(input_ids.device)}
+        if lengths is not None:
+            if position_ids is None or attention_mask is not None or not recurs(input_ids, position_ids, lengths):
+                return None
+            given = filled_up(given["ids"], given["labels"], position_ids, lengths)
+        elif position_ids is not None:
+            return None
+        else:
+            batch = batch_of((input_ids.shape[0], input_ids.shape[1]), attention_mask, None, None, {})
+            if batch is None or batch.plan is not None:
+                return None
+        if not path.chooser.recordable(given["ids"].numel()):
             return None
 
-        def compute(ids: Tensor, labels: Tensor, count: Tensor | None = None) -> Tensor:
+        def compute(
+            ids: Tensor, labels: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
+            count: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
+            keywords: dict[str, Any] = {}
+            if documents is not None:
+                keywords = {"position_ids": positions, BATCH: Batch(documents_plan(documents))}
             with contextlib.ExitStack() as stack:
                 for decoder in path.decoders:
                     stack.enter_context(decoder.blocks.set_aside())
-                hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+                hidden = self.backbone(input_ids=ids, use_cache=False, **keywords).last_hidden_state
                 return loss_of(head, path.layout, hidden, labels, count, shifted=shifted, max_memory=path.chooser.head)
 
-        given = {"ids": input_ids, "labels": labels.to(input_ids.device)}
         if count is not None:
             given["count"] = as_count(count, input_ids.device)
-        return path.graphs.loss(compute, given, functools.partial(self._looks, shifted), path.model)
+        look = functools.partial(self._looks, shifted)
+        if lengths is None:
+            return path.graphs.loss(compute, given, look, path.model)
+        return path.graphs.loss(compute, given, look, path.model, path.pace.by_host, fresh=True)
 
     def _looks(self, shifted: bool) -> tuple[Any, Any] | None:
         """What a recorded step depends on but for its input, and what that is made of; None where none can be."""
