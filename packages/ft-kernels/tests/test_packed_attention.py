@@ -151,6 +151,17 @@ def test_chunks_are_exact(device, exact_enough, lengths, heads, d, dtype, sinks,
         judge(exact_enough, "chunked", tensors, lengths=lengths, **allowed(keywords))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_autocast_does_not_reach_the_products(device, dtype):
+    """They are of 16 bits summed in fp32, or in fp32 and more: autocast would round them anew."""
+    tensors = draw([9, 40], 4, 2, 16, dtype, device)
+    keywords = {"lengths": [9, 40], "window": 8}
+    alone = both(ours("chunked"), *tensors, **keywords)
+    with torch.autocast(device, torch.bfloat16):
+        for one, two in zip(both(ours("chunked"), *tensors, **keywords), alone, strict=True):
+            assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("budget", [1, 300, 5000])
 def test_chunks_of_any_size(device, monkeypatch, budget):
     from ft_kernels.ops.packed_attention import chunked

@@ -35,9 +35,11 @@ class Settings:
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: AttentionPlan, settings: Settings
 ) -> Tensor:
-    return packed_attention_reference.packed_attention(
-        q, k, v, plan.cu_seqlens(q.device), sinks, settings.causal, settings.window, settings.softcap, settings.scale
-    )
+    bounds = plan.cu_seqlens(q.device)
+    with torch.autocast(q.device.type, enabled=False):  # its products are of fp32 numbers, as they are
+        return packed_attention_reference.packed_attention(
+            q, k, v, bounds, sinks, settings.causal, settings.window, settings.softcap, settings.scale
+        )
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: AttentionPlan, settings: Settings) -> Tensor:
