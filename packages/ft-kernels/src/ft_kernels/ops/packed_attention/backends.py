@@ -24,12 +24,13 @@ FLEX_BLOCK = 128
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a layer; window, softcap and sinks are None where there is none."""
+    """The settings of a layer; window and softcap are None where there is none. exact: see ``kernels``' EXACT."""
 
     causal: bool
     window: int | None
     softcap: float | None
     scale: float
+    exact: bool = False
 
 
 def _reference(
@@ -44,7 +45,7 @@ def _reference(
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: AttentionPlan, settings: Settings) -> Tensor:
     intervals = plan.intervals(settings.causal, settings.window, q.shape[0], q.device)
-    out: Tensor = triton_op(q, k, v, intervals, sinks, settings.scale, settings.softcap or 0.0)[0]
+    out: Tensor = triton_op(q, k, v, intervals, sinks, settings.scale, settings.softcap or 0.0, settings.exact)[0]
     return out
 
 

@@ -9,6 +9,9 @@ The gradients are those of FlashAttention-2: with p = exp(s − lse) and D = Σ 
     dV = pᵀ·dO        dS = p·(dO·Vᵀ − D)·(1 − (s / cap)²)        dQ = scale·dS·K        dK = scale·dSᵀ·Q
 
 where lse counts the sink, a column of scores without a value, whose gradient is −Σ exp(sink − lse)·D.
+
+O is rounded to 16 bits, and with it D, whose error is one number for all of a row's dS: it adds up where those cancel,
+in the gradients of biases of q and k. EXACT takes D = Σ p·(dO·Vᵀ) instead, in one more pass over the keys.
 """
 
 from __future__ import annotations
@@ -254,12 +257,30 @@ def _query_blocks(
     return dq
 
 
+@triton.jit
+def _delta_blocks(
+    product, queries, up, base, k, k_stride, v, v_stride, row_lo, row_hi, begin, end, one, gap, T, factor, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    for start in range(begin, end, N):
+        cols = tl.where(start < one, start, start + gap) + tl.arange(0, N)
+        keys = _load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
+        values = _load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        weights, _ = _weights(
+            scores, base[:, None], row_lo[:, None], row_hi[:, None], cols[None, :], factor, softcap, MASK, SOFTCAP
+        )
+        product += tl.sum(weights * tl.dot(up, tl.trans(values), input_precision="ieee"), 1)
+    return product
+
+
 @triton.jit(do_not_specialize=["T"])
 def _backward_queries(
     q, q_stride, q_head, k, k_stride, k_head, v, v_stride, v_head, grad, grad_stride, grad_head, lse, delta, intervals,
     dq, T, HEADS, GROUP, scale, factor, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SOFTCAP: tl.constexpr,
-    DOT: tl.constexpr,
+    EXACT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS
     head = tl.program_id(0) % HEADS
@@ -280,7 +301,19 @@ def _backward_queries(
     queries = _load(q + head.to(tl.int64) * q_head, rows, there, q_stride, D, BLOCK_D, True, DOT)
     up = _load(grad + head.to(tl.int64) * grad_head, rows, there, grad_stride, D, BLOCK_D, True, DOT)
     base = tl.load(lse + head.to(tl.int64) * T + rows, mask=there, other=0.0) * LOG2E
-    product = tl.load(delta + head.to(tl.int64) * T + rows, mask=there, other=0.0)
+    if EXACT:
+        product = tl.zeros((M,), tl.float32)
+        product = _delta_blocks(
+            product, queries, up, base, k, k_stride, v, v_stride, row_lo, row_hi, begin, highest - gap, one, gap, T,
+            factor, softcap, D, BLOCK_D, N, True, SOFTCAP, DOT,
+        )  # fmt: skip
+        product = _delta_blocks(
+            product, queries, up, base, k, k_stride, v, v_stride, row_lo, row_hi, one, one + gap, one, 0, T, factor,
+            softcap, D, BLOCK_D, N, False, SOFTCAP, DOT,
+        )  # fmt: skip
+        tl.store(delta + head.to(tl.int64) * T + rows, product, mask=there)
+    else:
+        product = tl.load(delta + head.to(tl.int64) * T + rows, mask=there, other=0.0)
     total = tl.zeros((M, BLOCK_D), tl.float32)
     total = _query_blocks(
         total, queries, up, base, product, k, k_stride, v, v_stride, row_lo, row_hi, begin, highest - gap, one, gap, T,
@@ -351,27 +384,30 @@ def backward(
     lse: Tensor,
     scale: float,
     softcap: float,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v (contiguous) and of the sinks (empty where there are none)."""
     (total, heads, d), key_heads = q.shape, k.shape[1]
     dq, dk, dv = (dispatch.allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
     if dq.numel() == 0:
         return dq, dk, dv, lse.new_zeros(0) if sinks is None else torch.zeros_like(sinks)
-    block, product = max(16, power_of_2(d)), delta(grad, out)
+    block = max(16, power_of_2(d))
+    product = dispatch.allocate((heads, total), torch.float32, q.device) if exact else delta(grad, out)
     inputs = (*_strided(q), *_strided(k), *_strided(v), *_strided(grad), lse, product, intervals)
     numbers = (heads // key_heads, scale, _factor(scale, softcap), softcap)
     meta = {"D": d, "BLOCK_D": block, "SOFTCAP": softcap > 0, "DOT": dot_dtype(q)}
-    name, key = "packed_attention_backward_keys", (block, softcap > 0)
+    key = (block, softcap > 0)
+    name = "packed_attention_backward_queries"  # first: where D is exact, it makes it
+    setting = tuning.settings(name, q.device, key, default=tiles("queries", block, q.device))
+    launch(
+        name, _backward_queries, (cdiv(total, setting["M"]) * heads,), q.device,
+        *inputs, dq, total, heads, *numbers, EXACT=exact, **meta, **setting,
+    )  # fmt: skip
+    name = "packed_attention_backward_keys"
     setting = tuning.settings(name, q.device, key, default=tiles("keys", block, q.device))
     launch(
         name, _backward_keys, (cdiv(total, setting["N"]) * key_heads,), q.device,
         *inputs, dk, dv, total, key_heads, *numbers, **meta, **setting,
-    )  # fmt: skip
-    name = "packed_attention_backward_queries"
-    setting = tuning.settings(name, q.device, key, default=tiles("queries", block, q.device))
-    launch(
-        name, _backward_queries, (cdiv(total, setting["M"]) * heads,), q.device,
-        *inputs, dq, total, heads, *numbers, **meta, **setting,
     )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, lse.new_zeros(0)
