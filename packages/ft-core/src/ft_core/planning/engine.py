@@ -19,7 +19,7 @@ from ft_core.planning.speed import Times, times_of
 from ft_core.plugins import MethodSpec, registry
 
 __all__ = [
-    "CONTEXT", "HOST_ASSUMED", "Plan", "Planner", "limit_of", "most", "plan", "with_length", "with_rows",
+    "CONTEXT", "HOST_ASSUMED", "MOST_ROWS", "Plan", "Planner", "limit_of", "most", "plan", "with_length", "with_rows",
 ]  # fmt: skip
 
 CONTEXT = 600 * 2**20
@@ -50,7 +50,8 @@ class Plan:
         model: its name. parameters, trained: how many numbers it has, and how many are trained.
         config, card: what was planned, and for which card. limit: bytes that torch's memory may reach.
         peak: memory by part. times: None where nothing is known of the card's speed.
-        largest: the largest micro-batch that fits (0: none does); ``largest_kept``: with every activation kept.
+        largest: the largest micro-batch that fits (0: none does), up to ``MOST_ROWS``, the largest that is tried;
+            ``largest_kept``: with every activation kept.
         steps, counted: optimizer steps of the run (None: unknown), and how they were counted.
         notes: what is assumed or rough, a line each. planner: plans variants of it.
     """
@@ -97,7 +98,7 @@ class Plan:
             "layers": {choice: peak.choices.count(choice) for choice in dict.fromkeys(peak.choices)},
             "micro_batch": {
                 "configured": self.config.training.batch_size, "largest": self.largest,
-                "largest_kept": self.largest_kept,
+                "largest_kept": self.largest_kept, "most_tried": MOST_ROWS,
             },
             "tile": peak.tile,
             "head_rows": peak.head_rows,
@@ -252,6 +253,8 @@ def _notes(planner: Planner, config: TrainConfig, card: Card, host: int | None) 
         notes.append(f"rough: counted as sft; {config.method} may compute more than one pass")
     if config.packing:
         notes.append(f"rows are assumed full: {config.max_length} tokens each, one document (shorter ones are faster)")
+        if blueprint.layout is not None and config.lora is not None:
+            notes.append("no step is recorded and replayed: that takes batches of one form, packed documents never are")
     else:
         notes.append(f"rows are assumed full: {config.max_length} tokens each, the longest batch")
     if not card.peak:
