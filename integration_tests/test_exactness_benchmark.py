@@ -13,7 +13,7 @@ exactness = pytest.importorskip("exactness")
 @pytest.mark.parametrize("family", exactness.FAMILIES)
 def test_heads_are_128_wide(family: str) -> None:
     config = exactness.FAMILIES[family](256, 1).config
-    assert getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads == 128
+    assert (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) == 128
 
 
 def test_a_row_for_each_case(

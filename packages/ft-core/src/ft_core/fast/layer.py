@@ -92,7 +92,8 @@ class DecoderLayer:
         names = self.layout.attention
         module = at(self.module, names.module)
         biases = [getattr(base_of(at(module, name)), "bias", None) for name in names.qkv]
-        exact = {"exact": True} if any(bias is not None and bias.requires_grad for bias in biases) else {}
+        trained = any(bias is not None and bias.requires_grad for bias in biases)
+        exact: dict[str, Any] = {"exact": True} if trained else {}  # blocks, where nothing is, know no such keyword
         return functools.partial(
             kernels.packed_attention,
             plan=batch.plan,
