@@ -24,35 +24,13 @@ from torch import Tensor
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import cdiv, interpreting, launch, power_of_2
 from ft_kernels.ops.lora.tiles import dot_dtype
+from ft_kernels.ops.packed_attention.parts import load, tanh
 from ft_kernels.ops.packed_attention.tiles import tiles
 
 __all__ = ["backward", "delta", "forward"]
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _tanh(x):
-    # By the exponential for large x; where 1 − exp(−2|x|) would cancel, by the series, right to 1e-8 up to 0.25.
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    y = x * x
-    near = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))))
-    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _load(pointer, rows, there, stride, D, BLOCK_D: tl.constexpr, MASK: tl.constexpr, DOT: tl.constexpr):
-    cols = tl.arange(0, BLOCK_D)
-    address = pointer + rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    if MASK:
-        tile = tl.load(address, mask=there[:, None] & (cols < D)[None, :], other=0.0)
-    elif BLOCK_D == D:
-        tile = tl.load(address)
-    else:
-        tile = tl.load(address, mask=(cols < D)[None, :], other=0.0)
-    return tile.to(DOT)
 
 
 @triton.jit
@@ -63,10 +41,10 @@ def _forward_blocks(
 ):  # fmt: skip
     for start in range(begin, end, N):
         cols = tl.where(start < one, start, start + gap) + tl.arange(0, N)
-        keys = _load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
+        keys = load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
         if SOFTCAP:
-            scores = _tanh(scores) * (softcap * LOG2E)
+            scores = tanh(scores) * (softcap * LOG2E)
         if MASK:
             seen = (cols[None, :] >= row_lo[:, None]) & (cols[None, :] <= row_hi[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -76,7 +54,7 @@ def _forward_blocks(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(m - base)
         total = total * shrink + tl.sum(weights, 1)
-        values = _load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
+        values = load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
         acc = tl.dot(weights.to(DOT), values, acc * shrink[:, None], input_precision="ieee")
         m = larger
     return acc, m, total
@@ -108,7 +86,7 @@ def _forward(
     q += head.to(tl.int64) * q_head
     k += (head // GROUP).to(tl.int64) * k_head
     v += (head // GROUP).to(tl.int64) * v_head
-    queries = _load(q, rows, there, q_stride, D, BLOCK_D, True, DOT)
+    queries = load(q, rows, there, q_stride, D, BLOCK_D, True, DOT)
     m = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, BLOCK_D), tl.float32)
@@ -141,8 +119,8 @@ def _delta(
 ):  # fmt: skip
     rows = tl.program_id(0) // HEADS * M + tl.arange(0, M)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
-    up = _load(grad + head * grad_head, rows, rows < T, grad_stride, D, BLOCK_D, True, tl.float32)
-    result = _load(out + head * out_head, rows, rows < T, out_stride, D, BLOCK_D, True, tl.float32)
+    up = load(grad + head * grad_head, rows, rows < T, grad_stride, D, BLOCK_D, True, tl.float32)
+    result = load(out + head * out_head, rows, rows < T, out_stride, D, BLOCK_D, True, tl.float32)
     tl.store(delta + head * T + rows, tl.sum(up * result, 1), mask=rows < T)
 
 
@@ -152,9 +130,9 @@ def _weights(scores, base, row_lo, row_hi, cols, factor, softcap, MASK: tl.const
     scores = scores * factor
     slope = scores
     if SOFTCAP:
-        tanh = _tanh(scores)
-        slope = 1.0 - tanh * tanh
-        scores = tanh * (softcap * LOG2E)
+        capped = tanh(scores)
+        slope = 1.0 - capped * capped
+        scores = capped * (softcap * LOG2E)
     weights = tl.exp2(scores - base)
     if MASK:
         weights = tl.where((cols >= row_lo) & (cols <= row_hi), weights, 0.0)
@@ -169,8 +147,8 @@ def _key_blocks(
 ):  # fmt: skip
     for start in range(begin, end, M):
         rows = tl.where(start < one, start, start + gap) + tl.arange(0, M)
-        queries = _load(q, rows, rows < T, q_stride, D, BLOCK_D, MASK, DOT)
-        up = _load(grad, rows, rows < T, grad_stride, D, BLOCK_D, MASK, DOT)
+        queries = load(q, rows, rows < T, q_stride, D, BLOCK_D, MASK, DOT)
+        up = load(grad, rows, rows < T, grad_stride, D, BLOCK_D, MASK, DOT)
         if MASK:
             row_lo = tl.load(intervals + rows, mask=rows < T, other=0)[None, :]
             row_hi = tl.load(intervals + T + rows, mask=rows < T, other=-1)[None, :]
@@ -211,8 +189,8 @@ def _backward_keys(
     begin = lowest // M * M
     one = tl.minimum(tl.cdiv(whole_from, M) * M, tl.cdiv(highest, M) * M)
     gap = tl.maximum(whole_to // M * M - one, 0)
-    keys = _load(k + key_head.to(tl.int64) * k_head, cols, there, k_stride, D, BLOCK_D, True, DOT)
-    values = _load(v + key_head.to(tl.int64) * v_head, cols, there, v_stride, D, BLOCK_D, True, DOT)
+    keys = load(k + key_head.to(tl.int64) * k_head, cols, there, k_stride, D, BLOCK_D, True, DOT)
+    values = load(v + key_head.to(tl.int64) * v_head, cols, there, v_stride, D, BLOCK_D, True, DOT)
     dkeys = tl.zeros((N, BLOCK_D), tl.float32)
     dvalues = tl.zeros((N, BLOCK_D), tl.float32)
     for member in range(GROUP):
@@ -244,8 +222,8 @@ def _query_blocks(
 ):  # fmt: skip
     for start in range(begin, end, N):
         cols = tl.where(start < one, start, start + gap) + tl.arange(0, N)
-        keys = _load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
-        values = _load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
+        keys = load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
+        values = load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         weights, slope = _weights(
             scores, base[:, None], row_lo[:, None], row_hi[:, None], cols[None, :], factor, softcap, MASK, SOFTCAP
@@ -265,8 +243,8 @@ def _delta_blocks(
 ):  # fmt: skip
     for start in range(begin, end, N):
         cols = tl.where(start < one, start, start + gap) + tl.arange(0, N)
-        keys = _load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
-        values = _load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
+        keys = load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
+        values = load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         weights, _ = _weights(
             scores, base[:, None], row_lo[:, None], row_hi[:, None], cols[None, :], factor, softcap, MASK, SOFTCAP
@@ -298,8 +276,8 @@ def _backward_queries(
     gap = tl.maximum(whole_to // N * N - one, 0)
     k += (head // GROUP).to(tl.int64) * k_head
     v += (head // GROUP).to(tl.int64) * v_head
-    queries = _load(q + head.to(tl.int64) * q_head, rows, there, q_stride, D, BLOCK_D, True, DOT)
-    up = _load(grad + head.to(tl.int64) * grad_head, rows, there, grad_stride, D, BLOCK_D, True, DOT)
+    queries = load(q + head.to(tl.int64) * q_head, rows, there, q_stride, D, BLOCK_D, True, DOT)
+    up = load(grad + head.to(tl.int64) * grad_head, rows, there, grad_stride, D, BLOCK_D, True, DOT)
     base = tl.load(lse + head.to(tl.int64) * T + rows, mask=there, other=0.0) * LOG2E
     if EXACT:
         product = tl.zeros((M,), tl.float32)
