@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,38 @@ def python(code: str) -> str:
 def test_nothing_heavy_is_imported(code: str) -> None:
     loaded = python(f"{code}\nimport sys\nprint('\\nLOADED', *(m for m in {HEAVY!r} if m in sys.modules))")
     assert loaded.splitlines()[-1] == "LOADED"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("data: nowhere.jsonl", "nowhere.jsonl: no such file or folder"),
+        ("data: broken.jsonl", "broken.jsonl, line 1: broken JSON"),
+        ("data: rows.jsonl\neval_data: broken.jsonl", "broken.jsonl, line 1: broken JSON"),
+        ("data: rows.jsonl\noutput: rows.jsonl", "output rows.jsonl is a file: give a folder"),
+        ("data: rows.jsonl\nmodel: ./nowhere", "no model folder ./nowhere"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_at_once(
+    keys: str, message: str, tmp_path: Path, write_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the libraries are imported, which takes seconds."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a text"}])
+    (tmp_path / "broken.jsonl").write_text("{", encoding="utf-8")
+    model = "" if "model:" in keys else "model: somebody/something\n"
+    (tmp_path / "config.yaml").write_text(f"{model}{keys}\n", encoding="utf-8")
+    code = f"""
+import contextlib, io, sys
+from ft_core.cli import main
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    code = main(['train', 'config.yaml'])
+print(code, len(said.getvalue().splitlines()), *(m for m in {HEAVY!r} if m in sys.modules))
+print(said.getvalue(), end='')
+"""
+    first, second = python(code).splitlines()
+    assert first == "2 1"
+    assert second.startswith(f"ft train: {message}")
 
 
 def test_importing_has_no_side_effects() -> None:

@@ -285,6 +285,11 @@ def test_an_override_that_is_no_yaml() -> None:
             "(allowed: all-linear, a list of names)",
         ),
         ({"lora": {"targets": []}}, "lora.targets is empty: give all-linear or at least one module name"),
+        (
+            {"output": False},
+            "output: False is not allowed (allowed: text; YAML reads the words on, off, yes and no as true and false: "
+            "one that is meant goes in quotes)",
+        ),
         ({"data": 5}, "data: 5 is not allowed (allowed: text or a list)"),
         ({"data": []}, "data: [] is not allowed (allowed: at least one source)"),
         ({"data": ["a", {"path": "b", "weight": 0}]}, "data.1.weight: 0 is not allowed (allowed: greater than 0)"),

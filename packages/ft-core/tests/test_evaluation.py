@@ -262,3 +262,45 @@ def test_a_number_that_is_none_is_null() -> None:
     found = compare(Evaluation({"loss": math.inf}, [], 1), Evaluation({"loss": None}, [], 1), "x")
     assert found["metrics"] == {"loss": {"before": None, "after": None}}
     assert "—" in table(found)
+
+
+def test_a_partial_measurement_does_not_replace_a_whole_one(taught: Path, ft: Any, tmp_path: Path, sums: Any) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(taught / "run", run)
+    names = [run / name for name in ("evaluation.json", "report.html", "evaluation-partial.json")]
+    whole, report, partial = names
+    whole.unlink()
+    partial.unlink(missing_ok=True)  # of other tests
+    assert ft("eval", run, "--answers", 4).code == 0  # more than none
+    assert json.loads(whole.read_text(encoding="utf-8"))["answers"] == 4
+    assert ft("eval", run).code == 0
+    assert not partial.exists()
+    before = whole.read_bytes(), report.read_bytes()
+    for words, rows, answers in ((["--limit", 3], 3, 3), (["--answers", 2], 8, 2)):
+        done = ft("eval", run, *words)
+        assert done.code == 0, done.err
+        assert f"written to {partial}: evaluation.json holds a fuller measurement" in done.err
+        found = json.loads(partial.read_text(encoding="utf-8"))
+        assert (found["rows"], found["answers"]) == (rows, answers)
+        assert (whole.read_bytes(), report.read_bytes()) == before
+    # As many as there are leave nothing out.
+    assert f"written to {whole} and {report}" in ft("eval", run, "--limit", 8).err
+
+
+def test_a_training_says_how_many_rows_it_measures(
+    ft: Any, configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ft_core.training import run as training
+
+    monkeypatch.setattr(training, "EVALUATED", 4)
+    done = ft("train", configure(), "eval_split=6", "training.max_steps=1")
+    assert done.code == 0, done.err
+    for what in ("before", "after"):
+        assert f"measuring {what} training on the first 4 of 6 held-out rows (ft eval measures all)" in done.err
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "The first 4 rows of 6 (ft eval measures all) of held_out.jsonl" in page
+    assert ft("eval", tmp_path / "run").code == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "6 rows of held_out.jsonl" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -145,6 +146,20 @@ def test_data_that_is_not_there(configure: Any, check_refused: Any, tmp_path: Pa
     assert check_refused(config) == (
         f"{tmp_path}/row.jsonl: no such file or folder (did you mean '{tmp_path}/rows.jsonl'?)"
     )
+
+
+def test_rows_that_are_measured_and_trained_on_too(
+    ft: Any, configure: Any, tmp_path: Path, sums: Any, write_rows: Any
+) -> None:
+    same = write_rows(tmp_path / "other-name.jsonl", [*sums(60)[:3], *sums(4, seed=7)])
+    done = ft("train", configure(eval_data=str(same), training={"max_steps": 1}))
+    assert done.code == 0
+    known = {json.dumps(row) for row in sums(60)}
+    count = sum(json.dumps(row) in known for row in [*sums(60)[:3], *sums(4, seed=7)])
+    assert count >= 3
+    assert f"warning: {count} of the 7 held-out rows are trained on too, word for word" in done.err
+    apart = ft("train", configure(), "eval_split=5", "training.max_steps=1", "--overwrite")
+    assert "trained on too" not in apart.err
 
 
 def test_no_answer_within_max_length(configure: Any, check_refused: Any) -> None:

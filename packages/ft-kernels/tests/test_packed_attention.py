@@ -114,6 +114,37 @@ def test_kernel_is_exact(device, exact_enough, launched, lengths, heads, d, dtyp
         judge(exact_enough, "triton", tensors, lengths=lengths, **allowed(keywords))
 
 
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+@pytest.mark.parametrize("keywords", [{}, {"window": 9}, {"softcap": 3.0}, {"causal": False}], ids=str)
+def test_exact_sums_over_a_row(device, exact_enough, backend, keywords):
+    """The sum of k's gradients over all tokens, a bias's, is nothing here but what rounding leaves of it: without a
+    rotation, adding to all keys moves a row's scores together. An error in a row's D does not cancel in it.
+    """
+    lengths, dtype = [70, 33], torch.float16
+    q, k, v, _, grad = draw(lengths, 2, 1, 16, dtype, device)
+    v, grad = v + 3, grad + 1  # outputs of one sign: their rounding errors are as large as they get
+    tensors = (q, k, v, None, grad)
+
+    def error(**more):
+        found = both(ours(backend), *tensors, lengths=lengths, **keywords, **more)
+        exact = both(eager, *(None if x is None else x.double() for x in tensors), lengths=lengths, **keywords)
+        judged = [(x.double() - y).norm() for x, y in zip(found, exact, strict=True)]
+        return judged, (found[2].double() - exact[2]).sum(0).norm()
+
+    plain, summed = error()
+    better, least = error(exact=True)
+    assert all(one <= 1.05 * two for one, two in zip(better, plain, strict=True))
+    if backend == "triton":
+        assert least <= 0.5 * summed
+
+
+def test_exact_sums_are_of_two_backends(device):
+    q, k, v, *_ = draw([20], 2, 1, 16, torch.float16, device)
+    with pytest.raises(ValueError, match="allowed are 'auto', 'triton', 'chunked'"):
+        packed_attention(q, k, v, exact=True, backend="sdpa")
+    assert packed_attention(q, k, v, exact=True).shape == q.shape
+
+
 def test_kernel_over_many_blocks(device, exact_enough, launched):
     lengths = [70, 3, 55]  # blocks before, within and behind what every row of a tile sees
     for causal, window in ((True, None), (False, None), (True, 40)):
@@ -149,6 +180,17 @@ def test_chunks_are_exact(device, exact_enough, lengths, heads, d, dtype, sinks,
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     else:
         judge(exact_enough, "chunked", tensors, lengths=lengths, **allowed(keywords))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_autocast_does_not_reach_the_products(device, dtype):
+    """They are of 16 bits summed in fp32, or in fp32 and more: autocast would round them anew."""
+    tensors = draw([9, 40], 4, 2, 16, dtype, device)
+    keywords = {"lengths": [9, 40], "window": 8}
+    alone = both(ours("chunked"), *tensors, **keywords)
+    with torch.autocast(device, torch.bfloat16):
+        for one, two in zip(both(ours("chunked"), *tensors, **keywords), alone, strict=True):
+            assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("budget", [1, 300, 5000])

@@ -281,6 +281,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a run before (its base model) and after training, write ``evaluation.json`` and the report, return both.
 
+    What ``limit`` or ``answers`` leave incomplete does not replace a measurement of other data, more rows or more
+    answers: it is written beside it, to ``evaluation-partial.json``, and the report stays.
+
     Args:
         run: the run folder.
         data: rows to measure on; unset means the rows that the run kept from training.
@@ -313,6 +316,7 @@ def evaluate(
         name = folder.HELD_OUT
         if not rows:
             raise RunError(f"{folder.path} kept no rows for evaluation: give some with --data FILE")
+    total = len(rows)
     rows = rows[:limit] if limit else rows
     measure = resolve(spec.evaluate)
 
@@ -333,6 +337,22 @@ def evaluate(
         model, tokenizer = load_base(folder, say=say)
         before = measure(job(model, tokenizer))
     comparison = compare(before, after, name)
+    cut = len(rows) < total or (answers is not None and len(comparison["samples"]) == answers < len(rows))
+    if cut and _less(comparison, folder.evaluation()):
+        path = folder.path / folder.PARTIAL
+        write_json(path, comparison)
+        say(f"written to {path}: {folder.EVALUATION} holds a fuller measurement, or one of other data, and stays")
+        return comparison
     write_json(folder.path / folder.EVALUATION, comparison)
     write_report(folder.path)
+    say(f"written to {folder.path / folder.EVALUATION} and {folder.path / folder.REPORT}")
     return comparison
+
+
+def _less(found: dict[str, Any], known: dict[str, Any] | None) -> bool:
+    """Whether a measurement that stands is of other data, of more rows or of more answers."""
+    measured = (known or {}).get("metrics", {}).values()
+    if known is None or all(values.get("after") is None for values in measured):
+        return False
+    more = any((known.get(name) or 0) > found.get(name, 0) for name in ("rows", "answers"))
+    return more or known.get("data") != found["data"]

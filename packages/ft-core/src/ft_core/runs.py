@@ -54,6 +54,7 @@ class Run:
     SUMMARY = "summary.json"
     HELD_OUT = "held_out.jsonl"
     EVALUATION = "evaluation.json"
+    PARTIAL = "evaluation-partial.json"
     REPORT = "report.html"
 
     def __init__(self, path: str | Path) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ft_core.data import Rows, split
+from ft_core.data.rows import shared
 from ft_core.errors import DataError
 
 
@@ -70,3 +71,12 @@ def test_values_that_split_nothing(value: object) -> None:
         split(numbered(10), value, seed=0)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="1 distinct rows"):
         split(numbered(1), 0.5, seed=0)
+
+
+def test_rows_on_both_sides_are_counted():
+    texts = [{"text": f"text {n}"} for n in range(6)]
+    train = Rows(texts[:4])
+    assert shared(train, Rows(texts[3:] + texts[3:4])) == 2  # one row, held out twice
+    assert shared(train, Rows(texts[4:])) == 0
+    assert shared(train.select([0, 1]), Rows(texts[2:])) == 0  # left out by the selection
+    assert shared(Rows.joined([train, train]), Rows(texts[:1])) == 1

@@ -45,12 +45,26 @@ def make(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 @pytest.mark.parametrize("family", MAKE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_as_exact_as_transformers(family, dtype):
-    ledger = verify(lambda exact: make(family, dtype), name=family, dtype=dtype, batches=5, tokens=384)
+@pytest.mark.parametrize("parameters", ["adapter", "all"])
+def test_as_exact_as_transformers(family, dtype, parameters):
+    """The bar: the median gradient's error at most that of transformers' eager layers, none above 1.25 of theirs.
+
+    Where both are equally exact, as fp32 products are that both leave to the same library, a measured ratio is as often
+    above 1 as below. Five batches give it a standard error, for which they are what is independent: 0.005 to 0.03 were
+    seen. So it fails where it is above 1.00 by more than two of those; and above 1.02 in any case, since batches that
+    differ much prove nothing.
+    """
+
+    def load(exact):
+        model = make(family, dtype)
+        model.set_attn_implementation("eager")
+        # All weights are trained as ft trains them: in fp32, from the numbers of a checkpoint, under autocast.
+        return model.float() if parameters == "all" else model
+
+    ledger = verify(load, name=family, dtype=dtype, parameters=parameters, batches=5, tokens=384)
     assert not ledger.mismatches
-    found = ledger.summary()
-    assert found["median_fast"] <= 1.02 * found["median_plain"]
-    assert found["largest_ratio"] <= 1.25
+    assert ledger.ratio <= 1.00 + min(2 * ledger.deviation, 0.02)
+    assert ledger.summary()["largest_ratio"] <= 1.25
 
 
 def adapted(family: str = "llama", dropout: float = 0.0) -> Any:

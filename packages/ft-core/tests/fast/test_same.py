@@ -232,3 +232,22 @@ def test_hidden_states_are_recorded():
     assert len(recorded) == len(plain) == 3
     for one, two in zip(recorded, plain, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("adapter", ["none", "all"])
+def test_exact_sums_only_where_biases_of_queries_and_keys_are_trained(monkeypatch, family, adapter):
+    """Qwen 2 has such biases, and an adapter leaves them as they are."""
+    from ft_core.fast import layer
+
+    asked, attention = [], layer.kernels.packed_attention
+
+    def listening(*args: Any, **keywords: Any) -> torch.Tensor:
+        asked.append(keywords.get("exact", False))
+        return attention(*args, **keywords)
+
+    monkeypatch.setattr(layer.kernels, "packed_attention", listening)
+    model = make(family, adapter)
+    fast.enable(model)
+    step(model, batch("packed"))
+    assert set(asked) == {family == "qwen2" and adapter == "none"}

@@ -45,6 +45,44 @@ def test_the_fast_layers_are_as_exact(dtype, parameters):
     assert json.loads(json.dumps(ledger.as_json()))["mismatches"] == []
 
 
+def test_the_ratio_and_what_it_is_worth():
+    """By hand: medians of means over the batches, and a jackknife."""
+    from ft_core.fast.verify import Ledger, Line
+
+    errors = {"a": ((1.0, 2.0), (3.0, 2.0)), "b": ((2.0, 2.0), (2.0, 3.0)), "c": ((9.0, 1.0), (9.0, 1.0))}
+    lines = tuple(
+        Line(name, sum(f for f, _ in each) / 2, sum(p for _, p in each) / 2, each) for name, each in errors.items()
+    )
+    ledger = Ledger("m", "llama", "float32", "none", "all", 1, 2, 12, (0.0, 0.0), lines, 1e-8)
+    assert ledger.ratio == 2 / 2  # of 2, 2, 9 and 2, 2.5, 1
+    without_first, without_second = 3 / 2, 2 / 2
+    assert ledger.deviation == pytest.approx(abs(without_first - without_second) / 2)
+    assert ledger.summary()["ratio"] == 1.0
+
+
+def test_float16_is_measured_with_a_scaled_loss():
+    """As it is trained: without, what is smaller than 6e-8 in backward is lost."""
+    from ft_core.fast import verify as module
+
+    def load(exact):
+        model = loader(torch.float16)(exact)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1e-3)  # all gradients but its own get that small
+        return model
+
+    def median_plain():
+        ledger = verify(load, name="tiny", dtype=torch.float16, batches=1, tokens=48)
+        return ledger.summary()["median_plain"]
+
+    scaled, kept = median_plain(), module.SCALE
+    module.SCALE = 1.0
+    try:
+        assert scaled < 0.5 * median_plain()
+    finally:
+        module.SCALE = kept
+    assert scaled < 20 * torch.finfo(torch.float16).eps
+
+
 @pytest.mark.parametrize("fault", ["angle", "norm", "scale"])
 def test_a_fault_is_called_one(monkeypatch, fault):
     rms_norm, attention = layer.kernels.rms_norm, layer.kernels.packed_attention
@@ -84,6 +122,7 @@ def test_the_command(ft, tiny, tmp_path):
     done = ft("verify", tiny, "--layers", "1", "--batches", "1", "--tokens", "24", "--dtype", "float32", "--json", out)
     assert done.code == 0, done.err
     assert "the same: no gradient is over" in done.out
+    assert json.loads(out.read_text())["summary"]["deviation"] is None  # of one batch
     assert json.loads(out.read_text())["layers"] == 1
     done = ft("verify", tiny, "--quantization", "nf4", "--layers", "2", "--batches", "1", "--tokens", "24")
     assert done.code == 0, done.err

@@ -218,3 +218,21 @@ def test_training_on_a_gpu_says_its_plan_before_it_loads(ft: Any, configure: Any
     done = ft("train", configure(training={"max_steps": 1}))
     assert done.code == 0, done.err
     assert re.search(r"^plan: about \d+\.\d of \d+\.\d GiB", done.err, re.MULTILINE)
+
+
+def test_the_end_of_the_search_is_called_so(ft: Any, written: Any) -> None:
+    small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    done = ft("plan", written({**small, **heads}, max_length=64), "--gpu", "H200")
+    assert done.code == 0, done.err
+    assert "the largest that fits: at least 4096" in done.out
+    assert "at least" not in ft("plan", written(quantization="nf4"), "--gpu", "H100").out
+
+
+def test_what_keeps_steps_from_being_recorded_is_said(ft: Any, written: Any) -> None:
+    config = written(quantization="nf4", max_length=2048)
+    said = "no step is recorded and replayed, where the host is slower than the GPU: "
+    assert said not in ft("plan", config, "--gpu", "H100").out
+    assert said + "documents may have more than 3071" in ft("plan", config, "max_length=4096", "--gpu", "H100").out
+    assert said + "the memory is bounded" in ft("plan", config, "--gpu", "H100", "memory=40GiB").out
+    assert said + "the card is older" in ft("plan", config, "--gpu", "T4").out

@@ -13,15 +13,19 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run folder")
     parser.add_argument("--data", metavar="FILE", help="rows to measure on, instead of those kept from training")
-    parser.add_argument("--limit", type=count, metavar="N", help="at most N rows")
+    parser.add_argument("--limit", type=count, metavar="N", help="at most N rows; a fuller measurement is not replaced")
     parser.add_argument("--answers", type=count_or_none, metavar="N", help="generate at most N answers")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
+    from ft_core.data.reading import check_sources
+    from ft_core.plugins import MethodSpec, registry
     from ft_core.runs import Run
 
-    Run.open(args.run)  # a wrong path is said before anything heavy is imported
+    folder = Run.open(args.run)  # a wrong path is said before anything heavy is imported
+    if args.data is not None:
+        check_sources(args.data, registry().get(MethodSpec, folder.config.method).formats)
     from ft_core.console import progress, quiet, say
 
     quiet()
@@ -36,5 +40,4 @@ def run(args: argparse.Namespace) -> int:
 
     comparison = evaluate(args.run, data=args.data, limit=args.limit, answers=args.answers, say=say, progress=shown)
     print(json.dumps(comparison, ensure_ascii=False, indent=1) if args.json else table(comparison))
-    say(f"written to {args.run}/evaluation.json and {args.run}/report.html")
     return 0

@@ -79,6 +79,11 @@ def _load(source: Any, device: Any, quantization: str, dtype: str, layers: int) 
     return load_layers(source, device, quantization, dtype, layers)
 
 
+def _ratio(ledger: Ledger) -> str:
+    deviation = "" if ledger.deviation is None else f" ± {ledger.deviation:.2f}"
+    return f"{ledger.ratio:5.2f}{deviation} x"
+
+
 def _table(ledger: Ledger) -> str:
     """The errors in a few lines, the worst parameters first."""
     found = ledger.summary()
@@ -88,7 +93,7 @@ def _table(ledger: Ledger) -> str:
         + f": {len(ledger.lines)} gradients, {ledger.batches} batches of {ledger.tokens} tokens, against float64",
         f"{'':44}  fast layers  transformers",
         f"{'loss':44}  {ledger.losses[0]:11.2e}  {ledger.losses[1]:12.2e}",
-        f"{'gradients, median':44}  {found['median_fast']:11.2e}  {found['median_plain']:12.2e}",
+        f"{'gradients, median':44}  {found['median_fast']:11.2e}  {found['median_plain']:12.2e}  {_ratio(ledger)}",
     ]
     worst = sorted(ledger.lines, key=lambda n: n.fast / max(n.plain, ledger.floor), reverse=True)
     for line in worst[:SHOWN]:

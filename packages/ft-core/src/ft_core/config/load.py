@@ -206,7 +206,10 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> st
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"{key}: {value} is not allowed{hint} (allowed: {', '.join(allowed)}){more}"
     reasons = dict.fromkeys(_reason(e) for e in errors if _names(e) == names)
-    return f"{key}: {value} is not allowed (allowed: {' or '.join(reasons)}){more}"
+    note = ""
+    if isinstance(first.get("input"), bool) and "text" in reasons:
+        note = "; YAML reads the words on, off, yes and no as true and false: one that is meant goes in quotes"
+    return f"{key}: {value} is not allowed (allowed: {' or '.join(reasons)}{note}){more}"
 
 
 MEANT = {

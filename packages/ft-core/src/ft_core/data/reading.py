@@ -15,7 +15,11 @@ from ft_core.data.formats import FORMATS, check_columns, needs, recognise
 from ft_core.data.rows import Rows, encode
 from ft_core.errors import DataError
 
-__all__ = ["RowStream", "read_rows"]
+__all__ = ["RowStream", "check_sources", "read_rows"]
+
+AT_ONCE = 2**25
+"""Bytes of a file that is parsed whole up to which a look at its first row costs nothing."""
+_WHOLE = (".json", ".txt")
 
 _HUB_NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)((:(?P<config>[\w.-]+))?:(?P<split>\w[^/\\]*))?"
@@ -58,6 +62,23 @@ def read_rows(sources: Any, formats: Sequence[str], *, seed: int) -> Rows:
                 raise DataError(f"{path}: weight {weight} leaves none of its rows")
         parts.append(part)
     return parts[0] if len(parts) == 1 else Rows.joined(parts)
+
+
+def check_sources(sources: Any, formats: Sequence[str]) -> None:
+    """Look whether data is there, and at the first row of each source's first file, as :func:`read_rows` would.
+
+    The Hub is not asked, and a large file that can only be parsed whole is not read.
+
+    Raises:
+        DataError: as :func:`read_rows` raises it.
+    """
+    for name, _, format in _sources(sources):
+        rows = next(_read_source(name, format, formats))
+        path = Path(name).expanduser()
+        if path.is_dir():
+            path = _files(path)[0]
+        if path.is_file() and not (path.suffix.lower() in _WHOLE and path.stat().st_size > AT_ONCE):
+            next(rows)
 
 
 class RowStream(Iterable[dict[str, Any]]):

@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from ft_core.errors import DataError
 
-__all__ = ["Rows", "split"]
+__all__ = ["Rows", "shared", "split"]
 
 
 class Rows(Sequence[dict[str, Any]]):
@@ -96,6 +96,15 @@ class Rows(Sequence[dict[str, Any]]):
         copies, fraction = int(weight), weight - int(weight)
         extra = set(_drawn(len(self), round(fraction * len(self)), seed))
         return self.select(i for i in range(len(self)) for _ in range(copies + (i in extra)))
+
+
+def shared(train: Rows, held_out: Rows) -> int:
+    """How many of the held-out rows are trained on too, word for word, whatever their files are called."""
+    wanted = {held_out._bytes(i) for i in range(len(held_out))}
+    found = {row for row in train._encoded if row in wanted}
+    if found and len(train) < len(train._encoded):  # a selection, which need not have all that it selects from
+        found = {row for i in range(len(train)) if (row := train._bytes(i)) in wanted}
+    return sum(held_out._bytes(i) in found for i in range(len(held_out)))
 
 
 def encode(row: Mapping[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ from ft_core.fast.again import Choice
 from ft_core.fast.blocks import Blocks, Keep
 from ft_core.fast.documents import Batch
 from ft_core.fast.layout import Layout, at
-from ft_core.fast.linears import frozen, read, updates
+from ft_core.fast.linears import base_of, frozen, read, updates
 
 __all__ = ["DecoderLayer", "norm"]
 
@@ -91,12 +91,16 @@ class DecoderLayer:
         """Attention over the batch's documents, of q, k and v ``[B, S, heads, D]``."""
         names = self.layout.attention
         module = at(self.module, names.module)
+        biases = [getattr(base_of(at(module, name)), "bias", None) for name in names.qkv]
+        trained = any(bias is not None and bias.requires_grad for bias in biases)
+        exact: dict[str, Any] = {"exact": True} if trained else {}  # blocks, where nothing is, know no such keyword
         return functools.partial(
             kernels.packed_attention,
             plan=batch.plan,
             window=self.window,
             softcap=None if names.softcap is None else at(module, names.softcap),
             scale=at(module, names.scaling),
+            **exact,
         )
 
     def _norm(self, name: str, x: Tensor) -> Tensor:

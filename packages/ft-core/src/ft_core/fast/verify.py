@@ -8,7 +8,7 @@ its length, is the error; the fast layers may not have more than twice the error
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import mean, median
@@ -25,16 +25,25 @@ TOO_MUCH = 2.0
 FEW = 1e-3
 """Gradients shorter than this share of the longest are measured by that: they may be nothing but rounding."""
 
+SCALE = 2.0**16
+"""By what the loss is multiplied in float16 at first: torch's ``GradScaler`` begins with it."""
+
 Gradients = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One parameter: the mean errors of its gradient over the batches, relative L2 against float64."""
+    """One parameter: the mean errors of its gradient over the batches, relative L2 against float64.
+
+    Attributes:
+        name: the parameter's. fast, plain: the means.
+        batches: each batch's errors, fast and plain.
+    """
 
     name: str
     fast: float
     plain: float
+    batches: tuple[tuple[float, float], ...]
 
     @property
     def ratio(self) -> float:
@@ -72,11 +81,35 @@ class Ledger:
         wrong = [n for n in self.lines if not n.fast <= TOO_MUCH * max(n.plain, self.floor)]
         return sorted(wrong, key=lambda n: -math.inf if math.isnan(n.fast) else -n.ratio)
 
-    def summary(self) -> dict[str, float]:
-        """Medians and the largest ratio."""
+    @property
+    def ratio(self) -> float:
+        """The median parameter's error, the fast layers' over transformers' own."""
+        return self._ratio(range(self.batches))
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard error of :attr:`ratio`, a jackknife over the batches; None for a single one.
+
+        The errors of parameters go together, since each layer hands its own on to those before it: what is independent
+        are the batches, however many parameters there are.
+        """
+        count = self.batches
+        if count < 2:
+            return None
+        without = [self._ratio([i for i in range(count) if i != left_out]) for left_out in range(count)]
+        return math.sqrt((count - 1) / count * sum((value - mean(without)) ** 2 for value in without))
+
+    def _ratio(self, batches: Sequence[int]) -> float:
+        fast, plain = (median(mean(n.batches[i][side] for i in batches) for n in self.lines) for side in (0, 1))
+        return fast / plain if plain else 1.0 if not fast else math.inf
+
+    def summary(self) -> dict[str, float | None]:
+        """Medians, their ratio with its standard error, and the largest ratio."""
         return {
             "median_fast": median(n.fast for n in self.lines),
             "median_plain": median(n.plain for n in self.lines),
+            "ratio": self.ratio,
+            "deviation": self.deviation,
             "largest_ratio": max(n.fast / max(n.plain, self.floor) for n in self.lines),
         }
 
@@ -195,12 +228,19 @@ def _batch(vocabulary: int, tokens: int, seed: int, device: torch.device) -> dic
 
 
 def _step(model: Any, batch: Mapping[str, Any], role: str, dtype: torch.dtype) -> tuple[float, Gradients]:
+    """Loss and gradients; in float16 of a scaled loss, as it is trained: small ones would be lost otherwise."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _arithmetic(role, batch["input_ids"].device, dtype):
-        loss = model(**batch, use_cache=False).loss
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    made = zip(parameters, gradients, strict=True)
-    return float(loss), {name: g.detach().cpu() for name, g in made if g is not None}
+    scale = SCALE if dtype == torch.float16 and role != "exact" else 1.0
+    while True:
+        with _arithmetic(role, batch["input_ids"].device, dtype):
+            loss = model(**batch, use_cache=False).loss
+        found = torch.autograd.grad(loss * scale, list(parameters.values()), allow_unused=True)
+        gradients = {name: g.detach().cpu() for name, g in zip(parameters, found, strict=True) if g is not None}
+        if scale == 1.0:
+            return loss.item(), gradients
+        if all(bool(g.isfinite().all()) for g in gradients.values()):
+            return loss.item(), {name: g.float() / scale for name, g in gradients.items()}
+        scale /= 2  # too large for float16: a trainer leaves the step out and does the same
 
 
 @contextmanager
@@ -235,7 +275,8 @@ def _lines(results: dict[str, list[tuple[float, Gradients]]]) -> tuple[Line, ...
                 given = made.get(name)
                 error = math.inf if given is None else float((given.double() - exact[name]).norm()) / scale
                 errors[role][name].append(error)
-    return tuple(Line(name, mean(errors["fast"][name]), mean(errors["plain"][name])) for name in names)
+    pairs = {name: tuple(zip(errors["fast"][name], errors["plain"][name], strict=True)) for name in names}
+    return tuple(Line(name, mean(errors["fast"][name]), mean(errors["plain"][name]), pairs[name]) for name in names)
 
 
 def _dequantized(model: Any) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 from ft_core.errors import ModelError
 from ft_core.models.device import host_memory
 
-__all__ = ["ModelSource", "check_folder", "find_model", "read_ahead", "weight_files"]
+__all__ = ["ModelSource", "check_folder", "check_local", "find_model", "read_ahead", "weight_files"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -58,19 +58,33 @@ def find_model(reference: str) -> ModelSource:
     if reference.startswith("package:"):
         path, name = gguf.from_package(reference.removeprefix("package:"))
         return ModelSource(reference, path, name)
+    check_local(reference)
+    local = Path(reference).expanduser()
+    if local.is_file():
+        return ModelSource(reference, gguf.from_file(local), local.stem)
+    if local.is_dir():
+        return ModelSource(reference, local.resolve(), local.resolve().name)
+    path = _download(reference, local)
+    check_folder(path, reference)
+    return ModelSource(reference, path, reference, is_hub=True)
+
+
+def check_local(reference: str) -> None:
+    """Refuse what :func:`find_model` would, as far as this machine's files show it; nothing heavy is imported.
+
+    Raises:
+        ModelError: a file that is no .gguf file, a folder that holds no whole model, or neither that nor a Hub name.
+    """
+    if reference.startswith("package:"):
+        return
     local = Path(reference).expanduser()
     if local.is_file():
         if local.suffix != ".gguf":
             raise ModelError(f"model {reference} is a file: give a folder, a .gguf file or a Hub name")
-        return ModelSource(reference, gguf.from_file(local), local.stem)
-    if local.is_dir():
+    elif local.is_dir():
         check_folder(local)
-        return ModelSource(reference, local.resolve(), local.resolve().name)
-    if not HUB_NAME.fullmatch(reference) or reference.endswith(".gguf"):
+    elif not HUB_NAME.fullmatch(reference) or reference.endswith(".gguf"):
         raise ModelError(f"no model folder {reference}{_nearest(local)}")
-    path = _download(reference, local)
-    check_folder(path, reference)
-    return ModelSource(reference, path, reference, is_hub=True)
 
 
 def _nearest(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.fast.choose import MARGIN
+from ft_core.fast.recurring import LONGEST
 from ft_core.memory import bytes_of
 from ft_core.models.positions import positions
 from ft_core.models.source import ModelSource
@@ -19,7 +20,7 @@ from ft_core.planning.speed import Times, times_of
 from ft_core.plugins import MethodSpec, registry
 
 __all__ = [
-    "CONTEXT", "HOST_ASSUMED", "Plan", "Planner", "limit_of", "most", "plan", "with_length", "with_rows",
+    "CONTEXT", "HOST_ASSUMED", "MOST_ROWS", "Plan", "Planner", "limit_of", "most", "plan", "with_length", "with_rows",
 ]  # fmt: skip
 
 CONTEXT = 600 * 2**20
@@ -50,7 +51,8 @@ class Plan:
         model: its name. parameters, trained: how many numbers it has, and how many are trained.
         config, card: what was planned, and for which card. limit: bytes that torch's memory may reach.
         peak: memory by part. times: None where nothing is known of the card's speed.
-        largest: the largest micro-batch that fits (0: none does); ``largest_kept``: with every activation kept.
+        largest: the largest micro-batch that fits (0: none does), up to ``MOST_ROWS``, the largest that is tried;
+            ``largest_kept``: with every activation kept.
         steps, counted: optimizer steps of the run (None: unknown), and how they were counted.
         notes: what is assumed or rough, a line each. planner: plans variants of it.
     """
@@ -97,7 +99,7 @@ class Plan:
             "layers": {choice: peak.choices.count(choice) for choice in dict.fromkeys(peak.choices)},
             "micro_batch": {
                 "configured": self.config.training.batch_size, "largest": self.largest,
-                "largest_kept": self.largest_kept,
+                "largest_kept": self.largest_kept, "most_tried": MOST_ROWS,
             },
             "tile": peak.tile,
             "head_rows": peak.head_rows,
@@ -153,7 +155,7 @@ class Planner:
     def times(self, config: TrainConfig, card: Card, peak: Peak) -> Times | None:
         """Of a step of it."""
         outline = self.blueprint.outline(config.lora)
-        recorded = config.memory == "auto" and not config.packing
+        recorded = _why_not_recorded(config, card) is None
         step = self._step(config, card, peak.tile, None)
         return times_of(
             self.blueprint, outline, step, peak, card, config.training.gradient_accumulation, recorded
@@ -238,6 +240,15 @@ def plan(config: TrainConfig, source: ModelSource, card: Card, *, host: int | No
     )
 
 
+def _why_not_recorded(config: TrainConfig, card: Card) -> str | None:
+    """Why steps are computed kernel by kernel even where the host is slower than the GPU, or None."""
+    if config.memory != "auto":
+        return "the memory is bounded"
+    if config.max_length > LONGEST:
+        return f"documents may have more than {LONGEST} tokens"
+    return None if card.capability >= (8, 0) else "the card is older than Ampere"
+
+
 def _notes(planner: Planner, config: TrainConfig, card: Card, host: int | None) -> list[str]:
     blueprint, notes = planner.blueprint, []
     if blueprint.layout is None:
@@ -254,6 +265,9 @@ def _notes(planner: Planner, config: TrainConfig, card: Card, host: int | None) 
         notes.append(f"rows are assumed full: {config.max_length} tokens each, one document (shorter ones are faster)")
     else:
         notes.append(f"rows are assumed full: {config.max_length} tokens each, the longest batch")
+    reason = _why_not_recorded(config, card)
+    if blueprint.layout is not None and config.lora is not None and reason is not None:
+        notes.append(f"no step is recorded and replayed, where the host is slower than the GPU: {reason}")
     if not card.peak:
         notes.append("no times: nothing is known of this card but its memory (--gpu names one)")
     elif card.basis == "estimated":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ft_core.planning.engine import CONTEXT, Plan
+from ft_core.planning.engine import CONTEXT, MOST_ROWS, Plan
 
 __all__ = ["line", "table"]
 
@@ -85,7 +85,8 @@ def _batch(plan: Plan) -> str:
         return f"{said}, nor does 1" if not plan.fits and plan.config.training.batch_size > 1 else said
     kept = plan.largest_kept
     with_kept = "" if kept in (0, plan.largest) else f" ({kept} with all activations kept)"
-    return f"{said}; the largest that fits: {plan.largest}{with_kept}"
+    at_least = "at least " if plan.largest >= MOST_ROWS else ""
+    return f"{said}; the largest that fits: {at_least}{plan.largest}{with_kept}"
 
 
 def _times(plan: Plan) -> list[str]:

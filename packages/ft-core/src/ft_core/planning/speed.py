@@ -64,7 +64,7 @@ def times_of(
     """A step's time on a card; None for a card of whose speed nothing is known.
 
     Args:
-        recorded: whether steps may be recorded as graphs: rows without padding, no bound on the memory.
+        recorded: whether steps may be recorded as graphs: short documents, no bound on the memory.
     """
     if not card.peak:
         return None

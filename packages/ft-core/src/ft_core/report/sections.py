@@ -83,6 +83,9 @@ def evaluation(record: RunRecord) -> str:
     measured = number(record.evaluation.get("rows"))
     source = record.evaluation.get("data")
     where = f"{count(measured)} rows" if measured is not None else "Measured"
+    total = number(mapping(mapping(record.summary).get("data")).get("held_out_rows"))
+    if source == "held_out.jsonl" and measured is not None and total is not None and measured < total:
+        where = f"The first {count(measured)} rows of {count(total)} (ft eval measures all)"
     caption = f"{where} of {source}" if source else f"{where} of held-out data"
     return table(caption, ("Metric", "Before", "After", "Change"), rows, kind="metrics")
 
@@ -254,6 +257,7 @@ def files(record: RunRecord) -> str:
         "checkpoints": "to resume from",
         "held_out.jsonl": "the rows kept from training",
         "evaluation.json": "before and after, with all samples",
+        "evaluation-partial.json": "a later look at fewer rows or answers",
         "metrics.jsonl": "one line a step",
         "summary.json": "counts, times, memory",
         "config.yaml": "the configuration, resolved",

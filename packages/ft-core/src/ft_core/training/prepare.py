@@ -51,19 +51,31 @@ def check_unfinished(run: Run, total: int) -> None:
         raise RunError(f"{run.path} is finished, at step {steps}: nothing to resume (--overwrite starts anew)")
 
 
-def prepare_rows(config: TrainConfig, spec: MethodSpec, held_out: Rows = ()) -> tuple[Rows, Rows | None]:
+def prepare_rows(
+    config: TrainConfig, spec: MethodSpec, held_out: Rows = (), say: Callable[[str], None] = print
+) -> tuple[Rows, Rows | None]:
     """Training rows and held-out rows, or None where nothing is held out.
 
     Args:
         held_out: the held-out rows of the run that is resumed. What was measured before training was measured on
             them, so they are not read again from ``eval_data``, which may have changed.
+        say: told of rows that are on both sides.
     """
     from ft_core.data import read_rows, split
+    from ft_core.data.rows import shared
 
     seed = config.training.seed
     rows = read_rows(config.data, spec.formats, seed=seed)
     if config.eval_data is not None:
-        return rows, held_out or read_rows(config.eval_data, spec.formats, seed=seed)
+        if held_out:
+            return rows, held_out
+        measured = read_rows(config.eval_data, spec.formats, seed=seed)
+        if count := shared(rows, measured):
+            say(
+                f"warning: {count} of the {len(measured)} held-out rows are trained on too, word for word: what is "
+                "measured on them looks better than it is"
+            )
+        return rows, measured
     if config.eval_split is not None:
         return split(rows, config.eval_split, seed=seed)
     return rows, None

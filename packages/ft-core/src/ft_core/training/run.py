@@ -121,7 +121,7 @@ def _train(
     _say_other_gpus(device, ranks, say)
     planned = foresee(config, source, device, say)
     tokenizer = load_tokenizer(source)
-    train_rows, held_out = prepare_rows(config, spec, run.held_out() if resuming else ())
+    train_rows, held_out = prepare_rows(config, spec, run.held_out() if resuming else (), say)
     data_sha256 = fingerprint(train_rows)
     if resuming and run.environment.get("data_sha256") != data_sha256:
         raise RunError(f"cannot resume {run.path}: the training data has changed since the run began")
@@ -229,7 +229,9 @@ class _Session:
         rows = list((job.eval_rows or [])[:EVALUATED])
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         model.eval()
-        job.say(f"measuring {what} training on {len(rows)} held-out rows")
+        total = len(job.eval_rows or [])
+        cut = f"the first {len(rows)} of {total} held-out rows (ft eval measures all)"
+        job.say(f"measuring {what} training on {cut if len(rows) < total else f'{total} held-out rows'}")
         measured: Evaluation = resolve(self.spec.evaluate)(
             EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)
         )

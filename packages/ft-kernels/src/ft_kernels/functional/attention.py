@@ -114,6 +114,7 @@ def packed_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
+    exact: bool = False,
     heads_first: bool = False,
     backend: Backend | str = "auto",
 ) -> Tensor:
@@ -141,6 +142,9 @@ def packed_attention(
         softcap: a positive bound on the scores, or None.
         sinks: ``[H]``, floating point, or None.
         scale: multiplies the products; None is ``1 / sqrt(D)``.
+        exact: takes backward's sums over a row from its weights and not, as FlashAttention does, from the output, which
+            is rounded. Where biases of q and k are trained in 16 bits, whose gradients are what nearly cancels, their
+            error is halved by it; backward takes a quarter longer. For "triton" and "chunked" (which always does).
         heads_first: q, k, v and the result are ``[B, H, S, D]``, transformers' layout.
         backend: "auto" picks by hardware, documents and settings (``ops/packed_attention/choose.py`` has the table and
             its reasons). "dense", "flex", "flash" (torch's FlashAttention-2), "flash_attn" (the package),
@@ -163,7 +167,7 @@ def packed_attention(
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         shape = q.shape
     documents = (lengths, cu_seqlens, position_ids, max_length)
-    backend, plan, settings = _decide(q, k, v, plan, documents, causal, window, softcap, sinks, scale, backend)
+    backend, plan, settings = _decide(q, k, v, plan, documents, causal, window, softcap, sinks, scale, backend, exact)
     if q.dim() == 4:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     from ft_kernels.ops.packed_attention.backends import RUN
@@ -205,6 +209,7 @@ def _decide(
     sinks: Tensor | None,
     scale: float | None,
     backend: str,
+    exact: bool = False,
 ) -> tuple[str, AttentionPlan, Settings]:
     """The backend, the documents and the settings for q ``[T, H, D]`` or ``[B, S, H, D]``, after all checks."""
     from ft_kernels.ops.packed_attention.backends import Settings
@@ -222,7 +227,9 @@ def _decide(
     plan = _plan(q.shape, plan, *documents)
     if window is not None and window >= plan.max_length:
         window = None  # it hides nothing
-    settings = Settings(causal, window, softcap, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale))
+    settings = Settings(causal, window, softcap, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), exact)
+    if exact and backend not in ("auto", "triton", "chunked"):
+        raise ValueError(f"packed_attention: exact with backend={backend!r}; allowed are 'auto', 'triton', 'chunked'")
     recurring = not given or plan.recurs
     return _backend(q, plan, settings, sinks is not None, recurring, backend), plan, settings
 
@@ -242,6 +249,8 @@ def _backend(q: Tensor, plan: AttentionPlan, settings: Settings, sinks: bool, re
         softcap=settings.softcap is not None,
         sinks=sinks,
     )
+    if backend == "auto" and settings.exact:
+        return "chunked" if why_not("triton", case) else "triton"
     if backend == "auto":
         return choose(case)
     if (reason := why_not(backend, case)) and not (backend == "triton" and use_triton(q)):

@@ -199,7 +199,8 @@ def lora_row_norms_op(
     dtype: torch.dtype,
 ) -> Tensor:
     """The norm of each row of the weight with its updates, ``[N]``, in fp32 (float64 for float64)."""
-    return row_norms(Base(kind, weight, k, sizes, meta), Low(a, b, starts, scaling), dtype)
+    with torch.autocast(weight[0].device.type, enabled=False):
+        return row_norms(Base(kind, weight, k, sizes, meta), Low(a, b, starts, scaling), dtype)
 
 
 @lora_row_norms_op.register_fake

@@ -22,11 +22,18 @@ def _no_sinks(like: Tensor) -> Tensor:
 @torch.library.custom_op(
     "ft_kernels::packed_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor intervals, Tensor? sinks, float scale, float softcap) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor intervals, Tensor? sinks, float scale, float softcap, "
+    "bool exact=False) -> (Tensor, Tensor)",
 )
 def triton_op(
-    q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, sinks: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output ``[T, H, D]`` and the lse ``[H, T]``, by the kernel. A softcap of 0 is none."""
     from ft_kernels.ops.packed_attention import kernels
@@ -36,7 +43,14 @@ def triton_op(
 
 @triton_op.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, sinks: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -45,7 +59,7 @@ def _(
     "ft_kernels::packed_attention_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor intervals, Tensor? sinks, Tensor out, Tensor lse, "
-    "float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float scale, float softcap, bool exact=False) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def triton_backward_op(
     grad: Tensor,
@@ -58,11 +72,12 @@ def triton_backward_op(
     lse: Tensor,
     scale: float,
     softcap: float,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and the sinks, by the kernels."""
     from ft_kernels.ops.packed_attention import kernels
 
-    return kernels.backward(grad, q, k, v, intervals, sinks, out, lse, scale, softcap)
+    return kernels.backward(grad, q, k, v, intervals, sinks, out, lse, scale, softcap, exact)
 
 
 @triton_backward_op.register_fake
@@ -77,17 +92,18 @@ def _(
     lse: Tensor,
     scale: float,
     softcap: float,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = _no_sinks(q) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _triton_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, intervals, sinks, scale, softcap = inputs
+    q, k, v, intervals, sinks, *settings = inputs
     ctx.save_for_backward(q, k, v, intervals, sinks, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
-    ctx.settings = (scale, softcap)
+    ctx.settings = settings
 
 
 def _triton_backward(ctx: Any, grad: Tensor | None, _: Tensor) -> tuple[Any, ...]:
@@ -95,7 +111,7 @@ def _triton_backward(ctx: Any, grad: Tensor | None, _: Tensor) -> tuple[Any, ...
         return (None,) * len(ctx.needs_input_grad)
     sinks = ctx.saved_tensors[4]
     dq, dk, dv, dsinks = triton_backward_op(grad, *ctx.saved_tensors, *ctx.settings)
-    return dq, dk, dv, None, None if sinks is None else dsinks, None, None
+    return dq, dk, dv, None, None if sinks is None else dsinks, None, None, None
 
 
 triton_op.register_autograd(_triton_backward, setup_context=_triton_context)

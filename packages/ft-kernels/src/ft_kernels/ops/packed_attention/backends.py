@@ -24,25 +24,28 @@ FLEX_BLOCK = 128
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a layer; window, softcap and sinks are None where there is none."""
+    """The settings of a layer; window and softcap are None where there is none. exact: see ``kernels``' EXACT."""
 
     causal: bool
     window: int | None
     softcap: float | None
     scale: float
+    exact: bool = False
 
 
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: AttentionPlan, settings: Settings
 ) -> Tensor:
-    return packed_attention_reference.packed_attention(
-        q, k, v, plan.cu_seqlens(q.device), sinks, settings.causal, settings.window, settings.softcap, settings.scale
-    )
+    bounds = plan.cu_seqlens(q.device)
+    with torch.autocast(q.device.type, enabled=False):  # its products are of fp32 numbers, as they are
+        return packed_attention_reference.packed_attention(
+            q, k, v, bounds, sinks, settings.causal, settings.window, settings.softcap, settings.scale
+        )
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: AttentionPlan, settings: Settings) -> Tensor:
     intervals = plan.intervals(settings.causal, settings.window, q.shape[0], q.device)
-    out: Tensor = triton_op(q, k, v, intervals, sinks, settings.scale, settings.softcap or 0.0)[0]
+    out: Tensor = triton_op(q, k, v, intervals, sinks, settings.scale, settings.softcap or 0.0, settings.exact)[0]
     return out
 
 

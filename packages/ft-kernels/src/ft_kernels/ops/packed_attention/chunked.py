@@ -71,9 +71,10 @@ def _factors(x: Tensor) -> torch.dtype:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     b = b.to(a.dtype)
-    if a.dtype in (torch.float16, torch.bfloat16):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a, b)
+    with torch.autocast(a.device.type, enabled=False):  # it would round both factors, and the sum
+        if a.dtype in (torch.float16, torch.bfloat16):
+            return torch.bmm(a, b, out_dtype=torch.float32)
+        return torch.bmm(a, b)
 
 
 def _scores(

@@ -52,7 +52,8 @@ class Direct:
 
             softcap = settings.softcap or 0.0
             grads = kernels.backward(
-                grad3, q3, k3, v3, self._intervals(q3), None, out3, lse, settings.scale, softcap
+                grad3, q3, k3, v3, self._intervals(q3), None, out3, lse, settings.scale, softcap,
+                settings.exact,
             )  # fmt: skip
         else:
             documents = self._documents(q3)

@@ -9,6 +9,9 @@ The gradients are those of FlashAttention-2: with p = exp(s − lse) and D = Σ 
     dV = pᵀ·dO        dS = p·(dO·Vᵀ − D)·(1 − (s / cap)²)        dQ = scale·dS·K        dK = scale·dSᵀ·Q
 
 where lse counts the sink, a column of scores without a value, whose gradient is −Σ exp(sink − lse)·D.
+
+O is rounded to 16 bits, and with it D, whose error is one number for all of a row's dS: it adds up where those cancel,
+in the gradients of biases of q and k. EXACT takes D = Σ p·(dO·Vᵀ) instead, in one more pass over the keys.
 """
 
 from __future__ import annotations
@@ -21,35 +24,13 @@ from torch import Tensor
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import cdiv, interpreting, launch, power_of_2
 from ft_kernels.ops.lora.tiles import dot_dtype
+from ft_kernels.ops.packed_attention.parts import load, tanh
 from ft_kernels.ops.packed_attention.tiles import tiles
 
 __all__ = ["backward", "delta", "forward"]
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _tanh(x):
-    # By the exponential for large x; where 1 − exp(−2|x|) would cancel, by the series, right to 1e-8 up to 0.25.
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    y = x * x
-    near = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))))
-    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _load(pointer, rows, there, stride, D, BLOCK_D: tl.constexpr, MASK: tl.constexpr, DOT: tl.constexpr):
-    cols = tl.arange(0, BLOCK_D)
-    address = pointer + rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    if MASK:
-        tile = tl.load(address, mask=there[:, None] & (cols < D)[None, :], other=0.0)
-    elif BLOCK_D == D:
-        tile = tl.load(address)
-    else:
-        tile = tl.load(address, mask=(cols < D)[None, :], other=0.0)
-    return tile.to(DOT)
 
 
 @triton.jit
@@ -60,10 +41,10 @@ def _forward_blocks(
 ):  # fmt: skip
     for start in range(begin, end, N):
         cols = tl.where(start < one, start, start + gap) + tl.arange(0, N)
-        keys = _load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
+        keys = load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
         if SOFTCAP:
-            scores = _tanh(scores) * (softcap * LOG2E)
+            scores = tanh(scores) * (softcap * LOG2E)
         if MASK:
             seen = (cols[None, :] >= row_lo[:, None]) & (cols[None, :] <= row_hi[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -73,7 +54,7 @@ def _forward_blocks(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(m - base)
         total = total * shrink + tl.sum(weights, 1)
-        values = _load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
+        values = load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
         acc = tl.dot(weights.to(DOT), values, acc * shrink[:, None], input_precision="ieee")
         m = larger
     return acc, m, total
@@ -105,7 +86,7 @@ def _forward(
     q += head.to(tl.int64) * q_head
     k += (head // GROUP).to(tl.int64) * k_head
     v += (head // GROUP).to(tl.int64) * v_head
-    queries = _load(q, rows, there, q_stride, D, BLOCK_D, True, DOT)
+    queries = load(q, rows, there, q_stride, D, BLOCK_D, True, DOT)
     m = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, BLOCK_D), tl.float32)
@@ -138,8 +119,8 @@ def _delta(
 ):  # fmt: skip
     rows = tl.program_id(0) // HEADS * M + tl.arange(0, M)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
-    up = _load(grad + head * grad_head, rows, rows < T, grad_stride, D, BLOCK_D, True, tl.float32)
-    result = _load(out + head * out_head, rows, rows < T, out_stride, D, BLOCK_D, True, tl.float32)
+    up = load(grad + head * grad_head, rows, rows < T, grad_stride, D, BLOCK_D, True, tl.float32)
+    result = load(out + head * out_head, rows, rows < T, out_stride, D, BLOCK_D, True, tl.float32)
     tl.store(delta + head * T + rows, tl.sum(up * result, 1), mask=rows < T)
 
 
@@ -149,9 +130,9 @@ def _weights(scores, base, row_lo, row_hi, cols, factor, softcap, MASK: tl.const
     scores = scores * factor
     slope = scores
     if SOFTCAP:
-        tanh = _tanh(scores)
-        slope = 1.0 - tanh * tanh
-        scores = tanh * (softcap * LOG2E)
+        capped = tanh(scores)
+        slope = 1.0 - capped * capped
+        scores = capped * (softcap * LOG2E)
     weights = tl.exp2(scores - base)
     if MASK:
         weights = tl.where((cols >= row_lo) & (cols <= row_hi), weights, 0.0)
@@ -166,8 +147,8 @@ def _key_blocks(
 ):  # fmt: skip
     for start in range(begin, end, M):
         rows = tl.where(start < one, start, start + gap) + tl.arange(0, M)
-        queries = _load(q, rows, rows < T, q_stride, D, BLOCK_D, MASK, DOT)
-        up = _load(grad, rows, rows < T, grad_stride, D, BLOCK_D, MASK, DOT)
+        queries = load(q, rows, rows < T, q_stride, D, BLOCK_D, MASK, DOT)
+        up = load(grad, rows, rows < T, grad_stride, D, BLOCK_D, MASK, DOT)
         if MASK:
             row_lo = tl.load(intervals + rows, mask=rows < T, other=0)[None, :]
             row_hi = tl.load(intervals + T + rows, mask=rows < T, other=-1)[None, :]
@@ -208,8 +189,8 @@ def _backward_keys(
     begin = lowest // M * M
     one = tl.minimum(tl.cdiv(whole_from, M) * M, tl.cdiv(highest, M) * M)
     gap = tl.maximum(whole_to // M * M - one, 0)
-    keys = _load(k + key_head.to(tl.int64) * k_head, cols, there, k_stride, D, BLOCK_D, True, DOT)
-    values = _load(v + key_head.to(tl.int64) * v_head, cols, there, v_stride, D, BLOCK_D, True, DOT)
+    keys = load(k + key_head.to(tl.int64) * k_head, cols, there, k_stride, D, BLOCK_D, True, DOT)
+    values = load(v + key_head.to(tl.int64) * v_head, cols, there, v_stride, D, BLOCK_D, True, DOT)
     dkeys = tl.zeros((N, BLOCK_D), tl.float32)
     dvalues = tl.zeros((N, BLOCK_D), tl.float32)
     for member in range(GROUP):
@@ -241,8 +222,8 @@ def _query_blocks(
 ):  # fmt: skip
     for start in range(begin, end, N):
         cols = tl.where(start < one, start, start + gap) + tl.arange(0, N)
-        keys = _load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
-        values = _load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
+        keys = load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
+        values = load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         weights, slope = _weights(
             scores, base[:, None], row_lo[:, None], row_hi[:, None], cols[None, :], factor, softcap, MASK, SOFTCAP
@@ -254,12 +235,30 @@ def _query_blocks(
     return dq
 
 
+@triton.jit
+def _delta_blocks(
+    product, queries, up, base, k, k_stride, v, v_stride, row_lo, row_hi, begin, end, one, gap, T, factor, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    for start in range(begin, end, N):
+        cols = tl.where(start < one, start, start + gap) + tl.arange(0, N)
+        keys = load(k, cols, cols < T, k_stride, D, BLOCK_D, MASK, DOT)
+        values = load(v, cols, cols < T, v_stride, D, BLOCK_D, MASK, DOT)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        weights, _ = _weights(
+            scores, base[:, None], row_lo[:, None], row_hi[:, None], cols[None, :], factor, softcap, MASK, SOFTCAP
+        )
+        product += tl.sum(weights * tl.dot(up, tl.trans(values), input_precision="ieee"), 1)
+    return product
+
+
 @triton.jit(do_not_specialize=["T"])
 def _backward_queries(
     q, q_stride, q_head, k, k_stride, k_head, v, v_stride, v_head, grad, grad_stride, grad_head, lse, delta, intervals,
     dq, T, HEADS, GROUP, scale, factor, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SOFTCAP: tl.constexpr,
-    DOT: tl.constexpr,
+    EXACT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS
     head = tl.program_id(0) % HEADS
@@ -277,10 +276,22 @@ def _backward_queries(
     gap = tl.maximum(whole_to // N * N - one, 0)
     k += (head // GROUP).to(tl.int64) * k_head
     v += (head // GROUP).to(tl.int64) * v_head
-    queries = _load(q + head.to(tl.int64) * q_head, rows, there, q_stride, D, BLOCK_D, True, DOT)
-    up = _load(grad + head.to(tl.int64) * grad_head, rows, there, grad_stride, D, BLOCK_D, True, DOT)
+    queries = load(q + head.to(tl.int64) * q_head, rows, there, q_stride, D, BLOCK_D, True, DOT)
+    up = load(grad + head.to(tl.int64) * grad_head, rows, there, grad_stride, D, BLOCK_D, True, DOT)
     base = tl.load(lse + head.to(tl.int64) * T + rows, mask=there, other=0.0) * LOG2E
-    product = tl.load(delta + head.to(tl.int64) * T + rows, mask=there, other=0.0)
+    if EXACT:
+        product = tl.zeros((M,), tl.float32)
+        product = _delta_blocks(
+            product, queries, up, base, k, k_stride, v, v_stride, row_lo, row_hi, begin, highest - gap, one, gap, T,
+            factor, softcap, D, BLOCK_D, N, True, SOFTCAP, DOT,
+        )  # fmt: skip
+        product = _delta_blocks(
+            product, queries, up, base, k, k_stride, v, v_stride, row_lo, row_hi, one, one + gap, one, 0, T, factor,
+            softcap, D, BLOCK_D, N, False, SOFTCAP, DOT,
+        )  # fmt: skip
+        tl.store(delta + head.to(tl.int64) * T + rows, product, mask=there)
+    else:
+        product = tl.load(delta + head.to(tl.int64) * T + rows, mask=there, other=0.0)
     total = tl.zeros((M, BLOCK_D), tl.float32)
     total = _query_blocks(
         total, queries, up, base, product, k, k_stride, v, v_stride, row_lo, row_hi, begin, highest - gap, one, gap, T,
@@ -351,27 +362,30 @@ def backward(
     lse: Tensor,
     scale: float,
     softcap: float,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v (contiguous) and of the sinks (empty where there are none)."""
     (total, heads, d), key_heads = q.shape, k.shape[1]
     dq, dk, dv = (dispatch.allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
     if dq.numel() == 0:
         return dq, dk, dv, lse.new_zeros(0) if sinks is None else torch.zeros_like(sinks)
-    block, product = max(16, power_of_2(d)), delta(grad, out)
+    block = max(16, power_of_2(d))
+    product = dispatch.allocate((heads, total), torch.float32, q.device) if exact else delta(grad, out)
     inputs = (*_strided(q), *_strided(k), *_strided(v), *_strided(grad), lse, product, intervals)
     numbers = (heads // key_heads, scale, _factor(scale, softcap), softcap)
     meta = {"D": d, "BLOCK_D": block, "SOFTCAP": softcap > 0, "DOT": dot_dtype(q)}
-    name, key = "packed_attention_backward_keys", (block, softcap > 0)
+    key = (block, softcap > 0)
+    name = "packed_attention_backward_queries"  # first: where D is exact, it makes it
+    setting = tuning.settings(name, q.device, key, default=tiles("queries", block, q.device))
+    launch(
+        name, _backward_queries, (cdiv(total, setting["M"]) * heads,), q.device,
+        *inputs, dq, total, heads, *numbers, EXACT=exact, **meta, **setting,
+    )  # fmt: skip
+    name = "packed_attention_backward_keys"
     setting = tuning.settings(name, q.device, key, default=tiles("keys", block, q.device))
     launch(
         name, _backward_keys, (cdiv(total, setting["N"]) * key_heads,), q.device,
         *inputs, dk, dv, total, key_heads, *numbers, **meta, **setting,
-    )  # fmt: skip
-    name = "packed_attention_backward_queries"
-    setting = tuning.settings(name, q.device, key, default=tiles("queries", block, q.device))
-    launch(
-        name, _backward_queries, (cdiv(total, setting["M"]) * heads,), q.device,
-        *inputs, dq, total, heads, *numbers, **meta, **setting,
     )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, lse.new_zeros(0)

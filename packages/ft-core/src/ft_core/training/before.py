@@ -1,0 +1,28 @@
+"""What can be refused at once: before torch and transformers are imported, which takes seconds."""
+
+from __future__ import annotations
+
+from ft_core.config import TrainConfig
+from ft_core.data.reading import check_sources
+from ft_core.models.source import check_local
+from ft_core.plugins import MethodSpec, registry
+from ft_core.runs import Run
+
+__all__ = ["check_before"]
+
+
+def check_before(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output that is taken, a model's folder that is none, and data that is not there or of no known form.
+
+    All of it is checked again where it is used; what needs the Hub or more than a look is checked only there.
+
+    Raises:
+        FtError: one line, the same as later.
+    """
+    run = Run(str(config.output))
+    run.check_free(resume=resume, overwrite=overwrite)
+    check_local(config.model)
+    formats = registry().get(MethodSpec, config.method).formats
+    check_sources(config.data, formats)
+    if config.eval_data is not None and not (resume and run.is_run):  # a resumed run has its rows
+        check_sources(config.eval_data, formats)
