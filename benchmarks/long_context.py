@@ -2,8 +2,8 @@
 
 The model of benchmarks/fast_path.py (Llama 3.1 8B in shape, random weights, made once in DIR, 16 GB), nf4, one row of
 random tokens, labels on every token, LoRA on all linear layers, bitsandbytes' 8-bit AdamW, a bare loop under autocast
-to bfloat16. Memory is torch's max_memory_allocated. A row is added to benchmarks/results/long_context.jsonl as soon as it
-is measured.
+to bfloat16. Memory is torch's max_memory_allocated. A row is added to benchmarks/results/long_context.jsonl as soon as
+it is measured.
 
 --lengths 65536: ft beside its peers (LoRA of rank 16), each in a process of its own, which loads once and takes all
 lengths in turn; with --together they load at the same time. One step is warm and two are timed (--warm, --steps): at
