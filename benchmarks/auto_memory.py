@@ -3,10 +3,11 @@
 On one GPU and in one process: the model of benchmarks/fast_path.py (Llama 3.1 8B in shape, random weights, made once in
 DIR), nf4 and bf16, LoRA of rank 16, one row of random tokens, a bare loop with the 8-bit AdamW. At each length every
 fixed policy (keep, inputs, recompute, offload, offload-input) and auto are timed: five steps are warm, so that a step
-that may be recorded is, two or three above 16384 tokens; then the median of as many as fit into --seconds, one at least.
-Sequence tiles are the planner's for the policy, as in `ft train`. A policy whose predicted peak is far beyond the
-memory is left out. Rows (tokens a second, peak, choices of the layers) are added to benchmarks/results/auto_memory.jsonl,
-and at the end the ratio of auto to the best fixed policy is printed for each length, the worst last. The bar: auto is never more than 3 % slower.
+that may be recorded is, two or three above 16384 tokens; then the median of as many as fit into --seconds, at least
+one. Sequence tiles are the planner's for the policy, as in `ft train`. A policy whose predicted peak is far beyond the
+memory is left out. Rows (tokens a second, peak, choices of the layers) go to benchmarks/results/auto_memory.jsonl, and
+at the end the ratio of auto to the best fixed policy is printed for each length, the worst last. The bar: auto is
+never more than 3 % slower.
 
 --memory GIB,… does the same under a bound: auto plans with it, and a fixed policy counts only if its measured peak is
 within it. `0` is no bound.

@@ -58,11 +58,12 @@ class Rows:
 
         gpu = torch.cuda.get_device_name() if device == "cuda" else "none"
         self.file, self.line = file, line
+        self.last: dict[str, Any] = {}
         self.facts = {"date": now(), **facts, "gpu": gpu, "versions": fast_path.versions()}
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row down and print it."""
-        row = {**self.facts, **row}
+        self.last = row = {**self.facts, **row}
         write(self.file, row)
         print(self.line(row), flush=True)
 
