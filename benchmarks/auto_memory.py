@@ -16,7 +16,6 @@ within it. `0` is no bound.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
@@ -86,7 +85,8 @@ def measure(quantization: str, rows: cases.Rows, args: argparse.Namespace, limit
         memory = int(bound * args.unit) or None
         for tokens in map(int, args.lengths.split(",")):
             for policy in args.policies.split(","):
-                planned = plan(policy, quantization, tokens, memory, args)
+                config = cases.configuration(args.folder, tokens, quantization=quantization)
+                planned = cases.plan(config, policy, limit=memory)
                 row = {"policy": policy, "quantization": quantization, "memory_gib": bound, "tokens": tokens}
                 row |= {"predicted_gib": round(planned.peak.total / cases.GIB, 3), "tile": planned.peak.tile}
                 row |= {"predicted_s": round(planned.times.step, 4)}
@@ -114,16 +114,6 @@ def measure(quantization: str, rows: cases.Rows, args: argparse.Namespace, limit
                 cases.forget(path, host=False)
             cases.forget(path)
     return found
-
-
-def plan(policy: str, quantization: str, tokens: int, memory: int | None, args: argparse.Namespace) -> Any:
-    """The planner's for a policy within so many bytes."""
-    config = cases.configuration(args.folder, tokens, quantization=quantization)
-    planned = cases.plan(config, limit=memory)
-    if policy == "auto":
-        return planned
-    peak = planned.planner.peak(config, planned.card, policy)
-    return dataclasses.replace(planned, peak=peak, times=planned.planner.times(config, planned.card, peak))
 
 
 def summary(measured: Sequence[dict[str, Any]]) -> list[str]:

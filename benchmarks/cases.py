@@ -5,6 +5,7 @@ A case that fails is a row with its error, and what it held is given back before
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import gc
 import json
@@ -205,10 +206,11 @@ def configuration(
     )  # fmt: skip
 
 
-def plan(config: Any, *, limit: int | None = None, host: int | None = None) -> Any:
+def plan(config: Any, wanted: str = "auto", *, limit: int | None = None, host: int | None = None) -> Any:
     """What ``ft plan`` says for the card that is here, or without one for an H200.
 
     Args:
+        wanted: what all layers keep; ``auto`` for the configuration's own ``activations``.
         limit: bytes that torch may have, in place of the card's. host: bytes of host memory, in place of this
             machine's.
     """
@@ -219,7 +221,11 @@ def plan(config: Any, *, limit: int | None = None, host: int | None = None) -> A
     card = card_here() or find_card("H200")
     if limit is not None:
         card = with_memory(card, min(card.memory, limit + CONTEXT))
-    return plan(config, find_outline(config), card, host=host_memory()[1] if host is None else host, quick=True)
+    planned = plan(config, find_outline(config), card, host=host_memory()[1] if host is None else host, quick=True)
+    if wanted == "auto":
+        return planned
+    peak = planned.planner.peak(config, card, wanted)
+    return dataclasses.replace(planned, peak=peak, times=planned.planner.times(config, card, peak))
 
 
 @contextmanager

@@ -160,9 +160,11 @@ def make_from(config: Any, folder: Path, device: str) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
     write(model.state_dict(), folder)
     tokenizer(folder)
