@@ -21,9 +21,10 @@ so. Attention's time grows with the square of the length, so CAP/LAYERS computes
 weights, adapters, optimizer states and gradients stay where they are, on the GPU, and the prediction is that of the
 whole model. Three layers at least, so that one is computed while two inputs are on their way from the host, as in the
 whole model; host memory is then used for these layers alone, and --host says in GiB what the plan may assume. 80/3 is
-that of an 80 GB card. Layers keep the least that there is (offload-input); --activations auto lets all layers choose
-as in `ft train`, for which the first step may have to pin three times the host memory, which takes time. Before the
-first cap a short step of all layers compiles kernels and makes the states.
+that of an 80 GB card. All layers keep the same, the first that fits of offload-input, offload and recompute;
+--activations auto lets them choose as in `ft train` (for all layers only), for which the first step may have to pin
+three times the host memory, which takes time. Before the first cap a short step of all layers compiles kernels and
+makes the states.
 
 --budget SECONDS leaves out what would not end in time.
 """
@@ -48,6 +49,7 @@ CONTESTANTS = ("ft", "unsloth", "transformers")
 PUBLISHED = {8: 2972, 12: 21848, 16: 40724, 24: 78475, 40: 153977, 80: 342733}
 """The longest rows that Unsloth publishes for Llama 3.1 8B in 4 bits with LoRA of rank 32, by a card's GB."""
 GOAL = 1.5
+LEAST = ("offload-input", "offload", "recompute")
 POSITIONS = 2**20
 SLOWER = {"unsloth": 1.25, "transformers": 2.0}
 """How much longer than ft a contestant takes, about; for the limit on time."""
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--caps", default="", help="GiB, comma-separated; CAP/LAYERS computes so many layers")
     parser.add_argument("--at", choices=("longest", "goal"), default="longest", help="the length under a cap")
     parser.add_argument("--tokens", type=int, help="the length under a cap")
-    parser.add_argument("--activations", default="offload-input", help="what layers keep under a cap")
+    parser.add_argument("--activations", default="least", help="what layers keep under a cap")
     parser.add_argument("--cuts", type=int, default=3, help="how often a length that does not fit is cut")
     parser.add_argument("--rank", type=int, default=32, help="of the adapter, under a cap")
     parser.add_argument("--host", type=float, help="GiB of host memory that plans may assume (default: what is free)")
@@ -79,6 +81,8 @@ def main() -> None:
     parser.add_argument("--one", metavar="CONTESTANT", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.activations == "auto" and "/" in args.caps:
+        parser.error("--activations auto is for all layers: some of them would choose for themselves alone")
     if unknown := sorted(set(args.contestants.split(",")) - set(CONTESTANTS)):
         parser.error(f"unknown contestants: {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -228,8 +232,9 @@ def under_caps(args: argparse.Namespace, limit: cases.Limit) -> None:
                 print(f"# cap {cap}: the planner finds no length that fits", flush=True)
                 break
             config = one(tokens)
-            wanted = args.activations if computed == args.layers or args.activations != "auto" else "offload-input"
-            planned = cases.plan(config, wanted, host=host)
+            wanted, planned = least(config, host) if args.activations == "least" else (
+                args.activations, cases.plan(config, args.activations, host=host),
+            )  # fmt: skip
             share = computed / args.layers
             seconds = planned.times.step * share + planned.peak.host * share / cases.PINNING + 3
             if not limit.allows(f"cap {cap}, 1x{tokens}, {computed} layers", seconds):
@@ -242,7 +247,8 @@ def under_caps(args: argparse.Namespace, limit: cases.Limit) -> None:
                 "contestant": "ft", "quantization": "nf4", "rank": args.rank, "cap_gib": float(cap), "tokens": tokens,
                 "computed": computed, "goal": goal, "longest_predicted": longest, "cut": cut, "tile": path.tile,
                 "wanted": wanted, "predicted_gib": gib(planned, args.unit),
-                "predicted_s": round(planned.times.step * share, 2), "fits": planned.fits, "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+                "predicted_s": round(planned.times.step * share, 2), "fits": planned.fits,
+                "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
             }  # fmt: skip
             with cases.capped(config):
                 row |= cases.attempt(
@@ -257,6 +263,13 @@ def under_caps(args: argparse.Namespace, limit: cases.Limit) -> None:
             if not row.get("out_of_memory"):
                 break
             tokens = int(tokens * 0.97) // 64 * 64
+
+
+def least(config: Any, host: int | None) -> tuple[str, Any]:
+    """What layers keep in the least memory, of what fits by the planner, or else the first; and the plan of that."""
+    plans = {way: cases.plan(config, way, host=host) for way in LEAST}
+    way = next((way for way, planned in plans.items() if planned.fits), LEAST[0])
+    return way, plans[way]
 
 
 def stretched(folder: Path) -> Path:
