@@ -135,8 +135,7 @@ def table_line(row: dict[str, Any]) -> str:
 
 def make(folder: Path, layers: int, device: str) -> None:
     """A model of the shape of Llama 3.1 8B with random weights, or for a CPU a tiny one."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -151,11 +150,21 @@ def make(folder: Path, layers: int, device: str) -> None:
         rope_parameters=rope, bos_token_id=0, eos_token_id=1, pad_token_id=2, tie_word_embeddings=False,
         dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
+    make_from(config, folder, device)
+
+
+def make_from(config: Any, folder: Path, device: str) -> None:
+    """A model of a configuration of transformers', with random weights in bfloat16, and a tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
     write(model.state_dict(), folder)
     tokenizer(folder)

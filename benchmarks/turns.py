@@ -35,11 +35,17 @@ class Player:
     Attributes:
         lines: what it has printed in its turn.
         error: why it failed, in one line; None where it did not.
+
+    Args:
+        heard: told each line at once.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], heard: Callable[[str], None] | None = None
+    ) -> None:
         self.lines: list[str] = []
         self.error: str | None = None
+        self._heard = heard
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=dict(environment),
@@ -78,6 +84,8 @@ class Player:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._printed.put(line.rstrip("\n"))
+            if self._heard is not None:
+                self._heard(line.rstrip("\n"))
 
     def _lines(self, until: float) -> list[str]:
         """What it prints until it is ready (READY is the last one then), or ends; ``error`` is set if it is late."""
