@@ -22,8 +22,8 @@ def test_no_memory_left(configure: Any, tmp_path: Path, start_ft: Any, ft: Any, 
     failed = process.wait()
     assert failed.code == 2, failed.err
     assert failed.message == (
-        "ft train: out of memory: set activations: recompute, or set quantization: nf4, or lower training.batch_size "
-        "(now 4000), or lower max_length (now 256)"
+        "ft train: out of memory again, after planning anew (every layer is computed again in backward): set "
+        "quantization: nf4, or lower training.batch_size (now 4000), or lower max_length (now 256)"
     )
     assert "Traceback" not in failed.err
     # With a checkpoint there, another way to keep activations is no other run.

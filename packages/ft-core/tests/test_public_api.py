@@ -49,7 +49,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.config.rope": ["RopeScaling", "RopeType", "named"],
     "ft_core.config.schema": ["DataSource", "LATER", "LoraSettings", "TrainConfig", "TrainingSettings"],
     "ft_core.console": ["progress", "quiet", "say"],
-    "ft_core.memory": ["bytes_of", "enough_memory", "is_memory_error"],
+    "ft_core.memory": ["StillOutOfMemory", "bytes_of", "enough_memory", "is_memory_error"],
     "ft_core.data": [
         "Collator",
         "FORMATS",
@@ -143,6 +143,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.offload": ["HostMemory", "Pool"],
     "ft_core.fast.recording": ["as_it_was", "recording_stream"],
     "ft_core.fast.recurring": ["LONGEST", "documents_plan", "filled_up", "recurring_length", "recurs"],
+    "ft_core.fast.tighten": ["tighten"],
     "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of", "is_own"],
     "ft_core.fast.wide": ["Wide"],
     "ft_core.fast.verify": ["Float64", "Ledger", "Line", "verify"],
@@ -343,9 +344,10 @@ EXPECTED: dict[str, list[str]] = {
         "prepare_rows",
     ],
     "ft_core.training.ranks": ["Ranks"],
+    "ft_core.training.replan": ["ReplanningMixin", "longest_batch"],
     "ft_core.training.run": ["TrainResult", "train"],
     "ft_core.training.sft": ["SftSettings", "build"],
-    "ft_core.training.speed": ["check_first_step", "foresee", "recomputes", "runs_kernels", "speed_up"],
+    "ft_core.training.speed": ["check_first_step", "foresee", "plan_ahead", "recomputes", "runs_kernels", "speed_up"],
     "ft_core.training.timing": ["PARTS", "Timing", "time_steps"],
     "ft_core.training.trainer": ["MANIFEST", "RunTrainerMixin", "last_whole_checkpoint", "storage_error"],
 }

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from ft_core.errors import RunError
 
-__all__ = ["bytes_of", "enough_memory", "is_memory_error"]
+__all__ = ["StillOutOfMemory", "bytes_of", "enough_memory", "is_memory_error"]
 
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """torch has a class for a full GPU only; a full host, Apple's GPU and a library's own memory are told by the text."""
@@ -28,6 +28,10 @@ def bytes_of(text: str) -> int:
     if not count:
         raise ValueError("auto, or an amount such as 12GiB (units: GiB, MiB, GB, MB)")
     return count
+
+
+class StillOutOfMemory(MemoryError):
+    """A step that does not fit by a tighter plan either; the text is that plan."""
 
 
 def is_memory_error(error: BaseException) -> bool:

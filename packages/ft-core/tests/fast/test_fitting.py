@@ -171,6 +171,52 @@ def test_more_memory_in_use_is_noticed(monkeypatch):
     assert gpu.step(chooser, 4096, GIB).count("keep") < before.count("keep")
 
 
+@pytest.mark.parametrize("wanted", ["auto", "keep"])
+def test_after_a_batch_that_did_not_fit_little_is_kept_until_that_is_measured(monkeypatch, wanted):
+    gpu, chooser = Gpu(monkeypatch, 40 * GIB, 15 * GIB), chooser_for()
+    chooser.want(wanted, None)
+    assert gpu.step(chooser, 4096, GIB) == ["keep"] * 32
+    chooser.tighten(torch.device("cuda", 0), 0.9)
+    cap = int(0.9 * 40 * GIB * (1 - choose.MARGIN))
+    assert chooser.cap == cap
+    assert gpu.step(chooser, 4096, GIB) == ["offload"] * 32
+    gpu.peak = 0
+    second = gpu.step(chooser, 4096, GIB)
+    assert second.count("keep") > 10
+    assert gpu.peak <= cap
+    assert gpu.step(chooser, 5000, GIB) == ["offload"] * 32  # longer than what was measured
+    assert not chooser.recordable(4096)
+    chooser.tighten(torch.device("cuda", 0), 0.8, 2**26)
+    gpu.step(chooser, 4096, GIB)
+    assert chooser.cap < 0.9 * cap
+    assert chooser.head == 2**26
+    chooser.want("auto", None)
+    assert gpu.step(chooser, 4096, GIB) == ["keep"] * 32
+    assert chooser.head == GIB
+
+
+def test_a_tighter_plan_for_a_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ft_core import fast
+    from ft_core.fast.tighten import tighten
+
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
+    path = fast.enable(LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)).train())
+    graphs, cpu = path.graphs, torch.device("cpu")
+    assert tighten(path, 65536, cpu) == "as little kept as can be, tiles of 4096 tokens"
+    assert path.tile == 4096
+    assert path.graphs is not graphs
+    ids = torch.randint(97, (2, 10))
+    path.model(input_ids=ids, labels=ids).loss.backward()
+    assert path.chooser.chosen == ["recompute"] * 2
+    assert tighten(path, 65536, cpu).endswith("64 MiB of logits at a time, tiles of 2048 tokens")
+    assert path.chooser.head == 2**26
+    path.tile = 1024
+    tighten(path, 65536, cpu)
+    assert path.tile == 1024
+
+
 def test_buffers_are_used_again_and_bounded():
     pool = Pool(pinned=False, most=80 * MIB)
     buffers = [pool.take(3 * MIB) for _ in range(20)]

@@ -154,12 +154,14 @@ class Chooser:
         cap: bytes that the GPU's allocated memory may reach, or None for what is free.
         chosen: the last batch's choices, first layer first.
         head: bytes that the head may use at a time.
+        tight: whether a batch has not fitted, so that nothing is kept that was not measured (:meth:`tighten`).
     """
 
     def __init__(self, sizes: Callable[[], Sizes], layers: int, trained: Callable[[], int]) -> None:
         self.wanted: Literal["auto"] | Choice | Sequence[Choice] = "auto"
         self.cap: int | None = None
-        self.head = HEAD
+        self.head = self._most_head = HEAD
+        self.tight = False
         self._sizes, self._layers, self._trained = sizes, layers, trained
         self.chosen: list[Choice] = ["keep"] * layers
         self._wished = self.chosen
@@ -182,10 +184,23 @@ class Chooser:
             raise ValueError(f"{len(given)} choices for {self._layers} layers")
         if cap is not None and cap <= 0:
             raise ValueError(f"memory={cap}: give a positive number of bytes, or None")
-        self.wanted, self.cap, self.head = wanted, cap, HEAD
+        self.wanted, self.cap, self.head, self._most_head, self.tight = wanted, cap, HEAD, HEAD, False
         self._fits, self._held, self._measured, self._plans = 0, 0, None, {}
         if wanted != "auto":
             self.chosen = self._wished = cast("list[Choice]", given)
+
+    def tighten(self, device: torch.device, share: float, head: int | None = None) -> None:
+        """Plan anew after a batch that did not fit: the next one keeps as little as can be, and is measured.
+
+        Args:
+            share: of the memory that there is, what is planned with from now on.
+            head: bytes for the head at most; None leaves them as they are.
+        """
+        cap = int(share * _limit(device, self.cap)) if device.type == "cuda" else self.cap
+        self.want("auto", cap)
+        self.tight = True
+        if head is not None:
+            self.head = self._most_head = head
 
     def recordable(self, tokens: int) -> bool:
         """Whether a recorded step of such a batch may have memory of its own, as much again as the step takes."""
@@ -209,7 +224,7 @@ class Chooser:
             self.chosen = self._held_by_host(tokens, host)
         if tokens <= self._fits or device.type != "cuda" or (self.wanted != "auto" and self.cap is None):
             if self.wanted == "auto":
-                self.chosen = ["keep"] * self._layers
+                self.chosen = ["recompute" if self.tight else "keep"] * self._layers
             return self.chosen
         if self.wanted == "auto":
             self.chosen = self._auto(tokens, device, host, logits)
@@ -248,7 +263,7 @@ class Chooser:
         return wanted
 
     def _set_head(self, room: int) -> None:
-        self.head = min(HEAD, max(int(room * HEAD_SHARE), HEAD_LEAST))
+        self.head = min(self._most_head, max(int(room * HEAD_SHARE), HEAD_LEAST))
 
     def _auto(self, tokens: int, device: torch.device, host: Callable[[int], int], logits: int) -> list[Choice]:
         known = self._plans.get(_rounded(tokens))
@@ -267,22 +282,27 @@ class Chooser:
             return plan
         if measured is not None and measured.beside is None and not measured.went_back and tokens == measured.tokens:
             return measured.choices
-        beside = counted(tokens, sizes, self._trained(), self.head) + LOGITS * logits
-        choice: Choice
-        for choice in LEFT_HERE:
-            if sizes.kept[choice] * self._layers * tokens + beside <= COUNTED * (limit - used):
-                if choice == "keep":
-                    self._fits = tokens
-                    return ["keep"] * self._layers
-                break
+        sure = None if self.tight else self._sure(tokens, sizes, limit - used, logits)
+        if sure == "keep":
+            self._fits = tokens
+            return ["keep"] * self._layers
+        choices: list[Choice]
+        if sure is not None:
+            choices = [sure] * self._layers
+        elif in_host >= self._layers * tokens * sizes.host["offload"]:
+            choices = ["offload"] * self._layers
         else:
-            choice = "keep"
-        choices: list[Choice] = [choice] * self._layers
-        if choice == "keep":  # nothing fits for sure
-            holds = in_host >= self._layers * tokens * sizes.host["offload"]
-            choices = ["offload"] * self._layers if holds else fit(self._layers, tokens, 0, sizes, in_host)
+            choices = fit(self._layers, tokens, 0, sizes, in_host)
         self._measured = _Measured(tokens, choices, used, torch.cuda.max_memory_allocated(device), LOGITS * logits)
         return choices
+
+    def _sure(self, tokens: int, sizes: Sizes, free: int, logits: int) -> Choice | None:
+        """What all layers can keep without a measurement, None if even that is in doubt."""
+        beside = counted(tokens, sizes, self._trained(), self.head) + LOGITS * logits
+        for choice in LEFT_HERE:
+            if sizes.kept[choice] * self._layers * tokens + beside <= COUNTED * free:
+                return choice
+        return None
 
     def _look(self, device: torch.device) -> None:
         """Take the measure of a batch whose backward is over."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ft_core.config import TrainConfig
 from ft_core.errors import ConfigError, RunError
-from ft_core.memory import bytes_of, is_memory_error
+from ft_core.memory import StillOutOfMemory, bytes_of, is_memory_error
 from ft_core.models import Device
 from ft_core.runs import Run
 from ft_core.training.trainer import last_whole_checkpoint
@@ -57,14 +57,15 @@ def memory_errors_said(run: Run, config: TrainConfig) -> Iterator[None]:
     except Exception as error:
         if not is_memory_error(error):
             raise
-        raise RunError(_line(run, config)) from error
+        tried = str(error) if isinstance(error, StillOutOfMemory) else None
+        raise RunError(_line(run, config, tried)) from error
 
 
-def _line(run: Run, config: TrainConfig) -> str:
+def _line(run: Run, config: TrainConfig, tried: str | None = None) -> str:
     ways = []
     if config.memory != "auto":
         ways.append(f"raise memory (now {config.memory})")
-    if config.activations not in ("recompute", "offload"):
+    if tried is None and config.activations not in ("recompute", "offload"):
         ways.append("set activations: recompute")
     if config.lora is None:
         ways.append("train an adapter (lora) instead of the whole model")
@@ -76,4 +77,5 @@ def _line(run: Run, config: TrainConfig) -> str:
     last = last_whole_checkpoint(run.checkpoints)
     # Of these only the recomputation leaves the losses as they were, so only with it may a run go on.
     kept = f"; {last.name} is whole, and --resume takes other activations" if last else ""
-    return f"out of memory: {', or '.join(ways)}{kept}"
+    again = "" if tried is None else f" again, after planning anew ({tried})"
+    return f"out of memory{again}: {', or '.join(ways)}{kept}"

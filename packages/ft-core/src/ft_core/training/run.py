@@ -38,7 +38,7 @@ from ft_core.training.prepare import (
     prepare_rows,
 )
 from ft_core.training.ranks import Ranks
-from ft_core.training.speed import check_first_step, foresee, recomputes, speed_up
+from ft_core.training.speed import check_first_step, foresee, plan_ahead, recomputes, speed_up
 from ft_core.training.trainer import last_whole_checkpoint, storage_error
 
 __all__ = ["TrainResult", "train"]
@@ -174,6 +174,7 @@ class _Session:
         job.callbacks += [self.writer, *([Progress(self.writer)] if ranks.is_main else []), self.interruption]
         self.trainer: Any = build_trainer(resolve(spec.trainer), job)
         self.trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; Progress shows what matters
+        plan_ahead(self.trainer, job.say)
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
         self.step = step
         self.total = total_steps(self.trainer, job.config)

@@ -13,7 +13,7 @@ from ft_core.models import Device, ModelSource
 if TYPE_CHECKING:
     from ft_core.planning import Plan
 
-__all__ = ["check_first_step", "foresee", "recomputes", "runs_kernels", "speed_up"]
+__all__ = ["check_first_step", "foresee", "plan_ahead", "recomputes", "runs_kernels", "speed_up"]
 
 CHECKED = 256
 """Tokens of the row that the first step is checked on."""
@@ -21,9 +21,9 @@ GAPS = 0.95
 """The share of the memory that a configuration allows which is planned with."""
 
 
-def runs_kernels(device: Device) -> bool:
+def runs_kernels(device: Any) -> bool:
     """Whether the kernels run there: on a CPU their references would, which gain nothing."""
-    return device.type == "cuda"
+    return str(device.type) == "cuda"
 
 
 def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Callable[[str], None]) -> Plan | None:
@@ -93,6 +93,12 @@ def recomputes(
     if config.activations == "offload":
         say("activations: offload needs the fast layers; they are computed again instead")
     return config.activations in ("recompute", "offload") or (config.activations == "auto" and device.type == "cuda")
+
+
+def plan_ahead(trainer: Any, say: Callable[[str], None]) -> None:
+    """Let a trainer begin with its longest batch, and say what it plans anew; a trainer of others does neither."""
+    trainer.say = say
+    trainer.rehearses = runs_kernels(trainer.args.device)
 
 
 def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], None]) -> None:

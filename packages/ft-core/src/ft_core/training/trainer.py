@@ -7,17 +7,13 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ft_core.errors import RunError
 from ft_core.training.optimizers import queued
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+from ft_core.training.replan import ReplanningMixin
 
 __all__ = ["MANIFEST", "RunTrainerMixin", "last_whole_checkpoint", "storage_error"]
 
@@ -25,8 +21,9 @@ MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"
 
 
-class RunTrainerMixin(_Base):
-    """Checkpoints that are whole or not there, and nothing sent or written that was not asked for.
+class RunTrainerMixin(ReplanningMixin):
+    """Checkpoints that are whole or not there, steps that are planned anew where they do not fit, and nothing sent or
+    written that was not asked for.
 
     Put it before the trainer class: ``class SftTrainer(RunTrainerMixin, trl.SFTTrainer)``. transformers writes a
     checkpoint in place, so one cut short would be resumed from; here it is written beside its place, flushed to the
