@@ -50,6 +50,59 @@ def test_no_wait_between_updates(monkeypatch):
     assert len(waits) == 2  # the first step is the library's, which sets itself up
 
 
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_state_from_a_file_is_paged_again(device, paged, tmp_path):
+    """A file keeps the mark of paged memory with numbers that no longer lie in any."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(n, 256, generator=generator).to(device) for n in (500, 20)]
+    gradients = [[torch.randn(n, 256, generator=generator).to(device) for n in (500, 20)] for _ in range(6)]
+    kind = queued(bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit)
+
+    def go_on(parameters: list[torch.nn.Parameter], optimizer: Any, steps: Any) -> list[torch.Tensor]:
+        for step in steps:
+            for parameter, gradient in zip(parameters, gradients[step], strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        return [p.detach().clone() for p in parameters]
+
+    whole = [torch.nn.Parameter(t.clone()) for t in start]
+    optimizer = kind(whole, lr=1e-2)
+    middle = go_on(whole, optimizer, range(3))
+    if device == "cpu":
+        for values in optimizer.state.values():
+            values["state1"].is_paged, values["state1"].page_deviceid = True, 0  # as a GPU's are
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    if device == "cpu":
+        for values in optimizer.state.values():
+            vars(values["state1"]).clear()
+    end = go_on(whole, optimizer, range(3, 6))
+    again = [torch.nn.Parameter(t.clone()) for t in middle]
+    other = kind(again, lr=1e-2)
+    other.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location=device, weights_only=True))
+    for parameter, values in other.state.items():
+        is_paged = paged and device == "cuda" and parameter.numel() >= 100_000
+        assert getattr(values["state1"], "is_paged", False) == is_paged
+        assert getattr(values["state2"], "is_paged", False) == is_paged
+    found = go_on(again, other, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(end, found, strict=True))
+
+
+def test_auto_is_what_was_planned():
+    from types import SimpleNamespace
+
+    from ft_core.config import TrainConfig
+    from ft_core.training.optimizers import optimizer_of
+
+    planned: Any = SimpleNamespace(peak=SimpleNamespace(optimizer="paged_adamw_8bit"))
+    config = TrainConfig(model="m", data="d")
+    assert config.training.optimizer == "auto"
+    assert optimizer_of(config, None) == "adamw_8bit"
+    assert optimizer_of(config, planned) == "paged_adamw_8bit"
+    asked = TrainConfig(model="m", data="d", training={"optimizer": "adamw_8bit"})
+    assert optimizer_of(asked, planned) == "adamw_8bit"
+
+
 def test_others_stay():
     assert queued(torch.optim.AdamW) is torch.optim.AdamW
     factory = len

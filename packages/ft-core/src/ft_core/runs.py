@@ -211,6 +211,9 @@ class Run:
         how_long = {"training.epochs", "training.max_steps"}
         how_often = {"training.save_every", "training.keep_checkpoints", "training.eval_every"}
         free = {"output", "activations", "memory", *how_long, *how_often}  # what is recomputed is computed alike
+        for values in (mine, theirs):  # these make the same updates
+            if values.get("training.optimizer") in ("auto", "paged_adamw_8bit"):
+                values["training.optimizer"] = "adamw_8bit"
         differ = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key not in free]
         if differ:
             was = ", ".join(f"{key} was {theirs.get(key)!r} and is {mine.get(key)!r}" for key in differ[:3])

@@ -150,9 +150,15 @@ def test_a_family_that_is_not_known_says_that_it_is_rough(ft: Any, written: Any)
 
 def test_full_fine_tuning(ft: Any, written: Any) -> None:
     config = written(lora=None)
-    assert ft("plan", config, "--gpu", "H100").code == 1
+    refused = ft("plan", config, "training.optimizer=adamw_8bit", "--gpu", "H100")
+    assert refused.code == 1
+    assert "would fit: training.optimizer: auto" in refused.out
+    done = ft("plan", config, "--gpu", "H100")
+    assert done.code == 0, done.err
+    assert "optimizer      paged_adamw_8bit" in done.out
     done = ft("plan", config, "--gpu", "H200")
     assert done.code == 0, done.err
+    assert "optimizer      adamw_8bit\n" in done.out
     assert "full fine-tuning" in done.out
 
 

@@ -120,6 +120,41 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(planned: Any) -> Non
     assert not plan.planner.fits(with_rows(plan.config, plan.largest_kept + 1), plan.card, "keep")
 
 
+def test_the_optimizer_is_paged_only_where_nothing_else_makes_it_fit(planned: Any) -> None:
+    def whole(gib: float, optimizer: str, **keys: Any) -> Any:
+        return planned("H200", 1, 512, gib=gib, lora=None, training={"optimizer": optimizer}, host=2**40, **keys)
+
+    chosen = []
+    for gib in range(60, 140, 4):
+        auto, plain, paged = (whole(gib, name) for name in ("auto", "adamw_8bit", "paged_adamw_8bit"))
+        assert plain.peak.optimizer == "adamw_8bit"
+        assert auto.fits == (plain.fits or paged.fits)
+        if plain.fits:
+            assert auto.peak == plain.peak
+        elif paged.fits:
+            assert auto.peak == paged.peak
+            assert auto.peak.paged == pytest.approx(2 * auto.trained, rel=0.01)
+            assert auto.times.update > plain.times.update
+        chosen.append((auto.fits, auto.peak.optimizer))
+    assert set(chosen) == {(False, "paged_adamw_8bit"), (True, "paged_adamw_8bit"), (True, "adamw_8bit")}
+    gib = 60 + 4 * chosen.index((True, "paged_adamw_8bit"))
+    from ft_core.planning import ways
+    from ft_core.planning.show import line, table
+
+    found = whole(gib, "auto")
+    assert "the optimizer's state paged to the host's memory" in line(found)
+    assert "paged_adamw_8bit, for its state does not fit on the GPU" in table(found)
+    asked = whole(gib, "paged_adamw_8bit")
+    assert "paged to" not in line(asked)
+    refused = whole(gib, "adamw_torch")
+    assert not refused.fits
+    assert refused.peak.optimizer == "adamw_torch"
+    assert "training.optimizer: auto" in ways(refused.planner, refused.config, refused.card)
+    small = planned("H200", 1, 512, gib=gib, lora=None, training={"optimizer": "auto"}, host=2**33)
+    assert small.peak.optimizer == "adamw_8bit"  # the host has no room for it either
+    assert not small.fits
+
+
 def test_a_host_that_is_too_small_is_seen(planned: Any) -> None:
     plan = planned("H100", 8, 8192, activations="offload", quantization="nf4", host=2**30)
     assert not plan.fits

@@ -103,6 +103,7 @@ class Plan:
             },
             "tile": peak.tile,
             "head_rows": peak.head_rows,
+            "optimizer": peak.optimizer,
             "time": None if times is None else {
                 "micro_batch": times.parts, "update": times.update, "step": times.step,
                 "tokens_per_second": times.rate, "run": self.seconds,
@@ -124,13 +125,26 @@ class Planner:
         self.blueprint, self.host = blueprint, host
 
     def peak(self, config: TrainConfig, card: Card, wanted: str | None = None) -> Peak:
-        """The peak of a configuration: with a sequence tile only where it doesn't fit without."""
+        """The peak of a configuration: with a sequence tile only where it doesn't fit without.
+
+        Where the optimizer is ``auto``, its state is paged to the host only where nothing else makes it fit.
+        """
+        named = config.training.optimizer
+        if named != "auto":
+            return self._peak(config, card, wanted, named)
+        plain = self._peak(config, card, wanted, "adamw_8bit")
+        if plain.total <= limit_of(config, card):
+            return plain
+        paged = self._peak(config, card, wanted, "paged_adamw_8bit")
+        return paged if paged.total < plain.total and paged.host + paged.paged <= self.host else plain
+
+    def _peak(self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str) -> Peak:
         outline = self.blueprint.outline(config.lora)
-        whole = peak_of(self.blueprint, outline, self._step(config, card, None, wanted))
+        whole = peak_of(self.blueprint, outline, self._step(config, card, None, wanted, optimizer))
         tokens = config.training.batch_size * config.max_length
         if whole.total <= limit_of(config, card) or not outline.able or tokens <= TILE or wanted == "keep":
             return whole
-        tiled = peak_of(self.blueprint, outline, self._step(config, card, TILE, wanted))
+        tiled = peak_of(self.blueprint, outline, self._step(config, card, TILE, wanted, optimizer))
         return tiled if tiled.total < whole.total else whole
 
     def fits(self, config: TrainConfig, card: Card, wanted: str | None = None) -> bool:
@@ -156,17 +170,17 @@ class Planner:
         """Of a step of it."""
         outline = self.blueprint.outline(config.lora)
         recorded = _why_not_recorded(config, card) is None
-        step = self._step(config, card, peak.tile, None)
+        step = self._step(config, card, peak.tile, None, peak.optimizer)
         return times_of(
             self.blueprint, outline, step, peak, card, config.training.gradient_accumulation, recorded
         )  # fmt: skip
 
-    def _step(self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None) -> Step:
+    def _step(self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None, optimizer: str) -> Step:
         return Step(
             rows=config.training.batch_size,
             length=config.max_length,
             quantization=config.quantization,
-            optimizer=config.training.optimizer,
+            optimizer=optimizer,
             accumulates=config.training.gradient_accumulation > 1,
             wanted=wanted or config.activations,
             limit=limit_of(config, card),

@@ -72,6 +72,7 @@ class Peak:
         choices: of the layers, first layer first. head_rows: of logits at a time. moment: ``head``, ``layer`` or
             ``update``. exact: whether the family is known and only an adapter is trained, which is what was measured.
         tile: tokens of a sequence tile. refused: the host cannot hold what is to be offloaded.
+        optimizer: as transformers calls it.
     """
 
     parts: dict[str, int]
@@ -83,6 +84,7 @@ class Peak:
     exact: bool
     tile: int | None = None
     refused: bool = False
+    optimizer: str = "adamw_8bit"
 
     @property
     def total(self) -> int:
@@ -172,6 +174,7 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         exact=blueprint.layout is not None and outline.able,
         tile=step.tile,
         refused=refused,
+        optimizer=step.optimizer,
     )
 
 

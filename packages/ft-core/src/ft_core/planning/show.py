@@ -30,6 +30,8 @@ def line(plan: Plan) -> str:
     words.append(_chosen(plan))
     if plan.peak.tile:
         words.append(f"tiles of {plan.peak.tile} tokens")
+    if _pages(plan):
+        words.append("the optimizer's state paged to the host's memory")
     rough = "" if plan.peak.exact else " (rough)"
     doubt = "" if plan.fits else "; it may run out of memory: ft plan says what would fit"
     return f"plan: {', '.join(words)}{rough}{doubt}"
@@ -55,6 +57,7 @@ def table(plan: Plan, ways: Sequence[str] = ()) -> str:
         f"micro-batch    {_batch(plan)}",
         f"sequence tile  {f'{peak.tile} tokens' if peak.tile else 'none needed'}",
         f"head           {peak.head_rows} rows of logits at a time",
+        f"optimizer      {peak.optimizer}{', for its state does not fit on the GPU' if _pages(plan) else ''}",
     ]
     lines += _times(plan)
     lines += [f"note           {note}" for note in plan.notes]
@@ -66,6 +69,11 @@ def table(plan: Plan, ways: Sequence[str] = ()) -> str:
         lines += ["", f"does not fit: {why}"]
         lines += [f"would fit: {way}" for way in ways] or ["nothing that was tried would fit"]
     return "\n".join(lines)
+
+
+def _pages(plan: Plan) -> bool:
+    """Whether the optimizer is paged without anybody having asked for that."""
+    return plan.config.training.optimizer == "auto" and plan.peak.optimizer.startswith("paged")
 
 
 def _row(name: str, size: int) -> str:

@@ -13,9 +13,14 @@ __all__ = ["total_steps", "trainer_arguments"]
 
 
 def trainer_arguments(
-    config: TrainConfig, run: Run, device: Device, *, evaluates: bool, recompute: bool
+    config: TrainConfig, run: Run, device: Device, *, evaluates: bool, recompute: bool, optimizer: str
 ) -> dict[str, Any]:
-    """Keyword arguments for ``transformers.TrainingArguments`` and its subclasses."""
+    """Keyword arguments for ``transformers.TrainingArguments`` and its subclasses.
+
+    Args:
+        evaluates: whether there is held-out data. recompute: whether the trainer checkpoints.
+        optimizer: the one that is used (:func:`ft_core.training.optimizers.optimizer_of`).
+    """
     t = config.training
     return {
         "output_dir": str(run.checkpoints),
@@ -25,7 +30,7 @@ def trainer_arguments(
         "num_train_epochs": t.epochs,
         "max_steps": t.max_steps or -1,
         "learning_rate": t.learning_rate,
-        "optim": t.optimizer,
+        "optim": optimizer,
         "lr_scheduler_type": t.scheduler,
         "warmup_steps": min(t.warmup_ratio, 0.999999),  # below one it is a share of the run
         "weight_decay": t.weight_decay,

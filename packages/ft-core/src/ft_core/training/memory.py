@@ -69,6 +69,8 @@ def _line(run: Run, config: TrainConfig, tried: str | None = None) -> str:
         ways.append("set activations: recompute")
     if config.lora is None:
         ways.append("train an adapter (lora) instead of the whole model")
+        if not config.training.optimizer.startswith("paged"):
+            ways.append("set training.optimizer: paged_adamw_8bit")
     elif config.quantization != "nf4":
         ways.append("set quantization: nf4")
     if config.training.batch_size > 1:

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["QueuedUpdates", "queued"]
+from ft_core.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ft_core.planning import Plan
+
+__all__ = ["QueuedUpdates", "optimizer_of", "queued"]
+
+MOMENTS = ("state1", "state2")
+MARKS = ("is_paged", "page_deviceid")
+"""By which bitsandbytes knows a tensor in memory that the system moves between host and GPU."""
+
+
+def optimizer_of(config: TrainConfig, planned: Plan | None) -> str:
+    """The optimizer, by transformers' name: the configuration's own, and for ``auto`` what was planned."""
+    named = config.training.optimizer
+    if named != "auto":
+        return named
+    return "adamw_8bit" if planned is None else planned.peak.optimizer
 
 
 class QueuedUpdates:
@@ -36,6 +53,32 @@ class QueuedUpdates:
                         this.init_state(group, parameter, number, index)
                     this.update_step(group, parameter, number, index)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **keywords: Any) -> None:
+        """Take a state, and page again what is to be: of paged memory a file keeps the numbers, and the mark of it."""
+        this: Any = self
+        super().load_state_dict(state_dict, *args, **keywords)  # type: ignore[misc]
+        for group in this.param_groups:
+            for parameter in group["params"]:
+                _page_again(this, parameter)
+
+
+def _page_again(optimizer: Any, parameter: Any) -> None:
+    import torch
+
+    from ft_core.planning.weights import PAGED
+
+    state = optimizer.state.get(parameter, {})
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        for mark in MARKS:
+            vars(tensor).pop(mark, None)
+        if name in MOMENTS and optimizer.is_paged and parameter.is_cuda and parameter.numel() >= PAGED:
+            state[name] = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)
+            state[name].copy_(tensor)
+        elif name in MOMENTS:
+            state[name] = tensor.to(parameter.device)
 
 
 def queued(optimizer: Any) -> Any:

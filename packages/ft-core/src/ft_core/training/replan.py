@@ -107,7 +107,8 @@ class ReplanningMixin(_Base):
         path = fast_path_of(self.model)
         if path is not None and path.on:
             return tighten(path, _tokens(inputs), self.args.device)
-        if not getattr(self.model, "supports_gradient_checkpointing", False) or self.model.is_gradient_checkpointing:
+        on = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if on or not getattr(self.model, "supports_gradient_checkpointing", False):
             return None
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         return "every layer is computed again in backward"

@@ -29,6 +29,7 @@ from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.lock import held
 from ft_core.training.memory import memory_capped, memory_errors_said
+from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
     check_resumable,
     check_unfinished,
@@ -139,7 +140,12 @@ def _train(
             train_rows=train_rows,
             eval_rows=held_out,
             arguments=trainer_arguments(
-                config, run, device, evaluates=bool(held_out), recompute=recomputes(model, config, device, say, planned)
+                config,
+                run,
+                device,
+                evaluates=bool(held_out),
+                recompute=recomputes(model, config, device, say, planned),
+                optimizer=optimizer_of(config, planned),
             ),
             callbacks=[],
             counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},

@@ -20,6 +20,7 @@ from ft_core.runs import Run
 from ft_core.training.arguments import trainer_arguments
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.memory import memory_capped
+from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import prepare_model, prepare_rows
 from ft_core.training.speed import foresee, recomputes, speed_up
 
@@ -92,7 +93,8 @@ def _time(
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
         recompute = recomputes(model, config, device, say, planned)
-        arguments = trainer_arguments(config, run, device, evaluates=False, recompute=recompute)
+        optimizer = optimizer_of(config, planned)
+        arguments = trainer_arguments(config, run, device, evaluates=False, recompute=recompute, optimizer=optimizer)
         arguments |= {"max_steps": warm + steps, "gradient_accumulation_steps": 1, "save_strategy": "no"}
         job = Job(
             config=config, settings=method_settings(config), model=model, tokenizer=load_tokenizer(source),
