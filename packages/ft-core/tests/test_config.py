@@ -27,7 +27,7 @@ from ft_core.errors import ConfigError, FtError
 MINIMAL = {"model": "some/model", "data": "rows.jsonl"}
 TOP = (
     "model, method, data, eval_split, eval_data, quantization, max_length, rope_scaling, packing, lora, training, "
-    "activations, memory, verify, task, output, sft"
+    "activations, memory, disk, verify, task, output, sft"
 )
 Write = Callable[[str], Path]
 
@@ -91,6 +91,7 @@ def test_the_defaults() -> None:
         },
         "activations": "auto",
         "memory": "auto",
+        "disk": "auto",
         "verify": "first-step",
         "task": "text",
         "output": "runs/model-sft",
@@ -117,6 +118,7 @@ training: {epochs: 0.5, max_steps: 10, batch_size: 1, gradient_accumulation: 2, 
            save_every: 5, keep_checkpoints: 3, eval_every: 2, seed: 7}
 activations: recompute
 memory: 12.5 GiB
+disk: off
 verify: off
 task: text
 output: runs/mine

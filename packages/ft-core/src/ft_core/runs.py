@@ -210,7 +210,8 @@ class Run:
         mine, theirs = _flat(yaml.safe_load(to_yaml(config))), _flat(self.values())
         how_long = {"training.epochs", "training.max_steps"}
         how_often = {"training.save_every", "training.keep_checkpoints", "training.eval_every"}
-        free = {"output", "activations", "memory", *how_long, *how_often}  # what is recomputed is computed alike
+        where = {"output", "activations", "memory", "disk"}  # what is recomputed is computed alike
+        free = {*where, *how_long, *how_often}
         for values in (mine, theirs):  # these make the same updates
             if values.get("training.optimizer") in ("auto", "paged_adamw_8bit"):
                 values["training.optimizer"] = "adamw_8bit"

@@ -79,9 +79,9 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.total - self.used, self.total))
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
 
-    def step(self, chooser: Chooser, tokens: int, beside: int, host: int = 100 * GIB) -> list[Any]:
+    def step(self, chooser: Chooser, tokens: int, beside: int, host: int = 100 * GIB, disk: int = 0) -> list[Any]:
         """A batch that takes so much beside what its layers keep; it must fit."""
-        chosen = chooser.begin(tokens, torch.device("cuda", 0), lambda wanted: min(wanted, host))
+        chosen = chooser.begin(tokens, torch.device("cuda", 0), lambda wanted: min(wanted, host), 0, lambda: disk)
         kept = sum(tokens * SIZES.kept[choice] for choice in chosen)
         self.peak = max(self.peak, self.used + kept + beside)
         assert self.used + kept + beside <= self.total
@@ -132,6 +132,20 @@ def test_without_room_on_the_host_whole_layers_are_computed_again(monkeypatch):
     assert gpu.step(chooser, 16384, 2 * GIB, host=0) == ["recompute"] * 32
     gpu, chooser = Gpu(monkeypatch, 22 * GIB, 15 * GIB), chooser_for()
     assert gpu.step(chooser, 16384, 2 * GIB, host=5 * GIB) == ["offload-input"] * 32
+
+
+def test_the_disk_is_the_last_resort(monkeypatch):
+    """16 GiB of inputs where 7 are free on the GPU, 5 on the host, and then enough on the disk."""
+    tokens, each = 65536, 65536 * SIZES.host["offload-input"]
+    gpu, chooser = Gpu(monkeypatch, 24 * GIB, 10 * GIB), chooser_for()
+    beside = 9 * GIB
+    for _ in range(2):
+        chosen = gpu.step(chooser, tokens, beside, host=5 * GIB, disk=100 * GIB)
+        assert set(chosen) == {"recompute", "offload-input"}
+        assert 5 * GIB < chooser.in_host(tokens) < 32 * each
+    assert chooser.in_host(tokens) == chosen.count("offload-input") * each
+    with_more = gpu.step(chooser_for(), tokens, beside, host=16 * GIB, disk=100 * GIB)
+    assert sum(SIZES.host.get(choice, 0) for choice in with_more) * tokens <= 16 * GIB
 
 
 def test_a_wish_for_the_host_takes_less_of_it_where_it_must():

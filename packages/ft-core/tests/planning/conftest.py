@@ -39,7 +39,7 @@ def planned(folder: Callable[..., Path]) -> Callable[..., Any]:
 
     def make(
         gpu: str, rows: int = 2, length: int = 2048, *, shape: dict[str, Any] | None = None, gib: float | None = None,
-        training: dict[str, Any] | None = None, host: int | None = None, **keys: Any,
+        training: dict[str, Any] | None = None, host: int | None = None, disk: int = 0, **keys: Any,
     ) -> Any:  # fmt: skip
         path = folder(**(shape or {}))
         values = {
@@ -48,6 +48,6 @@ def planned(folder: Callable[..., Path]) -> Callable[..., Any]:
         }  # fmt: skip
         card = find_card(gpu)
         card = card if gib is None else with_memory(card, int(gib * 2**30))
-        return plan(check_config(values), ModelSource(str(path), path, path.name), card, host=host)
+        return plan(check_config(values), ModelSource(str(path), path, path.name), card, host=host, disk=disk)
 
     return make

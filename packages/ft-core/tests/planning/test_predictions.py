@@ -120,6 +120,30 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(planned: Any) -> Non
     assert not plan.planner.fits(with_rows(plan.config, plan.largest_kept + 1), plan.card, "keep")
 
 
+def test_the_disk_is_the_last_resort(planned: Any) -> None:
+    from ft_core.planning.show import line, table
+
+    def with_disk(disk: int, **keys: Any) -> Any:
+        return planned("RTX 4090", 1, 131072, host=2**33, disk=disk, quantization="nf4", **keys)
+
+    refused, spilled = with_disk(0), with_disk(2**40)
+    assert not refused.fits
+    assert spilled.fits
+    assert spilled.peak.host <= spilled.host
+    assert 0 < spilled.peak.disk < 32 * 131072 * 4096 * 2
+    assert spilled.times.parts["copies"] >= 2 * spilled.peak.disk / 1e9
+    assert f"{spilled.peak.disk / GIB:.1f} GiB of them on the disk" in line(spilled)
+    assert "disk, for what the host cannot hold" in table(spilled)
+    assert spilled.as_json()["memory"]["disk"] == spilled.peak.disk
+    little = with_disk(2**20)
+    assert not little.fits
+    wished = with_disk(2**40, activations="offload")
+    assert wished.peak.disk > 0
+    assert not wished.peak.refused
+    assert with_disk(0, activations="offload").peak.refused
+    assert planned("RTX 4090", 1, 4096, quantization="nf4", disk=2**40).peak.disk == 0
+
+
 def test_the_optimizer_is_paged_only_where_nothing_else_makes_it_fit(planned: Any) -> None:
     def whole(gib: float, optimizer: str, **keys: Any) -> Any:
         return planned("H200", 1, 512, gib=gib, lora=None, training={"optimizer": optimizer}, host=2**40, **keys)

@@ -37,11 +37,13 @@ def run(args: argparse.Namespace) -> int:
             f"--memory {args.memory!r} is no amount (allowed: one such as 12GiB; units: GiB, MiB, GB, MB)"
         ) from None
     console.quiet()
+    from ft_core.fast.spill import disk_room
     from ft_core.models.device import host_memory
     from ft_core.models.positions import fit_to_model
     from ft_core.planning import card_here, find_card, plan, ways, with_memory
     from ft_core.planning.blueprint import find_outline
     from ft_core.planning.show import table
+    from ft_core.training.memory import disk_folder
 
     source = find_outline(config)
     config = fit_to_model(config, source, say=console.say)
@@ -54,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             'there is no GPU here to plan for: name one (--gpu "RTX 4090"), or an amount (--memory 12GiB)'
         )
-    planned = plan(config, source, card, host=None if elsewhere else host_memory()[0])
+    folder = None if elsewhere else disk_folder(config)
+    disk = 0 if folder is None else disk_room(folder)
+    planned = plan(config, source, card, host=None if elsewhere else host_memory()[0], disk=disk)
     found = [] if planned.fits else ways(planned.planner, config, card)
     if args.json:
         print(json.dumps({**planned.as_json(), "would_fit": found}, indent=2))

@@ -168,7 +168,7 @@ class TrainConfig(BaseModel):
     """A run's configuration; the documentation's page on configuration explains each key.
 
     A method's own settings sit in a section under the method's name (``sft: {train_on: all}``). ``activations``,
-    ``memory`` and ``verify``: the documentation's page on the fast path.
+    ``memory``, ``disk`` and ``verify``: the documentation's page on the fast path.
 
     Raises:
         pydantic.ValidationError: a key or value that is not allowed. ``ft_core.config.load_config`` turns it into a
@@ -191,6 +191,7 @@ class TrainConfig(BaseModel):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
     memory: Annotated[str, BeforeValidator(_amount)] = "auto"
+    disk: Annotated[str, Field(min_length=1), BeforeValidator(_off)] = "auto"
     verify: Annotated[Literal["first-step", "off"], BeforeValidator(_off)] = "first-step"
     task: str = "text"
     output: str | None = Field(default=None, min_length=1)

@@ -17,13 +17,15 @@ from torch import Tensor
 from ft_core.fast.again import CHOICES, Choice
 from ft_core.fast.layout import Layout
 
-__all__ = ["Chooser", "Sizes", "counted", "fit"]
+__all__ = ["Chooser", "Sizes", "counted", "fit", "fit_on_disk"]
 
 WORK: dict[Choice, float] = {"keep": 0.0, "inputs": 0.65, "offload": 0.7, "recompute": 0.85, "offload-input": 0.9}
 """What a choice costs a step, in forward passes of the layer: q, k, v, gate and up are two thirds of its products, down
 is a quarter; copies run beside them."""
 LEFT_HERE: tuple[Choice, ...] = ("keep", "inputs")
 """What needs no copy to the host and no whole layer again, and so comes first."""
+AWAY: tuple[Choice, ...] = ("offload", "offload-input")
+"""What leaves tensors on the host."""
 COUNTED = 0.75
 """The share of the free memory that counted activations may fill; what is measured may fill all but MARGIN."""
 MARGIN = 0.01
@@ -127,6 +129,21 @@ def fit(layers: int, tokens: int, room: int, sizes: Sizes, host: int) -> list[Ch
     return [choice for choice, count in counts.items() for _ in range(count)]
 
 
+def fit_on_disk(
+    layers: int, tokens: int, room: int, sizes: Sizes, host: int, disk: Callable[[], int], needed: int
+) -> list[Choice]:
+    """As :func:`fit`; where that keeps more than ``needed`` bytes on the GPU, so much of ``disk`` is used.
+
+    A disk is slow, so no more of it than that, however much faster the layers would be without counting it.
+    """
+    plan = fit(layers, tokens, room, sizes, host)
+    over = sum(tokens * sizes.kept[choice] for choice in plan) - max(needed, 0)
+    if over <= 0:
+        return plan
+    each = tokens * sizes.host["offload-input"]
+    return fit(layers, tokens, room, sizes, host + min(-(-over // each) * each, disk()))
+
+
 @dataclass
 class _Measured:
     """A batch that was computed with little kept.
@@ -211,14 +228,20 @@ class Chooser:
         return tokens <= self._fits or self._measured is None
 
     def begin(
-        self, tokens: int, device: torch.device, host: Callable[[int], int], logits: int = 0
-    ) -> list[Choice]:  # fmt: skip
+        self,
+        tokens: int,
+        device: torch.device,
+        host: Callable[[int], int],
+        logits: int = 0,
+        disk: Callable[[], int] = lambda: 0,
+    ) -> list[Choice]:
         """The choices for a batch that is about to be computed, to be differentiated.
 
         Args:
             tokens: rows times their length.
             host: bytes of host memory that can be had, if so many are wanted.
             logits: how many of them are made at a time; 0 for the fast path's own head.
+            disk: gives bytes on the disk that can be had where the host's memory is too little, and nothing else helps.
         """
         if self.wanted != "auto" and tokens > self._held and "offload" in self.wanted:
             self.chosen = self._held_by_host(tokens, host)
@@ -227,9 +250,14 @@ class Chooser:
                 self.chosen = ["recompute" if self.tight else "keep"] * self._layers
             return self.chosen
         if self.wanted == "auto":
-            self.chosen = self._auto(tokens, device, host, logits)
+            self.chosen = self._auto(tokens, device, host, logits, disk)
         self._set_head(_limit(device, self.cap) - torch.cuda.memory_allocated(device))
         return self.chosen
+
+    def in_host(self, tokens: int) -> int:
+        """Bytes that such a batch leaves on the host, by the choices as they are."""
+        away = [choice for choice in self.chosen if choice in AWAY]
+        return sum(tokens * self._sizes().host[choice] for choice in away)
 
     def watch(self, output: Tensor) -> None:
         """Notice when backward has come to the first layer's output."""
@@ -265,7 +293,14 @@ class Chooser:
     def _set_head(self, room: int) -> None:
         self.head = min(self._most_head, max(int(room * HEAD_SHARE), HEAD_LEAST))
 
-    def _auto(self, tokens: int, device: torch.device, host: Callable[[int], int], logits: int) -> list[Choice]:
+    def _auto(
+        self,
+        tokens: int,
+        device: torch.device,
+        host: Callable[[int], int],
+        logits: int,
+        disk: Callable[[], int],
+    ) -> list[Choice]:
         known = self._plans.get(_rounded(tokens))
         if known is not None and torch.cuda.memory_allocated(device) <= known[0] + SLACK:
             return known[1]
@@ -277,7 +312,7 @@ class Chooser:
             kept = sum(sizes.kept[choice] for choice in measured.choices) * measured.tokens
             # The peak was that of the leanest choice: what it kept may be kept in other ways.
             room = limit - used - measured.beside + kept
-            plan = fit(self._layers, _rounded(tokens), room, sizes, in_host)
+            plan = fit_on_disk(self._layers, _rounded(tokens), room, sizes, in_host, disk, room)
             self._plans[_rounded(tokens)] = used, plan
             return plan
         if measured is not None and measured.beside is None and not measured.went_back and tokens == measured.tokens:
@@ -292,7 +327,8 @@ class Chooser:
         elif in_host >= self._layers * tokens * sizes.host["offload"]:
             choices = ["offload"] * self._layers
         else:
-            choices = fit(self._layers, tokens, 0, sizes, in_host)
+            likely = limit - used - counted(tokens, sizes, self._trained(), self.head) - LOGITS * logits
+            choices = fit_on_disk(self._layers, tokens, 0, sizes, in_host, disk, likely)
         self._measured = _Measured(tokens, choices, used, torch.cuda.max_memory_allocated(device), LOGITS * logits)
         return choices
 

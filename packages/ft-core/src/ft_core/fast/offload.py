@@ -10,9 +10,11 @@ waits as long as copying takes less time than computing.
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ft_core.errors import RunError
 from ft_core.models.device import host_memory
+
+if TYPE_CHECKING:
+    from ft_core.fast.spill import Disk
 
 __all__ = ["HostMemory", "Pool"]
 
@@ -46,6 +51,7 @@ class Pool:
 
     def __init__(self, pinned: bool, most: int | None = None) -> None:
         self.pinned, self.most, self.bytes = pinned, most, 0
+        self._share: int | None = None
         self._free: dict[int, list[Tensor]] = {}
         self._slabs: dict[int, list[Tensor]] = {}
 
@@ -71,20 +77,37 @@ class Pool:
         return max(self.bytes, self._limit())
 
     def _limit(self) -> int:
-        return self.bytes + int(SHARE * host_memory()[1]) if self.most is None else self.most
+        if self.most is not None:
+            return self.most
+        free = int(SHARE * host_memory()[1])
+        if not self.bytes:
+            self._share = free  # what it takes itself makes the rest smaller, and must not be counted again and again
+        return self.bytes + free if self._share is None else min(self.bytes + free, self._share)
+
+    def _slab(self, size: int) -> int:
+        return 1 << (IN_A_SLAB * size - 1).bit_length()
+
+    def _memory(self, count: int) -> Tensor:
+        try:
+            return torch.empty(count, dtype=torch.uint8, pin_memory=self.pinned)
+        except RuntimeError as error:
+            raise RunError(self._refusal(self.bytes + count, self.bytes)) from error
+
+    def _refusal(self, wanted: int, most: int) -> str:
+        return (
+            f"activations in host memory take {wanted / 2**30:.1f} GiB of it, {most / 2**30:.1f} can be had: "
+            "set activations: recompute, or lower max_length or training.batch_size"
+        )
 
     def _more(self, size: int) -> list[Tensor]:
-        slab = 1 << (IN_A_SLAB * size - 1).bit_length()
+        slab = self._slab(size)
         if self.bytes + slab > self._limit():
             self._let_go()
         if self.bytes + slab > self._limit():
             slab = size
         if self.bytes + slab > self._limit():
-            raise RunError(_refusal(self.bytes + slab, self._limit()))
-        try:
-            memory = torch.empty(slab, dtype=torch.uint8, pin_memory=self.pinned)
-        except RuntimeError as error:
-            raise RunError(_refusal(self.bytes + slab, self.bytes)) from error
+            raise RunError(self._refusal(self.bytes + slab, self._limit()))
+        memory = self._memory(slab)
         self.bytes += slab
         self._slabs.setdefault(size, []).append(memory)
         return list(memory[: slab // size * size].split(size))
@@ -105,13 +128,6 @@ def _class(count: int) -> int:
     return -(-count // step) * step
 
 
-def _refusal(wanted: int, most: int) -> str:
-    return (
-        f"activations in host memory take {wanted / 2**30:.1f} GiB of it, {most / 2**30:.1f} can be had: "
-        "set activations: recompute, or lower max_length or training.batch_size"
-    )
-
-
 class HostMemory:
     """Where one model's activations wait.
 
@@ -119,12 +135,19 @@ class HostMemory:
         least: bytes from which a tensor is taken there.
         most: bytes of host memory that may be used, or None (see :class:`Pool`).
         pools: by device.
+        disk: a folder for what the host's memory cannot hold, or None: then that is refused.
+        beyond: bytes of a batch that are expected to go there.
+        say: prints one line: that it happens, and what it costs.
     """
 
     def __init__(self) -> None:
         self.least = LEAST
         self.most: int | None = None
         self.pools: dict[torch.device, Pool] = {}
+        self.disk: Path | None = None
+        self.beyond = 0
+        self.say: Callable[[str], None] = warnings.warn
+        self._spilled: Disk | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._order = _Order()
         self._leaving: list[tuple[Tensor, torch.cuda.Event | None]] = []
@@ -153,6 +176,45 @@ class HostMemory:
             self.pools[device] = Pool(device.type == "cuda", self.most)
         return self.pools[device]
 
+    def on_disk(self) -> Pool | None:
+        """Buffers in files, where there is a folder for them."""
+        if self.disk is None:
+            return None
+        if self._spilled is None or self._spilled.folder != self.disk:
+            from ft_core.fast.spill import Disk
+
+            self._spilled = Disk(self.disk)
+        return self._spilled
+
+    def disk_room(self) -> int:
+        """Bytes that activations have or could have on the disk."""
+        disk = self.on_disk()
+        return 0 if disk is None else disk.room
+
+    def leave_disk(self) -> None:
+        """Nothing more goes to the disk, and what was there is given back."""
+        self.disk = self._spilled = None
+
+    def _buffer(self, count: int, device: torch.device) -> tuple[Tensor, Pool]:
+        """So many bytes, and whose they are: the host's memory while there is room, else the disk's."""
+        pool, disk = self.pool(device), self.on_disk()
+        try:
+            return pool.take(count), pool
+        except RunError:
+            if disk is None:
+                raise
+        is_first = not disk.bytes
+        buffer = disk.take(count)
+        if is_first:
+            from ft_core.fast.spill import RATE
+
+            size = max(self.beyond, count)
+            self.say(
+                f"the host's memory cannot hold all activations: about {size / 2**30:.1f} GiB of a batch go to a file "
+                f"in {self.disk}, which costs some {2 * size / RATE:.0f} s a batch at a disk's {RATE / 1e9:.0f} GB/s"
+            )
+        return buffer, disk
+
     def _take(self, tensor: Tensor) -> Any:
         """Take a saved tensor to the host, unless it is small, a parameter, or full of gaps."""
         if isinstance(tensor, nn.Parameter):
@@ -160,7 +222,8 @@ class HostMemory:
         tensor = tensor.detach()  # an output with its graph would keep that alive, and itself
         if tensor.nbytes < max(self.least, 1) or not _is_dense(tensor):
             return tensor
-        held = _Held(tensor, self.pool(tensor.device), self._stream(tensor.device), self._order)
+        buffer, pool = self._buffer(tensor.nbytes, tensor.device)
+        held = _Held(tensor, buffer, pool, self._stream(tensor.device), self._order)
         self._leaving.append((tensor, held.copied))
         self._let_go(AWAY)
         return held
@@ -195,12 +258,13 @@ class _Held:
         copied: when the copy out is done.
     """
 
-    def __init__(self, tensor: Tensor, pool: Pool, stream: torch.cuda.Stream | None, order: _Order) -> None:
+    def __init__(
+        self, tensor: Tensor, buffer: Tensor, pool: Pool, stream: torch.cuda.Stream | None, order: _Order
+    ) -> None:
         self.device, self.dtype, self.count = tensor.device, tensor.dtype, tensor.numel()
         self.shape, self.stride = tensor.shape, tensor.stride()
         self._stream, self._order, self._place = stream, order, len(order.held)
         order.held.append(weakref.ref(self))
-        buffer = pool.take(tensor.nbytes)
         weakref.finalize(self, pool.give, buffer).atexit = False
         self._host = buffer[: tensor.nbytes].view(tensor.dtype)
         self._back: Tensor | None = None

@@ -122,7 +122,10 @@ class FastPath:
         layers = self.layers
         flagged = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
         logits = 0 if self._own_head else tokens * self.model.config.get_text_config().vocab_size
-        for layer, choice in zip(layers, self.chooser.begin(tokens, device, room, logits), strict=True):
+        choices = self.chooser.begin(tokens, device, room, logits, self.host.disk_room)
+        if moved := self.chooser.in_host(tokens):
+            self.host.beyond = moved - self.host.pool(device).room
+        for layer, choice in zip(layers, choices, strict=True):
             forward = vars(layer).get("forward")
             if isinstance(forward, _LayerForward):
                 forward.fast.choice = choice

@@ -94,7 +94,7 @@ class Plan:
             "fits": self.fits,
             "memory": {
                 "parts": peak.parts, "peak": peak.total, "limit": self.limit, "context": CONTEXT, "moment": peak.moment,
-                "host": peak.host + peak.paged, "host_limit": self.host, "exact": peak.exact,
+                "host": peak.host + peak.paged, "host_limit": self.host, "disk": peak.disk, "exact": peak.exact,
             },
             "layers": {choice: peak.choices.count(choice) for choice in dict.fromkeys(peak.choices)},
             "micro_batch": {
@@ -118,34 +118,34 @@ class Planner:
     """Plans variants of a configuration for one model.
 
     Attributes:
-        blueprint: the model's sizes. host: bytes of host memory that may be pinned.
+        blueprint: the model's sizes. host: bytes of host memory that may be pinned. disk: bytes of the disk that
+            activations may take beyond them.
     """
 
-    def __init__(self, blueprint: Blueprint, host: int) -> None:
-        self.blueprint, self.host = blueprint, host
+    def __init__(self, blueprint: Blueprint, host: int, disk: int = 0) -> None:
+        self.blueprint, self.host, self.disk = blueprint, host, disk
 
     def peak(self, config: TrainConfig, card: Card, wanted: str | None = None) -> Peak:
         """The peak of a configuration: with a sequence tile only where it doesn't fit without.
 
-        Where the optimizer is ``auto``, its state is paged to the host only where nothing else makes it fit.
+        Where the optimizer is ``auto``, its state is paged to the host only where nothing else makes it fit; and before
+        either is left out, nothing goes to the disk.
         """
         named = config.training.optimizer
-        if named != "auto":
-            return self._peak(config, card, wanted, named)
-        plain = self._peak(config, card, wanted, "adamw_8bit")
-        if plain.total <= limit_of(config, card):
+        plain = self._peak(config, card, wanted, "adamw_8bit" if named == "auto" else named)
+        if named != "auto" or _easily(plain, limit_of(config, card)):
             return plain
         paged = self._peak(config, card, wanted, "paged_adamw_8bit")
-        return paged if paged.total < plain.total and paged.host + paged.paged <= self.host else plain
+        return _better(plain, paged, limit_of(config, card)) if paged.host + paged.paged <= self.host else plain
 
     def _peak(self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str) -> Peak:
-        outline = self.blueprint.outline(config.lora)
+        outline, limit = self.blueprint.outline(config.lora), limit_of(config, card)
         whole = peak_of(self.blueprint, outline, self._step(config, card, None, wanted, optimizer))
         tokens = config.training.batch_size * config.max_length
-        if whole.total <= limit_of(config, card) or not outline.able or tokens <= TILE or wanted == "keep":
+        if _easily(whole, limit) or not outline.able or tokens <= TILE or wanted == "keep":
             return whole
         tiled = peak_of(self.blueprint, outline, self._step(config, card, TILE, wanted, optimizer))
-        return tiled if tiled.total < whole.total else whole
+        return _better(whole, tiled, limit)
 
     def fits(self, config: TrainConfig, card: Card, wanted: str | None = None) -> bool:
         """Whether it fits; ``wanted`` instead of the configuration's ``activations``."""
@@ -185,9 +185,20 @@ class Planner:
             wanted=wanted or config.activations,
             limit=limit_of(config, card),
             host=self.host,
+            disk=self.disk,
             tile=tile,
             dense=card.capability >= (9, 0),
         )
+
+
+def _easily(peak: Peak, limit: int) -> bool:
+    """Whether it fits, without the disk."""
+    return peak.total <= limit and not peak.disk
+
+
+def _better(one: Peak, other: Peak, limit: int) -> Peak:
+    """What fits, or else is less; of two that fit what leaves less on the disk, or else the first."""
+    return min(one, other, key=lambda peak: (max(peak.total - limit, 0), peak.disk))
 
 
 def most(fits: Callable[[int], bool], bound: int) -> int:
@@ -217,20 +228,29 @@ def with_length(config: TrainConfig, length: int) -> TrainConfig:
     return config.model_copy(update={"max_length": length})
 
 
-def plan(config: TrainConfig, source: ModelSource, card: Card, *, host: int | None = None, quick: bool = False) -> Plan:
+def plan(
+    config: TrainConfig,
+    source: ModelSource,
+    card: Card,
+    *,
+    host: int | None = None,
+    disk: int = 0,
+    quick: bool = False,
+) -> Plan:
     """Predict what a configuration takes on a card, before anything is loaded.
 
     Args:
         config: checked, with its ``max_length`` within the model's positions.
         source: the model's folder, of which only ``config.json`` is read.
         host: bytes of host memory; None for ``HOST_ASSUMED``, a machine that is not here.
+        disk: bytes of the disk for activations that the host's memory cannot hold.
         quick: leave out the largest micro-batch, and count no rows.
 
     Raises:
         ModelError: the model's configuration cannot be used.
     """
     spec = registry().get(MethodSpec, config.method)
-    planner = Planner(Blueprint.of(source, spec.head), int(SHARE * (HOST_ASSUMED if host is None else host)))
+    planner = Planner(Blueprint.of(source, spec.head), int(SHARE * (HOST_ASSUMED if host is None else host)), disk)
     blueprint = planner.blueprint
     peak = planner.peak(config, card)
     steps, counted = steps_of(config, None if quick else count_rows(config))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ft_core.fast.again import Choice
-from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, Sizes, fit
+from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, Sizes, fit_on_disk
 from ft_core.planning.blueprint import Blueprint, Outline
 from ft_core.planning.weights import room_bytes, states_of, weight_bytes
 from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
@@ -42,6 +42,7 @@ class Step:
         wanted: the configuration's ``activations``.
         limit: bytes that torch may have; None for no limit. host: bytes of pinned host memory that can be had.
         tile: tokens of a sequence tile, or None.
+        disk: bytes on the disk that can be had where that is not enough.
         dense: whether attention is cuDNN's (Hopper and later), which needs no gradient for each head of q.
     """
 
@@ -53,6 +54,7 @@ class Step:
     wanted: str = "auto"
     limit: int | None = None
     host: int = 2**62
+    disk: int = 0
     tile: int | None = None
     dense: bool = True
 
@@ -72,7 +74,7 @@ class Peak:
         choices: of the layers, first layer first. head_rows: of logits at a time. moment: ``head``, ``layer`` or
             ``update``. exact: whether the family is known and only an adapter is trained, which is what was measured.
         tile: tokens of a sequence tile. refused: the host cannot hold what is to be offloaded.
-        optimizer: as transformers calls it.
+        optimizer: as transformers calls it. disk: bytes that the host's memory cannot hold.
     """
 
     parts: dict[str, int]
@@ -85,6 +87,7 @@ class Peak:
     tile: int | None = None
     refused: bool = False
     optimizer: str = "adamw_8bit"
+    disk: int = 0
 
     @property
     def total(self) -> int:
@@ -164,9 +167,10 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         "activations kept": waits,
         {"head": "head", "layer": "one layer", "update": "update"}[name]: work,
     }
+    moved = tokens * sum(sizes.host.get(choice, 0) for choice in choices)
     return Peak(
         parts={part: size for part, size in parts.items() if size},
-        host=tokens * sum(sizes.host.get(choice, 0) for choice in choices),
+        host=moved if refused else min(moved, step.host),
         paged=states.host,
         choices=choices,
         head_rows=rows,
@@ -175,6 +179,7 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         tile=step.tile,
         refused=refused,
         optimizer=step.optimizer,
+        disk=0 if refused else max(moved - step.host, 0),
     )
 
 
@@ -201,7 +206,7 @@ def _choices(
         choice: Choice = step.wanted  # type: ignore[assignment]
         if choice == "offload" and layers * tokens * sizes.host["offload"] > step.host:
             choice = "offload-input"
-        return [choice] * layers, layers * tokens * sizes.host.get(choice, 0) > step.host
+        return [choice] * layers, layers * tokens * sizes.host.get(choice, 0) > step.host + step.disk
     if step.limit is None:
         return ["keep"] * layers, False
     first = gradients if step.accumulates else 0
@@ -210,7 +215,7 @@ def _choices(
     holds = step.host >= layers * tokens * sizes.host["offload"]
     leanest = beside["offload" if holds else "offload-input"]
     room = step.limit - used - max(head + first, leanest + gradients)
-    return fit(layers, tokens, room, sizes, step.host), False
+    return fit_on_disk(layers, tokens, room, sizes, step.host, lambda: step.disk, room), False
 
 
 def _sizes(blueprint: Blueprint, outline: Outline, layer: Layer) -> Sizes:

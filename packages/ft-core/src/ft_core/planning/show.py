@@ -30,6 +30,8 @@ def line(plan: Plan) -> str:
     words.append(_chosen(plan))
     if plan.peak.tile:
         words.append(f"tiles of {plan.peak.tile} tokens")
+    if plan.peak.disk:
+        words.append(f"{plan.peak.disk / GIB:.1f} GiB of them on the disk")
     if _pages(plan):
         words.append("the optimizer's state paged to the host's memory")
     rough = "" if plan.peak.exact else " (rough)"
@@ -52,6 +54,7 @@ def table(plan: Plan, ways: Sequence[str] = ()) -> str:
         _row("peak", peak.total) + f"   of {plan.limit / GIB:.2f} that can be had",
         _row("CUDA itself, beside that", CONTEXT),
         _row("host memory", peak.host + peak.paged),
+        *([_row("disk, for what the host cannot hold", peak.disk)] if peak.disk else []),
         "",
         f"layers         {_chosen(plan)}",
         f"micro-batch    {_batch(plan)}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ft_core.fast.again import Choice
+from ft_core.fast.spill import RATE
 from ft_core.planning.blueprint import Blueprint, Outline
 from ft_core.planning.cards import Card
 from ft_core.planning.peak import Layer, Peak, Step
@@ -135,10 +136,11 @@ def _passes(layer: Layer) -> tuple[int, int]:
 
 def _waits(peak: Peak, step: Step, card: Card, computing: float, layers: int) -> dict[str, float]:
     """Seconds by which copies to the host, or back from it, take longer than the layers that they run beside."""
-    if not peak.host:
+    if not peak.host + peak.disk:
         return {}
     away = sum(choice in ("offload", "offload-input") for choice in peak.choices)
     copy = peak.host / card.link
     forward, back = computing * away / layers * 0.3, computing * away / layers * 0.7
     excess = max(copy - forward, 0.0) + max(copy - back, 0.0)
+    excess += 2 * peak.disk / RATE  # what is not pinned is copied while the host waits, and nothing runs beside it
     return {"copies": excess} if excess else {}

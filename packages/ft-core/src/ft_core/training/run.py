@@ -28,7 +28,7 @@ from ft_core.training.arguments import total_steps, trainer_arguments
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.lock import held
-from ft_core.training.memory import memory_capped, memory_errors_said
+from ft_core.training.memory import disk_folder, memory_capped, memory_errors_said
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
     check_resumable,
@@ -39,7 +39,7 @@ from ft_core.training.prepare import (
     prepare_rows,
 )
 from ft_core.training.ranks import Ranks
-from ft_core.training.speed import check_first_step, foresee, plan_ahead, recomputes, speed_up
+from ft_core.training.speed import check_first_step, foresee, leave_disk, plan_ahead, recomputes, speed_up
 from ft_core.training.trainer import last_whole_checkpoint, storage_error
 
 __all__ = ["TrainResult", "train"]
@@ -100,6 +100,7 @@ def train(
         source = find_model(config.model)
         read_ahead(source)
         config = fit_to_model(config, source, say=say)
+        disk_folder(config)  # whether it is there is asked before anything is loaded
         device = pick_device()
         with memory_errors_said(run, config), memory_capped(config, device, say):
             return _train(config, source, run, ranks, device, resuming=resume and run.is_run, say=say)
@@ -212,6 +213,7 @@ class _Session:
             raise
         finally:
             self.writer.close()
+            leave_disk(job.model)
         self.memory["train"] = peak_memory()
         steps = int(trainer.state.global_step)
         if self.interruption.asked and steps < trainer.state.max_steps:

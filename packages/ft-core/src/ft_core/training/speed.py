@@ -9,11 +9,12 @@ from ft_core.config import TrainConfig
 from ft_core.errors import RunError
 from ft_core.memory import bytes_of, is_memory_error
 from ft_core.models import Device, ModelSource
+from ft_core.training.memory import disk_folder
 
 if TYPE_CHECKING:
     from ft_core.planning import Plan
 
-__all__ = ["check_first_step", "foresee", "plan_ahead", "recomputes", "runs_kernels", "speed_up"]
+__all__ = ["check_first_step", "foresee", "leave_disk", "plan_ahead", "recomputes", "runs_kernels", "speed_up"]
 
 CHECKED = 256
 """Tokens of the row that the first step is checked on."""
@@ -34,6 +35,7 @@ def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Calla
     if not runs_kernels(device):
         return None
     try:
+        from ft_core.fast.spill import disk_room
         from ft_core.models.device import host_memory
         from ft_core.planning import card_here, plan, with_memory
         from ft_core.planning.engine import CONTEXT
@@ -43,7 +45,9 @@ def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Calla
         if card is None:
             return None
         card = with_memory(card, min(device.memory, device.free + CONTEXT))  # others may be at work there
-        planned = plan(config, source, card, host=host_memory()[1], quick=True)
+        folder = disk_folder(config)
+        disk = 0 if folder is None else disk_room(folder)
+        planned = plan(config, source, card, host=host_memory()[1], disk=disk, quick=True)
         said = line(planned)
     except Exception:
         return None
@@ -86,6 +90,7 @@ def recomputes(
     path = fast.fast_path_of(model)
     if path is not None:
         # torch's own count of what it holds is above what is in use: rounding, and gaps.
+        path.host.disk, path.host.say = disk_folder(config), say
         path.choose(config.activations, memory=None if config.memory == "auto" else int(GAPS * bytes_of(config.memory)))
         if planned is not None:
             path.tile = planned.peak.tile
@@ -93,6 +98,15 @@ def recomputes(
     if config.activations == "offload":
         say("activations: offload needs the fast layers; they are computed again instead")
     return config.activations in ("recompute", "offload") or (config.activations == "auto" and device.type == "cuda")
+
+
+def leave_disk(model: Any) -> None:
+    """Give back what activations have taken of the disk."""
+    from ft_core import fast
+
+    path = fast.fast_path_of(model)
+    if path is not None:
+        path.host.leave_disk()
 
 
 def plan_ahead(trainer: Any, say: Callable[[str], None]) -> None:

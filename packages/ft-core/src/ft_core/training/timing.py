@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ft_core.config import TrainConfig
@@ -90,11 +91,16 @@ def _time(
     model = prepare_model(config, spec, source, device, say)
     speed_up(model, device, say)
     loaded = time.perf_counter() - began
+    from ft_core.fast import fast_path_of
+
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
         recompute = recomputes(model, config, device, say, planned)
         optimizer = optimizer_of(config, planned)
         arguments = trainer_arguments(config, run, device, evaluates=False, recompute=recompute, optimizer=optimizer)
+        path = fast_path_of(model)
+        if path is not None and path.host.disk is not None and config.disk == "auto":
+            path.host.disk = Path(folder)  # there is no run folder
         arguments |= {"max_steps": warm + steps, "gradient_accumulation_steps": 1, "save_strategy": "no"}
         job = Job(
             config=config, settings=method_settings(config), model=model, tokenizer=load_tokenizer(source),
@@ -105,8 +111,6 @@ def _time(
 
 def _timed(trainer: Any, device: Any, loaded: float, steps: int, warm: int) -> Timing:
     import torch
-
-    from ft_core.fast import fast_path_of
 
     def now() -> float:
         if device.type == "cuda":
@@ -140,6 +144,8 @@ def _timed(trainer: Any, device: Any, loaded: float, steps: int, warm: int) -> T
         taken.append({part: b - a for part, a, b in zip(PARTS, marks, marks[1:], strict=False)})
         mask = batch.get("attention_mask")
         tokens.append(int(batch["input_ids"].numel() if mask is None else mask.sum()))
+    from ft_core.fast import fast_path_of
+
     path = fast_path_of(model)
     return Timing(
         device=str(device),
