@@ -134,6 +134,31 @@ def test_without_room_on_the_host_whole_layers_are_computed_again(monkeypatch):
     assert gpu.step(chooser, 16384, 2 * GIB, host=5 * GIB) == ["offload-input"] * 32
 
 
+def test_a_first_batch_whose_layers_would_not_fit_one_by_one_goes_in_tiles(monkeypatch):
+    """A layer of 65536 tokens takes 10 GiB beside what waits; in a trainer of somebody else nobody said so before."""
+    for free, tiles in ((60, False), (7, True)):
+        gpu, chooser = Gpu(monkeypatch, (10 + free) * GIB, 10 * GIB), chooser_for()
+        gpu.step(chooser, 4096, GIB)
+        assert not chooser.tiles
+        gpu.step(chooser, 65536, 4 * GIB)
+        assert chooser.tiles is tiles
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ft_core import fast
+
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
+    path = fast.enable(LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)).train())
+    ids = torch.randint(97, (2, 10))
+    path.model(input_ids=ids, labels=ids)
+    assert path.tile is None
+    path.chooser.tiles = True
+    path.model(input_ids=ids, labels=ids)
+    assert path.tile == choose.TILE
+    path.tile = 1024
+    path.model(input_ids=ids, labels=ids)
+    assert path.tile == 1024
+
+
 def test_the_disk_is_the_last_resort(monkeypatch):
     """16 GiB of inputs where 7 are free on the GPU, 5 on the host, and then enough on the disk."""
     tokens, each = 65536, 65536 * SIZES.host["offload-input"]

@@ -33,6 +33,8 @@ SLACK = 2**25
 """Bytes by which memory in use may grow before the choice is made anew: a batch's own tensors."""
 HEAD = 2**30
 """Bytes for the head at most, and a share of what is free where that is little; at least HEAD_LEAST."""
+TILE = 4096
+"""Tokens of a sequence tile: enough to fill a large card."""
 HEAD_SHARE, HEAD_LEAST = 0.45, 2**27
 LOGITS = 12
 """Bytes of each logit where the head is not the fast path's: in 16 bits, in fp32, and its gradient."""
@@ -171,6 +173,7 @@ class Chooser:
         cap: bytes that the GPU's allocated memory may reach, or None for what is free.
         chosen: the last batch's choices, first layer first.
         head: bytes that the head may use at a time.
+        tiles: whether a batch has come whose layers would not fit one by one, other than in tiles of ``TILE`` tokens.
         tight: whether a batch has not fitted, so that nothing is kept that was not measured (:meth:`tighten`).
     """
 
@@ -178,7 +181,7 @@ class Chooser:
         self.wanted: Literal["auto"] | Choice | Sequence[Choice] = "auto"
         self.cap: int | None = None
         self.head = self._most_head = HEAD
-        self.tight = False
+        self.tight = self.tiles = False
         self._sizes, self._layers, self._trained = sizes, layers, trained
         self.chosen: list[Choice] = ["keep"] * layers
         self._wished = self.chosen
@@ -321,13 +324,14 @@ class Chooser:
         if sure == "keep":
             self._fits = tokens
             return ["keep"] * self._layers
+        likely = limit - used - counted(tokens, sizes, self._trained(), self.head) - LOGITS * logits
+        self.tiles = self.tiles or (tokens > TILE and likely < 0)
         choices: list[Choice]
         if sure is not None:
             choices = [sure] * self._layers
         elif in_host >= self._layers * tokens * sizes.host["offload"]:
             choices = ["offload"] * self._layers
         else:
-            likely = limit - used - counted(tokens, sizes, self._trained(), self.head) - LOGITS * logits
             choices = fit_on_disk(self._layers, tokens, 0, sizes, in_host, disk, likely)
         self._measured = _Measured(tokens, choices, used, torch.cuda.max_memory_allocated(device), LOGITS * logits)
         return choices

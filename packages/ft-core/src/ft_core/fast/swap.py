@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ft_core.data.collating import LENGTHS
 from ft_core.fast.again import Choice, compute_by_choice, without_checkpointing
 from ft_core.fast.blocks import Keep
-from ft_core.fast.choose import Chooser, Sizes
+from ft_core.fast.choose import TILE, Chooser, Sizes
 from ft_core.fast.documents import Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of, unwrapped
 from ft_core.fast.graphs import Graphs, Pace
@@ -53,9 +53,10 @@ class FastPath:
         graphs: recorded steps, for batches of rows without padding, and for rows of documents where the host is slower
             than the GPU (``graphs.on = False`` does without).
         pace: which of the two it is.
-        tile: how many tokens a layer computes at a time, attention aside, in batches of more; None for all. It saves
-            memory for long sequences, and computes gate and up again in backward whatever the layer keeps (see
-            :func:`ft_kernels.mlp_block`). It holds for layers whose halves are one operation each.
+        tile: how many tokens a layer computes at a time, attention aside, in batches of more; None for all, until
+            ``auto`` meets a batch that needs tiles. It saves memory for long sequences, and computes gate and up again
+            in backward whatever the layer keeps (see :func:`ft_kernels.mlp_block`). It holds for layers whose halves
+            are one operation each.
     """
 
     model: Any
@@ -123,6 +124,8 @@ class FastPath:
         flagged = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
         logits = 0 if self._own_head else tokens * self.model.config.get_text_config().vocab_size
         choices = self.chooser.begin(tokens, device, room, logits, self.host.disk_room)
+        if self.tile is None and self.chooser.tiles:
+            self.tile = TILE
         if moved := self.chooser.in_host(tokens):
             self.host.beyond = moved - self.host.pool(device).room
         for layer, choice in zip(layers, choices, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ft_core.fast.choose import TILE
 from ft_core.fast.graphs import Graphs
 from ft_core.fast.swap import FastPath
 
@@ -11,8 +12,8 @@ __all__ = ["tighten"]
 
 BOUNDS = (0.9, 0.8)
 """Of the memory that there is, what is planned with from now on: the first time, and where little was kept already."""
-TILE, LEAST_TILE = 4096, 1024
-"""Tokens of a sequence tile: one that costs no speed, and the smallest."""
+LEAST_TILE = 1024
+"""Tokens of the smallest sequence tile."""
 LOGITS = 2**26
 """Bytes for the head, where little was kept already."""
 

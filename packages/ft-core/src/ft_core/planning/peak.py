@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ft_core.fast.again import Choice
-from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, Sizes, fit_on_disk
+from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, TILE, Sizes, fit_on_disk
 from ft_core.planning.blueprint import Blueprint, Outline
 from ft_core.planning.weights import room_bytes, states_of, weight_bytes
 from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
@@ -25,8 +25,6 @@ ALONE: tuple[Choice, ...] = ("offload", "offload-input", "recompute")
 
 WORKSPACE = 2**25
 """Bytes that cuBLAS takes for its products."""
-TILE = 4096
-"""Tokens of a sequence tile: enough to fill a large card."""
 UNDER_WAY = 2
 """Tensors that are on their way from the host before a layer wants them (``ft_core.fast.offload``)."""
 
