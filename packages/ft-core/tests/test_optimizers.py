@@ -144,3 +144,24 @@ def test_in_a_trainer(tiny, tmp_path, name, is_queued):
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, QueuedUpdates) is is_queued
     assert trainer.state.num_input_tokens_seen == 3 * 8 * len(ids)
+
+
+@pytest.mark.gpu
+def test_a_paged_run_goes_on_as_it_was(ft, configure, metrics, tmp_path):
+    """Adapters of more than 100,000 numbers each, whose state is paged, and again after a checkpoint."""
+
+    def train(name: str, optimizer: str, steps: int, *words: str) -> list[float]:
+        training = {"max_steps": steps, "optimizer": optimizer, "save_every": 3, "scheduler": "constant"}
+        config = configure(lora={"r": 2048, "alpha": 64}, training=training, output=str(tmp_path / name))
+        done = ft("train", config, *words)
+        assert done.code == 0, done.err
+        return [row["loss"] for row in metrics(tmp_path / name)]
+
+    whole = train("whole", "paged_adamw_8bit", 6)
+    assert train("plain", "adamw_8bit", 6) == whole
+    train("parts", "paged_adamw_8bit", 3)
+    assert train("parts", "paged_adamw_8bit", 6, "--resume") == whole
+    train("turns", "paged_adamw_8bit", 3)
+    assert train("turns", "adamw_8bit", 6, "--resume") == whole
+    train("back", "adamw_8bit", 3)
+    assert train("back", "paged_adamw_8bit", 6, "--resume") == whole

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +96,8 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.fixture
 def train(ft: Any, configure: Any, tmp_path: Path, write_rows: Any, sums: Any) -> Any:
     """`train(name)`: a run of updates of three micro-batches with dropout, the longest row somewhere in the midst."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and these bound the memory of a CPU's tensors")
     rows = sums(24)
     rows[11]["messages"][0]["content"] += " and then nothing more" * 9
     data = write_rows(tmp_path / "uneven.jsonl", rows)
@@ -260,6 +264,60 @@ def test_a_stream_has_no_longest_batch():
             return torch.utils.data.DataLoader(Stream(), batch_size=1)
 
     assert longest_batch(Trainer()) is None
+
+
+PROGRAM = """
+import dataclasses, sys
+import torch, transformers
+from ft_core.models import device, loading
+from ft_core.training import run, speed
+pick = device.pick_device
+for module in (run, loading):
+    module.pick_device = lambda: dataclasses.replace(pick(), dtype="float32")
+if sys.argv[1] != "plain":
+    speed.runs_kernels = lambda device: True
+calls, step = [], transformers.Trainer.training_step
+def failing(self, *args, **kwargs):
+    calls.append(1)
+    if sys.argv[1] == "failing" and len(calls) == 3:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return step(self, *args, **kwargs)
+transformers.Trainer.training_step = failing
+from ft_core.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_with_two_processes(configure, tmp_path, metrics, write_rows, sums):
+    """Each tries its own longest batch; where one does not fit nobody begins again, for the other waits."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and it would be both processes'")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    rows = sums(24)
+    rows[11]["messages"][0]["content"] += " and then nothing more" * 9
+    data = write_rows(tmp_path / "uneven.jsonl", rows)
+
+    def train(kind: str) -> Any:
+        config = configure(
+            data=str(data), max_length=256, packing=False, lora={"r": 8, "dropout": 0.2}, output=str(tmp_path / kind),
+            training={"max_steps": 3, "batch_size": 2, "gradient_accumulation": 2},
+        )  # fmt: skip
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), kind]
+        return subprocess.run(
+            [sys.executable, *words, "train", str(config)], capture_output=True, text=True, timeout=120, check=False
+        )
+
+    for kind in ("plain", "fast"):
+        done = train(kind)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("the longest batch fits") == (kind == "fast")
+    plain, fast = ([row["loss"] for row in metrics(tmp_path / kind)] for kind in ("plain", "fast"))
+    assert fast == pytest.approx(plain, rel=1e-4)
+    done = train("failing")
+    assert done.returncode != 0
+    assert "ft train: out of memory: set activations: recompute, or" in done.stderr
+    assert "planned anew" not in done.stderr
 
 
 @pytest.mark.gpu

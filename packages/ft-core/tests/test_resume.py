@@ -180,6 +180,18 @@ def part(words: list[object], tmp_path: Path, start_ft: Any) -> Path:
     return run
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_the_optimizer_that_auto_stood_for_may_be_named(
+    setup: Path, words: list[object], part: Path, ft: Any, losses: Any, metrics: Any, optimizer: str
+) -> None:
+    refused = ft(*words, "--resume", "training.optimizer=adamw_torch")
+    assert refused.code == 2
+    assert "training.optimizer was 'adamw_8bit' and is 'adamw_torch'" in refused.message
+    done = ft(*words, "--resume", f"training.optimizer={optimizer}")
+    assert done.code == 0, done.err
+    check_same(part, setup / "whole", losses, metrics)
+
+
 def test_what_may_not_change_on_resuming(
     setup: Path, words: list[object], part: Path, ft: Any, tree: Any, sums: Any, write_rows: Any, tmp_path: Path
 ) -> None:
