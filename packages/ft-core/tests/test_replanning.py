@@ -330,7 +330,16 @@ def test_under_a_real_bound_on_a_gpu(activations, ft, configure, metrics, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(first.read_text())["model"])
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **sizes))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=4096,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+            **sizes,
+        )
+    )
     model.save_pretrained(tmp_path / "larger")
     tokenizer.save_pretrained(tmp_path / "larger")
     del model

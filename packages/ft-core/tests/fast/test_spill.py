@@ -26,7 +26,7 @@ needs_names = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="thi
 
 def make() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)).train()
 
 
@@ -40,7 +40,7 @@ def step(model: Any) -> list[torch.Tensor]:
 
 @needs_names
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("most", [0, 40_000])
+@pytest.mark.parametrize("most", [0, 200_000])
 def test_gradients_are_the_same_and_it_is_said_once(most, device, tmp_path):
     """With nothing in the host's memory, and with some of it there."""
     model = make().to(device)

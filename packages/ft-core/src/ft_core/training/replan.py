@@ -36,11 +36,14 @@ class ReplanningMixin(_Base):
     Attributes:
         rehearses: whether the first step is preceded by one of the longest batch of the first epoch, which is thrown
             away: what does not fit is seen at once, and the fast layers plan by it.
+        replans: whether a step may be begun again; not where computing one changes more than gradients, random
+            numbers and TRL's counts.
         replanned: the tighter plan in words, once there is one. There is one a training.
         say: prints one line.
     """
 
     rehearses: bool = False
+    replans: bool = True
     replanned: str | None = None
     _so_far: _SoFar | None = None
 
@@ -67,7 +70,8 @@ class ReplanningMixin(_Base):
             so_far = self._so_far = _SoFar(self.state.global_step, _Moment.of(self))
         so_far.calls.append((inputs, args, kwargs))
         loss = self._computed(model, so_far, f"step {so_far.step + 1}")
-        if len(so_far.calls) >= getattr(self, "current_gradient_accumulation_steps", 1):
+        count = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        if len(so_far.calls) >= count:
             self._so_far = None  # the update is next
         return loss
 
@@ -102,7 +106,7 @@ class ReplanningMixin(_Base):
         from ft_core.fast import fast_path_of
         from ft_core.fast.tighten import tighten
 
-        if self.accelerator.num_processes > 1:
+        if not self.replans or self.accelerator.num_processes > 1:
             return None  # the other processes are in the middle of their step
         path = fast_path_of(self.model)
         if path is not None and path.on:
