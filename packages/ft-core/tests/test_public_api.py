@@ -124,6 +124,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.families.llama": ["describe_llama", "describe_mistral"],
     "ft_core.fast.families.qwen": ["describe_qwen2", "describe_qwen3"],
     "ft_core.fast.find": ["NotFast", "layout_of", "unwrapped"],
+    "ft_core.fast.forwards": ["Forward", "is_own", "silent"],
     "ft_core.fast.graphs": ["Graphs", "Pace"],
     "ft_core.fast.head": ["as_count", "can_fuse", "loss_of"],
     "ft_core.fast.layer": ["DecoderLayer", "norm"],
@@ -145,7 +146,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.recurring": ["LONGEST", "documents_plan", "filled_up", "recurring_length", "recurs"],
     "ft_core.fast.spill": ["Disk", "RATE", "disk_room"],
     "ft_core.fast.tighten": ["tighten"],
-    "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of", "is_own"],
+    "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of"],
     "ft_core.fast.wide": ["Wide"],
     "ft_core.fast.verify": ["Float64", "Ledger", "Line", "verify"],
     "ft_core.generation": [

@@ -11,7 +11,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from ft_core.fast.blocks import Keep
 from ft_core.fast.choose import TILE, Chooser, Sizes
 from ft_core.fast.documents import Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of, unwrapped
+from ft_core.fast.forwards import Forward, silent
 from ft_core.fast.graphs import Graphs, Pace
 from ft_core.fast.head import as_count, can_fuse, loss_of
 from ft_core.fast.layer import DecoderLayer, norm
@@ -31,7 +31,7 @@ from ft_core.fast.linears import is_plain
 from ft_core.fast.offload import HostMemory
 from ft_core.fast.recurring import documents_plan, filled_up, recurs
 
-__all__ = ["FastPath", "disable", "enable", "fast_path_of", "is_own"]
+__all__ = ["FastPath", "disable", "enable", "fast_path_of"]
 
 BATCH = "ft_batch"
 """The keyword by which the backbone hands the batch's documents to its layers."""
@@ -54,9 +54,8 @@ class FastPath:
             than the GPU (``graphs.on = False`` does without).
         pace: which of the two it is.
         tile: how many tokens a layer computes at a time, attention aside, in batches of more; None for all, until
-            ``auto`` meets a batch that needs tiles. It saves memory for long sequences, and computes gate and up again
-            in backward whatever the layer keeps (see :func:`ft_kernels.mlp_block`). It holds for layers whose halves
-            are one operation each.
+            ``auto`` needs tiles. They save memory for long sequences, and compute gate and up again in backward
+            whatever the layer keeps (:func:`ft_kernels.mlp_block`), where layers' halves are one operation each.
     """
 
     model: Any
@@ -148,7 +147,7 @@ class FastPath:
     def _trained(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    def put(self, forward: _Forward) -> None:
+    def put(self, forward: Forward) -> None:
         """Give an instance another forward."""
         forward.module.forward = forward  # type: ignore[assignment]
         self._changed.append(forward.module)
@@ -163,7 +162,7 @@ class FastPath:
             decoder.blocks.undo()
         for module in self._changed:
             forward = vars(module).get("forward")
-            if isinstance(forward, _Forward) and forward.path is self:
+            if isinstance(forward, Forward) and forward.path is self:
                 del module.forward
         self._changed.clear()
         vars(self.model).pop(HANDLE, None)
@@ -214,21 +213,7 @@ def enable(model: Any) -> FastPath:
     return path
 
 
-class _Forward:
-    """A forward of one instance. An object, not a function, so that a copy of the model has forwards of its own."""
-
-    def __init__(self, path: FastPath, module: nn.Module) -> None:
-        self.path, self.module, self.own = path, module, module.forward
-        wrapper: Any = self
-        functools.update_wrapper(wrapper, self.own)  # generate() and trainers look at the signature
-
-
-def is_own(forward: Any) -> bool:
-    """Whether an instance's forward is one that the fast path has put there."""
-    return isinstance(forward, _Forward)
-
-
-class _LayerForward(_Forward):
+class _LayerForward(Forward):
     def __init__(self, path: FastPath, module: nn.Module, fast: DecoderLayer) -> None:
         super().__init__(path, module)
         self.fast = fast
@@ -260,12 +245,12 @@ class _LayerForward(_Forward):
             return self.own(x, *args, **keywords)
 
 
-class _NormForward(_Forward):
+class _NormForward(Forward):
     def __call__(self, hidden_states: Tensor) -> Any:
         return norm(self.module, self.path.layout, hidden_states) if self.path.on else self.own(hidden_states)
 
 
-class _BackboneForward(_Forward):
+class _BackboneForward(Forward):
     def __call__(
         self,
         input_ids: Tensor | None = None,
@@ -305,7 +290,7 @@ class _BackboneForward(_Forward):
             )
 
 
-class _ModelForward(_Forward):
+class _ModelForward(Forward):
     def __init__(self, path: FastPath, module: nn.Module, backbone: nn.Module) -> None:
         super().__init__(path, module)
         self.backbone = backbone
@@ -402,7 +387,8 @@ class _ModelForward(_Forward):
         path = self.path
         halves = [half for decoder in path.decoders for half in decoder.blocks.halves()]
         rotary = at(self.backbone, path.layout.rotary)
-        if None in halves or not self._silent() or getattr(rotary, "rope_type", None) in CHANGING:
+        whole = [self.backbone, getattr(path.model, path.layout.head)]
+        if None in halves or not silent(whole) or getattr(rotary, "rope_type", None) in CHANGING:
             return None
         parameters = list(path.model.parameters())
         key = (
@@ -411,19 +397,3 @@ class _ModelForward(_Forward):
             tuple((id(parameter), parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
         )  # fmt: skip
         return key, (halves, parameters)
-
-    def _silent(self) -> bool:
-        """Whether no part of the model has code of a user's to run: hooks, or a forward of its own."""
-        parts: list[nn.Module] = [self.backbone, getattr(self.path.model, self.path.layout.head)]
-        while parts:
-            part = parts.pop()
-            own = vars(part)
-            forward = own.get("forward")
-            if forward is not None and not is_own(forward):
-                return False
-            hooks = [own[f"_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre")]
-            # transformers' enable_input_require_grads: it asks for a gradient, and computes nothing.
-            if any(getattr(h, "__name__", "") != "make_inputs_require_grads" for h in chain(*map(dict.values, hooks))):
-                return False
-            parts += [child for child in own["_modules"].values() if child is not None]
-        return True

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ft_core.fast.find import NotFast, layout_of, unwrapped
+from ft_core.fast.forwards import is_own
 from ft_core.fast.layout import Layout, at
-from ft_core.fast.swap import is_own
 
 __all__ = ["able"]
 

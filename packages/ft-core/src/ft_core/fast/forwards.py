@@ -1,0 +1,46 @@
+"""Forwards of single instances: the fast path's own, told from those that somebody else has put there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from ft_core.fast.swap import FastPath
+
+__all__ = ["Forward", "is_own", "silent"]
+
+
+class Forward:
+    """A forward of one instance. An object, not a function, so that a copy of the model has forwards of its own."""
+
+    def __init__(self, path: FastPath, module: nn.Module) -> None:
+        self.path, self.module, self.own = path, module, module.forward
+        wrapper: Any = self
+        functools.update_wrapper(wrapper, self.own)  # generate() and trainers look at the signature
+
+
+def is_own(forward: Any) -> bool:
+    """Whether an instance's forward is one that the fast path has put there."""
+    return isinstance(forward, Forward)
+
+
+def silent(modules: Sequence[nn.Module]) -> bool:
+    """Whether no part of these has code of a user's to run: hooks, or a forward of its own."""
+    parts = list(modules)
+    while parts:
+        part = parts.pop()
+        own = vars(part)
+        forward = own.get("forward")
+        if forward is not None and not is_own(forward):
+            return False
+        hooks = [own[f"_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre")]
+        # transformers' enable_input_require_grads: it asks for a gradient, and computes nothing.
+        if any(getattr(h, "__name__", "") != "make_inputs_require_grads" for h in chain(*map(dict.values, hooks))):
+            return False
+        parts += [child for child in own["_modules"].values() if child is not None]
+    return True
