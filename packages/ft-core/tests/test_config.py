@@ -79,7 +79,7 @@ def test_the_defaults() -> None:
             "batch_size": 2,
             "gradient_accumulation": 4,
             "learning_rate": 2.0e-4,
-            "optimizer": "auto",
+            "optimizer": "adamw_8bit",
             "scheduler": "cosine",
             "warmup_ratio": 0.03,
             "weight_decay": 0.0,

@@ -88,7 +88,7 @@ def test_a_state_from_a_file_is_paged_again(device, paged, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(end, found, strict=True))
 
 
-def test_auto_is_what_was_planned():
+def test_the_default_s_state_lies_where_it_was_planned():
     from types import SimpleNamespace
 
     from ft_core.config import TrainConfig
@@ -96,11 +96,11 @@ def test_auto_is_what_was_planned():
 
     planned: Any = SimpleNamespace(peak=SimpleNamespace(optimizer="paged_adamw_8bit"))
     config = TrainConfig(model="m", data="d")
-    assert config.training.optimizer == "auto"
+    assert config.training.optimizer == "adamw_8bit"
     assert optimizer_of(config, None) == "adamw_8bit"
     assert optimizer_of(config, planned) == "paged_adamw_8bit"
-    asked = TrainConfig(model="m", data="d", training={"optimizer": "adamw_8bit"})
-    assert optimizer_of(asked, planned) == "adamw_8bit"
+    other = TrainConfig(model="m", data="d", training={"optimizer": "adamw_torch"})
+    assert optimizer_of(other, planned) == "adamw_torch"
 
 
 def test_others_stay():

@@ -181,7 +181,7 @@ def part(words: list[object], tmp_path: Path, start_ft: Any) -> Path:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
-def test_the_optimizer_that_auto_stood_for_may_be_named(
+def test_the_same_updates_with_the_state_elsewhere_go_on(
     setup: Path, words: list[object], part: Path, ft: Any, losses: Any, metrics: Any, optimizer: str
 ) -> None:
     refused = ft(*words, "--resume", "training.optimizer=adamw_torch")

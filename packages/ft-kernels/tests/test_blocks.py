@@ -20,7 +20,7 @@ import ft_kernels as ft
 from ft_kernels import dispatch
 from ft_kernels.functional.lora import Fp8Weight, Int8Weight, NF4Weight, widen
 from ft_kernels.ops.blocks import reference
-from ft_kernels.ops.lora import products
+from ft_kernels.ops.lora import weight_side
 
 BLOCKS = importlib.import_module("ft_kernels.functional.checked_blocks")
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -34,7 +34,7 @@ SIZES = {"attention": [(N, H), (G, H), (G, H), (H, N)], "mlp": [(INNER, H), (INN
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
     """Widened from the first row on."""
-    monkeypatch.setattr(products, "SMALL", 0)
+    monkeypatch.setattr(weight_side, "SMALL", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +52,8 @@ def rounding_as_gpus(monkeypatch):
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("uint16")
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
-    for module in ("lora", "lora_mlp"):  # which add half a unit before they are cut off
-        kernels = importlib.import_module(f"ft_kernels.ops.{module}.kernels")
+    for module in ("lora.kernels", "lora.packing", "lora_mlp.kernels"):  # which add half a unit before they are cut off
+        kernels = importlib.import_module(f"ft_kernels.ops.{module}")
         monkeypatch.setattr(kernels, "rounds_by_hand", lambda dtype: False)
 
 
@@ -725,7 +725,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("lengths", [[512] * 4, [300, 212, 1536], [70, 1978]], ids=str)
 def test_with_each_attention_of_a_gpu(device, monkeypatch, lengths):
     """Dense, flex and our kernel hold nothing of q, k and v, and on another device than the current one."""
-    monkeypatch.setattr(products, "SMALL", 128)
+    monkeypatch.setattr(weight_side, "SMALL", 128)
     target = f"cuda:{torch.cuda.device_count() - 1}"
     problem = Problem("attention", target, BRAIN, adapters=FULL, shape=(1, sum(lengths)))
     plan = ft.plan_attention(lengths=lengths)
@@ -996,7 +996,7 @@ def test_a_head_in_three_copies_of_the_hidden_states(device):
 @pytest.mark.parametrize("half", ["attention", "mlp"])
 def test_tiles_on_a_gpu(device, monkeypatch, half, form):
     """The same, and no memory but a tile's beside what is kept and the gradients."""
-    monkeypatch.setattr(products, "SMALL", 128)
+    monkeypatch.setattr(weight_side, "SMALL", 128)
     attention = functools.partial(ft.packed_attention, plan=ft.plan_attention(lengths=[3000, 5192]))
     problem = Problem(half, device, BRAIN, adapters=FULL, shape=(1, 8192), bias=True, qk_norm=True)
     weights, most = problem.forms(form), []

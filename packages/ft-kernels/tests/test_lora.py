@@ -17,7 +17,7 @@ from ft_kernels.functional import lora as functional
 from ft_kernels.functional.lora import Fp8Weight, Int8Weight, NF4Weight, lora_linear, lora_qkv, widen
 from ft_kernels.functional.lora_mlp import lora_mlp
 from ft_kernels.nn.lora import LoRALinear
-from ft_kernels.ops.lora import products, reference
+from ft_kernels.ops.lora import reference, weight_side
 from ft_kernels.ops.lora.autograd import lora_linear_op, lora_row_norms_op
 from ft_kernels.ops.lora_mlp.autograd import lora_mlp_backward_op, lora_mlp_op
 
@@ -31,7 +31,7 @@ PAIRS = [(t, t) for t in DTYPES] + [(t, torch.float32) for t in DTYPES[:2]]
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
     """Widened from the first row on."""
-    monkeypatch.setattr(products, "SMALL", 0)
+    monkeypatch.setattr(weight_side, "SMALL", 0)
 
 
 class Problem:
@@ -587,7 +587,7 @@ def test_few_rows_are_not_widened(device, monkeypatch):
     problem = Problem(device, 3, 72, [48], [8], torch.bfloat16, torch.float32)
     wide = widen(problem.weights, 8)
     few = problem.run(lambda x, a, b, *_: lora_linear(x, wide, a[0], b[0]))
-    monkeypatch.setattr(products, "SMALL", 128)
+    monkeypatch.setattr(weight_side, "SMALL", 128)
     wide.buffer[:, 72:] = float("nan")
     for one, two in zip(few, problem.run(lambda x, a, b, *_: lora_linear(x, wide, a[0], b[0])), strict=True):
         torch.testing.assert_close(one.float(), two.float(), rtol=3e-2, atol=3e-2)

@@ -213,7 +213,7 @@ class Run:
         where = {"output", "activations", "memory", "disk"}  # what is recomputed is computed alike
         free = {*where, *how_long, *how_often}
         for values in (mine, theirs):  # these make the same updates
-            if values.get("training.optimizer") in ("auto", "paged_adamw_8bit"):
+            if values.get("training.optimizer") == "paged_adamw_8bit":
                 values["training.optimizer"] = "adamw_8bit"
         differ = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key not in free]
         if differ:

@@ -17,11 +17,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ft_core import fast
 from ft_kernels.ops.blocks import mlp_tiles
-from ft_kernels.ops.lora import products
+from ft_kernels.ops.lora import weight_side
 
 
 def main() -> None:
-    products.SMALL = 0
+    weight_side.SMALL = 0
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

@@ -108,7 +108,6 @@ class LoraSettings(Section):
 
 
 Optimizer = Literal[
-    "auto",
     "adamw_8bit",
     "paged_adamw_8bit",
     "adamw_torch",
@@ -139,8 +138,8 @@ class TrainingSettings(Section):
         batch_size: rows per device and micro-step; with packing a row holds up to ``max_length`` tokens.
         gradient_accumulation: micro-steps per optimizer step; the loss is averaged over the tokens of all of them.
         learning_rate: the peak of the schedule.
-        optimizer: ``auto`` is ``adamw_8bit``, or where only that makes the training fit ``paged_adamw_8bit``, whose
-            state lies in the host's memory: the same updates. Any other is taken as it is.
+        optimizer: of ``adamw_8bit`` the state lies in the host's memory where only that makes the training fit, as
+            that of ``paged_adamw_8bit`` always does: the same updates. Any other is taken as it is.
         warmup_ratio: the share of the steps over which the rate rises from zero.
         save_every: optimizer steps between checkpoints; unset means a tenth of the run, at least 20 and at most 500.
         keep_checkpoints: how many of the newest checkpoints stay.
@@ -153,7 +152,7 @@ class TrainingSettings(Section):
     batch_size: Whole = Field(default=2, ge=1)
     gradient_accumulation: Whole = Field(default=4, ge=1)
     learning_rate: Number = Field(default=2.0e-4, gt=0)
-    optimizer: Optimizer = "auto"
+    optimizer: Optimizer = "adamw_8bit"
     scheduler: Scheduler = "cosine"
     warmup_ratio: Number = Field(default=0.03, ge=0, le=1)
     weight_decay: Number = Field(default=0.0, ge=0)

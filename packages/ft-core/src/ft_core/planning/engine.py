@@ -128,12 +128,12 @@ class Planner:
     def peak(self, config: TrainConfig, card: Card, wanted: str | None = None) -> Peak:
         """The peak of a configuration: with a sequence tile only where it doesn't fit without.
 
-        Where the optimizer is ``auto``, its state is paged to the host only where nothing else makes it fit; and before
-        either is left out, nothing goes to the disk.
+        The state of ``adamw_8bit`` is paged to the host only where nothing else makes it fit; and before either is left
+        out, nothing goes to the disk.
         """
         named = config.training.optimizer
-        plain = self._peak(config, card, wanted, "adamw_8bit" if named == "auto" else named)
-        if named != "auto" or _easily(plain, limit_of(config, card)):
+        plain = self._peak(config, card, wanted, named)
+        if named != "adamw_8bit" or _easily(plain, limit_of(config, card)):
             return plain
         paged = self._peak(config, card, wanted, "paged_adamw_8bit")
         return _better(plain, paged, limit_of(config, card)) if paged.host + paged.paged <= self.host else plain

@@ -76,7 +76,7 @@ def table(plan: Plan, ways: Sequence[str] = ()) -> str:
 
 def _pages(plan: Plan) -> bool:
     """Whether the optimizer is paged without anybody having asked for that."""
-    return plan.config.training.optimizer == "auto" and plan.peak.optimizer.startswith("paged")
+    return plan.config.training.optimizer == "adamw_8bit" and plan.peak.optimizer.startswith("paged")
 
 
 def _row(name: str, size: int) -> str:

@@ -31,9 +31,9 @@ def _changes(planner: Planner, config: TrainConfig, card: Card) -> Iterator[tupl
         if planner.fits(free, card):
             gib = _least_memory(planner, config, card)
             yield f"memory: {gib}GiB", config.model_copy(update={"memory": f"{gib}GiB"})
-    if config.training.optimizer != "auto" and not config.training.optimizer.startswith("paged"):
-        training = config.training.model_copy(update={"optimizer": "auto"})
-        yield "training.optimizer: auto", config.model_copy(update={"training": training})
+    if config.training.optimizer not in ("adamw_8bit", "paged_adamw_8bit"):
+        training = config.training.model_copy(update={"optimizer": "adamw_8bit"})
+        yield "training.optimizer: adamw_8bit", config.model_copy(update={"training": training})
     rows = planner.largest(config, card)
     if 0 < rows < config.training.batch_size:
         changed = with_rows(config, rows)

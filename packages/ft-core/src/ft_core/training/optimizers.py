@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 __all__ = ["QueuedUpdates", "optimizer_of", "queued"]
 
+PAGEABLE = "adamw_8bit"
+"""The optimizer whose state a plan may page to the host; ``paged_adamw_8bit`` makes the same updates."""
 MOMENTS = ("state1", "state2")
 MARKS = ("is_paged", "page_deviceid")
 """By which bitsandbytes knows a tensor in memory that the system moves between host and GPU."""
 
 
 def optimizer_of(config: TrainConfig, planned: Plan | None) -> str:
-    """The optimizer, by transformers' name: the configuration's own, and for ``auto`` what was planned."""
+    """The optimizer, by transformers' name: the configuration's own, with its state where it was planned to lie."""
     named = config.training.optimizer
-    if named != "auto":
-        return named
-    return "adamw_8bit" if planned is None else planned.peak.optimizer
+    return named if planned is None or named != PAGEABLE else planned.peak.optimizer
 
 
 class QueuedUpdates:

@@ -32,7 +32,7 @@ from ft_kernels.ops.blocks.parts import (
 from ft_kernels.ops.lora import products
 from ft_kernels.ops.lora.autograd import as_rows, unflatten
 from ft_kernels.ops.lora.operands import Drop, Low
-from ft_kernels.ops.lora.products import Ready
+from ft_kernels.ops.lora.weight_side import Ready
 
 __all__ = ["AttentionBlock", "run"]
 

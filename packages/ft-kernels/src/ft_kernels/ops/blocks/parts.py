@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ft_kernels import dispatch
-from ft_kernels.ops.lora import products
+from ft_kernels.ops.lora import weight_side
 from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
-from ft_kernels.ops.lora.products import Ready
+from ft_kernels.ops.lora.weight_side import Ready
 from ft_kernels.ops.refusals import refuse_twice
 
 __all__ = [
@@ -99,7 +99,7 @@ def normed_copied(x: Tensor, norm: Norm, low: Low, last: Product) -> tuple[Tenso
     from ft_kernels.ops.rms_norm import kernels
 
     m, h = x.shape
-    copy = m >= products.SMALL and x.dtype.itemsize <= 2 and last.bias is None and last.base.kind in ADDS
+    copy = m >= weight_side.SMALL and x.dtype.itemsize <= 2 and last.bias is None and last.base.kind in ADDS
     row = row_buffer(m, h, low.padded, x.dtype, x.device)
     _, rstd, copied = kernels.forward(x, norm.weight, norm.eps, norm.offset, out=row[:, :h], copy=copy)
     return row, rstd, x if copied is None else copied, copied is not None
@@ -107,7 +107,7 @@ def normed_copied(x: Tensor, norm: Norm, low: Low, last: Product) -> tuple[Tenso
 
 def ready_both(one: Product, two: Product, first: Low, second: Low, x: Tensor) -> tuple[Ready | None, Ready | None]:
     """The weights' side of both products of a block on x, made at once where that costs no memory."""
-    return products.prepare_both((one.base, two.base), (first, second), x.shape[0], x.dtype)
+    return weight_side.prepare_both((one.base, two.base), (first, second), x.shape[0], x.dtype)
 
 
 def normed_backward(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ft_kernels.dispatch import cdiv
 from ft_kernels.ops.blocks.parts import Product
-from ft_kernels.ops.lora import products
+from ft_kernels.ops.lora import weight_side
 from ft_kernels.ops.lora.operands import Low
 
 __all__ = ["Piece", "Total", "even", "pieces", "prepared", "tiles"]
@@ -60,9 +60,9 @@ def pieces(batches: int, length: int, most: int) -> list[Piece]:
     return [Piece(slice(b.start * length, b.stop * length), b, slice(0, length)) for b in whole]
 
 
-def prepared(product: Product, low: Low, rows: int, dtype: torch.dtype) -> products.Ready:
+def prepared(product: Product, low: Low, rows: int, dtype: torch.dtype) -> weight_side.Ready:
     """A product's weight, expanded, with its adapters beside it: once for all tiles of so many rows."""
-    return products.prepare(product.base.expanded(low.padded, dtype), low, rows, dtype)
+    return weight_side.prepare(product.base.expanded(low.padded, dtype), low, rows, dtype)
 
 
 class Total:

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from ft_kernels import dispatch, tuning
 from ft_kernels.ops.glu import reference as glu
-from ft_kernels.ops.lora import products
+from ft_kernels.ops.lora import products, weight_side
 from ft_kernels.ops.lora.operands import Base, Drop, Low, RowNorm, row_buffer
-from ft_kernels.ops.lora.products import Ready
+from ft_kernels.ops.lora.weight_side import Ready
 
 __all__ = ["backward", "forward", "second_product"]
 
@@ -27,7 +27,7 @@ MOST_RANKS = 64
 def _fuses(gate_up: Tensor, first: Low, second: Low) -> bool:
     ranks = [*first.ranks, second.padded]
     return (
-        products.uses_kernels(gate_up, max(first.padded, second.padded))
+        weight_side.uses_kernels(gate_up, max(first.padded, second.padded))
         and max(ranks) <= MOST_RANKS
         and second.r > 0
         and len(first.a) <= 2
@@ -101,8 +101,8 @@ def second_product(
     if not answer and not r:
         return _nothing(both, down.n), both.new_empty(m, 0)
     # Without an answer a quantized weight need not be expanded.
-    without = not answer and ready is None and down.kind in ("nf4", "int8") and m >= products.SMALL
-    ready = ready or products.prepare(down, second, m, dtype, widen=not without)
+    without = not answer and ready is None and down.kind in ("nf4", "int8") and m >= weight_side.SMALL
+    ready = ready or weight_side.prepare(down, second, m, dtype, widen=not without)
     packed, widened = ready.packed, ready.widened
     row = row_buffer(m, i, r, dtype, device)
     if packed is not None and (without or widened is not None) and _fuses(both, first, second):

@@ -324,10 +324,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The normed tensor (x's dtype; contiguous, or ``out``), 1/rms of each row, and what was normed or None.
 
-    Args:
-        residual: added to x; what was normed is the sum then.
-        copy: whether a copy of x is wanted, which costs no reading of its own.
-    """
+    With a ``residual`` it is its sum with x; a ``copy`` of x costs no reading of its own."""
     wide = wide_dtype(x)
     y = dispatch.allocate(x.shape, x.dtype, x.device) if out is None else out
     total = dispatch.allocate(x.shape, x.dtype, x.device) if copy or residual is not None else None
@@ -376,7 +373,7 @@ def backward(
     h = x.shape[-1]
     dx = dispatch.allocate(x.shape, x.dtype, x.device) if out is None else out
     dtype = x.dtype if weight is None else weight.dtype
-    if dx.numel() == 0:
+    if not dx.numel():
         return dx, dx.new_zeros(h if need_weight else 0, dtype=dtype)
     up, source = Rows(dy), Rows(x)
     more = source if add is None else Rows(add)
@@ -400,6 +397,4 @@ def backward(
     )  # fmt: skip
     if written is not dx:
         dx.copy_(written)
-    if not need_weight:
-        return dx, dx.new_empty(0, dtype=dtype)
-    return dx, column_sums("rms_norm_weight_sums", partial, [dtype])[0]
+    return dx, column_sums("rms_norm_weight_sums", partial, [dtype])[0] if need_weight else dx.new_empty(0, dtype=dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ft_kernels import dispatch
-from ft_kernels.ops.lora import products
+from ft_kernels.ops.lora import weight_side
 from ft_kernels.ops.lora.operands import Base, Low
 from ft_kernels.ops.lora.reference import row_norms as reference_norms
 
@@ -17,10 +17,10 @@ def row_norms(base: Base, low: Low, dtype: torch.dtype) -> Tensor:
     """``‖W + scaling B A‖`` of each row ``[N]``, at least in fp32; without an update in rows that no adapter has."""
     weights = base.dense(dtype)
     columns = dispatch.allocate((base.n, low.padded), dtype, weights[0].device)
-    packed = products.pack(low, base.k, columns)
+    packed = weight_side.pack(low, base.k, columns)
     norms = []
     for weight, up in zip(weights, columns.split([w.shape[0] for w in weights]), strict=True):
-        if products.uses_kernels(weight, low.padded) and weight.stride(-1) == 1 and weight.numel():
+        if weight_side.uses_kernels(weight, low.padded) and weight.stride(-1) == 1 and weight.numel():
             from ft_kernels.ops.row_norms import kernels
 
             norms.append(kernels.row_norms(weight, up, packed))
