@@ -396,7 +396,7 @@ def test_a_recorded_row_of_documents_is_the_row(family, keywords, monkeypatch):
         model = adapted(family)
         path = fast.enable(model)
         path.graphs.on = on
-        monkeypatch.setattr(path.pace, "by_host", lambda: True)
+        monkeypatch.setattr(path.pace, "by_host", lambda what: True)
         steps = []
         for seed, lengths in enumerate([*rows, *odd, *rows]):
             loss = packed_step(model, lengths, seed, **keywords)
@@ -416,27 +416,52 @@ def test_a_recorded_row_of_documents_is_the_row(family, keywords, monkeypatch):
 
 
 def test_recordings_of_several_lengths_share_memory(monkeypatch):
-    """Each gives its own row's gradients, in turns, and the second takes little more memory than the first."""
+    """Each gives its own row's gradients, in turns, and those after the longest take little memory more."""
     model = adapted()
     path = fast.enable(model)
-    monkeypatch.setattr(path.pace, "by_host", lambda: True)
-    lengths = {256: [100, 156], 512: [500, 12], 1024: [24, 1000]}
+    monkeypatch.setattr(path.pace, "by_host", lambda what: True)
+    lengths = {2048: [24, 2000, 24], 1024: [500, 524], 512: [500, 12], 256: [100, 156]}
     expected = {}
     for total, row in lengths.items():
         path.graphs.on = False
         packed_step(model, row, total)
         expected[total] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     path.graphs.on = True
+    reserved = []
     for row in lengths.values():
         for _ in range(4):
             packed_step(model, row, 0)
         assert path.graphs.replays
-    assert path.graphs.recorded == 3
-    for total in (256, 1024, 512, 256, 512, 1024):
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert path.graphs.recorded == 4
+    assert reserved[-1] - reserved[0] <= 4 * 2**20  # of segments for what is small
+    for total in (256, 1024, 2048, 512, 256, 2048):
         packed_step(model, lengths[total], total)
         assert path.graphs.replays
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(torch.equal(one, two) for one, two in zip(grads, expected[total], strict=True))
+
+
+def test_what_changed_is_recorded_again(monkeypatch):
+    """In memory of its own: of the first recording there is nothing left."""
+    model = adapted()
+    path = fast.enable(model)
+    monkeypatch.setattr(path.pace, "by_host", lambda what: True)
+    for scaling in (1.0, 3.0, 0.5):
+        for layer in path.layers:
+            layer.mlp.down_proj.scaling["default"] = scaling
+        for _ in range(4):
+            packed_step(model, [100, 156], 0)
+        recorded = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        assert path.graphs.replays
+        assert path.graphs.reason is None
+        path.graphs.on = False
+        packed_step(model, [100, 156], 0)
+        path.graphs.on = True
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(torch.equal(one, two) for one, two in zip(grads, recorded, strict=True))
+    assert path.graphs.recorded == 3
 
 
 class Waiting(torch.nn.Embedding):

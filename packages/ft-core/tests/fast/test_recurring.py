@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,52 +67,65 @@ def test_a_row_that_is_filled_up_is_the_row():
 class Step:
     """Stands for a recorded step; what it gives is a loss that knows its use."""
 
-    def __init__(self) -> None:
-        self.uses: list[Any] = []
+    def __init__(self, size: int) -> None:
+        self.size, self.uses = size, 0
 
     def stands(self) -> bool:
         return True
 
     def __call__(self, given: Any, turn: Any) -> Any:
-        self.uses.append(given)
+        self.uses += 1
         return SimpleNamespace(turn=turn)
 
 
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """The recordings that are made; of 13 tokens none can be."""
     made: list[Step] = []
 
-    def record(self: Graphs, *_: Any) -> Step:
-        made.append(Step())
+    def record(compute: Any, given: Any, model: Any, shared: Any, fresh: bool) -> Step:
+        size = given["ids"].numel()
+        if size == 13:
+            raise RuntimeError("waits for the GPU")
+        if size == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        made.append(Step(size))
         return made[-1]
 
     generator = SimpleNamespace(get_offset=lambda: 0, set_offset=lambda offset: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "default_generators", {None: generator})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(graphs_module, "as_it_was", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(graphs_module, "_fits", lambda device: True)
-    monkeypatch.setattr(Graphs, "_record", record)
+    monkeypatch.setattr(graphs_module, "_Step", record)
     return made
 
 
 def ask(graphs: Graphs, size: int, key: Any = 1, worth: bool = True) -> Any:
     """A step of so many tokens, its backward pass done."""
-    loss = graphs.loss(lambda: None, {"ids": torch.zeros(size)}, lambda: (key, None), None, lambda: worth)  # type: ignore
+    loss: Any = graphs.loss(_never, {"ids": torch.zeros(size)}, lambda: (key, None), torch.nn.Module(), lambda: worth)
     if loss is not None:
         loss.turn.done = True
     return loss
 
 
+def _never() -> torch.Tensor:
+    raise AssertionError
+
+
 def test_each_shape_is_recorded_once(recordings):
     graphs = Graphs()
     for _ in range(AFTER):
-        assert ask(graphs, 64) is None
         assert ask(graphs, 128) is None
+        assert ask(graphs, 64) is None
     for _ in range(3):
-        assert ask(graphs, 64) is not None
-        assert graphs.replays
         assert ask(graphs, 128) is not None
-    assert [len(step.uses) for step in recordings] == [3, 3]
-    for size in range(1000, 1000 + MOST):
+        assert graphs.replays
+        assert ask(graphs, 64) is not None
+    assert [(step.size, step.uses) for step in recordings] == [(128, 3), (64, 3)]
+    for size in range(20, 20 + MOST):
         for _ in range(AFTER + 1):
             ask(graphs, size)
     assert graphs.recorded == MOST
@@ -119,27 +134,63 @@ def test_each_shape_is_recorded_once(recordings):
     assert ask(graphs, 64) is not None
 
 
+def test_the_longest_is_recorded_first(recordings):
+    """A shorter one's memory is cut from it; those recorded before make way, and come again."""
+    graphs = Graphs()
+    pools = []
+    for size in (64, 96, 128):
+        for _ in range(AFTER + 1):
+            ask(graphs, size)
+        pools.append(graphs._shared)
+    assert len({id(pool) for pool in pools}) == 3
+    assert [step.size for step in recordings] == [64, 96, 128]
+    assert ask(graphs, 64) is not None  # it came often enough before
+    assert ask(graphs, 96) is not None
+    assert graphs._shared is pools[-1]
+    assert [step.size for step in recordings] == [64, 96, 128, 64, 96]
+
+
 def test_what_changes_is_recorded_anew(recordings):
     graphs = Graphs()
+    pools = []
     for key in (1, 2):
         for _ in range(AFTER):
             assert ask(graphs, 64, key) is None
         assert ask(graphs, 64, key) is not None
+        pools.append(graphs._shared)
+    assert pools[0] is not pools[1]  # nothing can be recorded into the memory of recordings that are gone
     assert len(recordings) == 2
     assert ask(graphs, 64, key=1) is None
 
 
+@pytest.mark.parametrize(("size", "reason"), [(13, "RuntimeError: waits"), (7, "too little memory is free")])
+def test_a_shape_that_cannot_be_recorded_leaves_the_others(recordings, size, reason):
+    graphs = Graphs()
+    for which in (64, size):
+        for _ in range(AFTER + 3):
+            ask(graphs, which)
+    assert graphs.reason is not None
+    assert graphs.reason.startswith(reason)
+    assert graphs.recorded == 2  # one was tried once, and not again
+    assert ask(graphs, 64) is not None
+    assert ask(graphs, size) is None
+
+
 def test_one_step_is_under_way_at_a_time(recordings):
     graphs = Graphs()
-    for size in (64, 128):
+
+    def begin(size: int) -> Any:
+        return graphs.loss(_never, {"ids": torch.zeros(size)}, lambda: (1, None), torch.nn.Module())
+
+    for size in (128, 64):
         for _ in range(AFTER + 1):
             ask(graphs, size)
-    waiting = graphs.loss(lambda: None, {"ids": torch.zeros(64)}, lambda: (1, None), None)  # type: ignore
+    waiting = begin(64)
     assert ask(graphs, 64) is None
     assert ask(graphs, 128) is None
     waiting.turn.done = True
     assert ask(graphs, 128) is not None
-    waiting = graphs.loss(lambda: None, {"ids": torch.zeros(64)}, lambda: (1, None), None)  # type: ignore
+    waiting = begin(64)
     del waiting  # nobody can ask for its gradients any more
     assert ask(graphs, 128) is not None
 
@@ -151,30 +202,53 @@ def test_what_gains_nothing_is_not_recorded(recordings):
     assert ask(graphs, 64) is not None
 
 
-@pytest.mark.parametrize(("gpu", "expected"), [((1.05, 1.0), True), ((1.05, 3.0), False), ((3.0, 1.05), False)])
-def test_the_pace_is_the_host_s_where_the_gpu_does_not_fall_behind(gpu, expected, monkeypatch):
-    clock = {"host": 0.0, "gpu": 0.0}
+def test_a_model_can_be_saved_whole(recordings):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1))
+    path = fast.enable(model)
+    for _ in range(AFTER + 1):
+        ask(path.graphs, 64)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = fast.fast_path_of(torch.load(file, weights_only=False))
+    assert again is not None
+    assert not again.graphs._steps
+    assert not again.pace.by_host(64)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reached", "expected"),
+    [((1.05, 1.0), True, True), ((1.05, 3.0), True, False), ((3.0, 1.05), True, False), ((1.0, 1.0), False, False)],
+)
+def test_the_pace_is_the_host_s_where_the_gpu_does_not_fall_behind(gpu, reached, expected, monkeypatch):
+    """Nor has not even begun when all is launched: then the host has waited for room in the queue."""
+    clock = {"host": 0.0, "gpu": 0.0, "reached": True}
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             self.at = 0.0
 
-        def record(self) -> None:
+        def record(self, stream: Any) -> None:
             self.at = clock["gpu"]
 
         def query(self) -> bool:
-            return True
+            return bool(clock["reached"])
 
         def elapsed_time(self, other: Event) -> float:
             return (other.at - self.at) * 1e3
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(graphs_module.time, "perf_counter", lambda: clock["host"])
-    pace = Pace()
-    assert not pace.by_host()
+    device, pace = torch.device("cuda"), Pace()
+    assert not pace.by_host(64)
     for seconds in (9.0, *gpu):  # the first, which compiles, is forgotten
-        pace.begin()
+        pace.begin(device)
         clock["host"] += 1.0
         clock["gpu"] += seconds
-        pace.end()
-    assert pace.by_host() == expected
+        clock["reached"] = reached
+        pace.end(device, 64)
+        clock["reached"] = True
+    assert pace.by_host(64) == expected
+    assert not pace.by_host(128)

@@ -146,6 +146,10 @@ def fit_on_disk(
     return fit(layers, tokens, room, sizes, host + min(-(-over // each) * each, disk()))
 
 
+FILLED, LEAST = 1 + 1 / 16, 64
+"""How much longer a batch may be that is filled up: so many times, and so many tokens."""
+
+
 @dataclass
 class _Measured:
     """A batch that was computed with little kept.
@@ -222,13 +226,26 @@ class Chooser:
         if head is not None:
             self.head = self._most_head = head
 
-    def recordable(self, tokens: int) -> bool:
-        """Whether a recorded step of such a batch may have memory of its own, as much again as the step takes."""
+    def recordable(self, tokens: int, filled_up: torch.device | None = None) -> bool:
+        """Whether a recorded step of such a batch may have memory of its own, as much again as the step takes.
+
+        Args:
+            filled_up: where the batch is, if it is a shorter one that was filled up: then nothing so long was computed
+                yet, and it must be sure that all can be kept of that, too.
+        """
         if self.cap is not None:
             return False
         if self.wanted != "auto":
             return set(self.chosen) <= {"keep", "inputs"}
-        return tokens <= self._fits or self._measured is None
+        if tokens <= self._fits or filled_up is None:
+            return tokens <= self._fits or self._measured is None
+        if self.tight or self._measured is not None or tokens > self._fits * FILLED + LEAST:
+            return False
+        free = _limit(filled_up, None) - torch.cuda.memory_allocated(filled_up)
+        if self._sure(tokens, self._sizes(), free, 0) != "keep":
+            return False
+        self._fits = tokens
+        return True
 
     def begin(
         self,

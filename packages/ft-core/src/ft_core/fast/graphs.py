@@ -4,7 +4,8 @@ A layer makes some sixty launches, there and back, and what they cost the host i
 a batch has few tokens. A recorded graph (CUDA graphs) is one launch. It computes what the layers compute, by the same
 kernels in the same order, on the same parameters; its input is copied into its memory, and the gradients out of it.
 
-The recordings of a model, one for each shape, share their memory: only one step is under way at a time.
+The recordings of a model, one for each shape, share their memory: only one step is under way at a time. The longest is
+recorded first, since what a shorter one takes is cut from a longer one's memory, and never the other way round.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,12 @@ SHARE = 0.5
 """The share of the free memory that a recorded step may keep for itself."""
 MOST = 8
 """Recordings of a model at a time, each of a shape; steps of further shapes are computed kernel by kernel."""
-MOST_IN_ALL = 24
+MOST_IN_ALL = 48
 """Recordings of a model; where what they depend on changes as often as that, they are no gain."""
+FAILURES = 3
+"""Recordings that fail before no more is tried."""
+SHAPES = 256
+"""Shapes of which it is remembered how often they came."""
 
 
 class Graphs:
@@ -41,21 +45,26 @@ class Graphs:
         on: whether steps are recorded and replayed; while it is False, each is computed kernel by kernel.
         recorded: how often one was recorded.
         replays: whether the last step's shape is recorded.
-        reason: why none is recorded any more, or None.
+        reason: why the last shape that was not recorded was not, or None. The others are replayed as before.
     """
 
     def __init__(self) -> None:
         self.on, self.recorded, self.replays = True, 0, False
         self.reason: str | None = None
+        self._failed = 0
         self._key: Any = None
         self._kept: Any = None
-        self._seen: Counter[Any] = Counter()
+        self._seen: dict[Any, int] = {}
+        self._refused: set[Any] = set()
         self._steps: dict[Any, _Step] = {}
-        self._turn: Callable[[], _Turn | None] = lambda: None
-        self._pool: Any = None
+        self._shared: _Shared | None = None
+        self._turn: weakref.ref[_Turn] | None = None
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs()  # a recording reads and writes the memory of its own model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, ()
 
     def loss(
         self,
@@ -79,7 +88,7 @@ class Graphs:
             fresh: whether the caller's own way is not by these shapes, so that their kernels may not be compiled yet.
         """
         self.replays = False
-        if not self.on or self.reason is not None or torch.cuda.is_current_stream_capturing():
+        if not self.on or torch.cuda.is_current_stream_capturing():
             return None
         device = next(iter(given.values())).device
         generator = torch.cuda.default_generators[device.index]
@@ -94,36 +103,37 @@ class Graphs:
             self.replays = True
             return begun
         if begun is not None:
-            begun = None
-            self._turn = lambda: None
+            begun = self._turn = None
             generator.set_offset(before)  # its random numbers are the next step's
         if key is None or key != self._key:
             self._key, self._kept = key, kept
-            self._seen.clear()
-            self._steps.clear()
+            self.drop()
         if key is None:
             return None
-        self._seen[shapes] += 1
+        seen = self._seen.get(shapes, 0) + 1
+        if len(self._seen) < SHAPES:
+            self._seen[shapes] = seen
         step = self._steps.get(shapes)
         if self._waits():
             return None  # its activations lie where another's would
         if step is None:
-            if self._seen[shapes] <= AFTER or len(self._steps) == MOST or not worth():
+            if seen <= AFTER or shapes in self._refused or self._failed >= FAILURES or not worth():
                 return None
-            if self.recorded == MOST_IN_ALL or not _fits(device):
-                self.reason = "too little memory is free" if self.recorded < MOST_IN_ALL else "it changes too often"
-                return None
-            self.recorded += 1
-            step = self._record(compute, given, model, device, fresh)
+            step = self._recorded(shapes, compute, given, model, device, fresh)
             if step is None:
                 return None
-            self._steps[shapes] = step
         self.replays = True
         return self._replay(step, given)
 
+    def drop(self) -> None:
+        """Forget the recordings, and how often each shape came; their memory is torch's again."""
+        self._steps.clear()
+        self._seen.clear()
+        self._shared = None  # a pool without a recording must not be recorded into
+
     def _waits(self) -> bool:
         """Whether a backward pass through the last use of a recording may still come."""
-        turn = self._turn()
+        turn = None if self._turn is None else self._turn()
         return turn is not None and not turn.done
 
     def _replay(self, step: _Step, given: Mapping[str, Tensor]) -> Tensor:
@@ -131,54 +141,119 @@ class Graphs:
         self._turn = weakref.ref(turn)
         return step(given, turn)
 
+    def _recorded(
+        self, shapes: Hashable, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module,
+        device: torch.device, fresh: bool,
+    ) -> _Step | None:  # fmt: skip
+        size = max(t.numel() for t in given.values())
+        longest = size > max((step.size for step in self._steps.values()), default=0)
+        if not longest and len(self._steps) == MOST:
+            return None
+        if self.recorded == MOST_IN_ALL:
+            self.reason = "what it depends on changes too often"
+            return None
+        if longest:
+            if not _fits(device):
+                self.reason = "too little memory is free"
+                self._refused.add(shapes)
+                return None
+            self._steps.clear()  # they come again, and then find room in this one's memory
+            self._shared = None
+        self.recorded += 1
+        step = self._record(compute, given, model, device, fresh)
+        if step is None:
+            self._refused.add(shapes)
+            return None
+        self._steps[shapes] = step
+        return step
+
     def _record(
         self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module, device: torch.device,
         fresh: bool,
     ) -> _Step | None:  # fmt: skip
         try:
             with torch.cuda.device(device), as_it_was(device):
-                if self._pool is None:
-                    self._pool = torch.cuda.graph_pool_handle()
-                return _Step(compute, given, model, self._pool, fresh)
+                if self._shared is None:
+                    self._shared = _Shared()
+                return _Step(compute, given, model, self._shared, fresh)
+        except torch.OutOfMemoryError as error:
+            self.reason = f"too little memory is free ({str(error).partition('.')[0]})"
         except Exception as error:
             # Something waited for the GPU, say. The layers can still be computed kernel by kernel.
             self.reason = f"{type(error).__name__}: {error}"
-            return None
+            self._failed += 1
+        if not self._steps:
+            self._shared = None
+        return None
+
+
+class _Shared:
+    """What the recordings of a model have in common.
+
+    Attributes:
+        pool: their memory.
+        flats: of each dtype, where gradients go.
+    """
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.flats: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def flat(self, grads: list[Tensor]) -> Tensor:
+        """The gradients one after the other, in memory that is the same for each recording."""
+        key = grads[0].dtype, sum(g.numel() for g in grads)
+        parts = [g.flatten() for g in grads]
+        if key in self.flats:
+            torch.cat(parts, out=self.flats[key])
+        else:
+            self.flats[key] = torch.cat(parts)
+        return self.flats[key]
 
 
 class Pace:
     """Whether the host's launches take longer than what the GPU computes, found out by the steps themselves.
 
     The GPU's clock is read before and after a forward pass is launched. If the GPU has more to do than the host, it
-    falls behind, and more time passes there than here.
+    falls behind: it has not begun when all is launched, or more time passes there than here.
     """
 
     def __init__(self) -> None:
         self._begun: tuple[torch.cuda.Event, float] | None = None
-        self._measured: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
+        self._measured: dict[Hashable, list[tuple[torch.cuda.Event, torch.cuda.Event, float]]] = {}
 
     def __deepcopy__(self, memo: Any) -> Pace:
         return Pace()
 
-    def begin(self) -> None:
-        """A forward pass is about to be launched."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._begun = event, time.perf_counter()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pace, ()
 
-    def end(self) -> None:
-        """It was launched."""
+    def begin(self, device: torch.device) -> None:
+        """A forward pass is about to be launched."""
+        self._begun = None
+        if not torch.cuda.is_current_stream_capturing():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(device))
+            self._begun = event, time.perf_counter()
+
+    def end(self, device: torch.device, what: Hashable) -> None:
+        """It was launched; ``what`` it is like, and to be like again."""
         if self._begun is None:
             return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
         begun, before = self._begun
-        self._measured = [*self._measured[-1:], (begun, event, time.perf_counter() - before)]
+        # A host that is so far ahead that it waits for room in the queue is no slower for that.
+        host = time.perf_counter() - before if begun.query() else 0.0
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        known = self._measured.pop(what, [])
+        self._measured[what] = [*known[-1:], (begun, event, host)]
+        while len(self._measured) > SHAPES:
+            self._measured.pop(next(iter(self._measured)))
         self._begun = None
 
-    def by_host(self) -> bool:
-        """Whether the host set the pace in the last passes, as far as the GPU is done with them."""
-        done = [(one.elapsed_time(two) / 1e3, host) for one, two, host in self._measured if one.query() and two.query()]
+    def by_host(self, what: Hashable) -> bool:
+        """Whether the host set the pace in the last passes like this, as far as the GPU is done with them."""
+        found = self._measured.get(what, ())
+        done = [(one.elapsed_time(two) / 1e3, host) for one, two, host in found if one.query() and two.query()]
         return bool(done) and all(gpu <= BEHIND * host for gpu, host in done)
 
 
@@ -210,6 +285,7 @@ def _fits(device: torch.device) -> bool:
     """Whether a step's memory, which a recording keeps for itself, is a small enough part of what is free."""
     stats = torch.cuda.memory_stats(device)
     needed = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+    # A recording begins with all of that given back, also what those had that make way for it.
     cached = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
     return bool(needed <= SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
 
@@ -224,10 +300,11 @@ class _Step:
     """A recorded forward and backward pass."""
 
     def __init__(
-        self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module, pool: Any,
+        self, compute: Callable[..., Tensor], given: Mapping[str, Tensor], model: nn.Module, shared: _Shared,
         fresh: bool,
     ) -> None:  # fmt: skip
         self.given = {name: t.detach().clone() for name, t in given.items()}
+        self.size = max(t.numel() for t in given.values())
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         stream = recording_stream(next(iter(given.values())).device)
         # Threads that load data may allocate meanwhile. A cast that autocast keeps would lie in the graph's memory.
@@ -238,14 +315,13 @@ class _Step:
         ):
             if fresh:
                 _try(compute, self.given, stand_ins)
-            with torch.cuda.graph(self.forward, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.forward, pool=shared.pool, stream=stream, capture_error_mode="thread_local"):
                 loss = compute(**self.given)
             self.up = torch.ones_like(loss)
-            with torch.cuda.graph(self.backward, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.backward, pool=shared.pool, stream=stream, capture_error_mode="thread_local"):
                 grads = torch.autograd.grad(loss, stand_ins, self.up, allow_unused=True)
                 self.dtypes = sorted({g.dtype for g in grads if g is not None}, key=str)
-                self.flats = [torch.cat([g.flatten() for g in grads if g is not None and g.dtype == d])
-                              for d in self.dtypes]  # fmt: skip
+                self.flats = [shared.flat([g for g in grads if g is not None and g.dtype == d]) for d in self.dtypes]
         self.places = [(p, p.data_ptr(), p.requires_grad) for p in model.parameters()]
         self.known = [None if g is None else self.dtypes.index(g.dtype) for g in grads]
         self.result = loss.detach()

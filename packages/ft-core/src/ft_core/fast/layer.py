@@ -91,8 +91,8 @@ class DecoderLayer:
         """Attention over the batch's documents, of q, k and v ``[B, S, heads, D]``."""
         names = self.layout.attention
         module = at(self.module, names.module)
-        biases = [getattr(base_of(at(module, name)), "bias", None) for name in names.qkv]
-        trained = any(bias is not None and bias.requires_grad for bias in biases)
+        biases = [getattr(base_of(at(module, name)), "bias", None) for name in names.qkv[:2]]  # v's needs nothing
+        trained = torch.is_grad_enabled() and any(bias is not None and bias.requires_grad for bias in biases)
         exact: dict[str, Any] = {"exact": True} if trained else {}  # blocks, where nothing is, know no such keyword
         return functools.partial(
             kernels.packed_attention,

@@ -7,6 +7,7 @@ their bounds on the GPU; but the tokens must be as many each time, so that a doc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from torch.nn import functional as F
 from ft_core.data.collating import IGNORE
 from ft_kernels import AttentionPlan, plan_attention
 
-__all__ = ["LONGEST", "documents_plan", "filled_up", "recurring_length", "recurs"]
+__all__ = ["LONGEST", "WIDEST", "documents_plan", "filled_up", "recurring_length", "recurs"]
 
 LONGEST = 3071
 """The longest document in a recorded step: up to here one kernel, whose launch knows no lengths, is the fastest."""
 STEPS = 16
 """Lengths between a power of two and the next: at most one token in sixteen is padding, in a row of some length."""
 LEAST = 64
+WIDEST = 256
+"""The most numbers of a head that the kernel takes."""
 
 
 def recurring_length(total: int) -> int:
@@ -31,7 +34,7 @@ def recurring_length(total: int) -> int:
 
 
 def filled_up(ids: Tensor, labels: Tensor, positions: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
-    """A row of documents with one more of padding, whose labels are ignored, if its length asks for it.
+    """A row of documents with one more of padding (or several, of ``LONGEST``), whose labels are ignored.
 
     Args:
         ids, labels, positions: int64 ``[1, T]``. lengths: of the documents, in order; they add up to T.
@@ -42,7 +45,8 @@ def filled_up(ids: Tensor, labels: Tensor, positions: Tensor, lengths: Sequence[
     """
     total = ids.shape[1]
     more = recurring_length(total) - total
-    documents = torch.cat([torch.arange(n, dtype=torch.int32) for n in (*lengths, more)])[None]
+    padding = [min(LONGEST, more - done) for done in range(0, more, LONGEST)]
+    documents = torch.cat([torch.arange(n, dtype=torch.int32) for n in (*lengths, *padding)])[None]
     if ids.is_cuda:
         documents = documents.pin_memory().to(ids.device, non_blocking=True)
     rest = documents[:, total:].to(positions.dtype)
@@ -54,14 +58,25 @@ def filled_up(ids: Tensor, labels: Tensor, positions: Tensor, lengths: Sequence[
     }
 
 
-def recurs(ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> bool:
-    """Whether documents of these lengths are a row that :func:`filled_up` takes and a recorded step can compute."""
+def recurs(ids: Tensor, positions: Tensor | None, lengths: Sequence[int], head: Any, head_dim: int) -> bool:
+    """Whether documents of these lengths are a row that :func:`filled_up` takes and a recorded step can compute.
+
+    Args:
+        head: the model's, whose weight is in the dtype that is computed in where autocast has none.
+        head_dim: numbers of one of attention's heads.
+    """
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype: torch.dtype = torch.get_autocast_dtype("cuda") if autocast else head.weight.dtype
     return (
-        ids.shape[0] == 1
+        positions is not None
+        and ids.shape[0] == 1
         and positions.shape == ids.shape
         and sum(lengths) == ids.shape[1]
         and max(lengths, default=0) <= LONGEST
-        and torch.cuda.get_device_capability(ids.device) >= (8, 0)  # what the kernel needs
+        # Other attention than the kernel's asks the host for the lengths.
+        and dtype.itemsize == 2
+        and head_dim <= WIDEST
+        and torch.cuda.get_device_capability(ids.device) >= (8, 0)
     )
 
 

@@ -29,7 +29,7 @@ from ft_core.fast.layer import DecoderLayer, norm
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
 from ft_core.fast.offload import HostMemory
-from ft_core.fast.recurring import documents_plan, filled_up, recurs
+from ft_core.fast.recurring import documents_plan, filled_up, recurring_length, recurs
 
 __all__ = ["FastPath", "disable", "enable", "fast_path_of"]
 
@@ -314,14 +314,14 @@ class _ModelForward(Forward):
                 return CausalLMOutputWithPast(loss=loss)
             timed = known.is_cuda and keywords.get(LENGTHS) is not None
             if timed:
-                self.path.pace.begin()
+                self.path.pace.begin(known.device)
             outputs = self.backbone(**keywords)
         finally:
             self.path._own_head = False
         loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None,
                        max_memory=self.path.chooser.head)  # fmt: skip
         if timed:
-            self.path.pace.end()
+            self.path.pace.end(known.device, recurring_length(known.numel()))
         return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
 
     def _replayed(
@@ -348,19 +348,20 @@ class _ModelForward(Forward):
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not path.graphs.on or several or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
+        tokens = input_ids.numel() if lengths is None else recurring_length(input_ids.numel())
+        if not path.chooser.recordable(tokens, None if lengths is None else input_ids.device):
+            path.graphs.drop()
+            return None
         given = {"ids": input_ids, "labels": labels.to(input_ids.device)}
         if lengths is not None:
-            if position_ids is None or attention_mask is not None or not recurs(input_ids, position_ids, lengths):
+            if attention_mask is not None or not recurs(input_ids, position_ids, lengths, head, path.layout.head_dim):
                 return None
+            assert position_ids is not None
             given = filled_up(given["ids"], given["labels"], position_ids, lengths)
-        elif position_ids is not None:
-            return None
         else:
             batch = batch_of((input_ids.shape[0], input_ids.shape[1]), attention_mask, None, None, {})
-            if batch is None or batch.plan is not None:
+            if batch is None or batch.plan is not None or position_ids is not None:
                 return None
-        if not path.chooser.recordable(given["ids"].numel()):
-            return None
 
         def compute(
             ids: Tensor, labels: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
@@ -380,7 +381,7 @@ class _ModelForward(Forward):
         look = functools.partial(self._looks, shifted)
         if lengths is None:
             return path.graphs.loss(compute, given, look, path.model)
-        return path.graphs.loss(compute, given, look, path.model, path.pace.by_host, fresh=True)
+        return path.graphs.loss(compute, given, look, path.model, lambda: path.pace.by_host(tokens), fresh=True)
 
     def _looks(self, shifted: bool) -> tuple[Any, Any] | None:
         """What a recorded step depends on but for its input, and what that is made of; None where none can be."""

@@ -51,16 +51,14 @@ def run(block: Attention, x: Tensor, seed: Tensor | None, *adapters: Tensor) -> 
         first, second = (p.low(*ab) for p, ab in sides(block, adapters))
         drop, drop_out = drops(block.dropout, seed)
         rows = as_rows(x)
-        row, _, residual, over = normed_copied(rows, block.norm, first, block.o)
+        row, _ = normed(rows, block.norm, first)
         ready = ready_both(block.qkv, block.o, first, second, rows)
         given, _ = _project(block, row, first, drop, None, x.shape[:-1], ready[0])
         del row
         out = output(block, given)
         del given
         o = as_rows(out.flatten(-2))
-        y, _ = products.forward(
-            o, block.o.base, second, block.o.bias, drop_out, residual=residual, over=over, ready=ready[1]
-        )
+        y, _ = products.forward(o, block.o.base, second, block.o.bias, drop_out, residual=rows, ready=ready[1])
         return y.view(x.shape)
 
 

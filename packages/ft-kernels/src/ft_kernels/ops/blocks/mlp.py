@@ -57,14 +57,18 @@ class MLP:
 
 
 def _forward(
-    block: MLP, x: Tensor, seed: Tensor | None, adapters: Sequence[Tensor]
+    block: MLP, x: Tensor, seed: Tensor | None, adapters: Sequence[Tensor], copies: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Y, and all there may be to keep: the normed row, 1/rms, [G | U] and both products' low-rank inputs."""
+    """Y, and all there may be to keep: the normed row, 1/rms, [G | U] and both products' low-rank inputs.
+
+    Args:
+        copies: whether the residual may lie twice in memory from the norm on, which spares a pass over it.
+    """
     first, second = (p.low(*ab) for p, ab in sides(block, adapters))
     drop, drop_hidden = drops(block.dropout, seed)
     rows = as_rows(x)
     row: Tensor | None
-    if block.answer:
+    if block.answer and copies:
         row, rstd, residual, over = normed_copied(rows, block.norm, first, block.down)
     else:
         (row, rstd), residual, over = normed(rows, block.norm, first), rows, False
@@ -88,7 +92,7 @@ def sides(block: MLP, adapters: Sequence[Any]) -> list[tuple[Product, tuple[Any,
 def run(block: MLP, x: Tensor, seed: Tensor | None, *adapters: Tensor) -> Tensor:
     """The block without anything kept."""
     with torch.autocast(x.device.type, enabled=False):
-        return _forward(block, x, seed, adapters)[0]
+        return _forward(block, x, seed, adapters, copies=False)[0]
 
 
 class MLPBlock(torch.autograd.Function):
@@ -97,7 +101,7 @@ class MLPBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: MLP, x: Tensor, seed: Tensor | None, *adapters: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y, (row, rstd, both, tail, hidden_tail) = _forward(block, x, seed, adapters)
+            y, (row, rstd, both, tail, hidden_tail) = _forward(block, x, seed, adapters, copies=True)
         ctx.set_materialize_grads(False)
         ctx.block = block
         activations = block.keep in ("all", "most")
