@@ -237,8 +237,9 @@ def test_the_end_of_the_search_is_called_so(ft: Any, written: Any) -> None:
 
 def test_what_keeps_steps_from_being_recorded_is_said(ft: Any, written: Any) -> None:
     config = written(quantization="nf4", max_length=2048)
-    said = "no step is recorded and replayed, where the host is slower than the GPU: "
+    said = "steps are launched kernel by kernel, none is recorded: "
     assert said not in ft("plan", config, "--gpu", "H100").out
     assert said + "documents may have more than 3071" in ft("plan", config, "max_length=4096", "--gpu", "H100").out
     assert said + "the memory is bounded" in ft("plan", config, "--gpu", "H100", "memory=40GiB").out
+    assert said + "a step takes more than half" in ft("plan", config, "--gpu", "RTX 4090").out
     assert said + "the card is older" in ft("plan", config, "--gpu", "T4").out

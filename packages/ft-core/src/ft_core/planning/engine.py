@@ -8,6 +8,7 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.fast.choose import MARGIN
+from ft_core.fast.graphs import SHARE as SHARE_RECORDED
 from ft_core.fast.recurring import LONGEST
 from ft_core.memory import bytes_of
 from ft_core.models.positions import positions
@@ -169,7 +170,7 @@ class Planner:
     def times(self, config: TrainConfig, card: Card, peak: Peak) -> Times | None:
         """Of a step of it."""
         outline = self.blueprint.outline(config.lora)
-        recorded = _why_not_recorded(config, card) is None
+        recorded = _why_not_recorded(config, card, peak) is None
         step = self._step(config, card, peak.tile, None, peak.optimizer)
         return times_of(
             self.blueprint, outline, step, peak, card, config.training.gradient_accumulation, recorded
@@ -269,21 +270,27 @@ def plan(
         largest_kept=0 if quick else planner.largest(config, card, "keep"),
         steps=steps,
         counted=counted,
-        notes=tuple(_notes(planner, config, card, host)),
+        notes=tuple(_notes(planner, config, card, peak, host)),
         planner=planner,
     )
 
 
-def _why_not_recorded(config: TrainConfig, card: Card) -> str | None:
+def _why_not_recorded(config: TrainConfig, card: Card, peak: Peak) -> str | None:
     """Why steps are computed kernel by kernel even where the host is slower than the GPU, or None."""
     if config.memory != "auto":
         return "the memory is bounded"
     if config.max_length > LONGEST:
         return f"documents may have more than {LONGEST} tokens"
-    return None if card.capability >= (8, 0) else "the card is older than Ampere"
+    if card.capability < (8, 0):
+        return "the card is older than Ampere"
+    if not set(peak.choices) <= {"keep", "inputs"}:
+        return "layers are computed again, or offloaded"
+    # A recording keeps what a step takes to itself.
+    room = limit_of(config, card) - peak.total + peak.step
+    return None if peak.step <= SHARE_RECORDED * room else "a step takes more than half of the memory that is free"
 
 
-def _notes(planner: Planner, config: TrainConfig, card: Card, host: int | None) -> list[str]:
+def _notes(planner: Planner, config: TrainConfig, card: Card, peak: Peak, host: int | None) -> list[str]:
     blueprint, notes = planner.blueprint, []
     if blueprint.layout is None:
         notes.append(
@@ -299,9 +306,9 @@ def _notes(planner: Planner, config: TrainConfig, card: Card, host: int | None) 
         notes.append(f"rows are assumed full: {config.max_length} tokens each, one document (shorter ones are faster)")
     else:
         notes.append(f"rows are assumed full: {config.max_length} tokens each, the longest batch")
-    reason = _why_not_recorded(config, card)
+    reason = _why_not_recorded(config, card, peak)
     if blueprint.layout is not None and config.lora is not None and reason is not None:
-        notes.append(f"no step is recorded and replayed, where the host is slower than the GPU: {reason}")
+        notes.append(f"steps are launched kernel by kernel, none is recorded: {reason}")
     if not card.peak:
         notes.append("no times: nothing is known of this card but its memory (--gpu names one)")
     elif card.basis == "estimated":

@@ -88,9 +88,18 @@ class Peak:
     disk: int = 0
 
     @property
+    def step(self) -> int:
+        """Bytes of that which come and go with each step."""
+        return sum(self.parts.get(name, 0) for name in PASSING)
+
+    @property
     def total(self) -> int:
         """Bytes of the GPU's memory, without what CUDA itself takes."""
         return sum(self.parts.values())
+
+
+PASSING = ("batch", "gradients", "activations kept", "head", "one layer", "update")
+"""Parts of a peak that come and go with each step."""
 
 
 @dataclass(frozen=True)
