@@ -18,6 +18,7 @@ from ft_core.planning.cards import Card
 from ft_core.planning.peak import ALONE, TILE, Peak, Step, peak_of
 from ft_core.planning.rows import count_rows, steps_of
 from ft_core.planning.speed import Times, times_of
+from ft_core.planning.weights import states_of
 from ft_core.plugins import MethodSpec, registry
 
 __all__ = [
@@ -136,8 +137,12 @@ class Planner:
         plain = self._peak(config, card, wanted, named)
         if named != "adamw_8bit" or _easily(plain, limit_of(config, card)):
             return plain
+        state = states_of(self.blueprint.outline(config.lora).trained, "paged_adamw_8bit").host
+        if not 0 < state <= self.host:
+            return plain
         paged = self._peak(config, card, wanted, "paged_adamw_8bit")
-        return _better(plain, paged, limit_of(config, card)) if paged.host + paged.paged <= self.host else plain
+        fit = paged.total <= limit_of(config, card) and not paged.refused
+        return _better(plain, paged, limit_of(config, card)) if fit else plain
 
     def _peak(self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str) -> Peak:
         outline, limit = self.blueprint.outline(config.lora), limit_of(config, card)
@@ -185,7 +190,8 @@ class Planner:
             accumulates=config.training.gradient_accumulation > 1,
             wanted=wanted or config.activations,
             limit=limit_of(config, card),
-            host=self.host,
+            # Activations have what the optimizer's state leaves of it.
+            host=max(self.host - states_of(self.blueprint.outline(config.lora).trained, optimizer).host, 0),
             disk=self.disk,
             tile=tile,
             dense=card.capability >= (9, 0),
