@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit, which Linux has")
 def test_no_memory_left(configure: Any, tmp_path: Path, start_ft: Any, ft: Any, write_rows: Any) -> None:
     """A batch of half a million tokens in documents of uneven lengths: their mask alone has over 100 GB."""
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("needs prlimit, which Linux has")
     words = " ".join(map(str, range(100)))
     data = write_rows(tmp_path / "long.jsonl", [{"text": f"{n} {words[: 3 * (n % 100)]}"} for n in range(4000)])
     config = configure(data=str(data), max_length=256, training={"max_steps": 2, "batch_size": 1, "save_every": 1})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +85,7 @@ def test_without_a_folder_or_without_room_it_is_refused(tmp_path):
 @needs_names
 def test_a_disk_that_will_not_hold_it_is_seen_before_it_is_written(tmp_path):
     disk = Disk(tmp_path)
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
     try:
