@@ -74,3 +74,70 @@ def test_more_than_the_gpu_has_is_refused(configure: Any, tmp_path: Path, ft: An
     done = ft("train", configure(memory="99999GiB", training={"max_steps": 1}, output=str(tmp_path / "run")))
     assert done.code == 2
     assert "memory: '99999GiB' is more than the GPU has (allowed: auto, or up to" in done.err
+GIB = 2**30
+V1 = 2**63 - 4096
+"""What version 1 says where there is no limit."""
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "total", "free"),
+    [
+        ("0::/\n", {}, 64, 48),
+        ("0::/\n", {"memory.max": "max", "memory.current": 4 * GIB}, 64, 48),
+        ("0::/\n", {"memory.max": 16 * GIB, "memory.current": 4 * GIB}, 16, 12),
+        ("0::/\n", {"memory.max": 16 * GIB, "memory.current": 17 * GIB}, 16, 0),
+        ("0::/\n", {"memory.max": 60 * GIB, "memory.current": GIB}, 60, 48),
+        ("0::/\n", {"memory.max": "?", "memory.current": "?"}, 64, 48),
+        (  # what the system keeps of files is to be had
+            "0::/\n",
+            {"memory.max": 16 * GIB, "memory.current": 9 * GIB, "memory.stat": f"anon 1\ninactive_file {5 * GIB}\n"},
+            16,
+            12,
+        ),
+        (  # the group around it allows less
+            "0::/job/step\n",
+            {
+                "job/step/memory.max": 32 * GIB,
+                "job/step/memory.current": GIB,
+                "job/memory.max": 16 * GIB,
+                "job/memory.current": 10 * GIB,
+            },
+            16,
+            6,
+        ),
+        ("0::/../other\n", {"memory.max": 16 * GIB, "memory.current": 4 * GIB}, 16, 12),
+        (
+            "5:cpu:/\n4:memory:/docker/abc\n",
+            {"memory/memory.limit_in_bytes": 8 * GIB, "memory/memory.usage_in_bytes": 2 * GIB},
+            8,
+            6,
+        ),
+        (
+            "4:cpu,memory:/a\n0::/\n",
+            {
+                "memory/memory.limit_in_bytes": V1,
+                "memory/memory.usage_in_bytes": 2 * GIB,
+                "memory/a/memory.limit_in_bytes": 8 * GIB,
+                "memory/a/memory.usage_in_bytes": 5 * GIB,
+                "memory/a/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB}\n",
+            },
+            8,
+            4,
+        ),
+    ],
+)
+def test_a_container_s_limit(groups: str, files: dict[str, Any], total: int, free: int, tmp_path: Path) -> None:
+    from ft_core.models.device import host_memory
+
+    written = {
+        "proc/meminfo": f"MemTotal: {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {48 * 2**20} kB\n",
+        "proc/self/cgroup": groups,
+        **{f"sys/fs/cgroup/{name}": content for name, content in files.items()},
+    }
+    for name, content in written.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(content), encoding="utf-8")
+    assert host_memory(tmp_path) == (total * GIB, free * GIB)
+
+
