@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from ft_core.config import TrainConfig
 from ft_core.errors import ConfigError, RunError
@@ -13,23 +12,7 @@ from ft_core.models import Device
 from ft_core.runs import Run
 from ft_core.training.trainer import last_whole_checkpoint
 
-__all__ = ["disk_folder", "memory_capped", "memory_errors_said"]
-
-
-def disk_folder(config: TrainConfig) -> Path | None:
-    """Where activations may go that nothing else holds: the run's folder, the configuration's, or None for nowhere.
-
-    Raises:
-        ConfigError: the folder is not there.
-    """
-    if config.disk == "off":
-        return None
-    if config.disk == "auto":
-        return Run(str(config.output)).path
-    folder = Path(config.disk).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"disk: {config.disk!r} is no folder (allowed: auto, off, or a folder that is there)")
-    return folder
+__all__ = ["memory_capped", "memory_errors_said"]
 
 
 @contextmanager

@@ -26,9 +26,10 @@ from ft_core.report import write_report
 from ft_core.runs import Run, write_json, write_text
 from ft_core.training.arguments import total_steps, trainer_arguments
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
+from ft_core.training.disk import disk_folder
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.lock import held
-from ft_core.training.memory import disk_folder, memory_capped, memory_errors_said
+from ft_core.training.memory import memory_capped, memory_errors_said
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
     check_resumable,
