@@ -32,6 +32,57 @@ def test_no_memory_left(configure: Any, tmp_path: Path, start_ft: Any, ft: Any, 
     assert done.code == 0, done.err
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "used", "advised"),
+    [
+        ("adamw_8bit", "adamw_8bit", True),
+        ("adamw_8bit", "paged_adamw_8bit", False),
+        ("adamw_torch", "adamw_torch", True),
+        ("lion_8bit", "lion_8bit", True),
+        ("paged_adamw_32bit", "paged_adamw_32bit", False),
+        ("sgd", "sgd", False),
+        ("adafactor", "adafactor", False),
+    ],
+)
+def test_another_optimizer_is_named_where_it_helps(optimizer: str, used: str, advised: bool, tmp_path: Path) -> None:
+    from ft_core.config.load import check_config
+    from ft_core.errors import RunError
+    from ft_core.runs import Run
+    from ft_core.training.memory import memory_errors_said
+
+    values = {"model": "a/b", "data": "rows.jsonl", "lora": None, "training": {"optimizer": optimizer}}
+
+    def train() -> None:
+        with memory_errors_said(Run(tmp_path), check_config(values)) as now:
+            assert now.optimizer == optimizer
+            now.optimizer = used
+            raise MemoryError
+
+    with pytest.raises(RunError) as caught:
+        train()
+    assert ("set training.optimizer: paged_adamw_8bit" in str(caught.value)) == advised
+
+
+def test_the_optimizer_that_a_plan_has_paged_is_not_advised(
+    configure: Any, ft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from ft_core.training import run
+
+    def load(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(run, "prepare_model", load)
+    for optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        planned = SimpleNamespace(peak=SimpleNamespace(optimizer=optimizer))
+        monkeypatch.setattr(run, "foresee", lambda *args, found=planned: found)
+        failed = ft("train", configure(lora=None, quantization="none", training={"optimizer": "adamw_8bit"}))
+        assert failed.code == 2
+        assert "out of memory: " in failed.message
+        assert ("paged_adamw_8bit" in failed.message) == (optimizer == "adamw_8bit")
+
+
 def test_what_is_a_want_of_memory() -> None:
     import torch
 
@@ -69,11 +120,6 @@ def test_a_cap_without_a_gpu_says_that_nothing_is_capped(configure: Any, tmp_pat
     assert "activations: offload needs the fast layers; they are computed again instead" in done.out + done.err
 
 
-@pytest.mark.gpu
-def test_more_than_the_gpu_has_is_refused(configure: Any, tmp_path: Path, ft: Any) -> None:
-    done = ft("train", configure(memory="99999GiB", training={"max_steps": 1}, output=str(tmp_path / "run")))
-    assert done.code == 2
-    assert "memory: '99999GiB' is more than the GPU has (allowed: auto, or up to" in done.err
 GIB = 2**30
 V1 = 2**63 - 4096
 """What version 1 says where there is no limit."""
@@ -141,3 +187,8 @@ def test_a_container_s_limit(groups: str, files: dict[str, Any], total: int, fre
     assert host_memory(tmp_path) == (total * GIB, free * GIB)
 
 
+@pytest.mark.gpu
+def test_more_than_the_gpu_has_is_refused(configure: Any, tmp_path: Path, ft: Any) -> None:
+    done = ft("train", configure(memory="99999GiB", training={"max_steps": 1}, output=str(tmp_path / "run")))
+    assert done.code == 2
+    assert "memory: '99999GiB' is more than the GPU has (allowed: auto, or up to" in done.err

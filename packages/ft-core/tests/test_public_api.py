@@ -337,7 +337,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.disk": ["disk_folder"],
     "ft_core.training.job": ["Job", "build_trainer"],
     "ft_core.training.lock": ["held"],
-    "ft_core.training.memory": ["memory_capped", "memory_errors_said"],
+    "ft_core.training.memory": ["InUse", "memory_capped", "memory_errors_said"],
     "ft_core.training.optimizers": ["QueuedUpdates", "optimizer_of", "queued"],
     "ft_core.training.prepare": [
         "check_resumable",
