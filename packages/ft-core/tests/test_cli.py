@@ -47,6 +47,7 @@ def test_nothing_heavy_is_imported(code: str) -> None:
         ("data: rows.jsonl\neval_data: broken.jsonl", "broken.jsonl, line 1: broken JSON"),
         ("data: rows.jsonl\noutput: rows.jsonl", "output rows.jsonl is a file: give a folder"),
         ("data: rows.jsonl\nmodel: ./nowhere", "no model folder ./nowhere"),
+        ("data: rows.jsonl\ndisk: nowhere", "disk: 'nowhere' is no folder (allowed: auto, off, or a folder that is"),
     ],
 )
 def test_a_training_that_cannot_be_is_refused_at_once(

@@ -289,6 +289,55 @@ def test_a_partial_measurement_does_not_replace_a_whole_one(taught: Path, ft: An
     assert f"written to {whole} and {report}" in ft("eval", run, "--limit", 8).err
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "Expecting property name"),
+        (b"\xff", "'utf-8' codec can't decode"),
+        (b"[]", "it holds no JSON object"),
+        (b'{"metrics": {"loss": 1.0}}', "it holds no measurement"),
+        (b'{"metrics": {}, "rows": "8"}', "it holds no measurement"),
+    ],
+)
+def test_a_broken_measurement_counts_as_none(
+    content: bytes, reason: str, taught: Path, ft: Any, tmp_path: Path
+) -> None:
+    """It is said once, before anything is measured, and a partial measurement takes its place."""
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(taught / "run", run)
+    whole = run / "evaluation.json"
+    whole.write_bytes(content)
+    done = ft("eval", run, "--limit", 3)
+    assert done.code == 0, done.err
+    assert done.err.count(f"{whole} cannot be read: {reason}") == 1
+    assert done.err.index("; taken for none\n") < done.err.index(f"written to {whole}")
+    assert json.loads(whole.read_text(encoding="utf-8"))["rows"] == 3
+
+
+def test_a_broken_measurement_is_found_before_the_model_is_loaded(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from ft_core import evaluation, models
+
+    run = tmp_path / "run"
+    shutil.copytree(taught / "run", run)
+    (run / "evaluation.json").write_text("{", encoding="utf-8")
+    said: list[str] = []
+
+    def load(*args: Any, **keywords: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "load_run", load, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(run, limit=3, say=said.append)
+    assert len(said) == 1
+    assert said[0].endswith("; taken for none")
+
+
 def test_a_training_says_how_many_rows_it_measures(
     ft: Any, configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,7 +170,8 @@ EXPECTED: dict[str, list[str]] = {
         "load_tokenizer",
         "pick_device",
     ],
-    "ft_core.models.device": ["Device", "host_memory", "peak_memory", "pick_device"],
+    "ft_core.models.cgroup": ["limits"],
+    "ft_core.models.device": ["Device", "host_memory", "peak_memory", "pick_device", "processes_here"],
     "ft_core.models.gguf": ["KNOWN_PACKAGES", "cache_folder", "from_file", "from_package"],
     "ft_core.models.loading": [
         "Quantization",
@@ -333,9 +334,10 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.arguments": ["total_steps", "trainer_arguments"],
     "ft_core.training.before": ["check_before"],
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],
+    "ft_core.training.disk": ["disk_folder"],
     "ft_core.training.job": ["Job", "build_trainer"],
     "ft_core.training.lock": ["held"],
-    "ft_core.training.memory": ["disk_folder", "memory_capped", "memory_errors_said"],
+    "ft_core.training.memory": ["InUse", "memory_capped", "memory_errors_said"],
     "ft_core.training.optimizers": ["QueuedUpdates", "optimizer_of", "queued"],
     "ft_core.training.prepare": [
         "check_resumable",

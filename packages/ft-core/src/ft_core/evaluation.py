@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ft_core.config import TrainConfig
+    from ft_core.runs import Run
 
 __all__ = ["Evaluation", "EvaluationJob", "Sample", "compare", "evaluate", "evaluate_answers", "table"]
 
@@ -326,6 +327,7 @@ def evaluate(
             made.progress = progress
         return made
 
+    _standing(folder, say)  # what is wrong with it is said before anything is measured
     model, tokenizer = load_run(folder, say=say)
     if folder.adapter.is_dir() and config.lora.bias == "none":  # PEFT leaves trained biases on when it is disabled
         with model.disable_adapter():
@@ -338,7 +340,7 @@ def evaluate(
         before = measure(job(model, tokenizer))
     comparison = compare(before, after, name)
     cut = len(rows) < total or (answers is not None and len(comparison["samples"]) == answers < len(rows))
-    if cut and _less(comparison, folder.evaluation()):
+    if cut and _less(comparison, _standing(folder)):
         path = folder.path / folder.PARTIAL
         write_json(path, comparison)
         say(f"written to {path}: {folder.EVALUATION} holds a fuller measurement, or one of other data, and stays")
@@ -347,6 +349,23 @@ def evaluate(
     write_report(folder.path)
     say(f"written to {folder.path / folder.EVALUATION} and {folder.path / folder.REPORT}")
     return comparison
+
+
+def _standing(folder: Run, say: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+    """The measurement that a run holds; None if there is none, or none that can be read, which is said in one line."""
+    try:
+        known = folder.evaluation()
+        if known is not None:
+            metrics = known.get("metrics", {})
+            counts = [known.get(name) or 0 for name in ("rows", "answers")]
+            values = metrics.values() if isinstance(metrics, dict) else [None]
+            if not all(isinstance(v, dict) for v in values) or not all(isinstance(c, int) for c in counts):
+                raise RunError(f"{folder.path / folder.EVALUATION} cannot be read: it holds no measurement")
+    except RunError as error:
+        if say is not None:
+            say(f"{error}; taken for none")
+        return None
+    return known
 
 
 def _less(found: dict[str, Any], known: dict[str, Any] | None) -> bool:

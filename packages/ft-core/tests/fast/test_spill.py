@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ from ft_core.errors import RunError
 from ft_core.fast import offload, spill
 from ft_core.fast.choose import Sizes, fit, fit_on_disk
 from ft_core.fast.spill import Disk, disk_room
+from ft_core.models.device import processes_here
 
 MIB = 2**20
 needs_names = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system keeps the name of a file")
@@ -85,6 +85,7 @@ def test_without_a_folder_or_without_room_it_is_refused(tmp_path):
 
 @needs_names
 def test_a_disk_that_will_not_hold_it_is_seen_before_it_is_written(tmp_path):
+    resource = pytest.importorskip("resource")
     disk = Disk(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
@@ -129,6 +130,34 @@ def test_the_host_s_share_is_not_counted_again_as_it_is_taken(monkeypatch):
     with pytest.raises(RunError):
         held += [pool.take(MIB) for _ in range(30)]
     assert pool.bytes <= 0.8 * free
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_disk_s_share_is_not_counted_again_as_it_is_taken(ranks, tmp_path, monkeypatch):
+    """By however many processes: each begins before any of them has taken much."""
+    free = 100 * MIB
+    disks = [Disk(tmp_path) for _ in range(ranks)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(spill, "disk_room", lambda folder: int(spill.SHARE * (free - sum(d.bytes for d in disks))))
+    monkeypatch.setattr(Disk, "_memory", lambda disk, count: torch.empty(count, dtype=torch.uint8, device="meta"))
+    assert [disk.room for disk in disks] == [80 * MIB // ranks] * ranks
+    for disk in disks:
+        held = [disk.take(MIB) for _ in range(24)]
+    for disk in disks:
+        with pytest.raises(RunError, match="can be had"):
+            held += [disk.take(MIB) for _ in range(100)]
+    assert 60 * MIB < sum(disk.bytes for disk in disks) <= 80 * MIB
+    assert held
+
+
+def test_processes_on_this_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert processes_here() == 1
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    assert processes_here() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert processes_here() == 2
 
 
 def test_no_more_of_the_disk_than_is_needed():

@@ -219,6 +219,15 @@ def test_training_takes_the_tile_from_its_plan(
         assert handle.tile == tile
 
 
+def test_a_disk_folder_that_is_not_there(ft: Any, written: Any, tmp_path: Path) -> None:
+    """It is for this machine; beside another card nothing of this machine counts."""
+    config = written(quantization="nf4", disk=str(tmp_path / "nowhere"))
+    refused = ft("plan", config)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.message.startswith(f"ft plan: disk: '{tmp_path / 'nowhere'}' is no folder (allowed: auto, off,")
+    assert ft("plan", config, "--gpu", "H100").code == 0
+
+
 @pytest.mark.gpu
 def test_training_on_a_gpu_says_its_plan_before_it_loads(ft: Any, configure: Any) -> None:
     done = ft("train", configure(training={"max_steps": 1}))

@@ -36,6 +36,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--memory {args.memory!r} is no amount (allowed: one such as 12GiB; units: GiB, MiB, GB, MB)"
         ) from None
+    from ft_core.training.disk import disk_folder
+
+    if args.gpu is None and memory is None:  # that is for this machine, whose folders are here
+        disk_folder(config)
     console.quiet()
     from ft_core.fast.spill import disk_room
     from ft_core.models.device import host_memory
@@ -43,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.planning import card_here, find_card, plan, ways, with_memory
     from ft_core.planning.blueprint import find_outline
     from ft_core.planning.show import table
-    from ft_core.training.memory import disk_folder
 
     source = find_outline(config)
     config = fit_to_model(config, source, say=console.say)

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ft_core.errors import RunError
 from ft_core.fast.offload import IN_A_SLAB, Pool
+from ft_core.models.device import processes_here
 
 __all__ = ["RATE", "Disk", "disk_room"]
 
 RATE = 1e9
 """Bytes a second that a disk is taken to write or read: a common SSD sustains one to three times that."""
 SHARE = 0.8
-"""Of what is free on the disk, what activations may take: checkpoints are written beside them."""
+"""Of what is free on the disk, what activations may take, of all processes: checkpoints are written beside them."""
 MEMORY = ("tmpfs", "ramfs")
 """File systems that are memory."""
 
@@ -53,7 +54,12 @@ class Disk(Pool):
         self._files: list[Any] = []
 
     def _limit(self) -> int:
-        return self.bytes + disk_room(self.folder) if self.most is None else self.most
+        if self.most is not None:
+            return self.most
+        room = disk_room(self.folder)
+        if not self.bytes:
+            self._share = room // processes_here()  # as of the host's memory: what is taken must not be shared again
+        return self.bytes + room if self._share is None else min(self.bytes + room, self._share)
 
     def _slab(self, size: int) -> int:
         return IN_A_SLAB * size

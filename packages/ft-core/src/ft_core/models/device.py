@@ -6,8 +6,11 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["Device", "host_memory", "peak_memory", "pick_device"]
+from ft_core.models.cgroup import limits
+
+__all__ = ["Device", "host_memory", "peak_memory", "pick_device", "processes_here"]
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,19 @@ def _processor() -> str:
     return f"{name or platform.processor() or platform.machine()}, {cores} core{'s' if cores != 1 else ''}"
 
 
-def host_memory() -> tuple[int, int]:
-    """Total and available memory of this machine in bytes."""
+def host_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Total and available memory of this machine in bytes, or what a container is allowed where that is less.
+
+    Args:
+        root: the folder that holds ``proc`` and ``sys``.
+    """
     try:
-        with open("/proc/meminfo", encoding="utf-8") as file:
+        with open(root / "proc/meminfo", encoding="utf-8") as file:
             sizes = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in file)}
-        return sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
+        total, free = sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
+        for most, left in limits(root):
+            total, free = min(total, most), min(free, left)
+        return total, free
     except (OSError, KeyError, ValueError, IndexError):
         pass
     try:
@@ -86,6 +96,18 @@ def host_memory() -> tuple[int, int]:
         return total, total
     except (AttributeError, ValueError, OSError):
         return 0, 0
+
+
+def processes_here() -> int:
+    """Processes of this training on this machine, as torchrun says; else all that torch's process group has."""
+    try:
+        return max(int(os.environ["LOCAL_WORLD_SIZE"]), 1)
+    except (KeyError, ValueError):
+        pass
+    distributed = sys.modules.get("torch.distributed")  # whoever has begun a group has imported it
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return int(distributed.get_world_size())
 
 
 def peak_memory() -> int:

@@ -7,12 +7,13 @@ from ft_core.data.reading import check_sources
 from ft_core.models.source import check_local
 from ft_core.plugins import MethodSpec, registry
 from ft_core.runs import Run
+from ft_core.training.disk import disk_folder
 
 __all__ = ["check_before"]
 
 
 def check_before(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output that is taken, a model's folder that is none, and data that is not there or of no known form.
+    """Refuse an output that is taken, a model's or disk folder that is none, and data not there or of no known form.
 
     All of it is checked again where it is used; what needs the Hub or more than a look is checked only there.
 
@@ -22,6 +23,7 @@ def check_before(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     run = Run(str(config.output))
     run.check_free(resume=resume, overwrite=overwrite)
     check_local(config.model)
+    disk_folder(config)
     formats = registry().get(MethodSpec, config.method).formats
     check_sources(config.data, formats)
     if config.eval_data is not None and not (resume and run.is_run):  # a resumed run has its rows

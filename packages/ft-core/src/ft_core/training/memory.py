@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 
 from ft_core.config import TrainConfig
 from ft_core.errors import ConfigError, RunError
@@ -13,23 +13,10 @@ from ft_core.models import Device
 from ft_core.runs import Run
 from ft_core.training.trainer import last_whole_checkpoint
 
-__all__ = ["disk_folder", "memory_capped", "memory_errors_said"]
+__all__ = ["InUse", "memory_capped", "memory_errors_said"]
 
-
-def disk_folder(config: TrainConfig) -> Path | None:
-    """Where activations may go that nothing else holds: the run's folder, the configuration's, or None for nowhere.
-
-    Raises:
-        ConfigError: the folder is not there.
-    """
-    if config.disk == "off":
-        return None
-    if config.disk == "auto":
-        return Run(str(config.output)).path
-    folder = Path(config.disk).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"disk: {config.disk!r} is no folder (allowed: auto, off, or a folder that is there)")
-    return folder
+STATELESS = ("adafactor", "sgd")
+"""Optimizers of which next to nothing lies on the GPU between updates."""
 
 
 @contextmanager
@@ -62,23 +49,38 @@ def memory_capped(config: TrainConfig, device: Device, say: Callable[[str], None
         torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
+@dataclass
+class InUse:
+    """What a plan has chosen in place of what the configuration says.
+
+    Attributes:
+        optimizer: by transformers' name.
+    """
+
+    optimizer: str
+
+
 @contextmanager
-def memory_errors_said(run: Run, config: TrainConfig) -> Iterator[None]:
+def memory_errors_said(run: Run, config: TrainConfig) -> Iterator[InUse]:
     """Turn a want of memory in the body into one line that names the keys to change.
+
+    Yields:
+        What the configuration says is in use; the body puts there what is.
 
     Raises:
         RunError: the body ran out of memory; checkpoints stay.
     """
+    used = InUse(config.training.optimizer)
     try:
-        yield
+        yield used
     except Exception as error:
         if not is_memory_error(error):
             raise
         tried = str(error) if isinstance(error, StillOutOfMemory) else None
-        raise RunError(_line(run, config, tried)) from error
+        raise RunError(_line(run, config, used, tried)) from error
 
 
-def _line(run: Run, config: TrainConfig, tried: str | None = None) -> str:
+def _line(run: Run, config: TrainConfig, used: InUse, tried: str | None = None) -> str:
     ways = []
     if config.memory != "auto":
         ways.append(f"raise memory (now {config.memory})")
@@ -86,7 +88,7 @@ def _line(run: Run, config: TrainConfig, tried: str | None = None) -> str:
         ways.append("set activations: recompute")
     if config.lora is None:
         ways.append("train an adapter (lora) instead of the whole model")
-        if not config.training.optimizer.startswith("paged"):
+        if not used.optimizer.startswith("paged") and used.optimizer not in STATELESS:
             ways.append("set training.optimizer: paged_adamw_8bit")
     elif config.quantization != "nf4":
         ways.append("set quantization: nf4")

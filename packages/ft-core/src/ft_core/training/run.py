@@ -26,9 +26,10 @@ from ft_core.report import write_report
 from ft_core.runs import Run, write_json, write_text
 from ft_core.training.arguments import total_steps, trainer_arguments
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
+from ft_core.training.disk import disk_folder
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.lock import held
-from ft_core.training.memory import disk_folder, memory_capped, memory_errors_said
+from ft_core.training.memory import InUse, memory_capped, memory_errors_said
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
     check_resumable,
@@ -102,8 +103,8 @@ def train(
         config = fit_to_model(config, source, say=say)
         disk_folder(config)  # whether it is there is asked before anything is loaded
         device = pick_device()
-        with memory_errors_said(run, config), memory_capped(config, device, say):
-            return _train(config, source, run, ranks, device, resuming=resume and run.is_run, say=say)
+        with memory_errors_said(run, config) as used, memory_capped(config, device, say):
+            return _train(config, source, run, ranks, device, used, resuming=resume and run.is_run, say=say)
 
 
 def _train(
@@ -112,6 +113,7 @@ def _train(
     run: Run,
     ranks: Ranks,
     device: Device,
+    used: InUse,
     *,
     resuming: bool,
     say: Callable[[str], None],
@@ -122,6 +124,7 @@ def _train(
     say(f"{source.name}, {config.method}, on {device}")
     _say_other_gpus(device, ranks, say)
     planned = foresee(config, source, device, say)
+    used.optimizer = optimizer_of(config, planned)
     tokenizer = load_tokenizer(source)
     train_rows, held_out = prepare_rows(config, spec, run.held_out() if resuming else (), say)
     data_sha256 = fingerprint(train_rows)
@@ -146,7 +149,7 @@ def _train(
                 device,
                 evaluates=bool(held_out),
                 recompute=recomputes(model, config, device, say, planned),
-                optimizer=optimizer_of(config, planned),
+                optimizer=used.optimizer,
             ),
             callbacks=[],
             counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},

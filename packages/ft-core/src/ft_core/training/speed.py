@@ -9,7 +9,7 @@ from ft_core.config import TrainConfig
 from ft_core.errors import RunError
 from ft_core.memory import bytes_of, is_memory_error
 from ft_core.models import Device, ModelSource
-from ft_core.training.memory import disk_folder
+from ft_core.training.disk import disk_folder
 
 if TYPE_CHECKING:
     from ft_core.planning import Plan
@@ -36,7 +36,7 @@ def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Calla
         return None
     try:
         from ft_core.fast.spill import disk_room
-        from ft_core.models.device import host_memory
+        from ft_core.models.device import host_memory, processes_here
         from ft_core.planning import card_here, plan, with_memory
         from ft_core.planning.engine import CONTEXT
         from ft_core.planning.show import line
@@ -46,7 +46,7 @@ def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Calla
             return None
         card = with_memory(card, min(device.memory, device.free + CONTEXT))  # others may be at work there
         folder = disk_folder(config)
-        disk = 0 if folder is None else disk_room(folder)
+        disk = 0 if folder is None else disk_room(folder) // processes_here()
         planned = plan(config, source, card, host=host_memory()[1], disk=disk, quick=True)
         said = line(planned)
     except Exception:
