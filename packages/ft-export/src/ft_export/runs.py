@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def _open_run(path: Path, name: str) -> Source:
     model = path / "model" if (path / "model" / "config.json").is_file() else None
     if adapter is None and model is None:
         raise ExportError(
-            f"{path} has neither adapter/ nor model/: the run has not finished; go on with ft train ... --resume"
+            f"{path} has neither adapter/ nor model/: the run has not finished; go on with "
+            + shlex.join(["ft", "train", f"{path}/config.yaml", "--resume"])
         )
     held_out = path / "held_out.jsonl"
     return Source(

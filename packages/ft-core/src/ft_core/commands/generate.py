@@ -125,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         raise RunError(f"no folder {out.parent} to write {out.name} to")
     if out.is_dir():
         raise RunError(f"--out {out} is a folder: give a .jsonl file")
+    if out.exists() and out.samefile(args.prompts):
+        raise RunError(f"--out {out} is the file of the prompts: give another")
     done = 0 if args.overwrite else _done(out, prompts)
     from ft_core.console import progress, quiet, say
 

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--parameters all: quantized weights have no gradients; leave out --quantization")
     if args.tokens < 12:
         raise ConfigError(f"--tokens {args.tokens}: three documents need at least 12")
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ConfigError(f"--json {args.json}: give a file in a folder that is there")
     console.quiet()
     device = pick_device()
     source = find_model(args.model)

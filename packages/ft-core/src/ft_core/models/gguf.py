@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -43,7 +44,9 @@ def from_package(name: str) -> tuple[Path, str]:
     try:
         dist = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        raise ModelError(f"the package {name!r}, which carries the model, is not installed: {command}") from None
+        close = [] if name in KNOWN_PACKAGES else difflib.get_close_matches(name, KNOWN_PACKAGES, 1, cutoff=0.8)
+        advice = f"did you mean {close[0]!r}?" if close else command
+        raise ModelError(f"the package {name!r}, which carries the model, is not installed: {advice}") from None
     files = [Path(str(dist.locate_file(f))) for f in dist.files or () if str(f).endswith(".gguf")]
     if len(files) != 1:
         raise ModelError(f"the package {name!r} holds {len(files)} GGUF files: a model package holds one")
@@ -73,8 +76,14 @@ def _converted(file: Path, key: str) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=target.parent))
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the converted model to {target.parent}: {error.strerror or error}; "
+            "XDG_CACHE_HOME names another place"
+        ) from error
     try:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

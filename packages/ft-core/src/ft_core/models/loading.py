@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ft_core.errors import ModelError, RunError
+from ft_core.errors import ConfigError, ModelError, RunError
 from ft_core.models.device import Device, pick_device
 from ft_core.models.positions import check_length, check_scaled, scale
 from ft_core.models.source import ModelSource, find_model, read_ahead
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 Quantization = Literal["none", "nf4", "int8"]
+DTYPES = ("bfloat16", "float16", "float32")
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """The fields of a generation configuration that mean something only if it samples."""
@@ -60,12 +62,21 @@ def load(
 
     Raises:
         ModelError: the model cannot be found, is damaged, holds pickled weights, or needs code of its own.
-        ConfigError: ``rope_scaling`` is not allowed, or not for this model and length.
+        ConfigError: a value is not allowed, or ``rope_scaling`` not for this model and length.
     """
     from ft_core.config.load import read_rope_scaling
 
+    _check("quantization", quantization, get_args(Quantization))
+    _check("dtype", dtype, (None, *DTYPES))
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ConfigError(f"max_length: {max_length!r}: give a whole number of tokens, or None")
     scaling = read_rope_scaling(rope_scaling)
     return load_found(find_model(str(model)), quantization, max_length, dtype, {}, scaling=scaling)
+
+
+def _check(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: {value!r} (allowed: {', '.join(map(str, allowed))})")
 
 
 def load_found(
@@ -367,5 +378,6 @@ def load_run(run: Run, *, say: Callable[[str], None] = print) -> tuple[Any, PreT
     if run.finished:
         raise RunError(f"{run.path} is finished, but its adapter/ or model/ is gone")
     raise RunError(
-        f"{run.path} is not finished, it has no adapter/ or model/ yet: ft train {run.path}/config.yaml --resume"
+        f"{run.path} is not finished, it has no adapter/ or model/ yet: "
+        + shlex.join(["ft", "train", f"{run.path}/config.yaml", "--resume"])
     )

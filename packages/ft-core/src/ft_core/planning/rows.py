@@ -81,7 +81,10 @@ def steps_of(config: TrainConfig, count: Count | None) -> tuple[int | None, str]
     if training.max_steps is not None:
         return training.max_steps, "training.max_steps"
     if count is None:
-        return None, "the rows of the data are not counted here"
+        names = [config.data] if isinstance(config.data, str) else [source.path for source in config.data]
+        local = [name for name in names if Path(name).suffix.lower() in EXTENSIONS]
+        gone = [name for name in local if not Path(name).expanduser().exists()]
+        return None, f"{gone[0]} is not there" if gone else "the rows of the data are not counted here"
     batch = training.batch_size
     if config.packing:
         packed = max(math.ceil(count.bytes / LETTERS / config.max_length), 1)

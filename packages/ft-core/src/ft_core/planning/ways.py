@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ft_core.config import LoraSettings, TrainConfig
+from ft_core.models.positions import positions
 from ft_core.planning.cards import CARDS, Card, with_memory
 from ft_core.planning.engine import Planner, most, with_length, with_rows
 
@@ -45,7 +46,10 @@ def _changes(planner: Planner, config: TrainConfig, card: Card) -> Iterator[tupl
         yield "quantization: nf4", config.model_copy(update={"quantization": "nf4"})
     length = planner.longest(config, card)
     if SHORTEST <= length < config.max_length:
-        yield f"max_length: {length}, the longest that fits", with_length(config, length)
+        changed, rest = with_length(config, length), ""
+        if config.rope_scaling is not None and length <= (positions(planner.blueprint.text) or 0):
+            changed, rest = changed.model_copy(update={"rope_scaling": None}), ", without rope_scaling"
+        yield f"max_length: {length}, the longest that fits{rest}", changed
     if config.lora is not None:
         for rank in (64, 32, 16, 8, 4):
             lora = config.lora.model_copy(update={"r": rank})

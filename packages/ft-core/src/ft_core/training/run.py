@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,9 +245,10 @@ class _Session:
         total = len(job.eval_rows or [])
         cut = f"the first {len(rows)} of {total} held-out rows (ft eval measures all)"
         job.say(f"measuring {what} training on {cut if len(rows) < total else f'{total} held-out rows'}")
-        measured: Evaluation = resolve(self.spec.evaluate)(
-            EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)
-        )
+        with _as_loaded(model):
+            measured: Evaluation = resolve(self.spec.evaluate)(
+                EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)
+            )
         # Eight answers are for reading; a share of eight would not be a measurement.
         measured.metrics.pop("exact_match", None)
         return measured
@@ -327,6 +329,20 @@ class _Session:
             "memory": {phase: self.memory[phase] for phase in PHASES if phase in self.memory},
         }
         write_json(self.run.path / self.run.SUMMARY, summary)
+
+
+@contextlib.contextmanager
+def _as_loaded(model: Any) -> Iterator[None]:
+    """Within it the model computes as one that was loaded does: a trainer has wrapped its forward in autocast."""
+    plain, wrapped = vars(model).get("_original_forward"), vars(model).get("forward")
+    if plain is None or wrapped is None:
+        yield
+        return
+    model.forward = plain
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def _silent(line: str) -> None:
