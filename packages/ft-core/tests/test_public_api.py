@@ -186,6 +186,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.models.opening": ["open_model"],
     "ft_core.models.positions": ["check_length", "check_scaled", "fit_to_model", "positions", "rope_of", "scale"],
     "ft_core.models.pretrained": ["STREAMED", "from_pretrained"],
+    "ft_core.models.rotary": ["CHANGING", "changes", "rope_types"],
     "ft_core.models.source": [
         "ModelSource",
         "check_folder",
@@ -338,6 +339,8 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.job": ["Job", "build_trainer"],
     "ft_core.training.lock": ["held"],
     "ft_core.training.memory": ["InUse", "memory_capped", "memory_errors_said"],
+    "ft_core.training.longest": ["longest_batch", "tokens_in"],
+    "ft_core.training.moment": ["Moment", "changed_by_forward"],
     "ft_core.training.optimizers": ["QueuedUpdates", "optimizer_of", "queued"],
     "ft_core.training.prepare": [
         "check_resumable",

@@ -208,3 +208,38 @@ def test_the_method_is_registered() -> None:
     spec = registry().get(MethodSpec, "reward")
     assert (spec.head, spec.formats) == ("score", ("preference",))
     assert all(callable(resolve(reference)) for reference in (spec.settings, spec.trainer, spec.evaluate))
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_the_longest_batch_is_that_of_all_that_are_made(
+    multiple: int | None, toy: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen and rejected answers are padded to the longest of all, so that sums of both mislead."""
+    from ft_core.training import replan, speed
+
+    def long(word: str, count: int) -> str:
+        return " ".join([word] * count)
+
+    even = [{"prompt": "do you know ", "chosen": long("sun", 12), "rejected": long("cats", 12)}] * 3
+    uneven = [{"prompt": "do you know ", "chosen": long("sun", 20), "rejected": "no"}]
+    toy.write_rows(tmp_path / "uneven.jsonl", [*even, *uneven, *toy.rows(9, seed=1)])
+    seen: list[tuple[int, list[int]]] = []
+
+    def note(trainer: Any) -> Any:
+        found = longest(trainer)
+        every = [batch["input_ids"].numel() for batch in trainer.get_train_dataloader()]
+        seen.append((found["input_ids"].numel(), every))
+        return found
+
+    longest = replan.longest_batch
+    monkeypatch.setattr(replan, "longest_batch", note)
+    monkeypatch.setattr(speed, "runs_kernels", lambda device: True)
+    monkeypatch.setattr("ft_core.training.run.speed_up", lambda *args: None)
+    for batch_size in (1, 2, 3):
+        values = config(toy, tiny_model, tmp_path, training={"batch_size": batch_size, "max_steps": 1})
+        values |= {"data": str(tmp_path / "uneven.jsonl"), "output": str(tmp_path / f"run-{batch_size}")}
+        values |= {"eval_data": None, "reward": {"pad_to_multiple_of": multiple}}
+        train(values, say=lambda line: None)
+    assert len(seen) == 3
+    for found, every in seen:
+        assert found == max(every)

@@ -56,6 +56,11 @@ def build(job: Job) -> Trainer:
     class RewardTrainer(RunTrainerMixin, TrlRewardTrainer):
         """TRL's trainer with whole checkpoints and no telemetry."""
 
+        def batch_tokens(self, lengths: Sequence[int]) -> int:
+            """Chosen and rejected answers are rows alike, padded to the longest of all."""
+            multiple = getattr(self.data_collator, "pad_to_multiple_of", None) or 1
+            return len(lengths) * -(-max(lengths) // multiple) * multiple
+
     settings = job.settings
     assert isinstance(settings, RewardSettings)
     if settings.disable_dropout and job.config.lora is not None and job.config.lora.dropout > 0:

@@ -63,6 +63,10 @@ class Collator:
             "attention_mask": pad([torch.ones_like(ids) for ids, _ in documents], batch_first=True),
         }
 
+    def batch_tokens(self, lengths: Sequence[int]) -> int:
+        """Tokens, padding included, of the batch of documents of these lengths, one at least."""
+        return sum(lengths) if self.padding_free else len(lengths) * max(lengths)
+
 
 def _documents(feature: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The (input_ids, labels) of each document of a row, int64 [length] each."""

@@ -30,14 +30,13 @@ from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
 from ft_core.fast.offload import HostMemory
 from ft_core.fast.recurring import documents_plan, filled_up, recurring_length, recurs
+from ft_core.models.rotary import changes
 
 __all__ = ["FastPath", "disable", "enable", "fast_path_of"]
 
 BATCH = "ft_batch"
 """The keyword by which the backbone hands the batch's documents to its layers."""
 HANDLE = "_ft_fast_path"
-CHANGING = ("dynamic", "longrope")
-"""transformers' rotary embeddings whose angles follow the length of the text, on the host or in memory of their own."""
 
 
 @dataclass(eq=False)
@@ -389,7 +388,7 @@ class _ModelForward(Forward):
         halves = [half for decoder in path.decoders for half in decoder.blocks.halves()]
         rotary = at(self.backbone, path.layout.rotary)
         whole = [self.backbone, getattr(path.model, path.layout.head)]
-        if None in halves or not silent(whole) or getattr(rotary, "rope_type", None) in CHANGING:
+        if None in halves or not silent(whole) or changes(rotary):
             return None
         parameters = list(path.model.parameters())
         key = (

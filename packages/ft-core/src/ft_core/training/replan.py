@@ -8,16 +8,17 @@ began with, and its batches are the same. The optimizer has not moved.
 from __future__ import annotations
 
 import gc
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ft_core.memory import StillOutOfMemory, is_memory_error
 from ft_core.models.device import peak_memory
+from ft_core.models.rotary import changes
+from ft_core.training.longest import longest_batch, tokens_in
+from ft_core.training.moment import Moment, changed_by_forward
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -25,9 +26,6 @@ else:
     _Base = object
 
 __all__ = ["ReplanningMixin", "longest_batch"]
-
-KEPT = ("_metrics", "_total_train_tokens")
-"""What TRL's trainers count while they compute a loss."""
 
 
 class ReplanningMixin(_Base):
@@ -37,7 +35,7 @@ class ReplanningMixin(_Base):
         rehearses: whether the first step is preceded by one of the longest batch of the first epoch, which is thrown
             away: what does not fit is seen at once, and the fast layers plan by it.
         replans: whether a step may be begun again; not where computing one changes more than gradients, random
-            numbers and TRL's counts.
+            numbers, running averages, dynamic frequencies and TRL's counts.
         replanned: the tighter plan in words, once there is one. There is one a training.
         say: prints one line.
     """
@@ -46,6 +44,7 @@ class ReplanningMixin(_Base):
     replans: bool = True
     replanned: str | None = None
     _so_far: _SoFar | None = None
+    _changed: list[torch.nn.Module] | None = None
 
     def say(self, line: str) -> None:
         """Print one line; the trainer's owner may put another function here."""
@@ -53,8 +52,16 @@ class ReplanningMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' training, from a step that has not begun."""
-        self._so_far = None
+        self._so_far = self._changed = None
         return super().train(*args, **kwargs)
+
+    def batch_tokens(self, lengths: Sequence[int]) -> int | None:
+        """Tokens, padding included, of a batch of rows whose documents have these lengths; None where nobody knows.
+
+        The data collator's own ``batch_tokens`` says it. A trainer with another collator may override this.
+        """
+        tokens = getattr(self.data_collator, "batch_tokens", None)
+        return None if tokens is None else int(tokens(lengths))
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch, its gradients added to those that are there.
@@ -67,7 +74,7 @@ class ReplanningMixin(_Base):
             self._rehearse(model, args, kwargs)
         so_far = self._so_far
         if so_far is None or so_far.step != self.state.global_step:
-            so_far = self._so_far = _SoFar(self.state.global_step, _Moment.of(self))
+            so_far = self._so_far = _SoFar(self.state.global_step, self._now())
         so_far.calls.append((inputs, args, kwargs))
         loss = self._computed(model, so_far, f"step {so_far.step + 1}")
         count = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
@@ -110,7 +117,7 @@ class ReplanningMixin(_Base):
             return None  # the other processes are in the middle of their step
         path = fast_path_of(self.model)
         if path is not None and path.on:
-            return tighten(path, _tokens(inputs), self.args.device)
+            return tighten(path, tokens_in(inputs), self.args.device)
         on = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         if on or not getattr(self.model, "supports_gradient_checkpointing", False):
             return None
@@ -123,18 +130,20 @@ class ReplanningMixin(_Base):
         gc.collect()
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif self.args.device.type == "mps":
+            torch.mps.empty_cache()
+
+    def _now(self) -> Moment:
+        """What a step changes, as it is; the modules are looked for once a training."""
+        if self._changed is None:
+            self._changed = changed_by_forward(self.model)
+        return Moment.of(self, self._changed)
 
     def _rehearse(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward and backward of the longest batch, of which nothing is left but what the layers learnt of memory."""
-        if any(getattr(module, "rope_type", None) == "dynamic" for module in model.modules()):
-            return  # it would go on with the frequencies of the longest text so far
-        began = _Moment.of(self)
-        averages = [
-            (buffer, buffer.clone())
-            for module in model.modules()
-            if isinstance(module, torch.nn.modules.batchnorm._NormBase)
-            for buffer in module.buffers(recurse=False)
-        ]
+        if any(changes(module, ("dynamic",)) for module in model.modules()):
+            return  # its frequencies follow the longest text so far
+        began = self._now()
         try:
             batch = longest_batch(self)
             if batch is None:
@@ -143,10 +152,8 @@ class ReplanningMixin(_Base):
         finally:
             self._drop(model)
             began.restore(self)
-            for buffer, was in averages:
-                buffer.copy_(was)
         self.say(
-            f"the longest batch fits: {_tokens(batch):,} tokens, {peak_memory() / 2**30:.1f} GiB at the peak so far"
+            f"the longest batch fits: {tokens_in(batch):,} tokens, {peak_memory() / 2**30:.1f} GiB at the peak so far"
         )
 
 
@@ -159,106 +166,5 @@ class _SoFar:
     """
 
     step: int
-    began: _Moment
+    began: Moment
     calls: list[tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """What computing a loss changes beside gradients: random numbers drawn, and a trainer's own counts."""
-
-    python: Any
-    numpy: Any
-    cpu: torch.Tensor
-    gpu: torch.Tensor | None
-    counts: dict[str, Any]
-
-    @classmethod
-    def of(cls, trainer: Any) -> _Moment:
-        """Now. Nothing waits for the GPU."""
-        device = trainer.args.device
-        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        counts = {name: _copied(getattr(trainer, name)) for name in KEPT if hasattr(trainer, name)}
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu, counts)
-
-    def restore(self, trainer: Any) -> None:
-        """As it was."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu, trainer.args.device)
-        for name, value in self.counts.items():
-            now = getattr(trainer, name)
-            if isinstance(now, dict):  # held by others too
-                _restore(now, value)
-            else:
-                setattr(trainer, name, value)
-
-
-def _copied(value: Any) -> Any:
-    """Dictionaries and lists copied, what is in them not."""
-    if isinstance(value, dict):
-        return {key: _copied(below) for key, below in value.items()}
-    return list(value) if isinstance(value, list) else value
-
-
-def _restore(now: dict[Any, Any], was: dict[Any, Any]) -> None:
-    for key in [key for key in now if key not in was]:
-        del now[key]
-    for key, value in was.items():
-        if isinstance(value, dict) and isinstance(now.get(key), dict):
-            _restore(now[key], value)
-        else:
-            now[key] = _copied(value)
-
-
-def _tokens(inputs: dict[str, Any]) -> int:
-    """Tokens of a batch, padding included; 0 where it has none that we know."""
-    ids = inputs.get("input_ids")
-    return int(ids.numel()) if isinstance(ids, torch.Tensor) else 0
-
-
-def longest_batch(trainer: Any) -> dict[str, Any] | None:
-    """The batch of the first epoch with the most tokens, padding included, as the trainer's collator makes it.
-
-    Only the lengths of the rows are read, and those rows that make the batch. None for data whose rows cannot be
-    counted before they are read: a stream, or rows without token ids.
-    """
-    loader = trainer.get_train_dataloader()
-    sampler, dataset = getattr(loader, "batch_sampler", None), loader.dataset
-    lengths = _lengths(dataset)
-    if sampler is None or lengths is None:
-        return None
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(0)
-    measures: tuple[Callable[[Sequence[int]], int], ...] = (sum, lambda found: max(found) * len(found))
-    best: list[tuple[int, list[int]]] = [(0, [])] * len(measures)  # without padding, and with it
-    for indices in sampler:
-        found = [lengths[index] for index in indices]
-        for place, measure in enumerate(measures):
-            if measure(found) > best[place][0]:
-                best[place] = measure(found), list(indices)
-    chosen = {tuple(indices) for _, indices in best if indices}
-    batches = (loader.collate_fn([dataset[index] for index in indices]) for indices in sorted(chosen))
-    return max(batches, key=_tokens, default=None)
-
-
-def _lengths(dataset: Any) -> list[int] | None:
-    """Tokens of each row."""
-    names = getattr(dataset, "column_names", None)
-    if names is None or not hasattr(dataset, "with_format"):
-        try:
-            return [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
-        except (TypeError, KeyError):
-            return None
-    columns = ["input_ids"] if "input_ids" in names else [name for name in names if name.endswith("_ids")]
-    return list(_counted(dataset, columns)) if columns else None
-
-
-def _counted(dataset: Any, columns: list[str]) -> Iterator[int]:
-    import pyarrow.compute as pc
-
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        each = [pc.list_value_length(table[name]).to_pylist() for name in columns]
-        yield from map(sum, zip(*each, strict=True))

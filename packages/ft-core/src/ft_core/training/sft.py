@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -13,6 +14,7 @@ from ft_core.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from ft_core.data import Collator
     from ft_core.training.job import Job
 
 __all__ = ["SftSettings", "build"]
@@ -137,28 +139,38 @@ def _kept_positions(inputs: dict[str, Any], vocabulary: int) -> Any | None:
     return kept if 0 < len(kept) * len(labels) * vocabulary <= FEW_LOGITS else None
 
 
-def _collate(
-    pad: int, *, padding_free: bool, on_cpu: bool, lengths: bool
-) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
-    """Batches without padding; on a CPU a batch of nearly equal documents is rather padded, a document a row.
+@dataclass(frozen=True)
+class _Either:
+    """Batches without padding, or padded where the documents are nearly equal, a document a row: for a CPU.
 
     Torch's attention on a CPU computes what the mask between documents then discards, and that costs more than the
     padding does.
     """
+
+    free: Collator
+    padded: Collator
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        lengths = [n for f in features for n in f.get("seq_lengths") or [len(f["input_ids"])]]
+        return self._pick(lengths)(features)
+
+    def batch_tokens(self, lengths: Sequence[int]) -> int:
+        """See :meth:`ft_core.data.Collator.batch_tokens`."""
+        return self._pick(lengths).batch_tokens(lengths)
+
+    def _pick(self, lengths: Sequence[int]) -> Collator:
+        wasted = max(lengths) * len(lengths) / sum(lengths) - 1
+        return self.padded if wasted <= WASTE else self.free
+
+
+def _collate(pad: int, *, padding_free: bool, on_cpu: bool, lengths: bool) -> Collator | _Either:
+    """Batches without padding, where the model keeps documents apart; on a CPU as it is cheaper."""
     from ft_core.data import Collator
 
     free, padded = Collator(pad, lengths=lengths), Collator(pad, padding_free=False)
     if not padding_free:
         return padded
-    if not on_cpu:
-        return free
-
-    def choose(features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        lengths = [n for f in features for n in f.get("seq_lengths") or [len(f["input_ids"])]]
-        wasted = max(lengths) * len(lengths) / sum(lengths) - 1
-        return (padded if wasted <= WASTE else free)(features)
-
-    return choose
+    return _Either(free, padded) if on_cpu else free
 
 
 def _dataset(job: Job, rows: Any, name: str) -> Any:
