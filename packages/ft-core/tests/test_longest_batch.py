@@ -26,6 +26,7 @@ class Trainer:
     def __init__(self, dataset: Any, collator: Any, batch_size: int = 2, **loader: Any) -> None:
         self.train_dataset, self.data_collator = dataset, collator
         self.loader = {"batch_size": batch_size, **loader}
+        self.args = SimpleNamespace(max_steps=-1, gradient_accumulation_steps=1)
 
     def get_train_dataloader(self) -> Any:
         return DataLoader(self.train_dataset, collate_fn=self.data_collator, **self.loader)
@@ -55,6 +56,16 @@ def test_packed_rows_by_what_the_collator_makes_of_them(kind, batch_size):
     found = longest_batch(trainer)
     assert found is not None
     assert tokens_in(found) == max(every)
+
+
+def test_only_batches_that_are_trained_on_count():
+    trainer = Trainer(packed(*ROWS), Collator(0))
+    every = [tokens_in(batch) for batch in trainer.get_train_dataloader()]
+    for steps, accumulation in ((1, 1), (1, 2), (100, 1)):
+        trainer.args = SimpleNamespace(max_steps=steps, gradient_accumulation_steps=accumulation)
+        found = longest_batch(trainer)
+        assert found is not None
+        assert tokens_in(found) == max(every[: steps * accumulation])
 
 
 def test_only_the_longest_is_made_where_the_collator_says_which():

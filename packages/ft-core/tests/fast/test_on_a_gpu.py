@@ -396,6 +396,7 @@ def test_a_recorded_row_of_documents_is_the_row(family, keywords, monkeypatch):
         model = adapted(family)
         path = fast.enable(model)
         path.graphs.on = on
+        path.graphs.documents = True
         monkeypatch.setattr(path.pace, "by_host", lambda what: True)
         steps = []
         for seed, lengths in enumerate([*rows, *odd, *rows]):
@@ -419,6 +420,7 @@ def test_recordings_of_several_lengths_share_memory(monkeypatch):
     """Each gives its own row's gradients, in turns, and those after the longest take little memory more."""
     model = adapted()
     path = fast.enable(model)
+    path.graphs.documents = True
     monkeypatch.setattr(path.pace, "by_host", lambda what: True)
     lengths = {2048: [24, 2000, 24], 1024: [500, 524], 512: [500, 12], 256: [100, 156]}
     expected = {}
@@ -447,6 +449,7 @@ def test_what_changed_is_recorded_again(monkeypatch):
     """In memory of its own: of the first recording there is nothing left."""
     model = adapted()
     path = fast.enable(model)
+    path.graphs.documents = True
     monkeypatch.setattr(path.pace, "by_host", lambda what: True)
     for scaling in (1.0, 3.0, 0.5):
         for layer in path.layers:

@@ -49,8 +49,8 @@ class FastPath:
         on: whether the fast layers are used; while they are not, every call is transformers' own.
         chooser: what each layer keeps between forward and backward (see :meth:`choose`).
         host: activations that wait in the host's memory.
-        graphs: recorded steps, for batches of rows without padding, and for rows of documents where the host is slower
-            than the GPU (``graphs.on = False`` does without).
+        graphs: recorded steps, for batches of rows without padding (``graphs.on = False`` does without); with
+            ``graphs.documents = True`` for rows of documents too, where the host is slower than the GPU.
         pace: which of the two it is.
         tile: how many tokens a layer computes at a time, attention aside, in batches of more; None for all, until
             ``auto`` needs tiles. They save memory for long sequences, and compute gate and up again in backward
@@ -311,7 +311,7 @@ class _ModelForward(Forward):
             loss = self._replayed(head, known, count, shifted is not None, **keywords)
             if loss is not None:
                 return CausalLMOutputWithPast(loss=loss)
-            timed = known.is_cuda and keywords.get(LENGTHS) is not None
+            timed = known.is_cuda and self.path.graphs.documents and keywords.get(LENGTHS) is not None
             if timed:
                 self.path.pace.begin(known.device)
             outputs = self.backbone(**keywords)
@@ -345,7 +345,8 @@ class _ModelForward(Forward):
         if input_ids is None or not input_ids.is_cuda or any(value is not None for value in others.values()):
             return None
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not path.graphs.on or several or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        wanted = path.graphs.on and (lengths is None or path.graphs.documents)
+        if not wanted or several or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         tokens = input_ids.numel() if lengths is None else recurring_length(input_ids.numel())
         if not path.chooser.recordable(tokens, None if lengths is None else input_ids.device):

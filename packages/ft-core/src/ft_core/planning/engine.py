@@ -8,6 +8,7 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.fast.choose import MARGIN
+from ft_core.fast.graphs import DOCUMENTS
 from ft_core.fast.graphs import SHARE as SHARE_RECORDED
 from ft_core.fast.recurring import LONGEST
 from ft_core.memory import bytes_of
@@ -17,7 +18,7 @@ from ft_core.planning.blueprint import Blueprint
 from ft_core.planning.cards import Card
 from ft_core.planning.peak import ALONE, TILE, Peak, Step, peak_of
 from ft_core.planning.rows import count_rows, steps_of
-from ft_core.planning.speed import Times, times_of
+from ft_core.planning.speed import LAUNCHES, Times, times_of
 from ft_core.planning.weights import states_of
 from ft_core.plugins import MethodSpec, registry
 
@@ -261,7 +262,7 @@ def plan(
     blueprint = planner.blueprint
     peak = planner.peak(config, card)
     steps, counted = steps_of(config, None if quick else count_rows(config))
-    outline = blueprint.outline(config.lora)
+    outline, times = blueprint.outline(config.lora), planner.times(config, card, peak)
     return Plan(
         model=source.name,
         parameters=blueprint.parameters,
@@ -271,18 +272,20 @@ def plan(
         limit=limit_of(config, card),
         host=planner.host,
         peak=peak,
-        times=planner.times(config, card, peak),
+        times=times,
         largest=0 if quick else planner.largest(config, card),
         largest_kept=0 if quick else planner.largest(config, card, "keep"),
         steps=steps,
         counted=counted,
-        notes=tuple(_notes(planner, config, card, peak, host)),
+        notes=tuple(_notes(planner, config, card, peak, times, host)),
         planner=planner,
     )
 
 
 def _why_not_recorded(config: TrainConfig, card: Card, peak: Peak) -> str | None:
     """Why steps are computed kernel by kernel even where the host is slower than the GPU, or None."""
+    if not DOCUMENTS:
+        return "rows of documents are not"
     if config.memory != "auto":
         return "the memory is bounded"
     if config.max_length > LONGEST:
@@ -296,7 +299,9 @@ def _why_not_recorded(config: TrainConfig, card: Card, peak: Peak) -> str | None
     return None if peak.step <= SHARE_RECORDED * room else "a step takes more than half of the memory that is free"
 
 
-def _notes(planner: Planner, config: TrainConfig, card: Card, peak: Peak, host: int | None) -> list[str]:
+def _notes(
+    planner: Planner, config: TrainConfig, card: Card, peak: Peak, times: Times | None, host: int | None
+) -> list[str]:  # fmt: skip
     blueprint, notes = planner.blueprint, []
     if blueprint.layout is None:
         notes.append(
@@ -313,7 +318,7 @@ def _notes(planner: Planner, config: TrainConfig, card: Card, peak: Peak, host: 
     else:
         notes.append(f"rows are assumed full: {config.max_length} tokens each, the longest batch")
     reason = _why_not_recorded(config, card, peak)
-    if blueprint.layout is not None and config.lora is not None and reason is not None:
+    if times is not None and LAUNCHES in times.parts and reason is not None:
         notes.append(f"steps are launched kernel by kernel, none is recorded: {reason}")
     if not card.peak:
         notes.append("no times: nothing is known of this card but its memory (--gpu names one)")

@@ -113,7 +113,8 @@ def _times(plan: Plan) -> list[str]:
     if plan.steps is None:
         return [*lines, f"run            unknown: {plan.counted}"]
     seconds = plan.seconds or 0.0
-    return [*lines, f"run            {plan.steps:,} steps ({plan.counted}): about {_seconds(seconds)}"]
+    steps = "1 step" if plan.steps == 1 else f"{plan.steps:,} steps"
+    return [*lines, f"run            {steps} ({plan.counted}): about {_seconds(seconds)}"]
 
 
 def _ms(seconds: float) -> str:

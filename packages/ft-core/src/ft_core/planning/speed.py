@@ -27,6 +27,8 @@ LAUNCH = 4e-3
 """Seconds of gaps between a step's kernels, where a step of 32 layers is recorded."""
 HOST = 7.8e-3
 """Seconds in which the host launches one layer's kernels, forward and backward, where no step is recorded."""
+LAUNCHES = "the host's launches"
+"""The part of a step in which the GPU waits for them."""
 UPDATE = 6e-6
 """Seconds of one tensor's update, its launch."""
 PLAIN = 1.75
@@ -105,7 +107,7 @@ def times_of(
     quick = recorded and set(peak.choices) <= {"keep", "inputs"} and not plain
     launched = HOST * layers * (1 + 0.33 * again)
     if not quick and (rest := launched - sum(parts.values())) > 0:
-        parts["the host's launches"] = rest
+        parts[LAUNCHES] = rest
     states: States = states_of(outline.trained, step.optimizer)
     update = states.moved / (card.bandwidth * PASSES) + UPDATE * len(outline.trained)
     update += 2 * states.host / card.link if states.host else 0.0

@@ -26,6 +26,7 @@ def tokens_in(inputs: dict[str, Any]) -> int:
 def longest_batch(trainer: Any) -> dict[str, Any] | None:
     """The batch of the first epoch with the most tokens, padding included, as the trainer's collator makes it.
 
+    Batches that the training ends before don't count.
     Only the lengths of the rows are read, and those rows that make the batch. The trainer's ``batch_tokens`` says how
     many tokens they become; where it does not know, the longest batches by each usual way of padding are made and
     compared. None for data whose rows cannot be counted before they are read: a stream, rows without token ids or made
@@ -46,6 +47,9 @@ def _longest(trainer: Any) -> dict[str, Any] | None:
     if sampler is None or _streams(dataset):
         return None
     count = len(sampler)  # one without an end has none
+    steps = getattr(trainer.args, "max_steps", 0)
+    if steps > 0:  # the training ends before the others
+        count = min(count, steps * trainer.args.gradient_accumulation_steps)
     rows = _rows(dataset)
     if rows is None:
         return None

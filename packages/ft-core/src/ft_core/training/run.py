@@ -105,6 +105,8 @@ def train(
         disk_folder(config)  # whether it is there is asked before anything is loaded
         device = pick_device()
         with memory_errors_said(run, config) as used, memory_capped(config, device, say):
+            if resume and not run.is_run:
+                say(f"there is no run in {run.path} to go on with: it begins anew")
             return _train(config, source, run, ranks, device, used, resuming=resume and run.is_run, say=say)
 
 
