@@ -115,7 +115,7 @@ class Graphs:
         if key is None:
             return None
         seen = self._seen.get(shapes, 0) + 1
-        if len(self._seen) < SHAPES:
+        if shapes in self._seen or len(self._seen) < SHAPES:
             self._seen[shapes] = seen
         step = self._steps.get(shapes)
         if self._waits():
