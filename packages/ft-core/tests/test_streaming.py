@@ -224,8 +224,9 @@ def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
     entries = read_headers(files)
     assert entries is not None
     was = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_now = max(os.open(os.devnull, os.O_RDONLY) for _ in range(3))  # descriptors are the lowest free numbers
-    for number in range(open_now - 2, open_now + 1):
+    numbers = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]  # the lowest that are free, not side by side
+    open_now = max(numbers)
+    for number in numbers:
         os.close(number)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 2 * THREADS, was[1]))
