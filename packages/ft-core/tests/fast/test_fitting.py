@@ -243,9 +243,12 @@ def test_a_tighter_plan_for_a_model():
     sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
     path = fast.enable(LlamaForCausalLM(LlamaConfig(vocab_size=97, **sizes)).train())
     graphs, cpu = path.graphs, torch.device("cpu")
+    graphs._steps["a shape"], graphs.documents = object(), True  # type: ignore[assignment]
     assert tighten(path, 65536, cpu) == "as little kept as can be, tiles of 4096 tokens"
     assert path.tile == 4096
-    assert path.graphs is not graphs
+    assert path.graphs is graphs
+    assert not graphs._steps  # given up, and its memory with it
+    assert graphs.documents  # what was asked for still holds
     ids = torch.randint(97, (2, 10))
     path.model(input_ids=ids, labels=ids).loss.backward()
     assert path.chooser.chosen == ["recompute"] * 2

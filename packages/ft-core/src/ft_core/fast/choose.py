@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ft_core.fast.again import CHOICES, Choice
 from ft_core.fast.layout import Layout
+from ft_core.fast.recurring import recurring_length
 
 __all__ = ["Chooser", "Sizes", "counted", "fit", "fit_on_disk"]
 
@@ -146,10 +147,6 @@ def fit_on_disk(
     return fit(layers, tokens, room, sizes, host + min(-(-over // each) * each, disk()))
 
 
-FILLED, LEAST = 1 + 1 / 16, 64
-"""How much longer a batch may be that is filled up: so many times, and so many tokens."""
-
-
 @dataclass
 class _Measured:
     """A batch that was computed with little kept.
@@ -239,7 +236,7 @@ class Chooser:
             return set(self.chosen) <= {"keep", "inputs"}
         if tokens <= self._fits or filled_up is None:
             return tokens <= self._fits or self._measured is None
-        if self.tight or self._measured is not None or tokens > self._fits * FILLED + LEAST:
+        if self.tight or self._measured is not None or tokens > recurring_length(self._fits):
             return False
         free = _limit(filled_up, None) - torch.cuda.memory_allocated(filled_up)
         if self._sure(tokens, self._sizes(), free, 0) != "keep":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ft_core.fast.choose import TILE
-from ft_core.fast.graphs import Graphs
 from ft_core.fast.swap import FastPath
 
 __all__ = ["tighten"]
@@ -33,8 +32,7 @@ def tighten(path: FastPath, tokens: int, device: torch.device) -> str:
     """
     chooser = path.chooser
     lean = not {"keep", "inputs"} & set(chooser.chosen)
-    on, path.graphs = path.graphs.on, Graphs()
-    path.graphs.on = on
+    path.graphs.drop()
     path.host.begin()
     chooser.tighten(device, BOUNDS[lean], LOGITS if lean else None)
     words = ["as little kept as can be"]
