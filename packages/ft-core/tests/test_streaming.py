@@ -331,7 +331,7 @@ def test_one_tensor_at_a_time_is_on_the_gpu_before_it_is_quantized(tmp_path: Pat
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model = _load(find_model(str(tmp_path)), pick_device(), "nf4", "bfloat16", "language-model", None)
+    model = _load(find_model(str(tmp_path)), pick_device(), "nf4", "bfloat16", "language-model", None, None)
     peak, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     assert held < 0.3 * 2 * model.num_parameters()
     # The largest tensor in 16 bits; its scales before they are quantized, one float32 for 64 numbers, thrice.

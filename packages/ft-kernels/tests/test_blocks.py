@@ -687,9 +687,12 @@ def test_the_peak_of_the_perceptron(device):
 
 
 def counted(script, *cases):
-    """What a program that counts memory on tensors without any prints; it makes up a GPU, and shall find none."""
+    """What a program that counts memory on tensors without any prints; it makes up a GPU, and shall find none.
+
+    Nor triton's interpreter, for which kernels split their sums into fewer parts than for a GPU.
+    """
     words = [sys.executable, "-W", "ignore", str(script), *cases]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     done = subprocess.run(words, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -706,9 +709,15 @@ def test_the_peak_at_real_sizes():
     gate_up, down = 2 * inner * (row // tokens), width * (h // tokens)
     for case, (forward, backward) in done.items():
         one, two = (gate_up, down) if case.startswith("nf4") else (0, 0)
-        # Sums of the adapters' gradients, which are not counted here, are four parts of 3.5 MB.
         assert forward == pytest.approx(max(both + row + y + one, both + h + y + two), rel=0.02)
-        assert backward == pytest.approx(max(both + row + y + one, both + h + y + two), rel=0.04)
+        most = max(both + row + y + one, both + h + y + two) + sums_in_parts(width, inner, rank)
+        assert backward == pytest.approx(most, rel=0.02)
+
+
+def sums_in_parts(width, inner, rank):
+    """Bytes of the gradients of A and B of gate, up and down in fp32, seven times: so many programs share the rows of
+    4096 tokens that all of them fill a card of 132 multiprocessors."""
+    return 7 * 4 * rank * 3 * (width + inner)
 
 
 class Products(TorchDispatchMode):
@@ -962,7 +971,8 @@ def test_the_peaks_of_tiles_at_real_sizes():
         forward, backward = found[mlp]
         # In a tile: G and U, and h or its gradient.
         assert forward == pytest.approx(tokens * (2 * width + low) + weights + tile * (4 * inner + h), rel=0.02)
-        assert backward == pytest.approx(tokens * (4 * width + low) + weights + tile * (4 * inner + h), rel=0.02)
+        sums = sums_in_parts(width, inner, ranks)
+        assert backward == pytest.approx(tokens * (4 * width + low) + weights + tile * (4 * inner + h) + sums, rel=0.02)
         kept = (width + 1536 * 4) * 2 + 4 * 32 + 4 * 2 * ranks * 2 + 4  # the output, q, k, v, sums, low ranks, 1/rms
         gradients = (width + 1536 * 4) * 2  # of the output or x, and of q, k and v
         fixed = [

@@ -54,6 +54,55 @@ def test_its_step_reaches_every_adapter(tiny: Path) -> None:
     ahead._step(adapted, torch.float32, [(2, 32), (1, 7)], device)
 
 
+LAUNCHES = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from ft_core import fast
+from ft_core.adapters import add_lora
+from ft_core.fast import ahead
+from ft_kernels import dispatch
+
+def keys(layers):
+    found, add = set(), dispatch.CompileAhead.add
+    def note(self, kernel, grid, device, args, meta):
+        found.add((kernel.__name__, dispatch._key(kernel, device, args, meta)[1:]))
+    dispatch.CompileAhead.add = note
+    config = LlamaConfig(vocab_size=1008, hidden_size=256, intermediate_size=640, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    if sys.argv[1] != "none":
+        ahead._quantize(model, model.lm_head, sys.argv[1], torch.bfloat16)
+    model = add_lora(model).train()
+    fast.enable(model)
+    if layers == 1:
+        ahead._step(model, torch.bfloat16, [(2, 64)], torch.device("cpu"))
+    else:
+        with dispatch.CompileAhead(1), torch.autograd.set_multithreading_enabled(False):
+            ids = torch.zeros((2, 64), dtype=torch.int64)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return found
+
+ahead, later = keys(1), keys(3)
+assert len(later) > 15, later
+assert not later - ahead, later - ahead
+"""
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_what_several_layers_launch_was_compiled(quantization: str) -> None:
+    """Kernel, options and what is compiled in of each argument: the first layer wants no gradient for its input, the
+    others do."""
+    import os
+    import subprocess
+    import sys
+
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-W", "ignore", "-c", LAUNCHES, quantization]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def held() -> int:
     """Bytes of all tensors that Python can reach."""
     import gc

@@ -118,6 +118,17 @@ def test_with_little_memory_the_first_batch_is_lean_and_the_rest_is_spent(monkey
     assert shorter.count("keep") > second.count("keep")
 
 
+def test_a_loop_that_resets_the_highest_use_is_measured_all_the_same(monkeypatch):
+    chosen = []
+    for reset in (False, True):
+        gpu, chooser = Gpu(monkeypatch, 24 * GIB, 15 * GIB), chooser_for()
+        for _ in range(3):
+            chosen.append(gpu.step(chooser, 4096, 2 * GIB))
+            if reset:
+                gpu.peak = gpu.used
+    assert chosen[:3] == chosen[3:]
+
+
 def test_a_batch_that_is_longer_than_measured_is_measured_anew(monkeypatch):
     gpu, chooser = Gpu(monkeypatch, 24 * GIB, 15 * GIB), chooser_for()
     gpu.step(chooser, 4096, GIB)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ft_core.fast.find import layout_of
 from ft_core.fast.layout import at
@@ -158,9 +158,17 @@ def _step(model: Any, dtype: torch.dtype, shapes: Sequence[tuple[int, int]], dev
     parameters = [p for p in at(path.model, path.layout.backbone).parameters() if p.requires_grad]
     threads = max(1, min(THREADS, (os.cpu_count() or 2) - 1))
     with CompileAhead(threads), torch.autograd.set_multithreading_enabled(False):
-        for rows, tokens in shapes:
-            few = min(rows, 2), min(tokens, MOST - (tokens % 16 != 0))
-            ids = torch.zeros(few, dtype=torch.int64, device=device)
-            with torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            torch.autograd.grad(loss, parameters)
+        for is_first in (True, False):
+            if not is_first:
+                model.get_input_embeddings().register_forward_hook(_require_gradient)
+            for rows, tokens in shapes:
+                few = min(rows, 2), min(tokens, MOST - (tokens % 16 != 0))
+                ids = torch.zeros(few, dtype=torch.int64, device=device)
+                with torch.autocast(device.type, dtype, enabled=dtype.itemsize == 2):
+                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                torch.autograd.grad(loss, parameters)
+
+
+def _require_gradient(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+    """As the input of every layer but the first wants one."""
+    return output.requires_grad_()

@@ -6,6 +6,7 @@ little room, measured: a first batch with as little kept as can be shows what al
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -277,12 +278,15 @@ class Chooser:
         return sum(tokens * self._sizes().host[choice] for choice in away)
 
     def watch(self, output: Tensor) -> None:
-        """Notice when backward has come to the first layer's output."""
+        """Notice when backward has come to the first layer's output, and what it took when it is over."""
         measured = self._measured
         if measured is not None and measured.beside is None and not measured.went_back and output.requires_grad:
 
             def note(gradient: Tensor) -> None:
                 measured.went_back = True
+                # Not when the next batch begins: a loop may have reset the highest use by then.
+                engine: Any = torch.autograd.Variable._execution_engine
+                engine.queue_callback(functools.partial(self._look, gradient.device))
 
             output.register_hook(note)
 

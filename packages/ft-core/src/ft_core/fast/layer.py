@@ -91,8 +91,8 @@ class DecoderLayer:
         """Attention over the batch's documents, of q, k and v ``[B, S, heads, D]``."""
         names = self.layout.attention
         module = at(self.module, names.module)
-        biases = [getattr(base_of(at(module, name)), "bias", None) for name in names.qkv[:2]]  # v's needs nothing
-        trained = torch.is_grad_enabled() and any(bias is not None and bias.requires_grad for bias in biases)
+        projections = [base_of(at(module, name)) for name in names.qkv[:2]]  # v's needs nothing
+        trained = torch.is_grad_enabled() and any(p.requires_grad for each in projections for p in each.parameters())
         exact: dict[str, Any] = {"exact": True} if trained else {}  # blocks, where nothing is, know no such keyword
         return functools.partial(
             kernels.packed_attention,

@@ -173,7 +173,8 @@ class HostMemory:
     def pool(self, device: torch.device) -> Pool:
         """The buffers for a device's tensors."""
         if device not in self.pools:
-            self.pools[device] = Pool(device.type == "cuda", self.most)
+            self.pools[device] = Pool(device.type == "cuda")
+        self.pools[device].most = self.most
         return self.pools[device]
 
     def on_disk(self) -> Pool | None:

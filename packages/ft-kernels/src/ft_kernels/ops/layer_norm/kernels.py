@@ -181,7 +181,7 @@ def forward(
     written, target = writable_rows(y)
     source, h = Rows(x), x.shape[-1]
     scale, shift = (x if t is None else t.contiguous() for t in (weight, bias))
-    default = forward_tiling(h, wide) | {"HOIST": wide == torch.float32}
+    default = forward_tiling(h, wide)
     tiling = tuning.settings("layer_norm_forward", x.device, (h, x.dtype), default=default)
     launch(
         "layer_norm_forward", _forward, (cdiv(source.count, tiling["ROWS"]),), x.device,

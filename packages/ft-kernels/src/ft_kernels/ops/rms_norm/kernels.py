@@ -104,7 +104,7 @@ def _forward(
     x, x_inner, x_outer_stride, x_inner_stride, residual, residual_inner, residual_outer_stride, residual_inner_stride,
     weight, y, y_inner, y_outer_stride, y_inner_stride, total, rstd, N, H, eps, eps_rest, offset, offset_rest,
     ADD: tl.constexpr, COPY: tl.constexpr, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = (rows < N)[:, None]
@@ -117,8 +117,11 @@ def _forward(
         mask = cols < H
         here, both = cols[None, :], there & mask[None, :]
         values = _input(source + here, other + here, sums + here, both, ADD, COPY).to(WIDE)
+        if HOIST:  # so that it comes while the row is being added up
+            scale = _scale(weight, cols, mask, offset, offset_rest, HAS_WEIGHT, WIDE)
         r = 1.0 / tl.sqrt(tl.sum(values * values, 1) / H + eps + eps_rest)
-        scale = _scale(weight, cols, mask, offset, offset_rest, HAS_WEIGHT, WIDE)
+        if not HOIST:
+            scale = _scale(weight, cols, mask, offset, offset_rest, HAS_WEIGHT, WIDE)
         tl.store(target + here, rounded(values * r[:, None] * scale[None, :], y), mask=both)
     else:
         squares = tl.zeros((ROWS, BLOCK), WIDE)
@@ -265,9 +268,13 @@ def _warps(elements: int, words: int, wide: torch.dtype) -> int:
 
 
 def forward_tiling(h: int, wide: torch.dtype) -> dict[str, Any]:
-    """Launch settings of a forward pass over rows of h elements."""
+    """Launch settings of a forward pass over rows of h elements.
+
+    HOIST: whether the scale is loaded before the row is added up; in fp64 registers run out.
+    """
     tiling = _tiling(h, wide)
-    return tiling | {"num_warps": _warps(tiling["ROWS"] * tiling["BLOCK"], 32, wide)}
+    warps = _warps(tiling["ROWS"] * tiling["BLOCK"], 32, wide)
+    return tiling | {"HOIST": wide == torch.float32, "num_warps": warps}
 
 
 def backward_tiling(h: int, wide: torch.dtype, device: torch.device, loop_bytes: int) -> dict[str, Any]:
