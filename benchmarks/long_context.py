@@ -86,6 +86,10 @@ def main() -> None:
     if unknown := sorted(set(args.contestants.split(",")) - set(CONTESTANTS)):
         parser.error(f"unknown contestants: {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.caps:
+        from ft_core.memory import let_segments_grow
+
+        let_segments_grow()  # as ft train does
     args.folder = args.work / f"llama-{'8b' if args.device == 'cuda' else 'tiny'}-{args.layers}"
     args.unit = cases.GIB if args.device == "cuda" else 2**20
     limit = cases.Limit(args.until) if args.until else cases.Limit.of(args.budget)
@@ -248,7 +252,7 @@ def under_caps(args: argparse.Namespace, limit: cases.Limit) -> None:
                 "computed": computed, "goal": goal, "longest_predicted": longest, "cut": cut, "tile": path.tile,
                 "wanted": wanted, "predicted_gib": gib(planned, args.unit),
                 "predicted_s": round(planned.times.step * share, 2), "fits": planned.fits,
-                "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+                "allocator": os.environ.get("PYTORCH_ALLOC_CONF", ""),
             }  # fmt: skip
             with cases.capped(config):
                 row |= cases.attempt(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,29 @@ def test_a_container_s_limit(groups: str, files: dict[str, Any], total: int, fre
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(str(content), encoding="utf-8")
     assert host_memory(tmp_path) == (total * GIB, free * GIB)
+
+
+def test_a_training_lets_segments_grow_unless_somebody_has_set_the_allocator(
+    configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in processes of their own: torch reads it once, and importing ft sets nothing."""
+    last = "print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    script = f"import os, sys\nfrom ft_core.cli import main\nmain(sys.argv[1:])\n{last}"
+    config = str(configure(data=str(tmp_path / "none.jsonl"), output=str(tmp_path / "run")))
+
+    def after(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[-1]
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert after("models") == "None"
+    if sys.platform == "linux":
+        assert after("train", config) == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert after("train", config) == "None"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "garbage_collection_threshold:0.8")
+    assert after("train", config) == "garbage_collection_threshold:0.8"
 
 
 @pytest.mark.gpu

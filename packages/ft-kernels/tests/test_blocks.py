@@ -744,11 +744,11 @@ def test_with_each_attention_of_a_gpu(device, monkeypatch, lengths):
     for keep in KEEP:
         block, leaves = problem.block(weights=weights, attention=attention, keep=keep), problem.leaves()
         results.append([t.detach() for t in problem.run(block)])
-        gc.collect()  # a compiler's garbage
-        before = torch.cuda.memory_allocated(target)
         y = block(*leaves)
-        held.append(torch.cuda.memory_allocated(target) - before - y.nbytes)
+        gc.collect()  # a compiler's garbage; and threads of backward let go of what they had last
+        held_with_it, size = torch.cuda.memory_allocated(target), y.nbytes
         del y
+        held.append(held_with_it - torch.cuda.memory_allocated(target) - size)
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert (one - two).norm() <= 5e-3 * two.norm()

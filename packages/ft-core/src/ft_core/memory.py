@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ft_core.errors import RunError
 
-__all__ = ["StillOutOfMemory", "bytes_of", "enough_memory", "is_memory_error"]
+__all__ = ["StillOutOfMemory", "bytes_of", "enough_memory", "is_memory_error", "let_segments_grow"]
 
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """torch has a class for a full GPU only; a full host, Apple's GPU and a library's own memory are told by the text."""
@@ -28,6 +30,19 @@ def bytes_of(text: str) -> int:
     if not count:
         raise ValueError("auto, or an amount such as 12GiB (units: GiB, MiB, GB, MB)")
     return count
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Where torch reads how its allocator is to work, once for a process."""
+
+
+def let_segments_grow() -> None:
+    """Have torch leave no gaps between large tensors, unless somebody has set its allocator.
+
+    For a program's beginning, before torch is imported; it changes the environment.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 class StillOutOfMemory(MemoryError):

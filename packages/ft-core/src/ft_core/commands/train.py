@@ -25,8 +25,10 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
+    from ft_core.memory import let_segments_grow
     from ft_core.training.before import check_before
 
+    let_segments_grow()
     check_before(config, resume=args.resume, overwrite=args.overwrite)
     from ft_core.console import quiet, say
 

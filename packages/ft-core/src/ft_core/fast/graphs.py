@@ -34,8 +34,6 @@ MOST_IN_ALL = 48
 """Recordings of a model; where what they depend on changes as often as that, they are no gain."""
 FAILURES = 3
 """Recordings that fail before no more is tried."""
-DOCUMENTS = False
-"""Whether rows of documents are recorded where nobody says so."""
 SHAPES = 256
 """Shapes of which it is remembered how often they came."""
 
@@ -45,7 +43,7 @@ class Graphs:
 
     Attributes:
         on: whether steps are recorded and replayed; while it is False, each is computed kernel by kernel.
-        documents: whether rows of documents are, too; off until that has been seen on a GPU.
+        documents: whether rows of documents are, too.
         recorded: how often one was recorded.
         replays: whether the last step's shape is recorded.
         reason: why the last shape that was not recorded was not, or None. The others are replayed as before.
@@ -53,7 +51,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.on, self.recorded, self.replays = True, 0, False
-        self.documents = DOCUMENTS
+        self.documents = True
         self.reason: str | None = None
         self._failed = 0
         self._key: Any = None

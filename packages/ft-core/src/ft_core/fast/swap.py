@@ -49,8 +49,8 @@ class FastPath:
         on: whether the fast layers are used; while they are not, every call is transformers' own.
         chooser: what each layer keeps between forward and backward (see :meth:`choose`).
         host: activations that wait in the host's memory.
-        graphs: recorded steps, for batches of rows without padding (``graphs.on = False`` does without); with
-            ``graphs.documents = True`` for rows of documents too, where the host is slower than the GPU.
+        graphs: recorded steps, for batches of rows without padding (``graphs.on = False`` does without), and for rows
+            of documents where the host is slower than the GPU (``graphs.documents = False`` does without these alone).
         pace: which of the two it is.
         tile: how many tokens a layer computes at a time, attention aside, in batches of more; None for all, until
             ``auto`` needs tiles. They save memory for long sequences, and compute gate and up again in backward

@@ -8,7 +8,6 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.fast.choose import MARGIN
-from ft_core.fast.graphs import DOCUMENTS
 from ft_core.fast.graphs import SHARE as SHARE_RECORDED
 from ft_core.fast.recurring import LONGEST
 from ft_core.memory import bytes_of
@@ -34,6 +33,9 @@ SHARE = 0.8
 """Of the host's memory, what may be pinned (``ft_core.fast.offload``)."""
 GAPS = 0.95
 """The share of ``memory`` that is planned with (``ft_core.training.speed``)."""
+WHOLE = 0.9
+"""The share of the limit up to which a long sequence goes without tiles: the gaps that its few huge tensors leave
+between each other are as large as they (61120 tokens, counted as 14.7 GiB, did not fit 16 GiB)."""
 MOST_ROWS = 4096
 """The largest micro-batch that is tried."""
 
@@ -129,7 +131,7 @@ class Planner:
         self.blueprint, self.host, self.disk = blueprint, host, disk
 
     def peak(self, config: TrainConfig, card: Card, wanted: str | None = None) -> Peak:
-        """The peak of a configuration: with a sequence tile only where it doesn't fit without.
+        """The peak of a configuration: with a sequence tile only where it doesn't easily fit without.
 
         The state of ``adamw_8bit`` is paged to the host only where nothing else makes it fit; and before either is left
         out, nothing goes to the disk.
@@ -149,7 +151,7 @@ class Planner:
         outline, limit = self.blueprint.outline(config.lora), limit_of(config, card)
         whole = peak_of(self.blueprint, outline, self._step(config, card, None, wanted, optimizer))
         tokens = config.training.batch_size * config.max_length
-        if _easily(whole, limit) or not outline.able or tokens <= TILE or wanted == "keep":
+        if _easily(whole, int(WHOLE * limit)) or not outline.able or tokens <= TILE or wanted == "keep":
             return whole
         tiled = peak_of(self.blueprint, outline, self._step(config, card, TILE, wanted, optimizer))
         return _better(whole, tiled, limit)
@@ -284,8 +286,6 @@ def plan(
 
 def _why_not_recorded(config: TrainConfig, card: Card, peak: Peak) -> str | None:
     """Why steps are computed kernel by kernel even where the host is slower than the GPU, or None."""
-    if not DOCUMENTS:
-        return "rows of documents are not"
     if config.memory != "auto":
         return "the memory is bounded"
     if config.max_length > LONGEST:

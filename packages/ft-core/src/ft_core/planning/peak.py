@@ -41,7 +41,7 @@ class Step:
         limit: bytes that torch may have; None for no limit. host: bytes of pinned host memory that can be had.
         tile: tokens of a sequence tile, or None.
         disk: bytes on the disk that can be had where that is not enough.
-        dense: whether attention is cuDNN's (Hopper and later), which needs no gradient for each head of q.
+        dense: whether attention is cuDNN's (Hopper and later).
     """
 
     rows: int
@@ -248,7 +248,9 @@ def _beside(blueprint: Blueprint, outline: Outline, step: Step, layer: Layer) ->
     down, both = _expanded(blueprint, step, layer)
     tiled = step.tile is not None and tokens > step.tile and outline.able
     ours = step.tile if tiled and step.tile is not None else tokens
-    attention = 2 * (q + 2 * k) + 2 * q + 2 * q + (0 if step.dense else 2 * q) + h
+    # q, k, v and their gradients, that of q in fp32 too; the output and its gradient; where heads share keys, their
+    # own gradients of keys and values (8 GiB of 514112 tokens' 62 on an H200, by cuDNN); and the gradient from above.
+    attention = 2 * (q + 2 * k) + 2 * q + 2 * q + (2 * q if k < q else 0) + h
 
     def work(before: int, around: int) -> int:
         """``before``: numbers a token that wait from the attention's half; ``around``: what waits anyhow."""

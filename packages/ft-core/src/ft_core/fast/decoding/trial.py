@@ -28,7 +28,7 @@ def trial(layers: Layers, model: Any) -> str | None:
     Prompts are read, and given tokens follow: kernel by kernel at first, then as a recorded step. The logits' distance
     from those of transformers' own layers, relative L2, may be three times what transformers' own are apart when they
     read the same text at once and token by token: what rounding does in this model is measured. Where the same products
-    are computed both ways that is next to nothing, and says nothing of layers that round elsewhere: then it is reckoned.
+    are computed both ways that is next to nothing, and says nothing of layers that round elsewhere; so it is reckoned.
 
     Args:
         layers: of the model.
@@ -62,7 +62,7 @@ def _least(layers: Layers) -> float:
 
     Transformers' layer rounds some 17 results, the fast one 10. An error of half a unit in the last place at most is
     eps/sqrt(12) on average for the smallest numbers of that unit, and three quarters of it for all; errors of several
-    results, and of the layers, add up as a random walk: eps · sqrt(27/12) · 3/4 · sqrt(layers), which is one eps (1.0 to
+    results, and of the layers, add up as a random walk: eps · sqrt(27/12) · 3/4 · sqrt(layers), about one eps (1.0 to
     1.7 were seen of random models). To that comes the rounding of the sums in fp32 that the results are.
     """
     terms = max(product.sizes[0] for layer in layers.layers for product in layer.products)
