@@ -84,9 +84,9 @@ def test_exact(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("h", [64, 1000])
 def test_rows_longer_than_a_block(device, exact_enough, launched, monkeypatch, dtype, h):
-    from ft_kernels.ops.rms_norm import kernels
+    from ft_kernels.ops.rms_norm import tilings
 
-    monkeypatch.setattr(kernels, "MAX_BLOCK", 64)
+    monkeypatch.setattr(tilings, "MAX_BLOCK", 64)
     generator = torch.Generator().manual_seed(h)
     x, dy = torch.randn(2, 7, h, generator=generator).to(device, dtype).unbind()
     weight, bias = torch.randn(2, h, generator=generator).to(device, dtype).unbind()

@@ -85,9 +85,9 @@ def test_exact(device, exact_enough, launched, rows, h, layout, dtype, has_weigh
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("h", [64, 1000])
 def test_rows_longer_than_a_block(device, exact_enough, launched, monkeypatch, dtype, h):
-    from ft_kernels.ops.rms_norm import kernels
+    from ft_kernels.ops.rms_norm import tilings
 
-    monkeypatch.setattr(kernels, "MAX_BLOCK", 32)
+    monkeypatch.setattr(tilings, "MAX_BLOCK", 32)
     generator = torch.Generator().manual_seed(h)
     x, dy = torch.randn(2, 7, h, generator=generator).to(device, dtype).unbind()
     judge(exact_enough, launched, x, torch.randn(h, generator=generator).to(device, dtype), dy, 1e-6, 1.0)
@@ -225,7 +225,7 @@ def plain_sum(x, residual, weight, eps, offset):
     long=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_residual_add(device, exact_enough, launched, rows, h, layout, dtype, has_weight, offset, scale, long, seed):
-    from ft_kernels.ops.rms_norm import kernels
+    from ft_kernels.ops.rms_norm import tilings
 
     generator = torch.Generator().manual_seed(seed)
     x = laid_out(layout, rows, h, dtype, device, scale, generator)
@@ -235,7 +235,7 @@ def test_residual_add(device, exact_enough, launched, rows, h, layout, dtype, ha
     arguments = (x, residual, weight, dy, dtotal, 1e-6, offset)
     with pytest.MonkeyPatch.context() as patch, launched(FORWARD, BACKWARD, *([SUMS] if has_weight else [])):
         if long:
-            patch.setattr(kernels, "MAX_BLOCK", 64)
+            patch.setattr(tilings, "MAX_BLOCK", 64)
         actual = added(lambda x, r, w, eps, offset: add_rms_norm(x, r, w, eps, offset=offset), *arguments)
     eager = added(plain_sum, *arguments)
     exact = added(plain_sum, *(t.double() if isinstance(t, torch.Tensor) else t for t in arguments))

@@ -284,8 +284,7 @@ class Chooser:
 
             def note(gradient: Tensor) -> None:
                 measured.went_back = True
-                # Not when the next batch begins: a loop may have reset the highest use by then.
-                engine: Any = torch.autograd.Variable._execution_engine
+                engine: Any = torch.autograd.Variable._execution_engine  # at once: a loop may reset the highest use
                 engine.queue_callback(functools.partial(self._look, gradient.device))
 
             output.register_hook(note)

@@ -18,18 +18,15 @@ from torch import Tensor
 from ft_kernels import dispatch, tuning
 from ft_kernels.dispatch import Rows, cdiv, launch
 from ft_kernels.ops.rms_norm.kernels import (
-    backward_candidates,
-    backward_tiling,
     column_sums,
-    forward_tiling,
     rounded,
     row_start,
-    sharing_programs,
     triton_dtype,
     two_floats,
     wide_dtype,
     writable_rows,
 )
+from ft_kernels.ops.rms_norm.tilings import backward_candidates, backward_tiling, forward_tiling, sharing_programs
 
 __all__ = ["backward", "forward", "wide_dtype"]
 
