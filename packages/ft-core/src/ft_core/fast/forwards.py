@@ -38,9 +38,11 @@ def silent(modules: Sequence[nn.Module]) -> bool:
         forward = own.get("forward")
         if forward is not None and not is_own(forward):
             return False
-        hooks = [own[f"_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre")]
-        # transformers' enable_input_require_grads: it asks for a gradient, and computes nothing.
-        if any(getattr(h, "__name__", "") != "make_inputs_require_grads" for h in chain(*map(dict.values, hooks))):
-            return False
-        parts += [child for child in own["_modules"].values() if child is not None]
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            hooks = [own[f"_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre")]
+            # transformers' enable_input_require_grads: it asks for a gradient, and computes nothing.
+            if any(getattr(h, "__name__", "") != "make_inputs_require_grads" for h in chain(*map(dict.values, hooks))):
+                return False
+        if own["_modules"]:
+            parts += [child for child in own["_modules"].values() if child is not None]
     return True
