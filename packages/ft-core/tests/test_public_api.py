@@ -334,6 +334,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training": ["Job", "TrainResult", "queued", "train"],
     "ft_core.training.arguments": ["total_steps", "trainer_arguments"],
     "ft_core.training.before": ["check_before"],
+    "ft_core.training.behind": ["LogsBehindMixin"],
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],
     "ft_core.training.disk": ["disk_folder"],
     "ft_core.training.job": ["Job", "build_trainer"],

@@ -437,3 +437,24 @@ def test_nothing_is_sent(ft: Any, configure: Any, tmp_path: Path, trapped: list[
     while not trapped and time.monotonic() < end:
         time.sleep(0.01)
     assert trapped
+
+
+@pytest.mark.gpu
+def test_from_data_to_answers_on_a_gpu(ft: Any, configure: Any, tmp_path: Path, metrics: Any) -> None:
+    """Measured before, between and after, all on the fast layers; and the answers are those of the merged model."""
+    run, config = tmp_path / "run", configure(training={"max_steps": 6, "save_every": 3, "eval_every": 2}, packing=True)
+    done = ft("train", config, "eval_split=5")
+    assert done.code == 0, done.err
+    assert [row["step"] for row in metrics(run)] == list(range(1, 7))
+    assert [row["step"] for row in metrics(run, "eval")] == [2, 4, 6]
+    assert ft("eval", run).code == 0
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1 + 2 ="}\n{"prompt": "3 + 4 ="}\n', encoding="utf-8")
+    answers = []
+    assert ft("merge", run, "--out", tmp_path / "merged").code == 0
+    for model in (run, tmp_path / "merged"):
+        out = tmp_path / f"{model.name}.jsonl"
+        done = ft("generate", model, "--prompts", prompts, "--out", out, "--max-new-tokens", 8)
+        assert done.code == 0, done.err
+        answers.append(out.read_text(encoding="utf-8").count("\n"))
+    assert answers == [2, 2]

@@ -251,3 +251,15 @@ def test_exact_sums_only_where_biases_of_queries_and_keys_are_trained(monkeypatc
     fast.enable(model)
     step(model, batch("packed"))
     assert set(asked) == {family == "qwen2" and adapter == "none"}
+
+
+@pytest.mark.parametrize("some", [3, 0, torch.tensor([1, 4, 11])], ids=["last", "all", "positions"])
+@pytest.mark.parametrize("training", [False, True])
+def test_logits_of_some_positions(some: Any, training: bool) -> None:
+    """As measuring asks for them."""
+    model, given = make("llama", "all").train(training), batch("dense")
+    del given["labels"]
+    expected = model(**given, logits_to_keep=some, use_cache=False).logits
+    fast.enable(model)
+    found = model(**given, logits_to_keep=some, use_cache=False).logits
+    torch.testing.assert_close(found, expected)

@@ -297,7 +297,8 @@ class _ModelForward(Forward):
     def __call__(self, *args: Any, labels: Tensor | None = None, **keywords: Any) -> Any:
         layout = self.path.layout
         head = getattr(self.path.model, layout.head)
-        asked = args or keywords.get("logits_to_keep") or keywords.get("return_dict") is False
+        some = keywords.get("logits_to_keep")  # a number, 0 for all; or positions
+        asked = args or isinstance(some, Tensor) or some or keywords.get("return_dict") is False
         if not self.path.on or not self.path.model.training or labels is None or asked or not can_fuse(head):
             return self.own(*args, labels=labels, **keywords)
         from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -388,8 +389,7 @@ class _ModelForward(Forward):
         path = self.path
         halves = [half for decoder in path.decoders for half in decoder.blocks.halves()]
         rotary = at(self.backbone, path.layout.rotary)
-        whole = [self.backbone, getattr(path.model, path.layout.head)]
-        if None in halves or not silent(whole) or changes(rotary):
+        if None in halves or not silent([self.backbone, getattr(path.model, path.layout.head)]) or changes(rotary):
             return None
         parameters = list(path.model.parameters())
         key = (

@@ -56,6 +56,8 @@ def build(job: Job) -> Trainer:
     class SftTrainer(RunTrainerMixin, SFTTrainer):
         """TRL's trainer with whole checkpoints, no telemetry, and on a CPU a head that skips what is not trained."""
 
+        logs_behind = True  # where TRL counts accuracies of a step it waits for them, and they are logged with it
+
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:

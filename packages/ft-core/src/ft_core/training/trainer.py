@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ft_core.errors import RunError
+from ft_core.training.behind import LogsBehindMixin
 from ft_core.training.optimizers import queued
 from ft_core.training.replan import ReplanningMixin
 
@@ -21,9 +22,9 @@ MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"
 
 
-class RunTrainerMixin(ReplanningMixin):
-    """Checkpoints that are whole or not there, steps that are planned anew where they do not fit, and nothing sent or
-    written that was not asked for.
+class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
+    """Checkpoints that are whole or not there, steps that are planned anew where they do not fit, no waiting between
+    them, and nothing sent or written that was not asked for.
 
     Put it before the trainer class: ``class SftTrainer(RunTrainerMixin, trl.SFTTrainer)``. transformers writes a
     checkpoint in place, so one cut short would be resumed from; here it is written beside its place, flushed to the

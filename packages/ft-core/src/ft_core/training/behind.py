@@ -1,0 +1,140 @@
+"""A step's loss and gradient norm are said one step later, so that nobody waits for the GPU between two steps.
+
+Trainers of transformers read both from the GPU as soon as a step's work is launched, and only when it is done does the
+host begin with the next step: meanwhile the GPU has nothing to do. Here they are copied beside the computation, and
+read when the step after is launched, which keeps the host one step ahead at most. Rows, their numbers and their order
+are the same.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+__all__ = ["LogsBehindMixin"]
+
+MOMENT = ("global_step", "epoch", "num_input_tokens_seen")
+"""What a trainer's state says of a step, beside the numbers that were logged before."""
+DEVICES = ("cuda",)
+"""Where the host launches work and goes on."""
+
+
+@dataclass
+class _Unsaid:
+    """A finished step's numbers on their way to the host.
+
+    Attributes:
+        values: the loss, and the gradients' norm if there is one. ready: when they are there; None where they are.
+        logs: what is known already. moment: the state's ``MOMENT``.
+    """
+
+    values: Tensor
+    ready: torch.cuda.Event | None
+    logs: dict[str, float]
+    start_time: float
+    moment: dict[str, Any]
+
+
+class LogsBehindMixin(_Base):
+    """Puts the logging of a step behind the launch of the next (see :class:`RunTrainerMixin`).
+
+    A step after which something is saved or measured, and the last one, are logged at once, after the one before.
+
+    Attributes:
+        logs_behind: whether it may; only for a trainer whose own logs have nothing else that belongs to a step.
+    """
+
+    logs_behind: bool = False
+    _unsaid: _Unsaid | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' training; whatever ends it, what was not said yet is."""
+        self._unsaid = None
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            with suppress(Exception):  # the one that ended it matters
+                self._say_unsaid()
+            raise
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Any,
+        grad_norm: Any,
+        model: Any,
+        trial: Any,
+        epoch: Any,
+        ignore_keys_for_eval: Any,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        taken = self._take(tr_loss, grad_norm, start_time, learning_rate) if self._may_wait() else None
+        self._say_unsaid()
+        self._unsaid = taken
+        if taken is None:
+            super()._maybe_log_save_evaluate(
+                tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+            )
+
+    def _may_wait(self) -> bool:
+        control, state = self.control, self.state
+        logged: int = self._globalstep_last_logged
+        return (
+            self.logs_behind
+            and self.args.device.type in DEVICES
+            and self.accelerator.num_processes == 1
+            and control.should_log
+            and state.global_step == logged + 1
+            and state.global_step < state.max_steps
+            and not (control.should_save or control.should_evaluate or control.should_training_stop)
+            and not any(getattr(self, "_metrics", {}).get("train", {}).values())
+        )
+
+    def _take(self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None) -> _Unsaid:
+        """Send the numbers to the host, and do what transformers does once it has them."""
+        numbers = [tr_loss, *([grad_norm] if isinstance(grad_norm, Tensor) else [])]
+        values = torch.stack([x.detach().reshape(()).double() for x in numbers])
+        ready = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        tr_loss -= tr_loss
+        self._globalstep_last_logged = self.state.global_step
+        self.store_flos()
+        logs = {} if grad_norm is None or isinstance(grad_norm, Tensor) else {"grad_norm": float(grad_norm)}
+        logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+        return _Unsaid(values, ready, logs, start_time, self._set_moment({}))
+
+    def _say_unsaid(self) -> None:
+        """Log the step before as it would have been logged then."""
+        unsaid, self._unsaid = self._unsaid, None
+        if unsaid is None:
+            return
+        if unsaid.ready is not None:
+            unsaid.ready.synchronize()
+        loss, *norms = unsaid.values.tolist()
+        self._total_loss_scalar += loss
+        now, should_log = self._set_moment(unsaid.moment), self.control.should_log
+        try:
+            self.log({"loss": loss, **({"grad_norm": norms[0]} if norms else {}), **unsaid.logs}, unsaid.start_time)
+        finally:
+            self._set_moment(now)
+            self.control.should_log = should_log  # logging takes the wish for it back, which is the present step's
+
+    def _set_moment(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Put these into the trainer's state; what was there."""
+        before = {name: getattr(self.state, name) for name in MOMENT}
+        for name, value in values.items():
+            setattr(self.state, name, value)
+        return before

@@ -1,0 +1,121 @@
+"""Logging a step behind the launch of the next leaves the same rows, whatever ends the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TIMES = ("seconds", "tokens_per_second", "memory", "runtime", "samples_per_second", "steps_per_second")
+
+
+@pytest.fixture
+def behind(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Steps on a CPU are logged behind, too, as on a GPU; the steps whose logging waited."""
+    pytest.importorskip("trl")
+    from trl import SFTTrainer
+
+    from ft_core import fast
+    from ft_core.training import behind as module
+
+    monkeypatch.setattr(module, "DEVICES", ("cpu", "cuda"))
+    waited: list[str] = []
+    take = module.LogsBehindMixin._take
+
+    def taken(self: Any, *args: Any) -> Any:
+        waited.append(f"{self.state.global_step}")
+        return take(self, *args)
+
+    monkeypatch.setattr(module.LogsBehindMixin, "_take", taken)
+    load = SFTTrainer.__init__
+
+    def with_fast_layers(self: Any, model: Any = None, *args: Any, **named: Any) -> None:
+        fast.enable(model)  # as on a GPU, where the loss is the fast path's and TRL counts nothing
+        load(self, model, *args, **named)
+
+    monkeypatch.setattr(SFTTrainer, "__init__", with_fast_layers)
+    return waited
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in lines]
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ft_core.training import behind as module
+
+    monkeypatch.setattr(module, "DEVICES", ())
+
+
+def test_the_same_rows_and_the_same_state(
+    ft: Any, configure: Any, tmp_path: Path, behind: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 8, "save_every": 3, "eval_every": 5, "gradient_accumulation": 2, "max_grad_norm": 0.5}
+    done = ft("train", configure(training=settings), "eval_split=5", f"output={tmp_path / 'one'}")
+    assert done.code == 0, done.err
+    assert behind == ["1", "2", "4", "7"]  # 3 and 6 are saved, 5 is measured, 8 is the last
+    at_once(monkeypatch)
+    done = ft("train", configure(training=settings), "eval_split=5", f"output={tmp_path / 'two'}")
+    assert done.code == 0, done.err
+    assert len(behind) == 4
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert one == two
+    assert [row["step"] for row in one if row["kind"] == "train"] == list(range(1, 9))
+    histories = [
+        json.loads((tmp_path / name / "checkpoints/checkpoint-6/trainer_state.json").read_text(encoding="utf-8"))
+        for name in ("one", "two")
+    ]
+    for history in histories:
+        history["log_history"] = [
+            {key: value for key, value in entry.items() if key.removeprefix("eval_") not in TIMES}
+            for entry in history["log_history"]
+        ]
+    assert histories[0]["log_history"] == histories[1]["log_history"]
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text(encoding="utf-8")) for name in ("one", "two")]
+    assert summaries[0]["train_loss"] == summaries[1]["train_loss"]
+    assert summaries[0]["tokens"] == summaries[1]["tokens"]
+
+
+def test_what_was_not_said_is_said_when_something_ends_the_training(
+    ft: Any, configure: Any, tmp_path: Path, behind: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ft_core.training.trainer import RunTrainerMixin
+
+    step: Callable[..., Any] = RunTrainerMixin.training_step
+
+    def failing(self: Any, *args: Any, **named: Any) -> Any:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **named)
+
+    monkeypatch.setattr(RunTrainerMixin, "training_step", failing)
+    config = configure(training={"max_steps": 8, "save_every": 100})
+    assert ft("train", config, f"output={tmp_path / 'run'}").code == 130
+    assert behind == ["1", "2", "3", "4"]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_loss_that_is_no_number_ends_it_a_step_later_and_before_anything_is_saved(
+    ft: Any, configure: Any, tmp_path: Path, behind: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ft_core.training.trainer import RunTrainerMixin
+
+    step: Callable[..., Any] = RunTrainerMixin.training_step
+
+    def broken(self: Any, *args: Any, **named: Any) -> Any:
+        loss = step(self, *args, **named)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(RunTrainerMixin, "training_step", broken)
+    config = configure(training={"max_steps": 8, "save_every": 5})
+    done = ft("train", config, f"output={tmp_path / 'run'}")
+    assert done.code == 2
+    assert "loss is nan at step 4: lower training.learning_rate" in done.err
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["loss"] is None
+    assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
