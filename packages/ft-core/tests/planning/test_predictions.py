@@ -61,6 +61,40 @@ def test_a_long_sequence_in_tiles_as_counted(planned: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("length", "rank", "activations", "tile", "gib"),
+    [
+        (4480, 32, "offload-input", None, 6.94),
+        (32832, 32, "offload-input", None, 10.80),
+        (65536, 16, "offload", None, 13.53),
+        (514112, 32, "offload-input", 4096, 61.55),  # three layers computed, the others' weights and states there
+    ],
+)
+def test_long_rows_as_measured_on_an_h200(
+    planned: Any, length: int, rank: int, activations: str, tile: int | None, gib: float
+) -> None:
+    plan = planned(
+        "H200", 1, length, quantization="nf4", lora={"r": rank}, host=300 * GIB,
+        shape={"max_position_embeddings": 2**20}, gib=None if tile is None else 80,
+    )  # fmt: skip
+    peak = plan.planner.peak(plan.config, plan.card, activations)
+    assert peak.tile == tile
+    assert peak.total / GIB == pytest.approx(gib, rel=0.05)
+
+
+def test_a_long_sequence_that_only_just_fits_is_tiled(planned: Any) -> None:
+    """61120 tokens were counted as 14.7 GiB; 16 did not hold the gaps between their tensors."""
+    settings = {"quantization": "nf4", "lora": {"r": 32}, "memory": "16GiB"}
+    plan = planned("H200", 1, 61120, host=126 * GIB, **settings)
+    for choice in ("offload-input", "offload", "auto"):
+        peak = plan.planner.peak(plan.config, plan.card, choice)
+        assert peak.tile == 4096
+        assert peak.total <= plan.limit
+    # Shorter ones are not, though what `auto` keeps fills the memory; nor is one that a tile would not help.
+    assert planned("H200", 1, 24576, host=126 * GIB, **settings).peak.tile is None
+    assert planned("H200", 1, 4480, host=126 * GIB, **{**settings, "memory": "8GiB"}).peak.tile is None
+
+
+@pytest.mark.parametrize(
     ("quantization", "rows", "length", "gib"),
     [("nf4", 2, 2048, 12.6), ("nf4", 1, 8192, 19.5), ("none", 2, 2048, 22.2), ("none", 1, 8192, 29.1)],
 )

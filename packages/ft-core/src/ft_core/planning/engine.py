@@ -149,12 +149,23 @@ class Planner:
 
     def _peak(self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str) -> Peak:
         outline, limit = self.blueprint.outline(config.lora), limit_of(config, card)
-        whole = peak_of(self.blueprint, outline, self._step(config, card, None, wanted, optimizer))
+
+        def peak(tile: int | None, choice: str | None = wanted) -> Peak:
+            return peak_of(self.blueprint, outline, self._step(config, card, tile, choice, optimizer))
+
+        whole = peak(None)
         tokens = config.training.batch_size * config.max_length
-        if _easily(whole, int(WHOLE * limit)) or not outline.able or tokens <= TILE or wanted == "keep":
+        if not outline.able or tokens <= TILE or wanted == "keep" or _easily(whole, int(WHOLE * limit)):
             return whole
-        tiled = peak_of(self.blueprint, outline, self._step(config, card, TILE, wanted, optimizer))
-        return _better(whole, tiled, limit)
+        # What `auto` chooses fills the memory; whether that was easy, the leanest says.
+        lean = whole
+        if (wanted or config.activations) == "auto" and _easily(whole, limit):
+            lean = min((peak(None, choice) for choice in ALONE), key=lambda one: (one.refused, one.total))
+            if _easily(lean, int(WHOLE * limit)):
+                return whole
+        tiled = peak(TILE)
+        is_less = lean is not whole or tiled.total < whole.total
+        return tiled if is_less and _easily(tiled, limit) else _better(whole, tiled, limit)
 
     def fits(self, config: TrainConfig, card: Card, wanted: str | None = None) -> bool:
         """Whether it fits; ``wanted`` instead of the configuration's ``activations``."""
