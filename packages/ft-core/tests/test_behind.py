@@ -75,6 +75,7 @@ def test_the_same_rows_and_the_same_state(
             for entry in history["log_history"]
         ]
     assert histories[0]["log_history"] == histories[1]["log_history"]
+    assert histories[0]["total_flos"] == histories[1]["total_flos"] > 0
     summaries = [json.loads((tmp_path / name / "summary.json").read_text(encoding="utf-8")) for name in ("one", "two")]
     assert summaries[0]["train_loss"] == summaries[1]["train_loss"]
     assert summaries[0]["tokens"] == summaries[1]["tokens"]

@@ -144,6 +144,8 @@ def test_in_a_trainer(tiny, tmp_path, name, is_queued):
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, QueuedUpdates) is is_queued
     assert trainer.state.num_input_tokens_seen == 3 * 8 * len(ids)
+    numbers = model.num_parameters(exclude_embeddings=True)
+    assert trainer.state.total_flos == 6 * numbers * trainer.state.num_input_tokens_seen  # as transformers counts them
 
 
 @pytest.mark.gpu

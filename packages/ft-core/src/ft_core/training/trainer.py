@@ -32,6 +32,7 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
     """
 
     _staging: Path | None = None
+    _flops_a_token: int | None = None
     optimizer_cls_and_kwargs: Any
     keep_checkpoints: int = 2
 
@@ -90,6 +91,15 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
             # Without a mask one process counts on the host; a sum on a GPU, a mask's or all processes', is waited for.
             self.state.num_input_tokens_seen += int(count)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers counts them, but its walk over all parameters, at each step, is made once."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs:
+            return int(super().floating_point_ops(inputs))
+        if self._flops_a_token is None:
+            self._flops_a_token = int(super().floating_point_ops({name: torch.empty(1)}))
+        return self._flops_a_token * int(inputs[name].numel())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' choice, without what would let the GPU wait (see :mod:`ft_core.training.optimizers`)."""
