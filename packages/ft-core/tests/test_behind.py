@@ -63,6 +63,9 @@ def test_the_same_rows_and_the_same_state(
     assert done.code == 0, done.err
     assert len(behind) == 4
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    lines = (tmp_path / "one" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [row["tokens_per_second"] for row in map(json.loads, lines) if row["kind"] == "train"][1:]
+    assert max(rates) < 20 * min(rates)  # a row that followed at once had the rate of no time at all
     assert one == two
     assert [row["step"] for row in one if row["kind"] == "train"] == list(range(1, 9))
     histories = [
@@ -120,3 +123,22 @@ def test_a_loss_that_is_no_number_ends_it_a_step_later_and_before_anything_is_sa
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["loss"] is None
     assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_what_a_callback_asks_for_when_a_step_is_logged_is_done(
+    ft: Any, configure: Any, tmp_path: Path, behind: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ft_core.training.callbacks import MetricsWriter
+
+    on_log = MetricsWriter.on_log
+
+    def asking(self: Any, args: Any, state: Any, control: Any, **named: Any) -> None:
+        on_log(self, args, state, control, **named)
+        if state.global_step == 2:
+            control.should_save = True
+
+    monkeypatch.setattr(MetricsWriter, "on_log", asking)
+    config = configure(training={"max_steps": 5, "save_every": 100})
+    assert ft("train", config, f"output={tmp_path / 'run'}").code == 0
+    assert behind == ["1", "2", "4"]
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").is_dir()  # the step that was under way by then

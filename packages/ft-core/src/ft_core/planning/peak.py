@@ -41,7 +41,7 @@ class Step:
         limit: bytes that torch may have; None for no limit. host: bytes of pinned host memory that can be had.
         tile: tokens of a sequence tile, or None.
         disk: bytes on the disk that can be had where that is not enough.
-        dense: whether attention is cuDNN's (Hopper and later).
+        dense: whether attention is cuDNN's (Hopper and later), for times.
     """
 
     rows: int

@@ -8,6 +8,7 @@ are the same.
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class _Unsaid:
 
     Attributes:
         values: the loss, and the gradients' norm if there is one. ready: when they are there; None where they are.
-        logs: what is known already. moment: the state's ``MOMENT``.
+        logs: what is known already. moment: the state's ``MOMENT``. launched: when all of it was launched.
     """
 
     values: Tensor
@@ -42,6 +43,20 @@ class _Unsaid:
     logs: dict[str, float]
     start_time: float
     moment: dict[str, Any]
+    launched: float
+
+
+class _Clocks:
+    """The GPU's clock beside the host's (``time.perf_counter``), read once when the GPU has nothing to do."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        self._event, self._time = torch.cuda.Event(enable_timing=True), time.perf_counter()
+        self._event.record()
+
+    def time_of(self, event: torch.cuda.Event) -> float:
+        """When an event that is over was, by the host's clock."""
+        return self._time + float(self._event.elapsed_time(event)) / 1e3
 
 
 class LogsBehindMixin(_Base):
@@ -55,6 +70,7 @@ class LogsBehindMixin(_Base):
 
     logs_behind: bool = False
     _unsaid: _Unsaid | None = None
+    _clocks: _Clocks | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' training; whatever ends it, what was not said yet is."""
@@ -77,10 +93,10 @@ class LogsBehindMixin(_Base):
         start_time: float,
         learning_rate: float | None = None,
     ) -> None:
-        taken = self._take(tr_loss, grad_norm, start_time, learning_rate) if self._may_wait() else None
-        self._say_unsaid()
-        self._unsaid = taken
-        if taken is None:
+        self._say_unsaid()  # first: what a callback asks for then is for this step
+        if self._may_wait():
+            self._unsaid = self._take(tr_loss, grad_norm, start_time, learning_rate)
+        else:
             super()._maybe_log_save_evaluate(
                 tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
             )
@@ -105,31 +121,37 @@ class LogsBehindMixin(_Base):
         values = torch.stack([x.detach().reshape(()).double() for x in numbers])
         ready = None
         if values.is_cuda:
+            if self._clocks is None:
+                self._clocks = _Clocks()
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event(enable_timing=True)
             ready.record()
         tr_loss -= tr_loss
         self._globalstep_last_logged = self.state.global_step
         self.store_flos()
         logs = {} if grad_norm is None or isinstance(grad_norm, Tensor) else {"grad_norm": float(grad_norm)}
         logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
-        return _Unsaid(values, ready, logs, start_time, self._set_moment({}))
+        return _Unsaid(values, ready, logs, start_time, self._set_moment({}), time.perf_counter())
 
     def _say_unsaid(self) -> None:
         """Log the step before as it would have been logged then."""
         unsaid, self._unsaid = self._unsaid, None
         if unsaid is None:
             return
-        if unsaid.ready is not None:
+        finished = unsaid.launched
+        if unsaid.ready is not None and self._clocks is not None:
             unsaid.ready.synchronize()
+            finished = self._clocks.time_of(unsaid.ready)
         loss, *norms = unsaid.values.tolist()
         self._total_loss_scalar += loss
         now, should_log = self._set_moment(unsaid.moment), self.control.should_log
+        self.state.finished = finished  # no part of what is saved
         try:
             self.log({"loss": loss, **({"grad_norm": norms[0]} if norms else {}), **unsaid.logs}, unsaid.start_time)
         finally:
             self._set_moment(now)
+            del self.state.finished
             self.control.should_log = should_log  # logging takes the wish for it back, which is the present step's
 
     def _set_moment(self, values: dict[str, Any]) -> dict[str, Any]:

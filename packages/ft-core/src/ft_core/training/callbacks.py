@@ -101,7 +101,8 @@ class MetricsWriter(TrainerCallback):
             )
 
     def _train_row(self, state: TrainerState, logs: dict[str, Any]) -> dict[str, Any]:
-        now = time.perf_counter()
+        # A step that is logged later than it ended says when that was (ft_core.training.behind).
+        now = getattr(state, "finished", None) or time.perf_counter()
         tokens = int(state.num_input_tokens_seen)
         row: dict[str, Any] = {
             "kind": "train",
