@@ -1,12 +1,13 @@
 """How much of the copying to and from the host runs beside computing: python benchmarks/overlap.py --work DIR [...]
 
 One step of the model of benchmarks/fast_path.py (Llama 3.1 8B in shape, random weights, made once in DIR), LoRA of rank
-16, layers offloading what they keep (--way), is traced by torch's profiler after two warm ones; kernels alone are
-traced, so that the trace costs the step next to nothing. Of every copy between host and device the time is counted
+16, layers offloading what they keep (--way), is traced by torch's profiler in the midst of others, as a training has
+them one after the other; kernels and copies alone are traced. Of every copy between host and device the time is counted
 during which a kernel ran on another stream; the share is that of all copies' time together (the bar: 90 %). A row for
-each shape goes to benchmarks/results/overlap.jsonl, with the bytes a second of both directions and the time of the step
-that no kernel filled. --trace FILE keeps the trace of the last one; --read FILE takes a trace that was kept, and needs
-no GPU.
+each shape goes to benchmarks/results/overlap.jsonl, with the bytes a second of both directions, the time of the step
+that no kernel filled, and host_ms: what the host took to launch it all, untraced. Where that is longer than the kernels
+take, they wait for the host, and nothing is there for copies to run beside. --trace FILE keeps the trace of the last
+one; --read FILE takes a trace that was kept, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,30 +84,42 @@ def line(row: dict[str, Any]) -> str:
     ways = ", ".join(f"{name} {at['gib']:.2f} GiB at {at['gb_s']:.1f} GB/s" for name, at in row["directions"].items())
     return (
         f"{head}  {row['share']:.1%} of {row['copy_ms']:.1f} ms of {row['copies']} copies beside kernels (bar: 90 %); "
-        f"{ways}; {row['span_ms']:.1f} ms from first to last, no kernel ran in {row['idle_ms']:.1f} of them"
+        f"{ways}; {row['span_ms']:.1f} ms from first to last, no kernel ran in {row['idle_ms']:.1f} of them; "
+        f"{row.get('host_ms', 0):.1f} ms of the host's"
     )
 
 
 def traced(model: Any, optimizer: Any, rows: int, tokens: int, device: str, keep: Path | None) -> dict[str, Any]:
-    """Two warm steps, and one that is traced."""
+    """Warm steps, what the host takes for one, and one that is traced between two others."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, schedule
 
     cases.steps(model, optimizer, rows, tokens, device, warm=1, timed=1)
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     ids = torch.randint(3, cases.VOCABULARY[device], (rows, tokens)).to(device)
-    with profile(activities=[activity]) as found:
+
+    def one() -> None:
         with torch.autocast(device, torch.bfloat16):
             loss = model(input_ids=ids, labels=ids.clone()).loss
         loss.backward()
         optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+
+    begun = time.perf_counter()
+    one()
+    host = time.perf_counter() - begun
+    if device == "cuda":
+        torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         file = keep or Path(folder) / "trace.json"
-        found.export_chrome_trace(str(file))
-        return measure(events_of(file))
+        with profile(
+            activities=[activity], schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+            on_trace_ready=lambda found: found.export_chrome_trace(str(file)),
+        ) as found:  # fmt: skip
+            for _ in range(3):
+                one()
+                found.step()
+        return measure(events_of(file)) | {"host_ms": round(host * 1e3, 1)}
 
 
 def events_of(file: Path) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ is fast) and removed after their turn.
 
 Each is trained by `ft train`'s own parts: the same plan is made before anything is loaded (which is what `ft plan` says
 for this card), the same model, choices and tile follow from it, the same trainer takes a few steps on rows of exactly
-max_length tokens, with clipping and all; nothing is saved. Measured are the median time from the end of a step to the
-end of the next, the GPU waited for, after five steps, and torch's max_memory_allocated in the steps after the second,
-when `auto` has settled. A row with both errors in per cent is added to benchmarks/results/planner_check.jsonl, and at
+max_length tokens, with clipping and all; nothing is saved. Measured are the time of the steps after the fifth, which the
+GPU is not waited for but before the first and after the last, by their number, and torch's max_memory_allocated in the
+steps after the second, when `auto` has settled. A row with both errors in per cent is added to benchmarks/results/planner_check.jsonl, and at
 the end the worst are printed. The bars: 5 % of memory, 10 % of time. A configuration that does not fit by the plan gets
 half as much memory again.
 """
@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import random
 import shutil
-import statistics
 import string
 import tempfile
 import time
@@ -36,6 +34,8 @@ import cases
 import fast_path
 
 RESULTS = cases.FOLDER / "planner_check.jsonl"
+WARM = 5
+"""Steps before those that are timed."""
 SHAPES = {  # hidden, inner, heads, keys' heads, width of a head, vocabulary
     "llama": [(2048, 8192, 32, 8, 64, 128256), (3072, 8192, 24, 8, 128, 128256), (4096, 14336, 32, 8, 128, 128256)],
     "qwen2": [(1536, 8960, 12, 2, 128, 151936), (2048, 11008, 16, 2, 128, 151936), (3584, 18944, 28, 4, 128, 152064)],
@@ -224,7 +224,7 @@ def check(drawn: Drawn, folder: Path, args: argparse.Namespace) -> dict[str, Any
 
     fast_path.make_from(transformers_config(drawn), folder, args.device)
     cases.tidy()
-    steps = 5 + args.steps
+    steps = WARM + args.steps
     write_rows(folder, drawn, drawn.rows * (steps + 1))
     config, _ = settle(drawn, folder, steps)
     with cases.capped(config):
@@ -262,7 +262,8 @@ def train(config: Any, device: str) -> dict[str, Any]:
     from ft_core.training.arguments import trainer_arguments
     from ft_core.training.job import Job, build_trainer
     from ft_core.training.prepare import prepare_model, prepare_rows
-    from ft_core.training.speed import foresee, recomputes, speed_up
+    from ft_core.training.optimizers import optimizer_of
+    from ft_core.training.speed import foresee, plan_ahead, recomputes, speed_up
 
     said: list[str] = []
     source, where, spec = find_model(config.model), pick_device(), registry().get(MethodSpec, config.method)
@@ -274,7 +275,9 @@ def train(config: Any, device: str) -> dict[str, Any]:
         fast.enable(model)
     with tempfile.TemporaryDirectory() as folder:
         recompute = recomputes(model, config, where, said.append, planned)
-        arguments = trainer_arguments(config, Run(folder), where, evaluates=False, recompute=recompute)
+        arguments = trainer_arguments(
+            config, Run(folder), where, evaluates=False, recompute=recompute, optimizer=optimizer_of(config, planned)
+        )
         arguments |= {"save_strategy": "no"}
         watch = stopwatch(device == "cuda")
         trainer = build_trainer(
@@ -285,34 +288,42 @@ def train(config: Any, device: str) -> dict[str, Any]:
             ),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
+        plan_ahead(trainer, said.append)
         trainer.train()
-    ends, path = watch.ends, fast_path_of(model)
-    times = [b - a for a, b in itertools.pairwise(ends[4:])]
+    path, timed = fast_path_of(model), watch.steps - WARM
     return {
-        "planned": planned, "step_s": round(statistics.median(times), 5), "timed": len(times),
-        "tokens": int(trainer.state.num_input_tokens_seen) // len(ends), "said": said[-3:],
+        "planned": planned, "step_s": round((watch.ended - watch.begun) / timed, 5), "timed": timed,
+        "tokens": int(trainer.state.num_input_tokens_seen) // watch.steps, "said": said[-3:],
         "peak_gib": round(torch.cuda.max_memory_allocated() / cases.GIB, 4) if device == "cuda" else 0.0,
         **(fast_path.chosen(model) if path is not None else {}),
     }  # fmt: skip
 
 
 def stopwatch(cuda: bool) -> Any:
-    """A trainer's callback that notes when steps end, and forgets the peak of the first two."""
+    """A trainer's callback that notes when the timed steps begin and end, and forgets the peak of the first two."""
     import torch
     from transformers import TrainerCallback
 
     class Stopwatch(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.ends: list[float] = []
+            self.steps, self.begun, self.ended = 0, 0.0, 0.0
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            if cuda and len(self.ends) == 2:
+            if cuda and self.steps == 2:
                 torch.cuda.reset_peak_memory_stats()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.steps += 1
+            if self.steps == WARM:
+                self.begun = self.now()
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.ended = self.now()
+
+        def now(self) -> float:
             if cuda:
                 torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
+            return time.perf_counter()
 
     return Stopwatch()
 

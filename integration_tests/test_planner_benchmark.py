@@ -1,5 +1,6 @@
 """The benchmarks of the planner and of memory: configurations follow from a seed, and a failed case is a row."""
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,15 @@ def test_what_is_drawn_can_be_planned(number: int, tmp_path: Path) -> None:
     assert (config.memory == "auto") == (drawn.bound is None)
     assert planned.peak.exact
     assert "predicted" in planner_check.line({"number": 0, **vars(drawn), **planner_check.predicted(planned)})
+
+
+def test_a_configuration_is_trained_beside_its_plan(tmp_path: Path) -> None:
+    """By ft train's own parts, of which one may have changed."""
+    args = argparse.Namespace(device="cpu", steps=1)
+    row = planner_check.check(planner_check.draw(0, 2, tiny=True)[1], tmp_path, args)
+    assert row["timed"] == 1
+    assert row["step_s"] > 0
+    assert row["predicted_s"] > 0
 
 
 def test_the_worst_ratio_of_auto_is_that_to_the_best_policy_within_the_bound() -> None:

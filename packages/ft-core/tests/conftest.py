@@ -242,8 +242,25 @@ StartFt = Callable[..., Process]
 
 
 @pytest.fixture(scope="session")
+def rounding() -> float:
+    """How far losses of the same training may be apart, relatively: not at all on a CPU. On a GPU a step may be computed
+    kernel by kernel or replayed filled up to another length, by products of other shapes: a rounding of bfloat16 in some
+    logits, which AdamW's first steps, by the signs of gradients, carry on."""
+    import torch
+
+    return 2.0**-10 if torch.cuda.is_available() else 0.0
+
+
+@pytest.fixture(scope="session")
 def _forkserver() -> Any:
-    """Processes forked from one that has imported the libraries, so that each starts at once."""
+    """Processes forked from one that has imported the libraries, so that each starts at once.
+
+    A process that was forked cannot use a GPU that its parent has looked at, so there each starts from nothing.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ft_core.training.run", "ft_core.training.sft", "trl", "peft", "datasets"])
     return context

@@ -183,14 +183,14 @@ def test_loss_and_perplexity_are_those_computed_by_hand(
         assert found["perplexity"][side] == math.exp(found["loss"][side])
 
 
-def test_training_measures_as_ft_eval_does(ft: Any, configure: Any, tmp_path: Path) -> None:
+def test_training_measures_as_ft_eval_does(ft: Any, configure: Any, tmp_path: Path, rounding: float) -> None:
     """The trainer's autocast is not on while it measures; it made 3 % of the loss on some rows."""
     run = tmp_path / "run"
     assert ft("train", configure(training={"max_steps": 8, "learning_rate": 1e-2}), "eval_split=10").code == 0
     trained = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["metrics"]["loss"]
     measured = json.loads(ft("eval", run, "--json").out)["metrics"]["loss"]
-    assert trained["before"] == pytest.approx(measured["before"], rel=1e-5)
-    assert trained["after"] == pytest.approx(measured["after"], rel=1e-5)
+    assert trained["before"] == pytest.approx(measured["before"], rel=1e-5 + rounding)
+    assert trained["after"] == pytest.approx(measured["after"], rel=1e-5 + rounding)
     assert abs(trained["after"] - trained["before"]) > 0.05
 
 

@@ -113,7 +113,7 @@ def test_the_chat_template_says_what_ends_a_turn(loaded: tuple[Any, Any]) -> Non
     assert stop_ids(model, tokenizer) == [2, 1]
     with torch.no_grad():  # a head that answers <|im_end|> or a token of logit 0
         ids = encode_prompt(render_chat([{"role": "user", "content": "a"}], tokenizer), tokenizer)
-        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        hidden = model.model(torch.tensor([ids], device=model.device)).last_hidden_state[0, -1]
         model.lm_head.weight.zero_()
         model.lm_head.weight[1] = hidden
     passes = []
@@ -324,7 +324,8 @@ def test_answers_by_the_fast_layers(loaded: tuple[Any, Any]) -> None:
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == generate(
         loaded[0], tokenizer, PROMPTS, max_new_tokens=12
     )
-    assert "_ft_decoder" not in vars(model)  # on a CPU nobody else makes one
+    if model.device.type == "cpu":
+        assert "_ft_decoder" not in vars(model)  # there nobody else makes one
 
 
 def test_an_end_token_ends_what_the_fast_layers_write(loaded: tuple[Any, Any]) -> None:

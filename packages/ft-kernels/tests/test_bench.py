@@ -108,6 +108,8 @@ def test_shares_and_ratios():
     assert report.judge(backward, 16384) == ["83% of the copy, not 85%", "5% slower than liger"]
     assert report.judge(both, 16384) == ["3% slower than liger"]
     assert report.judge(backward, 4096) == ["5% slower than liger"]
+    attention = [{**row, "op": "packed_attention", "ratios": {"triton": 0.85}} for row in (backward, both)]
+    assert [report.judge(row, 4096) for row in attention] == [[], ["18% slower than triton"]]
     text = report.table([forward, {**backward, "missed": ["slow"]}, both])
     assert "error" in text
     assert text.splitlines()[2].endswith("FAIL: slow")

@@ -247,7 +247,11 @@ def test_each_tensor_comes_back_once_and_few_at_a_time(choice, monkeypatch):
             started.append(held._place)
         begin(held)
         waiting = [other() for other in held._order.held]
-        most = max(most, sum(other is not None and other._back is not None for other in waiting))
+        large = [
+            other for other in waiting
+            if other is not None and other._back is not None and held._order.is_large(other._host.nbytes)
+        ]  # fmt: skip
+        most = max(most, len(large))
 
     monkeypatch.setattr(offload._Held, "_set_out", set_out)
     step(model, given)
@@ -427,3 +431,28 @@ def test_two_processes(tmp_path: Path) -> None:
     kept, *others = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for gradients in others:
         assert [name for name, gradient in kept.items() if not torch.equal(gradients[name], gradient)] == []
+
+
+def test_small_tensors_are_not_counted_among_those_under_way():
+    """Two large ones are on their way, however many small ones lie between."""
+    from ft_core.fast.offload import HostMemory
+
+    host = HostMemory()
+    host.least = 1
+    host.begin()
+    sizes = [1000, 1000, 4, 1000, 1000, 4, 4, 1000]
+    held = []
+    for size in sizes:
+        held.append(host._take(torch.arange(float(size))))
+        leaving = [tensor.numel() for tensor, _ in host._leaving]
+        assert leaving.count(1000) == min(2, sizes[: len(held)].count(1000))
+    host.settle()
+    assert host._leaving == []
+
+    def back() -> list[int]:
+        return [place for place, one in enumerate(held) if one is not None and one._back is not None]
+
+    for place, under_way in ((7, [2, 3, 4, 5, 6]), (6, [2, 3, 4, 5]), (5, [2, 3, 4]), (4, [1, 2, 3]), (3, [0, 1, 2])):
+        assert torch.equal(held[place].come_back(), torch.arange(float(sizes[place])))
+        held[place] = None
+        assert back() == under_way

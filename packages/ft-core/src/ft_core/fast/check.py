@@ -16,6 +16,9 @@ from ft_core.fast.swap import FastPath
 
 __all__ = ["Comparison", "bound", "compare", "trial"]
 
+INT8 = 2.0**-7
+"""What bitsandbytes' 8-bit layers round on a GPU, relative to a number of average size: they multiply a row of
+activations in steps of a 127th of its largest, some four times the average; the fast layers don't."""
 TRIED = 160
 """Tokens of a trial: from 128 on, products take the way that long rows take."""
 
@@ -49,14 +52,18 @@ def _order(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def bound(dtype: torch.dtype, layers: int, terms: int) -> float:
+def bound(dtype: torch.dtype, layers: int, terms: int, least: float = 0.0) -> float:
     """The largest distance that rounding explains.
+
+    Args:
+        dtype: what is computed in. layers: how many. terms: of the longest sum.
+        least: a unit of numbers that are rounded more than the dtype's, if there are any.
 
     Each layer rounds some sixteen results, whose errors of half a unit in the last place are independent, and which are
     sums of up to ``terms`` products added in fp32; the errors of the layers add up as a random walk. Both sides round:
     2 · sqrt(16) · (eps + eps₃₂ · sqrt(terms)) / 2 · sqrt(layers), doubled.
     """
-    each = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * math.sqrt(terms)
+    each = max(torch.finfo(dtype).eps, least) + torch.finfo(torch.float32).eps * math.sqrt(terms)
     return 8 * each * math.sqrt(max(layers, 1))
 
 
@@ -85,7 +92,8 @@ def compare(path: FastPath, model: nn.Module, batch: dict[str, Any], dtype: torc
     distances = {name: _distance(one, two, largest) for name, one, two in zip(parameters, fast, plain, strict=True)}
     computed = dtype or next(iter(model.parameters())).dtype
     terms = max(path.model.config.get_text_config().intermediate_size, batch["input_ids"].numel())
-    limit = bound(computed, len(path.layers), terms)
+    rounded = device.type == "cuda" and any(type(m).__name__ == "Linear8bitLt" for m in path.model.modules())
+    limit = bound(computed, len(path.layers), terms, INT8 if rounded else 0.0)
     return Comparison((float(fast_loss), float(plain_loss)), distances, limit)
 
 

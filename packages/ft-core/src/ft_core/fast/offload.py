@@ -3,8 +3,8 @@
 A layer's saved tensors are copied to pinned memory on a stream of their own as soon as they are made, and back a little
 before backward wants them. Two rules keep the peak the same in every run, however far the host is ahead of the GPU:
 memory on the GPU is let go only after the computing stream has been told to wait for the copy out of it, and memory for
-what comes back is taken in the order of the program. Both ways two tensors are under way, about half a layer's: nobody
-waits as long as copying takes less time than computing.
+what comes back is taken in the order of the program. Both ways two large tensors are under way, about half a layer's,
+and small ones beside them: nobody waits as long as copying takes less time than computing.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ LEAST = 2**20
 SHARE = 0.8
 """Of the host's free memory, what the pinned buffers may take."""
 AWAY = 2
-"""How many tensors are on their way out before the first of them is waited for."""
+"""How many large tensors are on their way out before the first of them is waited for."""
 AHEAD = 2
 """How many are on their way back before they are wanted."""
+LARGE = 0.5
+"""A tensor of this share of the largest is a large one. A half of a layer hands over two and, for long rows, the sums of
+its attention, all at once: if those counted, the first would be waited for while its copy has only begun."""
 IN_A_SLAB = 8
 """At least so many buffers are pinned at once: torch rounds what it pins up to a power of two."""
 
@@ -226,6 +229,7 @@ class HostMemory:
         buffer, pool = self._buffer(tensor.nbytes, tensor.device)
         held = _Held(tensor, buffer, pool, self._stream(tensor.device), self._order)
         self._leaving.append((tensor, held.copied))
+        self._order.largest = max(self._order.largest, tensor.nbytes)
         self._let_go(AWAY)
         return held
 
@@ -239,17 +243,28 @@ class HostMemory:
 
     def _let_go(self, but: int) -> None:
         """The computing stream waits for all copies but the last ones, whose sources are then free."""
-        while len(self._leaving) > but:
+        under_way = sum(self._order.is_large(tensor.nbytes) for tensor, _ in self._leaving)
+        while self._leaving and (under_way > but or not but):
             tensor, copied = self._leaving.pop(0)
+            under_way -= self._order.is_large(tensor.nbytes)
             if copied is not None:
                 torch.cuda.current_stream(tensor.device).wait_event(copied)
 
 
 class _Order:
-    """What one forward pass has taken to the host, in order; backward wants it the other way round."""
+    """What one forward pass has taken to the host, in order; backward wants it the other way round.
+
+    Attributes:
+        largest: bytes of the largest tensor.
+    """
 
     def __init__(self) -> None:
         self.held: list[weakref.ref[_Held]] = []
+        self.largest = 0
+
+    def is_large(self, count: int) -> bool:
+        """Whether a tensor of so many bytes is one of those that are counted."""
+        return count >= LARGE * self.largest
 
 
 class _Held:
@@ -289,10 +304,15 @@ class _Held:
     def come_back(self) -> Tensor:
         """The tensor as it was; the next that backward will want set out."""
         self._set_out()
-        for place in range(self._place - 1, max(self._place - 1 - AHEAD, -1), -1):
-            held = self._order.held[place]()
-            if held is not None:
-                held.set_out()
+        ahead = 0
+        for reference in reversed(self._order.held[: self._place]):
+            held = reference()
+            if held is None:
+                continue
+            ahead += self._order.is_large(held.count * held.dtype.itemsize)
+            if ahead > AHEAD:
+                break
+            held.set_out()
         back, ready = self._back, self._ready
         assert back is not None
         self._back, self._ready, self._was_back = None, None, True
