@@ -103,7 +103,7 @@ def test_a_conversation_that_fills_the_positions(typed: Any, tiny: Path) -> None
 def test_a_model_that_is_not_there(typed: Any, tmp_path: Path) -> None:
     done = typed([], tmp_path / "nowhere")
     assert (done.code, done.out) == (2, "")
-    assert done.message.startswith(f"ft chat: no model folder {tmp_path}/nowhere")
+    assert done.message.startswith(f"ft chat: no run or model folder {tmp_path}/nowhere: {tmp_path} holds no run")
 
 
 class Terminal:

@@ -214,7 +214,9 @@ def test_long_answers_are_not_matched(ft: Any, configure: Any, tmp_path: Path, w
 
 def test_runs_that_cannot_be_measured(ft: Any, configure: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert ft("eval", run).err == f"ft eval: no run folder {run}: give the folder that ft train wrote (its 'output')\n"
+    assert ft("eval", run).err == (
+        f"ft eval: no run folder {run}: {tmp_path} holds no run; give the folder that ft train wrote (its 'output')\n"
+    )
     assert ft("eval", tmp_path).err == (
         f"ft eval: {tmp_path} is no run folder: it has no config.yaml and environment.json\n"
     )

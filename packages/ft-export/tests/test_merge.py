@@ -448,8 +448,14 @@ def test_unfinished_and_newer_runs(make_run: Any, tmp_path: Path) -> None:
         merge(make_run("one"))
     with pytest.raises(ExportError, match="run_format 2, this ft-export reads up to 1"):
         merge(make_run("two", run_format=2))
-    with pytest.raises(ExportError, match="is not a folder"):
+    with pytest.raises(
+        ExportError, match=r"nowhere is not a folder \(the runs in .* are one, two\): name a run folder"
+    ):
         merge(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match=r"twoo is not a folder \(the runs in .* are two, one\)"):
+        merge(tmp_path / "twoo")
+    with pytest.raises(ExportError, match="else is not a folder: name a run folder"):
+        merge(tmp_path / "somewhere" / "else")
     with pytest.raises(ExportError, match=r"holds no environment\.json"):
         merge(tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
@@ -14,9 +15,11 @@ import yaml
 
 from ft_core.errors import ConfigError, RunError
 
-__all__ = ["RUN_FORMAT", "Run", "write_json", "write_text"]
+__all__ = ["RUN_FORMAT", "Run", "no_run", "runs_in", "write_json", "write_text"]
 
 RUN_FORMAT = 1
+NAMED = 5
+"""Runs that a message names at most."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,7 +117,7 @@ class Run:
         """
         run = cls(path)
         if not run.path.is_dir():
-            raise RunError(f"no run folder {run.path}: give the folder that ft train wrote (its 'output')")
+            raise RunError(no_run(run.path))
         if not run.is_run:
             raise RunError(f"{run.path} is no run folder: it has no {cls.CONFIG} and {cls.ENVIRONMENT}")
         version = run.environment.get("run_format")
@@ -293,6 +296,36 @@ class Run:
         """Drop the metrics after ``step``, since a run that is resumed there writes them again."""
         kept = [row for row in self.metrics() if row.get("step", 0) <= step]
         write_text(self.path / self.METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs that lie in a folder, the newest first; none where it cannot be read."""
+    try:
+        found = [(path.stat().st_mtime, path) for path in folder.iterdir() if path.is_dir() and Run(path).is_run]
+    except OSError:
+        return []
+    return [path for _, path in sorted(found, key=lambda one: (-one[0], one[1]))]
+
+
+def no_run(path: Path, what: str = "run folder") -> str:
+    """What to say of a run that is not there: the runs that are, in the folder where it was looked for.
+
+    Args:
+        what: that ``path`` may be.
+    """
+    said, folder = f"no {what} {path}", path.parent
+    if not folder.is_dir():
+        return f"{said}: there is no folder {folder}"
+    if Run(folder).is_run:
+        return f"{said}: the run is {folder}"
+    shown = folder.resolve() if folder == Path() else folder
+    names = [run.name for run in runs_in(folder)]
+    if not names:
+        return f"{said}: {shown} holds no run; give the folder that ft train wrote (its 'output')"
+    close = difflib.get_close_matches(path.name, names, 1)
+    hint = f"; did you mean {folder / close[0]}?" if close else ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{said}: the runs in {shown} are {', '.join(names[:NAMED])}{more}{hint}"
 
 
 def _first_missing(path: Path) -> Path:

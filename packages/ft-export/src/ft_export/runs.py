@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shlex
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ __all__ = ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"]
 
 RUN_FORMAT = 1
 """The newest version of the run folder's layout that this package reads."""
+NAMED = 5
+"""Runs that a message names at most."""
 LOFTQ, LOFTQ_FORMAT = "loftq.json", 1
 """The file in an adapter's folder that says that it began as what quantization lost; the newest version read here."""
 DTYPES = ("bfloat16", "float16", "float32")
@@ -82,7 +85,9 @@ def open_source(path: Path) -> Source:
     path = path.expanduser()
     name = path.absolute().name
     if not path.is_dir():
-        raise ExportError(f"{path} is not a folder: name a run folder, a PEFT adapter folder or a model folder")
+        raise ExportError(
+            f"{path} is not a folder{_runs_beside(path)}: name a run folder, a PEFT adapter folder or a model folder"
+        )
     if (path / "environment.json").is_file():
         return _open_run(path, name)
     if (path / "adapter_config.json").is_file():
@@ -92,6 +97,21 @@ def open_source(path: Path) -> Source:
     raise ExportError(
         f"{path} holds no environment.json (a run), adapter_config.json (a PEFT adapter) or config.json (a model)"
     )
+
+
+def _runs_beside(path: Path) -> str:
+    """The runs in the folder where a run was looked for, the likeliest first, for a message about its absence."""
+    folder = path.parent
+    try:
+        names = sorted(run.name for run in folder.iterdir() if (run / "environment.json").is_file())
+    except OSError:
+        names = []
+    if not names:
+        return ""
+    close = difflib.get_close_matches(path.name, names, NAMED)
+    names = [*close, *(name for name in names if name not in close)]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f" (the runs in {folder.resolve() if folder == Path() else folder} are {', '.join(names[:NAMED])}{more})"
 
 
 def _open_adapter(path: Path, name: str) -> Source:

@@ -28,10 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ft_core.console import quiet, say
+    from ft_core.models.opening import check_reference, open_model
 
+    check_reference(args.run)
     quiet()
     from ft_core.generation import stream
-    from ft_core.models.opening import open_model
 
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 is a character not understood, no end

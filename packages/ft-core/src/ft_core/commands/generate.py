@@ -129,13 +129,14 @@ def run(args: argparse.Namespace) -> int:
         raise RunError(f"--out {out} is the file of the prompts: give another")
     done = 0 if args.overwrite else _done(out, prompts)
     from ft_core.console import progress, quiet, say
+    from ft_core.models.opening import check_reference, open_model
 
     if done >= len(prompts):
         say(f"{out} is complete: {done} answers")
         return 0
+    check_reference(args.run)
     quiet()
     from ft_core.generation import encode_prompts, generate_ids
-    from ft_core.models.opening import open_model
 
     model, tokenizer = open_model(args.run, say=say)
     if done:

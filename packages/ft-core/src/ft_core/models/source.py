@@ -98,7 +98,7 @@ def _download(reference: str, local: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    hint = _nearest(local) if "/" not in reference else ""
+    hint = _nearest(local) if local.parent.is_dir() else ""
     try:
         return Path(snapshot_download(reference, allow_patterns=HUB_FILES, ignore_patterns=NOT_WANTED))
     except GatedRepoError:

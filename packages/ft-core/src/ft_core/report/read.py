@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ft_core.errors import RunError
-from ft_core.runs import RUN_FORMAT
+from ft_core.runs import RUN_FORMAT, no_run
 
 __all__ = ["RunRecord", "mapping", "number", "read_run"]
 
@@ -64,8 +64,9 @@ def read_run(run: Path) -> RunRecord:
         RunError: there is no such folder, it holds no run, or a newer version of ft wrote it.
     """
     if not run.is_dir():
-        what = "is a file, not a run folder" if run.exists() else "does not exist"
-        raise RunError(f"{run} {what}: name the folder that `ft train` wrote (its `output`)")
+        if not run.exists():
+            raise RunError(no_run(run))
+        raise RunError(f"{run} is a file, not a run folder: name the folder that `ft train` wrote (its `output`)")
     if not any((run / name).is_file() for name in ("environment.json", "config.yaml")):
         raise RunError(
             f"{run} is no run folder: it has neither environment.json nor config.yaml; "
