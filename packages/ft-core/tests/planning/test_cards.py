@@ -25,7 +25,13 @@ from ft_core.planning.cards import _by_properties
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
         ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("A100 80", "A100 80GB"),
-        ("a100", "A100 80GB"),
+        ("A100 80 GB", "A100 80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("NVIDIA GH200 480GB", "GH200 96GB"),
+        ("H200 141GB", "H200"),
+        ("L4 24GB", "L4"),
+        ("4060 Ti 16GB", "RTX 4060 Ti 16GB"),
+        ("RTX 4060 Ti 8 GB", "RTX 4060 Ti 8GB"),
         ("Tesla T4", "T4"),
         ("Tesla V100-SXM2-16GB", "V100 16GB"),
         ("NVIDIA A10G", "A10G"),
@@ -43,9 +49,50 @@ def test_every_card_is_found_by_its_own_name() -> None:
         assert find_card(card.name) is card
 
 
-@pytest.mark.parametrize(("name", "near"), [("RTX 409", "RTX 4090"), ("H1000", "H100"), ("RTX 4070 Ti", "RTX 4070")])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("RTX 409", "RTX 4090"), ("H1000", "H100"), ("RTX 4070 Ti", "RTX 4070"), ("RTX 4900", "RTX 4090")],
+)
 def test_an_unknown_name_has_a_nearest_spelling(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{near}"):
+        find_card(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "others"),
+    [
+        ("A100", "A100 40GB", "A100 80GB"),
+        ("Tesla V100", "V100 16GB", "V100 32GB"),
+        ("4060 Ti", "RTX 4060 Ti 8GB", "RTX 4060 Ti 16GB"),
+    ],
+)
+def test_of_several_sizes_the_smallest_is_taken_and_said(name: str, smallest: str, others: str) -> None:
+    said: list[str] = []
+    assert find_card(name, say=said.append).name == smallest
+    assert said == [f"--gpu {name!r} is taken as {smallest!r}, the smallest of that name (also: {others})"]
+    for told in (smallest, others):  # a name that tells the size needs no line, nor does an amount of memory
+        assert find_card(told, say=said.append).name == told
+        assert find_card(name, find_card(told).memory, say=said.append).name == told
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("RTX 3080 12GB", "'RTX 3080'"), ("A100 20GB", "'A100 80GB' and 'A100 40GB'")]
+)
+def test_a_size_that_is_not_known_is_not_passed_over(name: str, known: str) -> None:
+    with pytest.raises(ConfigError, match=f"give {known}, and --memory for another amount"):
+        find_card(name)
+
+
+@pytest.mark.parametrize("name", ["8x H100", "8xH100", "8 x h100", "8 H100", "H100 x8", "H100x8", "2 * H100 80GB"])
+def test_several_gpus_are_not_one(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is more than one GPU: a plan is for one, so name one: 'H100 80GB'$"):
+        find_card(name)
+
+
+@pytest.mark.parametrize("name", ["GTX 1080", "GTX 1080 Ti", "RTX 2080", "RTX 5070", "MI300X", "8x nothing"])
+def test_a_card_of_another_number_is_not_proposed(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is no card that is known \(known: .*give the memory .* --memory 8GiB$"):
         find_card(name)
 
 

@@ -37,6 +37,16 @@ def test_a_table_from_a_configuration_alone(ft: Any, written: Any, write_rows: A
     assert set(tmp_path.rglob("*")) == before
 
 
+def test_a_card_of_several_sizes_is_said(ft: Any, written: Any) -> None:
+    """Beside the plan, so that JSON stays JSON."""
+    done = ft("plan", written(quantization="nf4"), "--gpu", "A100", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["card"]["name"] == "A100 40GB"
+    assert done.err == "--gpu 'A100' is taken as 'A100 40GB', the smallest of that name (also: A100 80GB)\n"
+    told = ft("plan", written(quantization="nf4"), "--gpu", "A100", "--memory", "70GiB", "--json")
+    assert (told.err, json.loads(told.out)["card"]["name"]) == ("", "A100 80GB")
+
+
 def test_json_for_machines(ft: Any, written: Any) -> None:
     done = ft("plan", written(quantization="nf4"), "training.batch_size=4", "--gpu", "h100", "--json")
     assert done.code == 0, done.err

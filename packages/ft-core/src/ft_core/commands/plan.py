@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     source = find_outline(config)
     config = fit_to_model(config, source, say=console.say)
     elsewhere = args.gpu is not None
-    card = find_card(args.gpu) if elsewhere else card_here()
+    card = find_card(args.gpu, memory, say=console.say) if elsewhere else card_here()
     if memory is not None:
         elsewhere = elsewhere or card is None
         card = with_memory(card, memory)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +72,7 @@ CARDS: tuple[Card, ...] = (
     _card("RTX 4080", 15.7, 97, 0.82, 717, 24, (8, 9)),
     _card("RTX 4070", 11.6, 58, 0.82, 504, 24, (8, 9)),
     _card("RTX 4060 Ti 16GB", 15.6, 44, 0.82, 288, 12, (8, 9)),
+    _card("RTX 4060 Ti 8GB", 7.6, 44, 0.82, 288, 12, (8, 9)),
     _card("RTX 3090", 23.7, 71, 0.82, 936, 24, (8, 6)),
     _card("RTX 3080", 9.8, 60, 0.82, 760, 24, (8, 6)),
     _card("RTX 3060", 11.7, 25, 0.82, 360, 24, (8, 6)),
@@ -86,26 +88,53 @@ BY_MULTIPROCESSOR = {
 """Product operations of a multiprocessor in one clock, by compute capability (the makers' peaks divided)."""
 NOISE = {
     "nvidia", "geforce", "tesla", "rtx", "gpu", "generation", "blackwell", "server", "workstation", "edition",
-    "sxm", "sxm2", "sxm3", "sxm4", "sxm5",
+    "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "480gb",
 }  # fmt: skip
-"""Words that tell no card from another, and those of its kind of memory."""
-SIZE = r"(\d{2,3})(?:gi?b?)?"
+"""Words that tell no card from another, and those of its kind of memory (a GH200's 480 GB are its host's)."""
+SIZE = r"(\d{2,3}|\d{1,3}(?=g))(?:gi?b?)?"
+SEVERAL = r"\d{1,2}\s*(?:[x\u00d7*]\s*|\s)(?P<one>.+)|(?P<other>.+?)\s*(?<![a-z])[x\u00d7*]\s*\d{1,2}"
+"""A card's name with how many of them: ``8x H100``, ``8 H100``, ``H100 x8``."""
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str, memory: int | None = None, *, say: Callable[[str], None] = lambda line: None) -> Card:
     """The card of a name, however it is spelled: ``RTX 4090``, ``rtx4090``, ``NVIDIA GeForce RTX 4090``.
 
+    Args:
+        memory: bytes that the card is to have: of several sizes the one that is nearest. Without it, and where the name
+            doesn't tell, the smallest is taken: what fits there fits the others too.
+        say: is told which one was taken, and which others there are.
+
     Raises:
-        ConfigError: there is none; one line with the nearest spelling.
+        ConfigError: there is none, or none of the size that the name says, or the name is of several GPUs; one line
+            with the nearest spelling.
     """
-    found = _match(name)
-    if found is not None:
-        return found
+    found, sizes = _named(name), _read(name)[1]
+    said = [card for card in found if any(_has(card, int(size)) for size in sizes)]
+    if said or (found and not sizes):
+        fitting = said or found
+        if memory is not None:
+            return min(fitting, key=lambda card: abs(card.memory - memory))
+        smallest = min(fitting, key=lambda card: card.memory)
+        if others := [card.name for card in fitting if card is not smallest]:
+            say(f"--gpu {name!r} is taken as {smallest.name!r}, the smallest of that name (also: {', '.join(others)})")
+        return smallest
+    if found:
+        known = " and ".join(repr(card.name) for card in found)
+        raise ConfigError(
+            f"--gpu {name!r}: with so much memory no such card is known: give {known}, and --memory for another amount"
+        )
+    several = re.fullmatch(SEVERAL, name.strip().lower())
+    if several is not None and (one := _named(several["one"] or several["other"])):
+        raise ConfigError(f"--gpu {name!r} is more than one GPU: a plan is for one, so name one: {one[0].name!r}")
     names = [card.name for card in CARDS]
-    lowered = {known.lower(): known for known in names}
+    # A card of another number is another card, however similar its name.
+    lowered = {known.lower(): known for known in names if _same_number(name, known)}
     close = difflib.get_close_matches(name.lower(), list(lowered), 1, cutoff=0.5)
     hint = f"; did you mean {lowered[close[0]]!r}?" if close else ""
-    raise ConfigError(f"--gpu {name!r} is no card that is known{hint} (known: {', '.join(names)})")
+    raise ConfigError(
+        f"--gpu {name!r} is no card that is known{hint} (known: {', '.join(names)}); "
+        "for any other give the memory in its place, such as --memory 8GiB"
+    )
 
 
 def with_memory(card: Card | None, memory: int) -> Card:
@@ -123,27 +152,38 @@ def card_here() -> Card | None:
         return None
     index = torch.cuda.current_device()
     name, total = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)[1]
-    known = _match(name, total)
+    known = min(_named(name), key=lambda card: abs(card.memory - total), default=None)
     if known is not None and 0.75 < total / known.memory < 1.25:
         return replace(known, name=name, memory=total)
     return _by_properties(torch.cuda.get_device_properties(index), name, total)
 
 
-def _match(name: str, memory: int | None = None) -> Card | None:
-    """The card whose name is meant; of several sizes the one that is said, or nearest to ``memory``, else the first."""
-    words, sizes = _read(name)
+def _named(name: str) -> list[Card]:
+    """The cards whose name is meant, of all sizes."""
+    words = _read(name)[0]
     # NVIDIA's "A100-PCIE-40GB" is an A100; "H100 PCIe" is another card than the H100 on its board, and is listed.
     for wanted in (words, words - {"pcie"}):
-        found = [card for card in CARDS if wanted and _read(card.name)[0] == wanted]
-        said = [card for card in found if sizes & _read(card.name)[1]] or found
-        if said:
-            return min(said, key=lambda card: abs(card.memory - memory)) if memory else said[0]
-    return None
+        if found := [card for card in CARDS if wanted and _read(card.name)[0] == wanted]:
+            return found
+    return []
+
+
+def _has(card: Card, size: int) -> bool:
+    """Whether a card is sold as one with so many GB: what CUDA reports is up to a tenth less."""
+    return 0.9e9 * size <= card.memory <= 1.02 * GIB * size
+
+
+def _same_number(name: str, known: str) -> bool:
+    """Whether two names may be spellings of one: their numbers begin alike, or have the same digits."""
+    one, other = (
+        max(re.findall(r"\d+", text.split("gb")[0]) or [""], key=len) for text in (name.lower(), known.lower())
+    )
+    return one.startswith(other) or other.startswith(one) or sorted(one) == sorted(other)
 
 
 def _read(name: str) -> tuple[frozenset[str], frozenset[str]]:
     """The words that tell a card from others, and the sizes of its memory in GB."""
-    spaced = re.sub(r"rtx(?=\d)", "rtx ", name.lower())
+    spaced = re.sub(r"rtx(?=\d)", "rtx ", re.sub(r"(?<=\d)\s+(?=gi?b\b)", "", name.lower()))
     words = {word for word in re.split(r"[^a-z0-9]+", spaced) if word and not word.startswith("hbm")} - NOISE
     sizes = {found[1] for word in words if (found := re.fullmatch(SIZE, word))}
     return frozenset(word for word in words if not re.fullmatch(SIZE, word)), frozenset(sizes)
