@@ -47,6 +47,7 @@ def test_nothing_heavy_is_imported(code: str) -> None:
         ("data: rows.jsonl\neval_data: broken.jsonl", "broken.jsonl, line 1: broken JSON"),
         ("data: rows.jsonl\noutput: rows.jsonl", "output rows.jsonl is a file: give a folder"),
         ("data: rows.jsonl\nmodel: ./nowhere", "no model folder ./nowhere"),
+        ("data: rows.jsonl\nmodel: package:nope", "no installed package is called 'nope': package:NAME is the GGUF"),
         ("data: rows.jsonl\ndisk: nowhere", "disk: 'nowhere' is no folder (allowed: auto, off, or a folder that is"),
     ],
 )

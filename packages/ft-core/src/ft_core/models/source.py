@@ -73,9 +73,13 @@ def check_local(reference: str) -> None:
     """Refuse what :func:`find_model` would, as far as this machine's files show it; nothing heavy is imported.
 
     Raises:
-        ModelError: a file that is no .gguf file, a folder that holds no whole model, or neither that nor a Hub name.
+        ModelError: a package that is not installed or carries no model, a file that is no .gguf file, a folder that
+            holds no whole model, or neither of them nor a Hub name.
     """
+    from ft_core.models import gguf
+
     if reference.startswith("package:"):
+        gguf.check_package(reference.removeprefix("package:"))
         return
     local = Path(reference).expanduser()
     if local.is_file():
