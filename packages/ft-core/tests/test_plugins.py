@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ft_core.errors import PluginError
+from ft_core.installing import how_to_install
 from ft_core.plugins import (
     API_VERSION,
     GROUPS,
@@ -193,7 +194,7 @@ def test_a_name_that_is_known_but_not_installed() -> None:
         with pytest.raises(PluginError) as caught:
             empty.load(group, name)
         kind = {"ft.modalities": "modality"}.get(group, group[3:-1])
-        assert str(caught.value) == f'{kind} {name!r} is not installed: pip install "ft-core[{extra}]"'
+        assert str(caught.value) == f"{kind} {name!r} is not installed: {how_to_install(extra)}"
 
 
 def test_a_name_that_nobody_knows() -> None:

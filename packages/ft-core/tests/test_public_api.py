@@ -149,6 +149,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of"],
     "ft_core.fast.wide": ["Wide"],
     "ft_core.fast.verify": ["Float64", "Ledger", "Line", "verify"],
+    "ft_core.installing": ["SIBLINGS", "how_to_install"],
     "ft_core.generation": [
         "encode_prompt",
         "encode_prompts",

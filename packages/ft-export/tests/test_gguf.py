@@ -436,4 +436,4 @@ def test_missing_extras(missing: str, base: Path, tmp_path: Path, monkeypatch: p
 
     right = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else right(name))
-    _refused(base, tmp_path / "out", r'pip install "ft-export\[gguf\]"')
+    _refused(base, tmp_path / "out", "pip install gguf xllamacpp")

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ft_core.installing import how_to_install
+
 __all__ = ["add_arguments", "run"]
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "safetensors", "triton")
@@ -43,9 +45,9 @@ def _advice(device: Any, libraries: dict[str, str | None]) -> list[str]:
         found.append("triton is missing: pip install triton (fast kernels)")
     for name, extra in PACKAGES.items():
         if extra and _version(name) is None:
-            found.append(f'{name} is not installed: pip install "ft-core[{extra}]"')
+            found.append(f"{name} is not installed: {how_to_install(extra)}")
     if _version("ft-export") and not (importlib.util.find_spec("gguf") and importlib.util.find_spec("xllamacpp")):
-        found.append('GGUF export is not ready: pip install "ft-export[gguf]"')
+        found.append("GGUF export is not ready: pip install gguf xllamacpp")
     return found
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from ft_core.errors import PluginError
+from ft_core.installing import how_to_install
 from ft_core.plugins.specs import API_VERSION, GROUPS, Spec
 
 __all__ = ["EXTRAS", "Entry", "Problem", "Registry", "registry"]
@@ -20,12 +21,12 @@ S = TypeVar("S", bound=Spec)
 OWN = ("ft-core", "ft-kernels", "ft-rl", "ft-vision", "ft-speech", "ft-export")
 
 EXTRAS: dict[str, dict[str, str]] = {
-    "ft.methods": {"reward": "ft-core[rl]"},
-    "ft.modalities": {"vision": "ft-core[vision]", "stt": "ft-core[speech]"},
-    "ft.exporters": {"gguf": "ft-core[export]"},
-    "ft.commands": {"merge": "ft-core[export]"},
+    "ft.methods": {"reward": "rl"},
+    "ft.modalities": {"vision": "vision", "stt": "speech"},
+    "ft.exporters": {"gguf": "export"},
+    "ft.commands": {"merge": "export"},
 }
-"""What to install for a name that is known but not there."""
+"""The extra of ft-core that brings a name that is known but not there."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class Registry:
 
     def _unknown(self, group: str, name: str) -> str:
         kind = group.removeprefix("ft.").removesuffix("s").replace("modalitie", "modality")
-        package = EXTRAS.get(group, {}).get(name)
-        if package:
-            return f'{kind} {name!r} is not installed: pip install "{package}"'
+        extra = EXTRAS.get(group, {}).get(name)
+        if extra:
+            return f"{kind} {name!r} is not installed: {how_to_install(extra)}"
         known = [*self.names(group), *(n for n in EXTRAS.get(group, {}) if n not in self.names(group))]
         close = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -37,9 +37,7 @@ def make(folder: Path, *, train: int = 2400, held_out: int = 100, seed: int = 0)
     try:
         from babel.dates import format_date
     except ImportError:
-        raise DataError(
-            'the quickstart needs Babel for the names of months and days: pip install "ft-core[quickstart]"'
-        ) from None
+        raise DataError("the quickstart needs Babel for the names of months and days: pip install Babel") from None
     draw = random.Random(seed)
     days = draw.sample(range((LAST - FIRST).days + 1), train + held_out)
     folder.mkdir(parents=True, exist_ok=True)

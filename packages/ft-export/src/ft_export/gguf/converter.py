@@ -50,7 +50,7 @@ def require_gguf() -> None:
     from importlib.util import find_spec
 
     if find_spec("gguf") is None:
-        raise ExportError('writing GGUF needs the gguf package: pip install "ft-export[gguf]"')
+        raise ExportError("writing GGUF needs the gguf package: pip install gguf xllamacpp")
 
 
 def check_convertible(model: Path, tokenizer: Path, pre: str | None = None, rope: Rope | None = None) -> None:

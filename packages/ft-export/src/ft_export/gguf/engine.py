@@ -121,7 +121,7 @@ def require_llama_cpp() -> None:
     from importlib.util import find_spec
 
     if find_spec("xllamacpp") is None:
-        raise ExportError('checking a GGUF file needs llama.cpp: pip install "ft-export[gguf]"')
+        raise ExportError("checking a GGUF file needs llama.cpp: pip install gguf xllamacpp")
 
 
 @contextmanager

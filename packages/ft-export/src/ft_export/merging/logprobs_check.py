@@ -148,7 +148,7 @@ def gap_to_quantized(
     if quantization not in ("nf4", "int8"):
         return None
     if find_spec("bitsandbytes") is None:
-        return {"not_measured": 'not measured: pip install "ft-export[bitsandbytes]"'}
+        return {"not_measured": "not measured: pip install bitsandbytes"}
     config = as_trained(quantization, torch.float32)
     try:
         model = load_model(base, torch.float32, labels=labels, rope=rope, quantization_config=config)

@@ -154,7 +154,7 @@ class _Merge:
             raise ExportError(f"the base {self.base} is quantized by {method}: name an unquantized base with --base")
         if not _importable("bitsandbytes"):
             what = "is quantized" if method is not None else "was quantized in the run, with loftq"
-            raise ExportError(f'the base {self.base} {what}: pip install "ft-export[bitsandbytes]"')
+            raise ExportError(f"the base {self.base} {what}: pip install bitsandbytes")
         dtype = torch.float16 if self.asked == "float16" else torch.bfloat16
         if as_run is None:
             model = load_model(self.base, dtype, labels=self.labels, rope=self.rope)
