@@ -361,6 +361,47 @@ def test_a_key_that_is_no_word() -> None:
     assert refused({**MINIMAL, True: 1}).startswith("unknown key True: a key is a word (allowed: model, ")
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lora.rank", "lora.r"),
+        ("lora.lora_alpha", "lora.alpha"),
+        ("lora_alpha", "lora.alpha"),
+        ("lora.lora_dropout", "lora.dropout"),
+        ("lora.target_modules", "lora.targets"),
+        ("lora.use_rslora", "lora.rslora"),
+        ("training.per_device_train_batch_size", "training.batch_size"),
+        ("per_device_train_batch_size", "training.batch_size"),
+        ("training.num_train_epochs", "training.epochs"),
+        ("training.gradient_accumulation_steps", "training.gradient_accumulation"),
+        ("training.optim", "training.optimizer"),
+        ("training.warmup_steps", "training.warmup_ratio"),
+        ("training.lr", "training.learning_rate"),
+        ("training.logging_steps", None),
+        ("learning_rate", "training.learning_rate"),
+        ("training.max_length", "max_length"),
+        ("training.output_dir", "output"),
+        ("max_seq_length", "max_length"),
+        ("model_name_or_path", "model"),
+        ("load_in_4bit", "quantization: nf4"),
+        ("gradient-checkpointing", "activations"),
+        ("dataset", "data"),
+    ],
+)
+def test_what_other_programs_call_a_key(key: str, meant: str | None) -> None:
+    section, _, name = key.rpartition(".")
+    message = refused({**MINIMAL, section: {name: 1}} if section else {**MINIMAL, name: 1})
+    assert message.startswith(f"unknown key {key!r}" + (f"; did you mean {meant!r}? (" if meant else " ("))
+
+
+def test_other_programs_keys_are_none_of_ours_and_lead_to_ours() -> None:
+    from ft_core.config.aliases import ALIASES
+
+    ours = SECTIONS[""] | {f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys if section}
+    assert {key.partition(":")[0] for key in ALIASES.values()} <= ours
+    assert not {f"{section}.{alias}".lstrip(".") for section in SECTIONS for alias in ALIASES} & ours
+
+
 @pytest.mark.parametrize("key", ["batch-size", "str", "int", "LoraSettings", "list[str]", "max_steps "])
 @pytest.mark.parametrize("section", ["training", "lora"])
 def test_an_unknown_key_is_named_whatever_it_looks_like(section: str, key: str) -> None:
@@ -399,6 +440,18 @@ def test_no_such_file(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"no configuration file {tmp_path}/confg.yaml (in {tmp_path.resolve()} there is 'config.yaml')"
     )
+    for name in ("one.yml", "two.yaml", "nopes.toml", "nope.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "nope").mkdir()
+    for name, said in (
+        ("nope.yaml", f"in {tmp_path.resolve()} there are 'config.yaml', 'one.yml', 'two.yaml'"),
+        ("config", f"in {tmp_path.resolve()} there is 'config.yaml'"),
+        ("nope/nope.yaml", f"in {tmp_path.resolve()}/nope there is no YAML file"),
+        ("nowhere/nope.yaml", f"there is no folder {tmp_path}/nowhere"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / name)
+        assert str(caught.value) == f"no configuration file {tmp_path}/{name} ({said})"
     with pytest.raises(ConfigError, match=r"^cannot read the configuration "):
         load_config(tmp_path)
 

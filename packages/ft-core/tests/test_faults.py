@@ -43,7 +43,7 @@ def check_refused(ft: Any, tree: Any, tmp_path: Path) -> Callable[..., str]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["learning_rate=1"], "unknown key 'learning_rate' (allowed: model, method, "),
+        (["learning_rate=1"], "unknown key 'learning_rate'; did you mean 'training.learning_rate'? (allowed: model, "),
         (["training.learnin_rate=1"], "unknown key 'training.learnin_rate'; did you mean 'training.learning_rate'? ("),
         (
             ["training.optimizer=adamw_8bits"],

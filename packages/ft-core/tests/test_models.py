@@ -282,7 +282,10 @@ def test_code_in_a_model_folder_is_never_run(folder: Path, tmp_path: Path, model
 def test_more_tokens_than_the_model_has_positions(tiny: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load(tiny, max_length=513)
-    assert str(caught.value) == f"max_length 513 is more than the 512 positions of {tiny}: set rope_scaling: yarn"
+    assert (
+        str(caught.value)
+        == f"max_length 513 is more than the 512 positions of {tiny}: lower it to 512, or set rope_scaling: yarn"
+    )
 
 
 # -- loaded

@@ -346,8 +346,8 @@ def test_longrope_needs_factors_that_were_searched() -> None:
 @pytest.mark.parametrize(
     ("config", "way"),
     [
-        (llama(), ": set rope_scaling: yarn"),
-        (llama(rope_type="linear", factor=2.0), ": set rope_scaling: linear"),
+        (llama(), ", or set rope_scaling: yarn"),
+        (llama(rope_type="linear", factor=2.0), ", or set rope_scaling: linear"),
         (llama(rope_type="longrope", factor=4.0, original_max_position_embeddings=32, **FACTORS), ""),
         (Phi3Config(**SIZES), ""),
     ],
@@ -357,7 +357,7 @@ def test_a_length_beyond_the_positions(config: Any, way: str) -> None:
     check_length(config, 128, "the model")
     with pytest.raises(ModelError) as caught:
         check_length(config, 129, "the model")
-    assert str(caught.value) == f"max_length 129 is more than the 128 positions of the model{way}"
+    assert str(caught.value) == f"max_length 129 is more than the 128 positions of the model: lower it to 128{way}"
 
 
 def test_a_class_that_does_not_read_it() -> None:
@@ -392,7 +392,7 @@ def test_a_run_is_asked_as_it_was_trained(
     refusal = ft("train", configure(model=str(short), max_length=96))
     assert refusal.code == 2
     assert refusal.message == (
-        f"ft train: max_length 96 is more than the 48 positions of {short}: set rope_scaling: yarn"
+        f"ft train: max_length 96 is more than the 48 positions of {short}: lower it to 48, or set rope_scaling: yarn"
     )
     path = configure(model=str(short), max_length=96, rope_scaling="yarn", eval_split=6)
     done = ft("train", path)

@@ -37,6 +37,7 @@ EXPECTED: dict[str, list[str]] = {
         "parse_overrides",
         "to_yaml",
     ],
+    "ft_core.config.aliases": ["ALIASES", "meant_by"],
     "ft_core.config.load": [
         "check_config",
         "load_config",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
+from ft_core.config.aliases import meant_by
 from ft_core.config.numbers import Section
 from ft_core.config.rope import RopeScaling, named
 from ft_core.config.schema import LATER, TrainConfig
@@ -17,6 +18,9 @@ from ft_core.errors import ConfigError, PluginError
 from ft_core.plugins import EXTRAS, MethodSpec, ModalitySpec, registry, resolve
 
 __all__ = ["check_config", "load_config", "method_settings", "parse_overrides", "read_rope_scaling", "to_yaml"]
+
+NAMED = 5
+"""Files that a message names at most."""
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -175,8 +179,8 @@ def _check_top_level(values: Iterable[Any], method: Any) -> None:
 
 
 def _unknown(key: str, where: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, 1, cutoff=0.6)
-    hint = f"; did you mean {where + close[0]!r}?" if close else ""
+    meant = meant_by(key, where, allowed)
+    hint = f"; did you mean {meant!r}?" if meant else ""
     return f"unknown key {where + key!r}{hint} (allowed{' in ' + where[:-1] if where else ''}: {', '.join(allowed)})"
 
 
@@ -296,7 +300,15 @@ def _kind(value: Any) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else None
-    names = [p.name for p in folder.iterdir()] if folder else []
-    close = difflib.get_close_matches(path.name, names, 1, cutoff=0.6)
-    return f" (in {path.parent.resolve()} there is {close[0]!r})" if close else ""
+    """What lies where a configuration was looked for: the one of a similar name, or a few; no other kind of file."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f" (there is no folder {folder})"
+    stems = {p.stem: p.name for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".yml") and p.is_file()}
+    close = difflib.get_close_matches(path.stem, stems, 1, cutoff=0.6)
+    names = [stems[close[0]]] if close else list(stems.values())
+    if not names:
+        return f" (in {folder.resolve()} there is no YAML file)"
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    listed = ", ".join(repr(name) for name in names[:NAMED])
+    return f" (in {folder.resolve()} there {'is' if len(names) == 1 else 'are'} {listed}{more})"

@@ -55,7 +55,7 @@ def check_length(config: Any, max_length: int | None, name: str) -> None:
     """Refuse a length beyond the positions of the model ``name``.
 
     Raises:
-        ModelError: it is; says which scaling would reach it.
+        ModelError: it is; says what to lower it to, and which scaling would reach it.
     """
     most = positions(config)
     if not (max_length and most and max_length > most):
@@ -68,8 +68,8 @@ def check_length(config: Any, max_length: int | None, name: str) -> None:
     with suppress(ConfigError, ValueError):
         asked = RopeScaling.model_validate({"rope_type": "yarn" if own == "default" else own})
         scale(copy.deepcopy(config), asked, max_length, name)
-        way = f": set rope_scaling: {asked.rope_type}"
-    raise ModelError(f"max_length {max_length} is more than the {most} positions of {name}{way}")
+        way = f", or set rope_scaling: {asked.rope_type}"
+    raise ModelError(f"max_length {max_length} is more than the {most} positions of {name}: lower it to {most}{way}")
 
 
 def scale(config: Any, asked: RopeScaling, max_length: int | None, name: str) -> RopeScaling:
