@@ -107,6 +107,55 @@ def test_transformers_own_layers(planned: Any, quantization: str, rows: int, len
     assert plan.peak.total / GIB == pytest.approx(gib, rel=0.10)
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+"""The shape of SmolLM2-135M, of which benchmarks/recorded.py is."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "least", "most"),
+    # What was reserved with recorded steps and without: benchmarks/results/recorded.jsonl. Blocks that a pool leaves
+    # unused are not counted: of 1024 tokens they are a third of it, 0.2 GiB.
+    [(4, 1024, 1.65 * 0.95, 1.65 * 1.1), (1, 1024, 0.64 - 0.25, 0.64)],
+)
+def test_recorded_steps_keep_their_own_memory(planned: Any, rows: int, length: int, least: float, most: float) -> None:
+    from ft_core.planning.show import line, table
+
+    plan = planned("H200", rows, length, shape=SMALL, training={"optimizer": "adamw_torch_fused"})
+    assert least <= plan.recorded / GIB <= most
+    assert plan.as_json()["memory"]["recorded"] == plan.recorded
+    assert "recorded steps, up to, beside that" in table(plan)
+    assert f" (and up to {plan.recorded / GIB:.1f} for recorded steps)" in line(plan)
+    # It is no part of the peak: nothing is recorded where it would not fit.
+    assert sum(plan.peak.parts.values()) == plan.peak.total
+
+
+def test_a_recorded_row_is_filled_up_to_a_length_that_comes_again(planned: Any) -> None:
+    exact, more, filled = (planned("H200", 1, length, shape=SMALL).recorded for length in (1024, 1025, 1088))
+    assert exact < more == filled
+
+
+def test_what_is_not_recorded_keeps_nothing(planned: Any) -> None:
+    from ft_core.planning.show import line, table
+
+    for card, rows, length, keys in (
+        ("H200", 4, 1024, {"memory": "40GiB"}),
+        ("H200", 1, 4096, {}),  # a document may be longer than the kernel's
+        ("V100 32GB", 4, 1024, {}),
+        ("H200", 4, 1024, {"activations": "recompute"}),
+        ("H200", 4, 1024, {"lora": {"dora": True}}),
+        ("H200", 64, 2048, {}),  # the GPU takes longer than the host
+        ("H100", 1, 3000, {"gib": 2.9}),  # and here a second step has no room
+    ):
+        plan = planned(card, rows, length, shape=SMALL, **keys)
+        assert plan.recorded == 0, (card, rows, length, keys)
+        assert "recorded steps, up to" not in table(plan)
+        assert "recorded" not in line(plan)
+    assert planned("RTX 4090", 2, 2048, quantization="nf4").recorded == 0
+
+
 def test_more_of_anything_takes_more(planned: Any) -> None:
     def peaks(key: str, values: list[Any], **others: Any) -> list[int]:
         return [planned("H200", **{key: value, **others}).peak.total for value in values]

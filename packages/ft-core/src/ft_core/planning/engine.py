@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.fast.choose import MARGIN
+from ft_core.fast.graphs import BEHIND
 from ft_core.fast.graphs import SHARE as SHARE_RECORDED
-from ft_core.fast.recurring import LONGEST
+from ft_core.fast.recurring import LONGEST, recurring_length
 from ft_core.memory import bytes_of
 from ft_core.models.positions import positions
 from ft_core.models.source import ModelSource
@@ -17,7 +18,7 @@ from ft_core.planning.blueprint import Blueprint
 from ft_core.planning.cards import Card
 from ft_core.planning.peak import ALONE, TILE, Peak, Step, peak_of
 from ft_core.planning.rows import count_rows, steps_of
-from ft_core.planning.speed import LAUNCHES, Times, times_of
+from ft_core.planning.speed import HOST, LAUNCHES, Times, times_of
 from ft_core.planning.weights import states_of
 from ft_core.plugins import MethodSpec, registry
 
@@ -55,7 +56,8 @@ class Plan:
     Attributes:
         model: its name. parameters, trained: how many numbers it has, and how many are trained.
         config, card: what was planned, and for which card. limit: bytes that torch's memory may reach.
-        peak: memory by part. times: None where nothing is known of the card's speed.
+        peak: memory by part. times: None where nothing is known of the card's speed. recorded: bytes that recorded
+            steps may keep beside the peak (:meth:`Planner.recorded`).
         largest: the largest micro-batch that fits (0: none does), up to ``MOST_ROWS``, the largest that is tried;
             ``largest_kept``: with every activation kept.
         steps, counted: optimizer steps of the run (None: unknown), and how they were counted.
@@ -71,6 +73,7 @@ class Plan:
     host: int
     peak: Peak
     times: Times | None
+    recorded: int
     largest: int
     largest_kept: int
     steps: int | None
@@ -100,6 +103,7 @@ class Plan:
             "memory": {
                 "parts": peak.parts, "peak": peak.total, "limit": self.limit, "context": CONTEXT, "moment": peak.moment,
                 "host": peak.host + peak.paged, "host_limit": self.host, "disk": peak.disk, "exact": peak.exact,
+                "recorded": self.recorded,
             },
             "layers": {choice: peak.choices.count(choice) for choice in dict.fromkeys(peak.choices)},
             "micro_batch": {
@@ -195,6 +199,29 @@ class Planner:
             self.blueprint, outline, step, peak, card, config.training.gradient_accumulation, recorded
         )  # fmt: skip
 
+    def recorded(self, config: TrainConfig, card: Card, peak: Peak, times: Times | None) -> int:
+        """Bytes that recorded steps (``ft_core.fast.graphs``) may keep to themselves beside the peak; 0 without any.
+
+        All recordings share one pool, as large as the longest one's step at its peak, whose row was filled up to a
+        length that comes again; a step of another shape is computed beside it. torch counts the pool as reserved and
+        never as allocated, and nothing is recorded unless a step takes no more than half of what is free: so it is no
+        part of the peak, and decides nothing about what fits. Rows of documents are recorded where the host sets the
+        pace, which cannot be told of a card whose speed is not known.
+
+        Measured of SmolLM2's shape on an H200 (``benchmarks/recorded.py``): 1.65 GiB reserved for rows of up to 4096
+        tokens, counted as 1.76; 0.64 for up to 1024, counted as 0.44: what torch's blocks and several recordings leave
+        unused in the pool is not counted.
+        """
+        outline = self.blueprint.outline(config.lora)
+        if times is None or self.blueprint.layout is None or not (outline.able or outline.full):
+            return 0
+        computing = times.batch - times.parts.get(LAUNCHES, 0.0)
+        if computing > BEHIND * HOST * self.blueprint.layers or _why_not_recorded(config, card, peak) is not None:
+            return 0
+        step = self._step(config, card, peak.tile, "keep", peak.optimizer)
+        filled = replace(step, rows=1, length=recurring_length(step.tokens))
+        return peak_of(self.blueprint, outline, filled).step
+
     def _step(self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None, optimizer: str) -> Step:
         return Step(
             rows=config.training.batch_size,
@@ -286,6 +313,7 @@ def plan(
         host=planner.host,
         peak=peak,
         times=times,
+        recorded=planner.recorded(config, card, peak, times),
         largest=0 if quick else planner.largest(config, card),
         largest_kept=0 if quick else planner.largest(config, card, "keep"),
         steps=steps,

@@ -25,6 +25,8 @@ LABELS = {
 def line(plan: Plan) -> str:
     """The plan in one line, such as ``plan: about 7.2 of 23.0 GiB, 9.1k tokens a second, 32 layers kept``."""
     words = [f"about {plan.peak.total / GIB:.1f} of {plan.limit / GIB:.1f} GiB"]
+    if plan.recorded >= SHOWN:
+        words[0] += f" (and up to {plan.recorded / GIB:.1f} for recorded steps)"
     if plan.times is not None:
         words.append(f"{_short(plan.times.rate)} tokens a second")
     words.append(_chosen(plan))
@@ -53,6 +55,7 @@ def table(plan: Plan, ways: Sequence[str] = ()) -> str:
     lines += [
         _row("peak", peak.total) + f"   of {plan.limit / GIB:.2f} that can be had",
         _row("CUDA itself, beside that", CONTEXT),
+        *([_row("recorded steps, up to, beside that", plan.recorded)] if plan.recorded >= SHOWN else []),
         _row("host memory", peak.host + peak.paged),
         *([_row("disk, for what the host cannot hold", peak.disk)] if peak.disk else []),
         "",
