@@ -7,10 +7,10 @@ is fast) and removed after their turn.
 
 Each is trained by `ft train`'s own parts: the same plan is made before anything is loaded (which is what `ft plan` says
 for this card), the same model, choices and tile follow from it, the same trainer takes a few steps on rows of exactly
-max_length tokens, with clipping and all; nothing is saved. Measured are the time of the steps after the fifth, which the
-GPU is not waited for but before the first and after the last, by their number, and torch's max_memory_allocated in the
-steps after the second, when `auto` has settled. A row with both errors in per cent is added to benchmarks/results/planner_check.jsonl, and at
-the end the worst are printed. The bars: 5 % of memory, 10 % of time. A configuration that does not fit by the plan gets
+max_length tokens, with clipping and all; nothing is saved. Measured are the time of the steps after the fifth by their
+number, the GPU waited for before the first of them and after the last, and torch's max_memory_allocated in the steps
+after the second, when `auto` has settled. A row with both errors in per cent is added to
+benchmarks/results/planner_check.jsonl, and at the end the worst are printed. The bars: 5 % of memory, 10 % of time. A configuration that does not fit by the plan gets
 half as much memory again.
 """
 
@@ -261,8 +261,8 @@ def train(config: Any, device: str) -> dict[str, Any]:
     from ft_core.runs import Run
     from ft_core.training.arguments import trainer_arguments
     from ft_core.training.job import Job, build_trainer
-    from ft_core.training.prepare import prepare_model, prepare_rows
     from ft_core.training.optimizers import optimizer_of
+    from ft_core.training.prepare import prepare_model, prepare_rows
     from ft_core.training.speed import foresee, plan_ahead, recomputes, speed_up
 
     said: list[str] = []

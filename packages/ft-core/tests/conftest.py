@@ -243,9 +243,9 @@ StartFt = Callable[..., Process]
 
 @pytest.fixture(scope="session")
 def rounding() -> float:
-    """How far losses of the same training may be apart, relatively: not at all on a CPU. On a GPU a step may be computed
-    kernel by kernel or replayed filled up to another length, by products of other shapes: a rounding of bfloat16 in some
-    logits, which AdamW's first steps, by the signs of gradients, carry on."""
+    """How far losses of the same training may be apart, relatively: not at all on a CPU. On a GPU a step may be
+    computed kernel by kernel or replayed filled up to another length, by products of other shapes: a rounding of
+    bfloat16 in some logits, which AdamW's first steps, by the signs of gradients, carry on."""
     import torch
 
     return 2.0**-10 if torch.cuda.is_available() else 0.0

@@ -814,8 +814,8 @@ def test_tiles_are_exact(device, exact_enough, half, form, dtype, adapters, opti
 def assert_as_untiled(actual, untiled):
     """No further than a rounding or two of the dtype: sums over rows have another order, and so may a matrix product of
     another number of rows, of which one then and now comes out as a neighbouring number. In fp32 the order of the sums
-    is all there is: n terms part by about sqrt(n) units in the last place, some 64 terms here, in some four products one
-    after the other."""
+    is all there is: n terms part by about sqrt(n) units in the last place, some 64 terms here, in some four products
+    one after the other."""
     dtype = untiled[0].dtype
     bound = torch.finfo(dtype).eps * (16 if dtype == FULL else 1)
     for one, two in zip(actual, untiled, strict=True):

@@ -37,8 +37,8 @@ AWAY = 2
 AHEAD = 2
 """How many are on their way back before they are wanted."""
 LARGE = 0.5
-"""A tensor of this share of the largest is a large one. A half of a layer hands over two and, for long rows, the sums of
-its attention, all at once: if those counted, the first would be waited for while its copy has only begun."""
+"""A tensor of this share of the largest is a large one. Half a layer hands over two and, for long rows, the sums of its
+attention, all at once: if those counted, the first would be waited for while its copy has only begun."""
 IN_A_SLAB = 8
 """At least so many buffers are pinned at once: torch rounds what it pins up to a power of two."""
 
