@@ -356,6 +356,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.ranks": ["Ranks"],
     "ft_core.training.replan": ["ReplanningMixin", "longest_batch"],
     "ft_core.training.run": ["TrainResult", "train"],
+    "ft_core.training.schedule": ["renewed", "rising"],
     "ft_core.training.sft": ["SftSettings", "build"],
     "ft_core.training.speed": [
         "check_first_step",

@@ -299,8 +299,8 @@ def test_with_two_processes(configure, tmp_path, metrics, write_rows, sums):
     data = write_rows(tmp_path / "uneven.jsonl", rows)
 
     def train(kind: str) -> Any:
-        config = configure(
-            data=str(data), max_length=256, packing=False, lora={"r": 8, "dropout": 0.2}, output=str(tmp_path / kind),
+        config = configure(  # without dropout: the fast layers draw other numbers, as the first step's update shows
+            data=str(data), max_length=256, packing=False, lora={"r": 8, "dropout": 0.0}, output=str(tmp_path / kind),
             training={"max_steps": 3, "batch_size": 2, "gradient_accumulation": 2},
         )  # fmt: skip
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), kind]

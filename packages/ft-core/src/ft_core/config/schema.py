@@ -140,7 +140,8 @@ class TrainingSettings(Section):
         learning_rate: the peak of the schedule.
         optimizer: of ``adamw_8bit`` the state lies in the host's memory where only that makes the training fit, as
             that of ``paged_adamw_8bit`` always does: the same updates. Any other is taken as it is.
-        warmup_ratio: the share of the steps over which the rate rises from zero.
+        warmup_ratio: the share of the steps over which the rate rises: w steps, rounded up and the last not among them,
+            have k/(w+1) of the peak, k from 1 to w.
         save_every: optimizer steps between checkpoints; unset means a tenth of the run, at least 20 and at most 500.
         keep_checkpoints: how many of the newest checkpoints stay.
         eval_every: optimizer steps between measurements of the loss on held-out data; unset means at the end only.

@@ -15,6 +15,7 @@ from ft_core.errors import RunError
 from ft_core.training.behind import LogsBehindMixin
 from ft_core.training.optimizers import queued
 from ft_core.training.replan import ReplanningMixin
+from ft_core.training.schedule import renewed, rising
 
 __all__ = ["MANIFEST", "RunTrainerMixin", "last_whole_checkpoint", "storage_error"]
 
@@ -34,6 +35,7 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
     _staging: Path | None = None
     _flops_a_token: int | None = None
     optimizer_cls_and_kwargs: Any
+    lr_scheduler: Any
     keep_checkpoints: int = 2
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,6 +109,25 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
             chosen, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer_cls_and_kwargs = (queued(chosen), settings)
         return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' choice, but its first step trains (see :mod:`ft_core.training.schedule`)."""
+        if self.lr_scheduler is None:  # else it is the user's, or was made here
+            asked = self.args.warmup_steps
+            # The last step is no part of the rise: a run of one step has the whole rate, and transformers' polynomial
+            # schedule divides by the steps that are left.
+            warmup = max(min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1), 0)
+            self.args.warmup_steps = warmup
+            try:
+                self.lr_scheduler = rising(super().create_scheduler(num_training_steps, optimizer), warmup)
+            finally:
+                self.args.warmup_steps = asked
+        return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.lr_scheduler = renewed(self.lr_scheduler)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Draws from no random numbers of the training: how often one measures changes no loss."""
