@@ -49,7 +49,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.config.numbers": ["Number", "Section", "Switch", "Whole"],
     "ft_core.config.rope": ["RopeScaling", "RopeType", "named"],
     "ft_core.config.schema": ["DataSource", "LATER", "LoraSettings", "TrainConfig", "TrainingSettings"],
-    "ft_core.console": ["progress", "quiet", "say"],
+    "ft_core.console": ["counted", "progress", "quiet", "say"],
     "ft_core.memory": ["StillOutOfMemory", "bytes_of", "enough_memory", "is_memory_error", "let_segments_grow"],
     "ft_core.data": [
         "Collator",
@@ -334,7 +334,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.report.write": ["write_report"],
     "ft_core.runs": ["RUN_FORMAT", "Run", "no_run", "runs_in", "write_json", "write_text"],
     "ft_core.training": ["Job", "TrainResult", "queued", "train"],
-    "ft_core.training.arguments": ["total_steps", "trainer_arguments"],
+    "ft_core.training.arguments": ["few_steps", "total_steps", "trainer_arguments"],
     "ft_core.training.before": ["check_before"],
     "ft_core.training.behind": ["LogsBehindMixin"],
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],

@@ -73,11 +73,17 @@ def test_a_run_of_one_step_learns(ft: Any, configure: Any, tmp_path: Path, metri
     config = configure(training={"max_steps": None, "gradient_accumulation": 64, "scheduler": scheduler})
     done = ft("train", config)
     assert done.code == 0, done.err
+    assert (
+        "only 1 step in all: that may be too few to learn from; raise training.epochs to 10 or more, or lower "
+        "training.gradient_accumulation (now 64) or training.batch_size (now 2)\n"
+    ) in done.err
+    assert done.out.startswith("done: 1 step, loss ")
     (row,) = metrics(tmp_path / "run")
     assert row["learning_rate"] == pytest.approx(5e-3)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     changed = [bool(tensor.any()) for name, tensor in adapter.items() if ".lora_B." in name]
-    assert changed and all(changed)  # they begin at zero
+    assert changed
+    assert all(changed)  # they begin at zero
 
 
 def test_a_warmup_of_the_whole_run_ends_at_the_peak(ft: Any, configure: Any, tmp_path: Path, metrics: Any) -> None:
@@ -88,9 +94,7 @@ def test_a_warmup_of_the_whole_run_ends_at_the_peak(ft: Any, configure: Any, tmp
     )
 
 
-def test_a_finished_run_that_goes_on_has_a_rate_at_once(
-    ft: Any, configure: Any, tmp_path: Path, metrics: Any
-) -> None:
+def test_a_finished_run_that_goes_on_has_a_rate_at_once(ft: Any, configure: Any, tmp_path: Path, metrics: Any) -> None:
     """The checkpoint holds that of a step after the last: none."""
     config = configure(training={"max_steps": 2, "warmup_ratio": 0})
     assert ft("train", config).code == 0
@@ -98,3 +102,21 @@ def test_a_finished_run_that_goes_on_has_a_rate_at_once(
     assert done.code == 0, done.err
     expected = [0.5 * 5e-3 * (1 + math.cos(math.pi * k / steps)) for k, steps in ((0, 2), (1, 2), (2, 4), (3, 4))]
     assert [row["learning_rate"] for row in metrics(tmp_path / "run")] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("training", "steps", "said"),
+    [
+        ({}, 10, None),
+        ({"max_steps": 3}, 3, None),  # whoever says so knows
+        ({}, 9, "raise training.epochs to 2 or more, or lower training.gradient_accumulation (now 4) or training."),
+        ({"epochs": 3, "batch_size": 1}, 4, "raise training.epochs to 8 or more, or lower training.gradient_accumu"),
+        ({"epochs": 0.5, "batch_size": 1, "gradient_accumulation": 1}, 2, "raise training.epochs to 3 or more"),
+    ],
+)
+def test_what_makes_more_steps(training: dict[str, Any], steps: int, said: str | None) -> None:
+    from ft_core.config.load import check_config
+    from ft_core.training.arguments import few_steps
+
+    found = few_steps(check_config({"model": "m", "data": "d.jsonl", "training": training}), steps)
+    assert found is None if said is None else f"; {said}" in str(found)

@@ -8,12 +8,17 @@ import time
 import warnings
 from collections.abc import Callable
 
-__all__ = ["progress", "quiet", "say"]
+__all__ = ["counted", "progress", "quiet", "say"]
 
 
 def say(line: str) -> None:
     """One line to the person at the terminal, at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 step``, ``2 steps``, ``1,000 steps``: ``thing`` is one of them."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def quiet() -> None:

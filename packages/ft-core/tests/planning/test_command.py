@@ -324,3 +324,13 @@ def test_what_keeps_steps_from_being_recorded_is_said(ft: Any, written: Any) -> 
     assert said + "the memory is bounded" in ft("plan", config, "--gpu", "H200", "memory=40GiB").out
     assert said + "the card is older" in ft("plan", config, "--gpu", "V100 32GB").out
     assert said not in ft("plan", written(max_length=2048), "--gpu", "RTX 4090").out  # there the GPU is slower
+
+
+def test_so_few_steps_that_little_is_learnt(ft: Any, written: Any, write_rows: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a text"}] * 120)
+    words = ("--gpu", "H100", "quantization=nf4")
+    done = ft("plan", written(), *words)
+    assert done.code == 0, done.err
+    assert "run            1 step (" in done.out
+    assert "note           only 1 step in all: that may be too few to learn from; raise training.epochs to 10" in done.out
+    assert "only" not in ft("plan", written(), *words, "training.epochs=10").out

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     let_segments_grow()
     check_before(config, resume=args.resume, overwrite=args.overwrite)
-    from ft_core.console import quiet, say
+    from ft_core.console import counted, quiet, say
 
     quiet()
     from ft_core.evaluation import table
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"stopped at step {result.steps}; go on with: {again} --resume")
         return 130
     loss = f", loss {result.train_loss:.4f}" if result.train_loss is not None else ""
-    print(f"done: {result.steps} steps{loss}, in {result.run}")
+    print(f"done: {counted(result.steps, 'step')}{loss}, in {result.run}")
     if result.evaluation:
         print(table(result.evaluation))
     print(f"report: {result.run / 'report.html'}")

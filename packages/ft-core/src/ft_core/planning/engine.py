@@ -21,6 +21,7 @@ from ft_core.planning.rows import count_rows, steps_of
 from ft_core.planning.speed import HOST, LAUNCHES, Times, times_of
 from ft_core.planning.weights import states_of
 from ft_core.plugins import MethodSpec, registry
+from ft_core.training.arguments import few_steps
 
 __all__ = [
     "CONTEXT", "HOST_ASSUMED", "MOST_ROWS", "Plan", "Planner", "limit_of", "most", "plan", "with_length", "with_rows",
@@ -303,6 +304,7 @@ def plan(
     peak = planner.peak(config, card)
     steps, counted = steps_of(config, None if quick else count_rows(config))
     outline, times = blueprint.outline(config.lora), planner.times(config, card, peak)
+    doubt = None if steps is None else few_steps(config, steps)
     return Plan(
         model=source.name,
         parameters=blueprint.parameters,
@@ -318,7 +320,7 @@ def plan(
         largest_kept=0 if quick else planner.largest(config, card, "keep"),
         steps=steps,
         counted=counted,
-        notes=tuple(_notes(planner, config, card, peak, times, host)),
+        notes=(*([doubt] if doubt else []), *_notes(planner, config, card, peak, times, host)),
         planner=planner,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ft_core.console import counted
 from ft_core.planning.engine import CONTEXT, MOST_ROWS, Plan
 
 __all__ = ["line", "table"]
@@ -116,8 +117,7 @@ def _times(plan: Plan) -> list[str]:
     if plan.steps is None:
         return [*lines, f"run            unknown: {plan.counted}"]
     seconds = plan.seconds or 0.0
-    steps = "1 step" if plan.steps == 1 else f"{plan.steps:,} steps"
-    return [*lines, f"run            {steps} ({plan.counted}): about {_seconds(seconds)}"]
+    return [*lines, f"run            {counted(plan.steps, 'step')} ({plan.counted}): about {_seconds(seconds)}"]
 
 
 def _ms(seconds: float) -> str:

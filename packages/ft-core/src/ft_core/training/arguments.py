@@ -6,10 +6,14 @@ import math
 from typing import Any
 
 from ft_core.config import TrainConfig
+from ft_core.console import counted
 from ft_core.models import Device
 from ft_core.runs import Run
 
-__all__ = ["total_steps", "trainer_arguments"]
+__all__ = ["few_steps", "total_steps", "trainer_arguments"]
+
+FEW = 10
+"""Optimizer steps below which it is doubtful that a training changes anything worth having."""
 
 
 def trainer_arguments(
@@ -63,3 +67,19 @@ def total_steps(trainer: Any, config: TrainConfig) -> int:
         return t.max_steps
     per_epoch = math.ceil(len(trainer.get_train_dataloader()) / t.gradient_accumulation)
     return math.ceil(per_epoch * t.epochs)
+
+
+def few_steps(config: TrainConfig, steps: int) -> str | None:
+    """What to say of a run of so few optimizer steps, and what makes more of them; None where there are enough.
+
+    Who sets ``max_steps`` has said how many, and is not told.
+    """
+    t = config.training
+    if t.max_steps is not None or not 0 < steps < FEW:
+        return None
+    batch = [f"training.{name} (now {getattr(t, name)})" for name in ("gradient_accumulation", "batch_size")]
+    smaller = [words for words in batch if "(now 1)" not in words]
+    way = f"raise training.epochs to {math.ceil(FEW * t.epochs / steps)} or more"
+    if smaller:
+        way += f", or lower {' or '.join(smaller)}"
+    return f"only {counted(steps, 'step')} in all: that may be too few to learn from; {way}"

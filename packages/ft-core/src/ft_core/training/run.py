@@ -25,7 +25,7 @@ from ft_core.models.source import read_ahead
 from ft_core.plugins import MethodSpec, registry, resolve
 from ft_core.report import write_report
 from ft_core.runs import Run, write_json, write_text
-from ft_core.training.arguments import total_steps, trainer_arguments
+from ft_core.training.arguments import few_steps, total_steps, trainer_arguments
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
 from ft_core.training.disk import disk_folder
 from ft_core.training.job import Job, build_trainer
@@ -191,6 +191,8 @@ class _Session:
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
         self.step = step
         self.total = total_steps(self.trainer, job.config)
+        if (doubt := few_steps(job.config, self.total)) is not None:
+            job.say(doubt)
         # A checkpoint every tenth of the run, between every 20 and every 500 steps, unless the configuration says when.
         self.trainer.args.save_steps = job.config.training.save_every or min(500, max(20, self.total // 10))
 
