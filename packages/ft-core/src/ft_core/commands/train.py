@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ft_core.config import TrainConfig
 
 __all__ = ["add_arguments", "run"]
 
@@ -49,5 +53,19 @@ def run(args: argparse.Namespace) -> int:
     if result.evaluation:
         print(table(result.evaluation))
     print(f"report: {result.run / 'report.html'}")
-    print("next: " + "  |  ".join(shlex.join(["ft", word, str(result.run)]) for word in ("eval", "chat", "merge")))
+    words = _next(config, evaluated=result.evaluation is not None)
+    if words:
+        print("next: " + "  |  ".join(shlex.join(["ft", word, str(result.run)]) for word in words))
     return 0
+
+
+def _next(config: TrainConfig, *, evaluated: bool) -> list[str]:
+    """The commands that this run can be handed to as it is."""
+    from ft_core.plugins import MethodSpec, registry
+
+    words = ["eval"] if evaluated else []  # where no rows were held out it has nothing to measure
+    if registry().get(MethodSpec, config.method).head == "language-model":  # a score is no answer
+        words.append("chat")
+    if config.lora is not None and "merge" in registry().names("ft.commands"):
+        words.append("merge")
+    return words
