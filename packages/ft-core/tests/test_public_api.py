@@ -335,7 +335,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.runs": ["RUN_FORMAT", "Run", "no_run", "runs_in", "write_json", "write_text"],
     "ft_core.training": ["Job", "TrainResult", "queued", "train"],
     "ft_core.training.arguments": ["few_steps", "total_steps", "trainer_arguments"],
-    "ft_core.training.before": ["check_before"],
+    "ft_core.training.before": ["check_before", "check_data"],
     "ft_core.training.behind": ["LogsBehindMixin"],
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],
     "ft_core.training.disk": ["disk_folder"],

@@ -13,8 +13,9 @@ import yaml
 
 
 @pytest.fixture
-def written(folder: Any, tmp_path: Path) -> Any:
-    """`written(shape={}, **keys)`: a configuration of a model that is a `config.json` alone."""
+def written(folder: Any, tmp_path: Path, write_rows: Any) -> Any:
+    """`written(shape={}, **keys)`: a configuration of a model that is a `config.json` alone, and data for it."""
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a text"}] * 640)
 
     def write(shape: dict[str, Any] | None = None, **keys: Any) -> Path:
         path = tmp_path / "plan.yaml"
@@ -25,8 +26,7 @@ def written(folder: Any, tmp_path: Path) -> Any:
     return write
 
 
-def test_a_table_from_a_configuration_alone(ft: Any, written: Any, write_rows: Any, tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", [{"text": "a text"}] * 640)
+def test_a_table_from_a_configuration_alone(ft: Any, written: Any, tmp_path: Path) -> None:
     config = written(quantization="nf4", packing=False)
     before = set(tmp_path.rglob("*"))
     done = ft("plan", config, "--gpu", "RTX 4090")
@@ -51,7 +51,8 @@ def test_a_card_of_several_sizes_is_said(ft: Any, written: Any) -> None:
 
 
 def test_json_for_machines(ft: Any, written: Any) -> None:
-    done = ft("plan", written(quantization="nf4"), "training.batch_size=4", "--gpu", "h100", "--json")
+    words = ("training.batch_size=4", "data=somebody/something")  # on the Hub, which is not asked
+    done = ft("plan", written(quantization="nf4"), *words, "--gpu", "h100", "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
     memory = found["memory"]
@@ -110,6 +111,9 @@ def test_a_bound_that_is_too_low(ft: Any, written: Any) -> None:
         (["--gpu", "H100", "lora.targets=[nothing]"], "nothing"),
         (["--gpu", "H100", "max_length=9999999"], "positions of"),
         (["max_length=9999999"], "positions of"),  # before anything is asked of the card
+        (["data=nowhere.jsonl", "--gpu", "H100"], "ft plan: nowhere.jsonl: no such file or folder"),
+        (["data=nowhere.jsonl", "--memory", "80GiB", "model=a/b"], "ft plan: nowhere.jsonl: no such file or folder"),
+        (["eval_data=nowhere.jsonl", "--gpu", "H100"], "ft plan: nowhere.jsonl: no such file or folder"),
     ],
 )
 def test_mistakes_are_one_line(ft: Any, written: Any, words: list[str], said: str) -> None:
@@ -327,10 +331,11 @@ def test_what_keeps_steps_from_being_recorded_is_said(ft: Any, written: Any) -> 
 
 
 def test_so_few_steps_that_little_is_learnt(ft: Any, written: Any, write_rows: Any, tmp_path: Path) -> None:
+    path = written()
     write_rows(tmp_path / "rows.jsonl", [{"text": "a text"}] * 120)
     words = ("--gpu", "H100", "quantization=nf4")
-    done = ft("plan", written(), *words)
+    done = ft("plan", path, *words)
     assert done.code == 0, done.err
     assert "run            1 step (" in done.out
     assert "note           only 1 step in all: that may be too few to learn from; raise training.epochs to 10" in done.out
-    assert "only" not in ft("plan", written(), *words, "training.epochs=10").out
+    assert "only" not in ft("plan", path, *words, "training.epochs=10").out

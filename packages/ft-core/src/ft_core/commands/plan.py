@@ -22,7 +22,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; 0 if it fits, 1 if not.
 
     Raises:
-        FtError: the configuration, the card or the amount cannot be used, or the model's configuration is not found.
+        FtError: the configuration, its data, the card or the amount cannot be used, or the model's configuration is not
+            found.
     """
     from ft_core import console
     from ft_core.config import load_config
@@ -36,8 +37,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--memory {args.memory!r} is no amount (allowed: one such as 12GiB; units: GiB, MiB, GB, MB)"
         ) from None
+    from ft_core.training.before import check_data
     from ft_core.training.disk import disk_folder
 
+    check_data(config)  # a training that would be refused does not fit
     if args.gpu is None and memory is None:  # that is for this machine, whose folders are here
         disk_folder(config)
     console.quiet()

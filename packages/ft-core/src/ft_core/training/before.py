@@ -9,7 +9,7 @@ from ft_core.plugins import MethodSpec, registry
 from ft_core.runs import Run
 from ft_core.training.disk import disk_folder
 
-__all__ = ["check_before"]
+__all__ = ["check_before", "check_data"]
 
 
 def check_before(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -24,7 +24,16 @@ def check_before(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     run.check_free(resume=resume, overwrite=overwrite)
     check_local(config.model)
     disk_folder(config)
+    check_data(config, held_out=not (resume and run.is_run))  # a resumed run has its rows
+
+
+def check_data(config: TrainConfig, *, held_out: bool = True) -> None:
+    """Refuse data that is not there or of no known form; ``held_out``: that of ``eval_data`` too.
+
+    Raises:
+        DataError: one line, the same as where it is read.
+    """
     formats = registry().get(MethodSpec, config.method).formats
     check_sources(config.data, formats)
-    if config.eval_data is not None and not (resume and run.is_run):  # a resumed run has its rows
+    if config.eval_data is not None and held_out:
         check_sources(config.eval_data, formats)
