@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ft_export.errors import ExportError
 
-__all__ = ["new_file", "new_folder", "refuse_existing_folder", "require_space"]
+__all__ = ["clear_unfinished", "new_file", "new_folder", "refuse_existing_folder", "require_space"]
+
+RANDOM = "[a-z0-9_]{8}"
+"""What tempfile puts into a name."""
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
@@ -57,10 +62,11 @@ def refuse_existing_folder(out: Path, marker: str, overwrite: bool) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``out`` that takes its place when the block ends well and vanishes when it does not.
 
-    What ``out`` held before stays until the new folder is whole.
+    What ``out`` held before stays until the new folder is whole. What killed processes have left of such folders goes.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    clear_unfinished(out)
+    partial, lock = _begin(lambda: Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)))
     try:
         partial.chmod(0o777 & ~_umask())
         yield partial
@@ -78,23 +84,110 @@ def new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(partial, out)
+        for old in _beside(out, f".{out.name}.", ".old"):  # of a process that was killed while it replaced it
+            if not old.with_suffix(".partial").exists():
+                shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _end(lock)
 
 
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
     """As :func:`new_folder`, for one file."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{out.stem}.", suffix=f".partial{out.suffix}", dir=out.parent)
-    os.close(handle)
-    partial = Path(name)
+    clear_unfinished(out)
+
+    def make() -> Path:
+        handle, name = tempfile.mkstemp(prefix=f".{out.stem}.", suffix=f".partial{out.suffix}", dir=out.parent)
+        os.close(handle)
+        return Path(name)
+
+    partial, lock = _begin(make)
     try:
         partial.chmod(0o666 & ~_umask())
         yield partial
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
+        _end(lock)
+
+
+def clear_unfinished(out: Path) -> None:
+    """Remove what killed processes have left beside ``out``: unfinished folders and files that no process holds.
+
+    Whoever writes one holds a lock of the system's on it (``flock``), which ends with the process, however that ends.
+    Where the system has no such locks nothing is removed.
+    """
+    for prefix, suffix in ((f".{out.name}.", ".partial"), (f".{out.stem}.", f".partial{out.suffix}")):
+        for path in _beside(out, prefix, suffix):
+            try:
+                lock = _lock(path)
+            except OSError:  # a living process has it, or has just renamed it
+                continue
+            if lock is None:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            _end(lock)
+
+
+def _beside(out: Path, prefix: str, suffix: str) -> list[Path]:
+    """Files and folders beside ``out`` that tempfile has named so."""
+    if not out.parent.is_dir():
+        return []
+    name = re.compile(re.escape(prefix) + RANDOM + re.escape(suffix))
+    return [path for path in out.parent.iterdir() if name.fullmatch(path.name) and not path.is_symlink()]
+
+
+def _begin(make: Callable[[], Path]) -> tuple[Path, int | None]:
+    """What ``make`` makes, with a lock on it (None where the system has none)."""
+    while True:
+        path = make()
+        try:
+            lock = _lock(path)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process saw it before it was locked, and clears it away
+        if lock is None or _is_at(lock, path):
+            return path, lock
+        _end(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """An open handle with a lock; None where none can be had.
+
+    Raises:
+        BlockingIOError: another process has it. FileNotFoundError: it is gone.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # a network's file system without them
+        os.close(handle)
+        return None
+    return handle
+
+
+def _is_at(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _end(lock: int | None) -> None:
+    if lock is not None:
+        with suppress(OSError):
+            os.close(lock)
 
 
 def _umask() -> int:

@@ -21,7 +21,7 @@ from ft_export.bases import (
 )
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
-from ft_export.folders import new_folder, refuse_existing_folder, require_space
+from ft_export.folders import clear_unfinished, new_folder, refuse_existing_folder, require_space
 from ft_export.merging.adapter import Adapter, Replacement
 from ft_export.merging.layers import merge_layers, tied_names, untie
 from ft_export.merging.logprobs_check import LogprobsCheck, as_trained, check_logprobs, gap_to_quantized
@@ -132,6 +132,7 @@ class _Merge:
         method = quantization_of(self.base)
         as_run = self.source.quantization if method is None and self.source.on_quantized else None
         stored = Checkpoint(self.base)  # checks the files before anything is loaded
+        clear_unfinished(self.out)  # before the space is asked for, of which it may hold much
         # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
         size = stored.parameters() * (16 if method is not None else 4 if as_run is not None else 2)
         require_space(self.out.parent, int(size * 1.02) + 50_000_000, "the merged model")

@@ -1,0 +1,84 @@
+"""What is written beside its place, and what is left of it when its process is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_export.folders import clear_unfinished, new_file, new_folder
+
+needs_locks = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
+
+WRITING = """
+import sys, time
+from pathlib import Path
+from ft_export import folders
+with getattr(folders, sys.argv[1])(Path(sys.argv[2])) as partial:
+    (partial / "file" if partial.is_dir() else partial).write_text("half")
+    print(partial, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def writing() -> Iterator[Any]:
+    """`writing(kind, out)`: a process that is in the middle of writing `out`, and where it writes."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(kind: str, out: Path) -> tuple[subprocess.Popen[str], Path]:
+        words = [sys.executable, "-c", WRITING, kind, str(out)]
+        started.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+        stream = started[-1].stdout
+        assert stream is not None
+        return started[-1], Path(stream.readline().strip())
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@needs_locks
+@pytest.mark.parametrize(("kind", "name"), [("new_folder", "merged"), ("new_file", "model-f16.gguf")])
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(
+    writing: Any, tmp_path: Path, kind: str, name: str
+) -> None:
+    out = tmp_path / name
+    killed, left = writing(kind, out)
+    _, kept = writing(kind, out)
+    assert left.exists()  # the second has left the first alone
+    assert kept.exists()
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    others = [tmp_path / f".{name}.mine", tmp_path / ".other.abcdefgh.partial"]
+    for other in others:
+        other.mkdir()
+    with {"new_folder": new_folder, "new_file": new_file}[kind](out) as partial:
+        assert not left.exists()
+        assert kept.exists()
+        clear_unfinished(out)
+        assert partial.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([out, kept, *others])
+
+
+@needs_locks
+def test_killed_while_the_old_one_is_replaced(tmp_path: Path) -> None:
+    """Between the two renames, or before the old one was removed."""
+    out = tmp_path / "merged"
+    out.mkdir()
+    for name in (".merged.abcdefgh.old", ".merged.abcdefgh.partial", ".merged.ijklmnop.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    link = tmp_path / ".merged.qrstuvwx.partial"
+    os.symlink(out, link)
+    with new_folder(out) as partial:
+        (partial / "new").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [link.name, "merged"]
+    assert [path.name for path in out.iterdir()] == ["new"]
