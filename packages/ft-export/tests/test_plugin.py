@@ -99,3 +99,22 @@ def test_what_was_trained_with_scaled_positions_is_served_with_them(
     assert merged.config.max_position_embeddings == plain.config.max_position_embeddings == 96
     assert torch.equal(merged.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq.cpu())
     assert merged.model.rotary_emb.attention_scaling == plain.model.rotary_emb.attention_scaling > 1
+
+
+def test_a_merge_says_how_far_it_is_and_clears_away_a_killed_one(
+    base: Path, make_run: Any, make_adapter: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    make_adapter(run / "adapter", base)
+    left = run / ".merged.abcdefgh.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    assert _merge(str(run)) == 0
+    assert not left.exists()
+    said = capsys.readouterr().err
+    for line in (
+        "loading the base …\n", "merging, layer by layer …\n", "writing the merged model …\n", " tensors checked  ",
+        " texts read by the adapter on its base  ", " texts read by the merged model  ",
+        " texts read with rounding's noise  ",
+    ):  # fmt: skip
+        assert line in said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +36,13 @@ def all_logprobs(model: Any, ids: Sequence[int]) -> torch.Tensor:
     return torch.log_softmax(logits.float(), dim=-1).cpu()
 
 
-def token_logprobs(model: Any, samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def token_logprobs(
+    model: Any, samples: Sequence[Sequence[int]], count: Callable[[], None] = lambda: None
+) -> list[torch.Tensor]:
     """For each sample the log-probabilities of its tokens but the first.
 
-    A model with a score head in place of a language-model head gives its scores instead.
+    A model with a score head in place of a language-model head gives its scores instead. ``count`` is called after each
+    sample.
     """
     import torch
 
@@ -54,6 +57,7 @@ def token_logprobs(model: Any, samples: Sequence[Sequence[int]]) -> list[torch.T
         else:
             chosen = torch.tensor(list(ids[1:])).unsqueeze(1)
             results.append(torch.log_softmax(logits[:-1], dim=-1).gather(1, chosen).squeeze(1))
+        count()
     return results
 
 

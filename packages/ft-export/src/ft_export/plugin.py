@@ -9,8 +9,9 @@ from typing import ParamSpec, TypeVar
 from ft_core.errors import FtError
 from ft_core.plugins import CommandSpec, ExporterSpec, ExportRequest, ExportResult
 from ft_export.errors import ExportError
+from ft_export.progress import Progress
 
-__all__ = ["GGUF", "MERGE", "as_ft_error", "export_gguf"]
+__all__ = ["GGUF", "MERGE", "as_ft_error", "export_gguf", "shown"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,6 +43,23 @@ def as_ft_error(function: Callable[P, R]) -> Callable[P, R]:
     return inner
 
 
+def shown() -> Progress:
+    """Progress on stderr, as ft's own commands show it."""
+    from ft_core.console import progress, say
+
+    parts: dict[str, Callable[[int, int], None]] = {}
+
+    def show(done: int, total: int, what: str) -> None:
+        if total == 0:
+            say(f"{what} …")
+            return
+        if what not in parts:
+            parts[what] = progress(what)
+        parts[what](done, total)
+
+    return show
+
+
 def export_gguf(request: ExportRequest) -> ExportResult:
     """``ft export RUN --to gguf``.
 
@@ -56,5 +74,6 @@ def export_gguf(request: ExportRequest) -> ExportResult:
         type=request.type or "f16",
         overwrite=request.overwrite,
         options=request.options,
+        progress=shown(),
     )
     return ExportResult(files=(made.file, made.proof), checks=made.lines, next_command=made.next_command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 
 __all__ = ["add_arguments", "run"]
@@ -25,11 +26,17 @@ def run(args: argparse.Namespace) -> int:
         ft_core.errors.FtError: bad input, no space, or a failed check.
     """
     from ft_export.merging import merge
-    from ft_export.plugin import as_ft_error
+    from ft_export.plugin import as_ft_error, shown
 
     _quiet()
     result = as_ft_error(merge)(
-        args.run, args.out, base=args.base, dtype=args.dtype, overwrite=args.overwrite, say=print
+        args.run,
+        args.out,
+        base=args.base,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        say=partial(print, flush=True),  # a pipe gets each line when it is true, not when the merge is over
+        progress=shown(),
     )
     print(f"merged model: {result.folder}")
     return 0

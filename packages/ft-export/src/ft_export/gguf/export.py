@@ -21,6 +21,7 @@ from ft_export.gguf.proof import Comparison, Prompt, compare
 from ft_export.gguf.text_check import check_template, check_tokens
 from ft_export.merging import is_current, merge
 from ft_export.merging.adapter import Adapter
+from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
 from ft_export.samples import Row, prompt_text, read_rows
 
@@ -57,6 +58,7 @@ def export(
     type: str = "f16",
     overwrite: bool = False,
     options: Mapping[str, str] | None = None,
+    progress: Progress = silent,
 ) -> Exported:
     """Write ``OUT/<name>-<type>.gguf`` and ``OUT/proof.json``.
 
@@ -68,6 +70,7 @@ def export(
         type: ``f16`` or ``q8_0``.
         overwrite: whether an earlier file of the same name may be replaced.
         options: ``pre``: llama.cpp's name of the tokenizer's splitting rules, where it is not recognised.
+        progress: of a merge; see :func:`ft_export.merge`.
 
     Raises:
         ExportError: bad input, a missing extra, no space, or a check that failed; no file is left then.
@@ -90,7 +93,7 @@ def export(
         raise ExportError(f"{file} is already there: pass --overwrite to replace it, or choose another with --out")
 
     lines: list[str] = []
-    model = _model(source, lines, said.get("pre"))
+    model = _model(source, lines, said.get("pre"), progress)
     made_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         with new_file(file) as partial:
@@ -106,7 +109,7 @@ def export(
     return Exported(file, proof, tuple(lines), serve)
 
 
-def _model(source: Source, lines: list[str], pre: str | None) -> Path:
+def _model(source: Source, lines: list[str], pre: str | None, progress: Progress) -> Path:
     """The folder of the whole model, merged if need be; what could not be converted is not merged first."""
     if source.adapter is None:
         assert source.model is not None
@@ -122,7 +125,7 @@ def _model(source: Source, lines: list[str], pre: str | None) -> Path:
         brings = (source.adapter / "tokenizer_config.json").is_file()
         check_convertible(base, source.adapter if brings else base, pre, source.rope)
     # a merge of an adapter that is no longer there may be replaced; anything else in its place is refused by merge
-    lines.extend(merge(source.path, overwrite=True).lines)
+    lines.extend(merge(source.path, overwrite=True, progress=progress).lines)
     return merged
 
 

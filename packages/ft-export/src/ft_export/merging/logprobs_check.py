@@ -22,6 +22,7 @@ from ft_export.errors import ExportError
 from ft_export.logprobs import Difference, difference, evaluation_error, token_logprobs
 from ft_export.merging.adapter import Adapter
 from ft_export.merging.weights_check import half_ulp
+from ft_export.progress import Progress, counting, silent
 from ft_export.runs import Rope
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def check_logprobs(
     rounded: set[str] | None,
     labels: int | None,
     rope: Rope | None = None,
+    progress: Progress = silent,
 ) -> LogprobsCheck:
     """Measure both models in fp32 on ``samples`` and compare.
 
@@ -78,25 +80,31 @@ def check_logprobs(
         dtype: the type the merged weights were rounded to.
         rounded: the parameters that were rounded; None for all.
         rope: the rotary scaling that the adapter's base has; the merged model's must be in its own configuration.
+        progress: see :data:`ft_export.progress.Progress`.
 
     Raises:
         ExportError: the difference is past its bound.
     """
     import torch
 
-    expected = _with_adapter(load_model(base, torch.float32, labels=labels, rope=rope), adapter, samples)
+    progress(0, 0, "loading the adapter's base in fp32")
+    model = load_model(base, torch.float32, labels=labels, rope=rope)
+    expected = _with_adapter(model, adapter, samples, progress, "texts read by the adapter on its base")
+    del model
+    progress(0, 0, "loading the merged model in fp32")
     model = load_model(merged, torch.float32, labels=labels)
-    values = token_logprobs(model, samples)
+    values = token_logprobs(model, samples, counting(progress, len(samples), "texts read by the merged model"))
     found = difference(values, expected)
 
     generator = torch.Generator().manual_seed(0)
     parameters = [p for name, p in model.named_parameters() if rounded is None or name in rounded]
     kept = [parameter.detach().clone() for parameter in parameters]
     draws = []
+    count = counting(progress, DRAWS * len(samples), "texts read with rounding's noise")
     for _ in range(DRAWS):
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.data.copy_(value + _noise(value, dtype, generator))
-        draws.append(difference(token_logprobs(model, samples), values))
+        draws.append(difference(token_logprobs(model, samples, count), values))
     rounding = Difference(max(d.largest for d in draws), max(d.mean for d in draws), found.tokens)
 
     floor = evaluation_error(expected)
@@ -137,6 +145,7 @@ def gap_to_quantized(
     merged: LogprobsCheck,
     labels: int | None,
     rope: Rope | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any] | None:
     """How far the merged model is from the 4- or 8-bit model that was trained, or why that was not measured.
 
@@ -150,18 +159,22 @@ def gap_to_quantized(
     if find_spec("bitsandbytes") is None:
         return {"not_measured": "not measured: pip install bitsandbytes"}
     config = as_trained(quantization, torch.float32)
+    progress(0, 0, f"loading the base in {quantization}, as it was trained on")
     try:
         model = load_model(base, torch.float32, labels=labels, rope=rope, quantization_config=config)
-        values = _with_adapter(model, adapter, samples)
+        values = _with_adapter(model, adapter, samples, progress, f"texts read by the {quantization} run")
     except (ExportError, RuntimeError, NotImplementedError, ImportError) as error:
         return {"not_measured": f"not measured: bitsandbytes cannot run here ({' '.join(str(error).split())[:200]})"}
     return difference(list(merged.values), values).as_dict()
 
 
-def _with_adapter(model: Any, adapter: Adapter, samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def _with_adapter(
+    model: Any, adapter: Adapter, samples: Sequence[Sequence[int]], progress: Progress, what: str
+) -> list[torch.Tensor]:
     from peft import PeftModel
 
-    return token_logprobs(PeftModel.from_pretrained(model, adapter.folder, is_trainable=False), samples)
+    adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=False)
+    return token_logprobs(adapted, samples, counting(progress, len(samples), what))
 
 
 def _noise(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -27,6 +27,7 @@ from ft_export.merging.layers import merge_layers, tied_names, untie
 from ft_export.merging.logprobs_check import LogprobsCheck, as_trained, check_logprobs, gap_to_quantized
 from ft_export.merging.names import parameter_names
 from ft_export.merging.weights_check import WeightsCheck, check_weights
+from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
 from ft_export.samples import Row, read_rows, token_ids
 
@@ -65,6 +66,7 @@ def merge(
     dtype: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
+    progress: Progress = silent,
 ) -> MergeResult:
     """Merge a run's LoRA adapter into its 16-bit base and write a model that plain transformers loads.
 
@@ -79,7 +81,8 @@ def merge(
         base: a folder or Hub name to use in place of the one that the adapter names.
         dtype: ``bfloat16`` or ``float16``; by default the base's own, bfloat16 for an fp32 base.
         overwrite: whether an earlier merge in ``out`` may be replaced.
-        say: called with each line of progress.
+        say: called with each line about what was done and found.
+        progress: called with (done, total, what) while something takes long; total 0: something without parts begins.
 
     Raises:
         ExportError: bad input, no space, or a check that failed. Nothing is left behind.
@@ -99,7 +102,7 @@ def merge(
     for taken in (source.path, source.adapter, folder):
         if same_folder(target, taken):
             raise ExportError(f"the merged model cannot be written over its own source {taken}: choose another --out")
-    return _Merge(source, adapter, folder, reference, dtype, target, say).run()
+    return _Merge(source, adapter, folder, reference, dtype, target, say, progress).run()
 
 
 class _Merge:
@@ -114,6 +117,7 @@ class _Merge:
         dtype: str | None,
         out: Path,
         say: Callable[[str], None] | None,
+        progress: Progress,
     ) -> None:
         self.source, self.adapter, self.base, self.reference = source, adapter, base, reference
         self.trained_on, self.rope = base, source.rope
@@ -121,6 +125,7 @@ class _Merge:
         self.asked = dtype
         self.lines: list[str] = []
         self._say = say
+        self.progress = progress
         self.labels = _labels(adapter)
 
     def say(self, line: str) -> None:
@@ -157,6 +162,7 @@ class _Merge:
             what = "is quantized" if method is not None else "was quantized in the run, with loftq"
             raise ExportError(f"the base {self.base} {what}: pip install bitsandbytes")
         dtype = torch.float16 if self.asked == "float16" else torch.bfloat16
+        self.progress(0, 0, "loading the base, to write it without its quantization")
         if as_run is None:
             model = load_model(self.base, dtype, labels=self.labels, rope=self.rope)
         else:  # from weights of the format that the run quantized
@@ -186,13 +192,16 @@ class _Merge:
         dtype = getattr(torch, self.asked) if self.asked else (torch.bfloat16 if was == torch.float32 else was)
         if dtype not in (torch.bfloat16, torch.float16):
             raise ExportError(f"the base {self.base} has weights of type {was}: only 32- and 16-bit bases are merged")
+        self.progress(0, 0, "loading the base")
         model = load_model(self.base, was, labels=self.labels, rope=self.rope)
         names = dict(model.named_parameters(remove_duplicate=False))
         stored.rename(parameter_names(stored, model))
         self.adapter.check_shapes({name: tuple(p.shape) for name, p in names.items()})
         aliases = tied_names(names, stored)
         untie(model, self.adapter)
+        self.progress(0, 0, "merging, layer by layer")
         merged = merge_layers(model, self.adapter, dtype)
+        self.progress(0, 0, "writing the merged model")
         merged.save_pretrained(partial)
         written = Checkpoint(partial)
         written.rename(parameter_names(written, merged))
@@ -202,7 +211,7 @@ class _Merge:
             kind, most = self.rope.rope_parameters.get("rope_type"), self.rope.max_position_embeddings
             self.say(f"config.json has the rotary scaling of the run: {kind}, {most} positions")
 
-        weights = check_weights(written, stored, self.adapter, set(names), aliases)
+        weights = check_weights(written, stored, self.adapter, set(names), aliases, self.progress)
         self.say(
             f"checked {weights.merged + weights.replaced + weights.untouched} tensors against base and adapter: "
             f"{weights.merged} merged, {weights.replaced} replaced, {weights.untouched} untouched; "
@@ -214,7 +223,9 @@ class _Merge:
         rows = read_rows(self.source.held_out)
         samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
-        logprobs = check_logprobs(partial, self.base, self.adapter, samples, dtype, rounded, self.labels, self.rope)
+        logprobs = check_logprobs(
+            partial, self.base, self.adapter, samples, dtype, rounded, self.labels, self.rope, self.progress
+        )
         unit = "scores" if self.labels is not None else "log-probabilities"
         self.say(
             f"{unit} of {logprobs.merged.tokens} tokens, merged against adapter on its base: largest difference "
@@ -222,7 +233,9 @@ class _Merge:
             f"(bound {logprobs.bound_mean:.2e})"
         )
         base = self.trained_on if self.source.on_quantized else self.base
-        gap = gap_to_quantized(self.source.quantization, base, self.adapter, samples, logprobs, self.labels, self.rope)
+        gap = gap_to_quantized(
+            self.source.quantization, base, self.adapter, samples, logprobs, self.labels, self.rope, self.progress
+        )
         if gap is not None:
             self.say(
                 f"{unit} against the {self.source.quantization} run: "

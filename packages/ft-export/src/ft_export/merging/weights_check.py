@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.merging.adapter import Adapter, LowRank, Replacement
+from ft_export.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["WeightsCheck", "check_weights", "half_ulp"]
+
+CHECKED = "tensors checked"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,12 @@ def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check_weights(
-    written: Checkpoint, base: Checkpoint, adapter: Adapter, parameters: Set[str], aliases: Mapping[str, str]
+    written: Checkpoint,
+    base: Checkpoint,
+    adapter: Adapter,
+    parameters: Set[str],
+    aliases: Mapping[str, str],
+    progress: Progress = silent,
 ) -> WeightsCheck:
     """Compare every tensor of ``written`` with base and adapter.
 
@@ -53,6 +61,7 @@ def check_weights(
         parameters: the names of the base model's parameters; its files may hold more, which are not looked at.
             Names in ``written`` and ``base`` are the model's own (:func:`~ft_export.merging.names.parameter_names`).
         aliases: for each parameter that is tied to another one, the name under which the base stores their tensor.
+        progress: see :data:`ft_export.progress.Progress`.
 
     Raises:
         ExportError: a merged value is further from the exact one than half a unit in the last place of the written
@@ -62,7 +71,8 @@ def check_weights(
     biases = adapter.biases()
     counts = {"merged": 0, "replaced": 0, "untouched": 0}
     largest = 0.0
-    for name in written:
+    for number, name in enumerate(written):
+        progress(number, len(written.entries), CHECKED)
         change = adapter.changes.get(name)
         value = written.tensor(name)
         if isinstance(change, Replacement):
@@ -84,6 +94,7 @@ def check_weights(
             largest = max(largest, _weight(name, value, source, adapter, change))
             counts["merged"] += 1
             seen.add(name)
+    progress(len(written.entries), len(written.entries), CHECKED)
     # a tied pair that stays tied is stored once
     for name in adapter.changes:
         if name not in seen and aliases.get(name) not in seen:
