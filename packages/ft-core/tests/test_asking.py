@@ -172,9 +172,9 @@ def test_rows_with_an_empty_text_are_counted(ft: Any, configure: Any, tmp_path: 
     done = ft("train", configure(data=[str(data), str(long)]), "training.max_steps=1")
     assert done.code == 0, done.err
     assert "2 train rows were left out: their text is empty\n" in done.err
-    assert "1 train rows were left out: no token of their answer is within max_length\n" in done.err
+    assert "1 train row was left out: no token of its answer is within max_length\n" in done.err
     bare = ft("train", configure(data=str(write_rows(tmp_path / "no.jsonl", rows[:1]))), "--overwrite")
     assert bare.message == (
-        "ft train: none of 1 rows has a trained token within max_length 64 (0 are longer, 1 have an empty text): raise "
+        "ft train: none of 1 row has a trained token within max_length 64 (0 are longer, 1 has an empty text): raise "
         "max_length or look at the data"
     )

@@ -178,3 +178,35 @@ def test_a_fault_of_ours_keeps_its_traceback(configure: Any, monkeypatch: Any) -
     monkeypatch.setattr(run, "prepare_model", fail)
     with pytest.raises(ZeroDivisionError):
         main(["train", str(configure())])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--memory", "-3GiB"],
+            "ft train: --memory -3GiB is no option: what a training may take is a setting, ",
+        ),
+        (
+            ["--memory=12GiB"],
+            "ft train: --memory 12GiB is no option: what a training may take is a setting, ",
+        ),
+        (
+            ["memory=-3GiB"],
+            "ft train: memory: '-3GiB' is not allowed (allowed: auto, or an amount such as 12GiB ",
+        ),
+        (
+            ["--max-steps", "3"],
+            "--max-steps 3; a setting is written without dashes, as key=value (see ft train",
+        ),
+        (
+            ["--training.max_steps=3"],
+            "--training.max_steps=3; a setting is written without dashes, as key=value (see",
+        ),
+    ],
+)
+def test_a_setting_written_as_an_option(ft: Any, configure: Any, words: list[str], said: str) -> None:
+    done = ft("train", configure(), *words)
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+    assert said in done.err

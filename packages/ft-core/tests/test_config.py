@@ -512,9 +512,22 @@ def test_print_config(ft: Any, write: Write, tmp_path: Path) -> None:
     path = write("model: a/b\ndata: nowhere.jsonl\noutput: OUT\n".replace("OUT", str(tmp_path / "run")))
     done = ft("train", path, "--print-config", "training.max_steps=9", "lora.r=4")
     assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("model: a/b\n")  # the configuration alone: no command that is not the one that was given
     values = yaml.safe_load(done.out)
     assert (values["training"]["max_steps"], values["lora"]["r"], values["sft"]) == (9, 4, {"train_on": "answers"})
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_printed_can_be_fed_back(ft: Any, write: Write, tmp_path: Path) -> None:
+    path = write('model: a/b\ndata: x.jsonl\noutput: "a folder\\nof two lines"\nrope_scaling: yarn\nmax_length: 9\n')
+    first = ft("train", path, "--print-config", "lora.alpha=1e1", "eval_split=0.1")
+    assert (first.code, first.err) == (0, "")
+    again = tmp_path / "again.yaml"
+    again.write_text(first.out, encoding="utf-8")
+    assert ft("train", again, "--print-config") == first
+    with_header = to_yaml(load_config(path))
+    assert with_header.startswith("# ft train config.yaml 'output=a folder of two lines'\nmodel: a/b\n")
+    assert load_config(write(with_header)) == load_config(again, ["lora.alpha=null", "eval_split=null"])
 
 
 def test_options_may_stand_between_overrides(ft: Any, write: Write) -> None:

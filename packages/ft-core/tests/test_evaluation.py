@@ -255,12 +255,12 @@ def test_the_table() -> None:
         "loss                       3         0.5",
         "perplexity             20.09       1.649",
         "exact match            0.0 %      98.5 %",
-        "over 1 rows of held_out.jsonl",
+        "over 1 row of held_out.jsonl",
     ]
     assert found["samples"] == [{"prompt": "q", "expected": "a", "before": "b", "after": "a"}]
     assert compare(compare(before, None, "x"), after, "x")["samples"] == found["samples"]
     after.rows = 5
-    assert table(compare(before, after, "x")).splitlines()[-1] == "over 5 rows of x, exact match over 1 answers"
+    assert table(compare(before, after, "x")).splitlines()[-1] == "over 5 rows of x, exact match over 1 answer"
 
 
 def test_rows_that_end_with_the_same_question_keep_their_own_answers() -> None:

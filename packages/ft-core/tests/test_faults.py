@@ -71,7 +71,11 @@ def test_a_wrong_configuration(configure: Any, check_refused: Any, words: list[s
 def test_a_wrong_option(ft: Any, configure: Any) -> None:
     assert ft("train", configure(), "--resum", "--overwrit").code == 2
     done = ft("train", configure(), "--nothing")
-    assert (done.code, done.err) == (2, "ft train: unrecognized arguments: --nothing (see ft train --help)\n")
+    assert (done.code, done.err) == (
+        2,
+        "ft train: unrecognized arguments: --nothing; a setting is written without dashes, as key=value "
+        "(see ft train --help)\n",
+    )
     assert ft("train").err == "ft train: the following arguments are required: CONFIG.yaml (see ft train --help)\n"
 
 
@@ -182,7 +186,7 @@ def test_overlong_rows_are_counted_and_the_run_goes_on(
     counts = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["data"]
     assert (counts["train_rows"], counts["overlong_rows"], counts["dropped_rows"]) == (10, 3, 0)
     done = ft("train", configure(data=str(tmp_path / "text.jsonl")), "training.max_steps=1", "--overwrite")
-    assert "1 of 2 train rows are longer than max_length 64: split\n" in done.err
+    assert "1 of 2 train rows is longer than max_length 64: split\n" in done.err
 
 
 # -- the output folder

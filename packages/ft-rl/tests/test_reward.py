@@ -163,7 +163,7 @@ def test_long_pairs_are_said(toy: Any, tiny_model: Path, tmp_path: Path) -> None
     values = config(toy, tiny_model, tmp_path, training={"max_steps": 1}, eval_data=None)
     toy.write_rows(tmp_path / "pairs.jsonl", made)
     result = train(values, say=lines.append)
-    assert "1 of 40 train pairs are longer than max_length 32: left out" in lines
+    assert "1 of 40 train pairs is longer than max_length 32: left out" in lines
     assert json.loads((result.run / "summary.json").read_text())["data"]["overlong_rows"] == 1
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ft_core import __version__
 from ft_core.errors import FtError, PluginError
@@ -22,17 +23,52 @@ __all__ = ["main"]
 ORDER = ("doctor", "plan", "train", "eval", "chat", "generate", "report", "merge", "export", "plugins")
 
 
+AMOUNT = re.compile(r"-\.?\d")
+"""How a negative amount begins, such as -3GiB; a number alone argparse knows to be none of the options."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, where argparse prints the usage too; and options may stand between ``key=value`` words."""
 
+    takes_settings = False
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        self.takes_settings |= settings.get("metavar") == "key=value"
+        return super().add_argument(*names, **settings)
+
     def parse(self, words: list[str]) -> argparse.Namespace:
+        words = _joined(words)
         try:
             return self.parse_intermixed_args(words)
         except TypeError:  # a third party's command with subcommands of its own, which cannot be intermixed
             return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
+        if self.takes_settings and message.startswith("unrecognized arguments: -"):
+            message += "; a setting is written without dashes, as key=value"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Negative amounts joined to the option before them, whose value they are: argparse takes them for options."""
+    joined: list[str] = []
+    for number, word in enumerate(words):
+        if word == "--":
+            return joined + words[number:]
+        before = joined[-1] if joined else ""
+        if AMOUNT.match(word) and not _is_number(word) and before.startswith("--") and "=" not in before:
+            joined[-1] = f"{before}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ft_core.console import counted
 from ft_core.data.collating import IGNORE
 from ft_core.errors import RunError
 
@@ -257,9 +258,9 @@ def table(comparison: dict[str, Any]) -> str:
     for name, values in comparison["metrics"].items():
         cells = "".join(f"{_cell(name, values.get(side)):>12}" for side in ("before", "after"))
         lines.append(f"{name.replace('_', ' '):<16}{cells}")
-    over = f"over {comparison['rows']} rows of {comparison['data']}"
+    over = f"over {counted(comparison['rows'], 'row')} of {comparison['data']}"
     answers = comparison.get("answers", comparison["rows"])
-    lines.append(over if answers == comparison["rows"] else f"{over}, exact match over {answers} answers")
+    lines.append(over if answers == comparison["rows"] else f"{over}, exact match over {counted(answers, 'answer')}")
     return "\n".join(lines)
 
 

@@ -176,7 +176,7 @@ def test_overlong_answers_are_cut_and_dropped_without_any_left(make_tokenizer: A
     assert list(tokenized.row_of) == [0, 2]
     full = tokenize_rows([long], tokenizer, max_length=10_000)
     assert tokenized[0] == {key: values[:24] for key, values in full[0].items()}
-    with pytest.raises(DataError, match=r"none of 1 rows has a trained token within max_length 24 \(1 are longer\)"):
+    with pytest.raises(DataError, match=r"none of 1 row has a trained token within max_length 24 \(1 is longer\)"):
         tokenize_rows([lost], tokenizer, max_length=24)
 
 

@@ -106,6 +106,16 @@ def test_a_bound_that_is_too_low(ft: Any, written: Any) -> None:
         (["--gpu", "RTX 409"], "did you mean 'RTX 4090'"),
         (["--gpu", "H100", "--memory", "12 lots"], "--memory '12 lots' is no amount"),
         (["--gpu", "H100", "--memory", "0GiB"], "units: GiB, MiB, GB, MB"),
+        (
+            ["--memory", "-3GiB"],
+            "ft plan: --memory '-3GiB' is no amount (allowed: one above zero, such as 12GiB; units: ",
+        ),
+        (["--memory", "-3"], "ft plan: --memory '-3' is no amount (allowed: one above zero, such as 12GiB; units: "),
+        (
+            ["--memory", "-.5GiB", "lora.r=4"],
+            "ft plan: --memory '-.5GiB' is no amount (allowed: one above zero, such as",
+        ),
+        (["--max-length", "9"], "--max-length 9; a setting is written without dashes, as key=value"),
         (["--gpu", "H100", "quantisation=nf4"], "did you mean 'quantization'"),
         (["--gpu", "H100", "model=nowhere/at/all"], "nowhere/at/all"),
         (["--gpu", "H100", "lora.targets=[nothing]"], "nothing"),
@@ -337,5 +347,7 @@ def test_so_few_steps_that_little_is_learnt(ft: Any, written: Any, write_rows: A
     done = ft("plan", path, *words)
     assert done.code == 0, done.err
     assert "run            1 step (" in done.out
-    assert "note           only 1 step in all: that may be too few to learn from; raise training.epochs to 10" in done.out
+    assert (
+        "note           only 1 step in all: that may be too few to learn from; raise training.epochs to 10" in done.out
+    )
     assert "only" not in ft("plan", path, *words, "training.epochs=10").out

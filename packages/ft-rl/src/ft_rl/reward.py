@@ -139,7 +139,8 @@ def _dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
         raise _too_long(len(rows), what, job.config.max_length)
     if pairs.overlong:
         job.say(
-            f"{pairs.overlong} of {len(rows)} {what} pairs are longer than max_length {job.config.max_length}: left out"
+            f"{pairs.overlong} of {len(rows)} {what} pairs {'is' if pairs.overlong == 1 else 'are'} longer than "
+            f"max_length {job.config.max_length}: left out"
         )
     return Dataset.from_dict({"chosen_ids": pairs.chosen_ids, "rejected_ids": pairs.rejected_ids})
 

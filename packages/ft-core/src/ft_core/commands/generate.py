@@ -128,11 +128,11 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and out.samefile(args.prompts):
         raise RunError(f"--out {out} is the file of the prompts: give another")
     done = 0 if args.overwrite else _done(out, prompts)
-    from ft_core.console import progress, quiet, say
+    from ft_core.console import counted, progress, quiet, say
     from ft_core.models.opening import check_reference, open_model
 
     if done >= len(prompts):
-        say(f"{out} is complete: {done} answers")
+        say(f"{out} is complete: {counted(done, 'answer')}")
         return 0
     check_reference(args.run)
     quiet()
@@ -163,5 +163,5 @@ def run(args: argparse.Namespace) -> int:
                 show(start + len(batch) - done, len(prompts) - done)
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror}; the answers written so far are kept") from error
-    print(f"{len(prompts)} answers in {out}")
+    print(f"{counted(len(prompts), 'answer')} in {out}")
     return 0

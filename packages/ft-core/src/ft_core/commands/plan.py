@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         memory = None if args.memory is None else bytes_of(args.memory)
     except ValueError:
         raise ConfigError(
-            f"--memory {args.memory!r} is no amount (allowed: one such as 12GiB; units: GiB, MiB, GB, MB)"
+            f"--memory {args.memory!r} is no amount (allowed: one above zero, such as 12GiB; units: GiB, MiB, GB, MB)"
         ) from None
     from ft_core.training.before import check_data
     from ft_core.training.disk import disk_folder

@@ -20,14 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run in 'output'")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in 'output'")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    # What ft plan has it for: taken here too, to say where it goes.
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     from ft_core.config import load_config, to_yaml
+    from ft_core.errors import ConfigError
 
+    if args.memory is not None:
+        raise ConfigError(
+            f"--memory {args.memory} is no option: what a training may take is a setting, memory=AMOUNT (allowed: "
+            "auto, or one above zero, such as 12GiB; units: GiB, MiB, GB, MB)"
+        )
     config = load_config(args.config, args.overrides)
     if args.print_config:
-        print(to_yaml(config), end="")
+        print(to_yaml(config, header=False), end="")
         return 0
     from ft_core.memory import let_segments_grow
     from ft_core.training.before import check_before

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_core.commands.arguments import count
+from ft_core.console import counted
 
 if TYPE_CHECKING:
     from ft_core.fast.verify import Ledger
@@ -89,10 +90,11 @@ def _ratio(ledger: Ledger) -> str:
 def _table(ledger: Ledger) -> str:
     """The errors in a few lines, the worst parameters first."""
     found = ledger.summary()
+    batches = "1 batch" if ledger.batches == 1 else f"{ledger.batches} batches"
     lines = [
-        f"{ledger.model} ({ledger.family}), {ledger.layers} layers, {ledger.dtype}"
+        f"{ledger.model} ({ledger.family}), {counted(ledger.layers, 'layer')}, {ledger.dtype}"
         + (f", {ledger.quantization}" if ledger.quantization != "none" else "")
-        + f": {len(ledger.lines)} gradients, {ledger.batches} batches of {ledger.tokens} tokens, against float64",
+        + f": {len(ledger.lines)} gradients, {batches} of {counted(ledger.tokens, 'token')}, against float64",
         f"{'':44}  fast layers  transformers",
         f"{'loss':44}  {ledger.losses[0]:11.2e}  {ledger.losses[1]:12.2e}",
         f"{'gradients, median':44}  {found['median_fast']:11.2e}  {found['median_plain']:12.2e}  {_ratio(ledger)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -130,12 +131,19 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """The resolved configuration as YAML, every key with its value, the method's own section included."""
+def to_yaml(config: TrainConfig, *, header: bool = True) -> str:
+    """The resolved configuration as YAML, every key with its value, the method's own section included.
+
+    Args:
+        header: begin with a comment that says how it is trained, once it stands in a file ``config.yaml``.
+    """
     values = config.model_dump(mode="json")
     values[config.method] = method_settings(config).model_dump(mode="json")
-    header = f"# ft train config.yaml output={config.output}\n"
-    return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if not header:
+        return text
+    words = shlex.join(["ft", "train", "config.yaml", f"output={config.output}"])
+    return f"# {' '.join(words.split())}\n{text}"
 
 
 class _UniqueKeys(yaml.SafeLoader):

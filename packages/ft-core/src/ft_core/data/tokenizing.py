@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from ft_core.console import counted
 from ft_core.data.collating import IGNORE
 from ft_core.data.rendering import Draft, Renderer
 from ft_core.errors import DataError
@@ -201,10 +202,11 @@ def tokenize_rows(
     for numbered in _batches(enumerate(rows)):
         adding(numbered, result)
     if not len(result):
-        empty = f", {result.empty} have an empty text" if result.empty else ""
+        empty = f", {result.empty} {'has' if result.empty == 1 else 'have'} an empty text" if result.empty else ""
+        longer = f"{result.overlong} {'is' if result.overlong == 1 else 'are'} longer"
         raise DataError(
-            f"none of {result.rows} rows has a trained token within max_length {max_length} "
-            f"({result.overlong} are longer{empty}): raise max_length or look at the data"
+            f"none of {counted(result.rows, 'row')} has a trained token within max_length {max_length} "
+            f"({longer}{empty}): raise max_length or look at the data"
         )
     return result
 

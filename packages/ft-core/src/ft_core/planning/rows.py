@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ft_core.config import TrainConfig
+from ft_core.console import counted
 from ft_core.data.files import EXTENSIONS, read_file
 from ft_core.errors import DataError
 
@@ -88,9 +89,9 @@ def steps_of(config: TrainConfig, count: Count | None) -> tuple[int | None, str]
     batch = training.batch_size
     if config.packing:
         packed = max(math.ceil(count.bytes / LETTERS / config.max_length), 1)
-        said = f"{count.rows:,} rows packed into about {packed:,}, at {LETTERS} bytes a token"
+        said = f"{counted(count.rows, 'row')} packed into about {packed:,}, at {LETTERS} bytes a token"
     else:
-        packed, said = count.rows, f"{count.rows:,} rows"
+        packed, said = count.rows, counted(count.rows, "row")
     each = math.ceil(math.ceil(packed / batch) / training.gradient_accumulation)
     epochs = f"{training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"
     return math.ceil(each * training.epochs), f"{epochs} of {said}"

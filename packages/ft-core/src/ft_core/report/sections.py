@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ft_core.console import counted
 from ft_core.report.html import fold, table, text
 from ft_core.report.metrics import metrics_of
 from ft_core.report.numbers import DASH, compact, count, date, duration, memory, percent
@@ -82,7 +83,7 @@ def evaluation(record: RunRecord) -> str:
         return '<p class="note">The evaluation holds no numbers.</p>'
     measured = number(record.evaluation.get("rows"))
     source = record.evaluation.get("data")
-    where = f"{count(measured)} rows" if measured is not None else "Measured"
+    where = f"{count(measured)} row{'' if measured == 1 else 's'}" if measured is not None else "Measured"
     total = number(mapping(mapping(record.summary).get("data")).get("held_out_rows"))
     if source == "held_out.jsonl" and measured is not None and total is not None and measured < total:
         where = f"The first {count(measured)} rows of {count(total)} (ft eval measures all)"
@@ -113,15 +114,16 @@ def samples(record: RunRecord) -> str:
     out = _sample_table("Held-out prompts and the answers to them", rows[:SHOWN])
     if rows[SHOWN:]:
         out += (
-            f'<details class="more"><summary>{len(rows) - SHOWN} more samples</summary>'
+            f'<details class="more"><summary>{counted(len(rows) - SHOWN, "more sample")}</summary>'
             f"{_sample_table('Further samples', rows[SHOWN:])}</details>"
         )
     said = []
     if judged:
         right = {side: sum(_right(sample, side) is True for sample in found) for side in ("before", "after")}
-        said.append(f"Right before: {right['before']} of {len(found)} samples; after: {right['after']}.")
+        said.append(f"Right before: {right['before']} of {counted(len(found), 'sample')}; after: {right['after']}.")
     if len(found) > MOST:
-        said.append(f"{count(len(found) - MOST)} further samples are in evaluation.json.")
+        further = "sample is" if len(found) == MOST + 1 else "samples are"
+        said.append(f"{count(len(found) - MOST)} further {further} in evaluation.json.")
     return (f'<p class="note">{" ".join(said)}</p>' if said else "") + out
 
 

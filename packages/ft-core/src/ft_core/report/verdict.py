@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import PurePath
 
+from ft_core.console import counted
 from ft_core.errors import PluginError
 from ft_core.plugins.registry import registry
 from ft_core.plugins.specs import MethodSpec
@@ -122,7 +123,7 @@ def _gain(record: RunRecord) -> str:
         verb = "fell" if level[-1] < level[0] else "rose"
         return f"The training loss {verb} from about {plain(level[0], 2)} to {plain(level[-1], 2)} (smoothed)."
     rows = number(mapping(record.evaluation).get("rows"))
-    where = f" on {count(rows)} held-out rows" if rows else ""
+    where = f" on {count(rows)} held-out row{'' if rows == 1 else 's'}" if rows else ""
     lead = metrics[0]
     answered = mapping(record.evaluation).get("samples")
     if lead.key == "exact_match" and isinstance(answered, list) and len(answered) != rows:
@@ -161,7 +162,7 @@ def _faults(record: RunRecord) -> str:
     if odd:
         few = ", ".join(count(step) for step in odd[:5]) + (", …" if len(odd) > 5 else "")
         words.append(
-            f"The training loss was not a finite number at {count(len(odd))} of {count(len(steps))} recorded steps "
+            f"The training loss was not a finite number at {count(len(odd))} of {counted(len(steps), 'recorded step')} "
             f"({few}); the plot shows gaps there."
         )
     data = mapping(mapping(record.summary).get("data"))

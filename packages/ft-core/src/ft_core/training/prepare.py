@@ -71,9 +71,10 @@ def prepare_rows(
             return rows, held_out
         measured = read_rows(config.eval_data, spec.formats, seed=seed)
         if count := shared(rows, measured):
+            verb = "is" if count == 1 else "are"
             say(
-                f"warning: {count} of the {len(measured)} held-out rows are trained on too, word for word: what is "
-                "measured on them looks better than it is"
+                f"warning: {count} of the {len(measured)} held-out rows {verb} trained on too, "
+                "word for word: what is measured on them looks better than it is"
             )
         return rows, measured
     if config.eval_split is not None:

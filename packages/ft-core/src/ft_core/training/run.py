@@ -14,6 +14,7 @@ from typing import Any
 
 from ft_core.config import TrainConfig, to_yaml
 from ft_core.config.load import check_config, method_settings
+from ft_core.console import counted
 from ft_core.data.rendering import alpaca_template
 from ft_core.errors import FtError, RunError
 from ft_core.evaluation import Evaluation, EvaluationJob, compare
@@ -248,7 +249,7 @@ class _Session:
         model.eval()
         total = len(job.eval_rows or [])
         cut = f"the first {len(rows)} of {total} held-out rows (ft eval measures all)"
-        job.say(f"measuring {what} training on {cut if len(rows) < total else f'{total} held-out rows'}")
+        job.say(f"measuring {what} training on {cut if len(rows) < total else counted(total, 'held-out row')}")
         with _as_loaded(model):
             measured: Evaluation = resolve(self.spec.evaluate)(
                 EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)

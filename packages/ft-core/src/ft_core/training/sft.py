@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ft_core.console import counted
 from ft_core.data.collating import IGNORE
 from ft_core.errors import ConfigError
 
@@ -25,6 +26,9 @@ WASTE = 0.25
 
 FEW_LOGITS = 2**27
 """Logits that may exist at once on a CPU: half a gigabyte in float32."""
+
+LEFT_OUT = ("{} text is empty", "no token of {} answer is within max_length")
+"""Why rows are, which have no token to train on; {} is its or their."""
 
 
 class SftSettings(BaseModel):
@@ -191,14 +195,13 @@ def _dataset(job: Job, rows: Any, name: str) -> Any:
             "dropped_rows": tokens.dropped,
         }
     if tokens.overlong:
-        done = "split" if tokens.pieces else "cut"
+        done, verb = "split" if tokens.pieces else "cut", "is" if tokens.overlong == 1 else "are"
         job.say(
-            f"{tokens.overlong} of {tokens.rows} {what} rows are longer than max_length {config.max_length}: {done}"
+            f"{tokens.overlong} of {counted(tokens.rows, f'{what} row')} {verb} longer than max_length "
+            f"{config.max_length}: {done}"
         )
-    if tokens.empty:
-        job.say(f"{tokens.empty} {what} rows were left out: their text is empty")
-    if tokens.dropped > tokens.empty:
-        job.say(
-            f"{tokens.dropped - tokens.empty} {what} rows were left out: no token of their answer is within max_length"
-        )
+    for count, why in zip((tokens.empty, tokens.dropped - tokens.empty), LEFT_OUT, strict=True):
+        if count > 0:
+            verb, whose = ("was", "its") if count == 1 else ("were", "their")
+            job.say(f"{counted(count, f'{what} row')} {verb} left out: {why.format(whose)}")
     return Packed(tokens, config.max_length).dataset() if config.packing else tokens.dataset()

@@ -138,12 +138,15 @@ def _check(made: Converted, model: Path, source: Source, type: str, lines: list[
     vocabulary = made.vocabulary
     with llama_cpp(made.file, max(len(prompt.ids) for prompt in prompts) + NEW_TOKENS + 8) as engine:
         texts = check_tokens(engine, tokenizer, [prompt.text for prompt in prompts])
-        lines.append(f"llama.cpp splits {texts} texts into the same tokens (rules: {vocabulary.pre})")
+        lines.append(
+            f"llama.cpp splits {texts} text{'' if texts == 1 else 's'} into the same tokens (rules: {vocabulary.pre})"
+        )
         conversations = 0
         if vocabulary.templates:
             bos = tokenizer.bos_token if vocabulary.add_bos else ""
             conversations = check_template(engine, tokenizer, _conversations(rows), bos)
-            lines.append(f"llama.cpp renders {conversations} conversations in the chat template byte for byte alike")
+            several = "conversation" if conversations == 1 else "conversations"
+            lines.append(f"llama.cpp renders {conversations} {several} in the chat template byte for byte alike")
         else:
             lines.append("the model has no chat template: none was written")
         stops = set(stop_tokens(tokenizer, model))
