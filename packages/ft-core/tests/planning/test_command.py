@@ -256,9 +256,13 @@ def test_training_says_it_in_one_line(planned: Any) -> None:
     assert line(planned("H100", 1, 65536, quantization="nf4", gib=14)).endswith("tiles of 4096 tokens")
 
 
-def test_training_goes_on_without_a_plan(planned: Any, folder: Any) -> None:
+def test_training_goes_on_without_a_plan(
+    folder: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ft_core import planning
     from ft_core.config.load import check_config
     from ft_core.models import Device, ModelSource
+    from ft_core.planning import find_card
     from ft_core.training.speed import foresee
 
     path = folder()
@@ -266,10 +270,14 @@ def test_training_goes_on_without_a_plan(planned: Any, folder: Any) -> None:
     source = ModelSource(str(path), path, "m")
     said: list[str] = []
     assert foresee(config, source, Device("cpu", "a CPU", "float32", 2**34, 2**34), said.append) is None
-    # A GPU that is none: whatever fails is left to the training itself.
+    # A GPU that is none: whatever fails is left to the training itself, and logged for those who ask why.
     (path / "config.json").write_text("{", encoding="utf-8")
-    assert foresee(config, source, Device("cuda", "a card", "bfloat16", 2**34, 2**34), said.append) is None
+    monkeypatch.setattr(planning, "card_here", lambda: find_card("H100"))
+    with caplog.at_level("DEBUG", logger="ft_core.training.speed"):
+        assert foresee(config, source, Device("cuda", "a card", "bfloat16", 2**34, 2**34), said.append) is None
     assert said == []
+    (record,) = caplog.records
+    assert (record.levelname, record.exc_info is not None) == ("DEBUG", True)
 
 
 def test_training_takes_the_tile_from_its_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ft_core.planning import Plan
 
 __all__ = ["check_first_step", "foresee", "leave_disk", "plan_ahead", "recomputes", "runs_kernels", "speed_up"]
+
+log = logging.getLogger(__name__)
 
 CHECKED = 256
 """Tokens of the row that the first step is checked on."""
@@ -30,7 +33,7 @@ def runs_kernels(device: Any) -> bool:
 def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Callable[[str], None]) -> Plan | None:
     """Say in one line what a training will take of this GPU, before anything is loaded; None without one.
 
-    A prediction that fails is left out: whatever is wrong with the model is said when it is loaded.
+    A prediction that fails is logged and left out: whatever is wrong with the model is said when it is loaded.
     """
     if not runs_kernels(device):
         return None
@@ -50,6 +53,7 @@ def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Calla
         planned = plan(config, source, card, host=host_memory()[1], disk=disk, quick=True)
         said = line(planned)
     except Exception:
+        log.debug("the training is not planned: its memory cannot be predicted", exc_info=True)
         return None
     say(said)
     return planned
