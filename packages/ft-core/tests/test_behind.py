@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 TIMES = ("seconds", "tokens_per_second", "memory", "runtime", "samples_per_second", "steps_per_second")
 
@@ -123,6 +126,70 @@ def test_a_loss_that_is_no_number_ends_it_a_step_later_and_before_anything_is_sa
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["loss"] is None
     assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_row_has_the_memory_of_its_own_step(
+    ft: Any, configure: Any, tmp_path: Path, behind: list[str], monkeypatch: pytest.MonkeyPatch, metrics: Any
+) -> None:
+    """The third step takes more than the process ever had: no row before it says so."""
+    from ft_core.models.device import peak_memory
+    from ft_core.training.trainer import RunTrainerMixin
+
+    if sys.platform != "linux":
+        pytest.skip("needs /proc")
+    step: Callable[..., Any] = RunTrainerMixin.training_step
+    more = 2**26
+
+    def growing(self: Any, *args: Any, **named: Any) -> Any:
+        if self.state.global_step == 2:
+            pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+            size = peak_memory() - pages * os.sysconf("SC_PAGE_SIZE") + 2 * more
+            torch.ones(size, dtype=torch.uint8)  # each page is written to
+        return step(self, *args, **named)
+
+    monkeypatch.setattr(RunTrainerMixin, "training_step", growing)
+    done = ft("train", configure(training={"max_steps": 5, "save_every": 100}))
+    assert done.code == 0, done.err
+    assert behind == ["1", "2", "3", "4"]
+    memory = [row["memory"] for row in metrics(tmp_path / "run")]
+    assert memory[1] + more < memory[2]
+
+
+def test_what_trl_counts_of_the_next_step_stays_with_it(
+    ft: Any, configure: Any, tmp_path: Path, behind: list[str], monkeypatch: pytest.MonkeyPatch, metrics: Any
+) -> None:
+    """Counted in every other step, as a trainer may whose loss is the fast path's only for some batches."""
+    from ft_core.training.trainer import RunTrainerMixin
+
+    step: Callable[..., Any] = RunTrainerMixin.training_step
+
+    def counting(self: Any, *args: Any, **named: Any) -> Any:
+        if self.state.global_step % 2:
+            self._metrics["train"]["counted"].append(float(self.state.global_step + 1))
+        return step(self, *args, **named)
+
+    monkeypatch.setattr(RunTrainerMixin, "training_step", counting)
+    done = ft("train", configure(training={"max_steps": 6, "save_every": 100}))
+    assert done.code == 0, done.err
+    assert behind == ["1", "3", "5"]
+    assert [row.get("counted") for row in metrics(tmp_path / "run")] == [None, 2.0, None, 4.0, None, 6.0]
+
+
+@pytest.mark.gpu
+def test_a_norm_on_another_device_than_the_loss(tmp_path: Path) -> None:
+    """As a model has it that is spread over several: here over a GPU and the CPU."""
+    from transformers import Trainer, TrainingArguments
+
+    from ft_core.training.behind import LogsBehindMixin
+
+    class Behind(LogsBehindMixin, Trainer):
+        logs_behind = True
+
+    trainer = Behind(torch.nn.Linear(1, 1), TrainingArguments(tmp_path, report_to="none"))
+    unsaid = trainer._take(torch.tensor(2.0, device="cuda"), torch.tensor(3.0), 0.0, 0.1)
+    assert unsaid.ready is not None
+    unsaid.ready.synchronize()
+    assert unsaid.values.tolist() == [2.0, 3.0]
 
 
 def test_what_a_callback_asks_for_when_a_step_is_logged_is_done(

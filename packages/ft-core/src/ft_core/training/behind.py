@@ -9,12 +9,15 @@ are the same.
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ft_core.models.device import peak_memory
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -36,6 +39,7 @@ class _Unsaid:
     Attributes:
         values: the loss, and the gradients' norm if there is one. ready: when they are there; None where they are.
         logs: what is known already. moment: the state's ``MOMENT``. launched: when all of it was launched.
+        peak: bytes of memory at most until then.
     """
 
     values: Tensor
@@ -44,6 +48,7 @@ class _Unsaid:
     start_time: float
     moment: dict[str, Any]
     launched: float
+    peak: int
 
 
 class _Clocks:
@@ -118,7 +123,8 @@ class LogsBehindMixin(_Base):
     def _take(self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None) -> _Unsaid:
         """Send the numbers to the host, and do what transformers does once it has them."""
         numbers = [tr_loss, *([grad_norm] if isinstance(grad_norm, Tensor) else [])]
-        values = torch.stack([x.detach().reshape(()).double() for x in numbers])
+        # A model that is spread over several devices has its norm on another one than the loss.
+        values = torch.stack([x.detach().reshape(()).to(tr_loss.device, torch.double) for x in numbers])
         ready = None
         if values.is_cuda:
             if self._clocks is None:
@@ -132,7 +138,7 @@ class LogsBehindMixin(_Base):
         self.store_flos()
         logs = {} if grad_norm is None or isinstance(grad_norm, Tensor) else {"grad_norm": float(grad_norm)}
         logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
-        return _Unsaid(values, ready, logs, start_time, self._set_moment({}), time.perf_counter())
+        return _Unsaid(values, ready, logs, start_time, self._set_moment({}), time.perf_counter(), peak_memory())
 
     def _say_unsaid(self) -> None:
         """Log the step before as it would have been logged then."""
@@ -146,13 +152,32 @@ class LogsBehindMixin(_Base):
         loss, *norms = unsaid.values.tolist()
         self._total_loss_scalar += loss
         now, should_log = self._set_moment(unsaid.moment), self.control.should_log
-        self.state.finished = finished  # no part of what is saved
+        self.state.finished, self.state.peak = finished, unsaid.peak  # no part of what is saved
         try:
-            self.log({"loss": loss, **({"grad_norm": norms[0]} if norms else {}), **unsaid.logs}, unsaid.start_time)
+            with self._uncounted():
+                self.log({"loss": loss, **({"grad_norm": norms[0]} if norms else {}), **unsaid.logs}, unsaid.start_time)
         finally:
             self._set_moment(now)
-            del self.state.finished
+            del self.state.finished, self.state.peak
             self.control.should_log = should_log  # logging takes the wish for it back, which is the present step's
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Within it TRL has counted nothing: by now it may have begun to count for the step that is under way.
+
+        A step whose own counts were there was not left unsaid (``_may_wait``).
+        """
+        counts = getattr(self, "_metrics", {}).get("train")
+        if counts is None:
+            yield
+            return
+        counted = dict(counts)
+        counts.clear()
+        try:
+            yield
+        finally:
+            counts.clear()
+            counts.update(counted)
 
     def _set_moment(self, values: dict[str, Any]) -> dict[str, Any]:
         """Put these into the trainer's state; what was there."""

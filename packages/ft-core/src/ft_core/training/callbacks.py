@@ -101,7 +101,7 @@ class MetricsWriter(TrainerCallback):
             )
 
     def _train_row(self, state: TrainerState, logs: dict[str, Any]) -> dict[str, Any]:
-        # A step that is logged later than it ended says when that was (ft_core.training.behind).
+        # A step that is logged later than it ended says when that was, and what it took (ft_core.training.behind).
         now = getattr(state, "finished", None) or time.perf_counter()
         tokens = int(state.num_input_tokens_seen)
         row: dict[str, Any] = {
@@ -113,7 +113,7 @@ class MetricsWriter(TrainerCallback):
             "grad_norm": logs.get("grad_norm"),
             "tokens": tokens,
             "tokens_per_second": (tokens - self._tokens) / max(now - self._last, 1e-9),
-            "memory": peak_memory(),
+            "memory": getattr(state, "peak", None) or peak_memory(),
             "seconds": self._before + now - self._start,
         }
         others = {k: v for k, v in logs.items() if k not in row and k not in DROPPED and _number(v)}
