@@ -10,8 +10,8 @@ for this card), the same model, choices and tile follow from it, the same traine
 max_length tokens, with clipping and all; nothing is saved. Measured are the time of the steps after the fifth by their
 number, the GPU waited for before the first of them and after the last, and torch's max_memory_allocated in the steps
 after the second, when `auto` has settled. A row with both errors in per cent is added to
-benchmarks/results/planner_check.jsonl, and at the end the worst are printed. The bars: 5 % of memory, 10 % of time. A configuration that does not fit by the plan gets
-half as much memory again.
+benchmarks/results/planner_check.jsonl, and at the end the worst are printed. The bars: 5 % of memory, 10 % of time. A
+configuration that does not fit by the plan gets half as much memory again.
 """
 
 from __future__ import annotations

@@ -344,7 +344,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.memory": ["InUse", "memory_capped", "memory_errors_said"],
     "ft_core.training.longest": ["longest_batch", "tokens_in"],
     "ft_core.training.moment": ["Moment", "changed_by_forward"],
-    "ft_core.training.optimizers": ["QueuedUpdates", "optimizer_of", "queued"],
+    "ft_core.training.optimizers": ["QueuedUpdates", "forget_overrides", "optimizer_of", "queued"],
     "ft_core.training.prepare": [
         "check_resumable",
         "check_unfinished",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from ft_core.config import TrainConfig
 if TYPE_CHECKING:
     from ft_core.planning import Plan
 
-__all__ = ["QueuedUpdates", "optimizer_of", "queued"]
+__all__ = ["QueuedUpdates", "forget_overrides", "optimizer_of", "queued"]
 
 PAGEABLE = "adamw_8bit"
 """The optimizer whose state a plan may page to the host; ``paged_adamw_8bit`` makes the same updates."""
@@ -87,3 +88,22 @@ def queued(optimizer: Any) -> Any:
         return optimizer
     # transformers looks at the name of the class and of its module.
     return type(optimizer.__name__, (QueuedUpdates, optimizer), {"__module__": optimizer.__module__})
+
+
+def forget_overrides(model: Any) -> None:
+    """Let go of a model's layers whose training is over.
+
+    For an 8-bit optimizer transformers asks bitsandbytes for 32-bit states of embeddings, trained or not. It keeps a
+    list of such layers as long as the process lives: each training would leave its embedding on the GPU, a gigabyte of
+    a large vocabulary.
+    """
+    library = sys.modules.get("bitsandbytes.optim")
+    if library is None:
+        return
+    manager: Any = library.GlobalOptimManager.get_instance()
+    modules, parameters = set(map(id, model.modules())), set(map(id, model.parameters()))
+    kept = [one for one in manager.module_weight_config_triple if id(one[0]) not in modules]
+    manager.module_weight_config_triple[:] = kept
+    dropped = [manager.pid2config.pop(key) for key in parameters & manager.pid2config.keys()]
+    for place in [place for place, config in manager.index2config.items() if any(config is one for one in dropped)]:
+        del manager.index2config[place]

@@ -13,7 +13,7 @@ import torch
 
 from ft_core.errors import RunError
 from ft_core.training.behind import LogsBehindMixin
-from ft_core.training.optimizers import queued
+from ft_core.training.optimizers import forget_overrides, queued
 from ft_core.training.replan import ReplanningMixin
 from ft_core.training.schedule import renewed, rising
 
@@ -82,6 +82,13 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
         if is_main:
             for old in _checkpoints(folder)[: -self.keep_checkpoints]:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own; afterwards nothing but the trainer holds the model."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            forget_overrides(self.model)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Counts tokens too, all but padding, which transformers counts where pad and end are one token."""
