@@ -456,3 +456,21 @@ def test_small_tensors_are_not_counted_among_those_under_way():
         assert torch.equal(held[place].come_back(), torch.arange(float(sizes[place])))
         held[place] = None
         assert back() == under_way
+
+
+@pytest.mark.parametrize("choice", ["keep", "recompute", "offload", "offload-input"])
+def test_a_step_looks_at_each_layer_a_few_times(choice, monkeypatch):
+    """However many layers there are: a look at all of them for each of them took half of a step's time of the host."""
+    from ft_core.fast import blocks
+
+    looks = []
+    half = blocks.Blocks._half
+    monkeypatch.setattr(blocks.Blocks, "_half", lambda self, *given: looks.append(id(self)) or half(self, *given))
+    model, given = make("llama", "all"), batch("packed")
+    path = enable(model)
+    path.choose(choice)
+    step(model, given)
+    looks.clear()
+    step(model, given)
+    layers = len(path.layers)
+    assert 0 < len(looks) <= 2 * layers * 5  # its halves, there and back: whether they can be one operation, and which

@@ -275,7 +275,10 @@ class Chooser:
     def in_host(self, tokens: int) -> int:
         """Bytes that such a batch leaves on the host, by the choices as they are."""
         away = [choice for choice in self.chosen if choice in AWAY]
-        return sum(tokens * self._sizes().host[choice] for choice in away)
+        if not away:
+            return 0
+        sizes = self._sizes()  # once: it looks at every layer
+        return sum(tokens * sizes.host[choice] for choice in away)
 
     def watch(self, output: Tensor) -> None:
         """Notice when backward has come to the first layer's output, and what it took when it is over."""

@@ -203,10 +203,8 @@ def _load(
             **options,
         )
     except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"the model {source.reference} does not fit in {device.memory / 2**30:.0f} GiB of {device.name}: "
-            "try quantization: nf4, or a smaller model"
-        ) from error
+        smaller = "a smaller model" if quantization == "nf4" else "quantization: nf4, or a smaller model"
+        raise ModelError(f"the model {source.reference} does not fit in {_room(device)}: try {smaller}") from error
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise ModelError(f"the model {source.reference} cannot be loaded: {_first_sentence(error)}") from error
     _check_weights(model, report, source, head)
@@ -216,6 +214,16 @@ def _load(
     if head == "score" and model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = model.config.get_text_config().eos_token_id
     return model
+
+
+def _room(device: Device) -> str:
+    """The memory that a model was to fit in, for a message."""
+    import torch
+
+    share = torch.cuda.get_per_process_memory_fraction() if device.type == "cuda" else 1.0
+    if share < 1:
+        return f"the {share * device.memory / 2**30:.1f} GiB that memory allows of {device.name}'s"
+    return f"{device.memory / 2**30:.0f} GiB of {device.name}"
 
 
 def load_layers(source: ModelSource, device: Device, quantization: str, dtype: str, layers: int) -> PreTrainedModel:
