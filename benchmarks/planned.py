@@ -1,4 +1,4 @@
-"""The tables of docs/planning.md, from the planner: python benchmarks/planned.py
+"""The table of docs/long-context.md, from the planner: python benchmarks/planned.py
 
 For models of four sizes under LoRA r=16 on nf4 weights, the longest single row that fits each card, and its speed. The
 model folders are made in a temporary folder and hold a config.json each; nothing is loaded, and no GPU is needed.
@@ -17,7 +17,7 @@ from ft_core.planning import find_card, plan
 from ft_core.planning.engine import with_length
 
 CARDS = (
-    "RTX 3080", "RTX 3060", "RTX 4080", "RTX 4090", "RTX 5090", "A100 40GB", "L40S", "H100 80GB", "H200",
+    "RTX 4060 Ti 8GB", "RTX 3080", "RTX 3060", "RTX 4080", "RTX 4090", "RTX 5090", "A100 40GB", "L40S", "H100 80GB", "H200",
 )  # fmt: skip
 MODELS = {  # hidden, inner, layers, heads, keys' heads, vocabulary
     "8B": ("llama", 4096, 14336, 32, 32, 8, 128256),

@@ -112,6 +112,10 @@ def main() -> None:
     args = parser.parse_args()
     limit = cases.Limit.of(args.budget)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.device == "cuda":
+        from ft_core.memory import let_segments_grow
+
+        let_segments_grow()  # as ft train does
     rows = None if args.list else cases.Rows(args.results, args.device, line, seed=args.seed)
     measured = []
     for number, drawn in enumerate(draw(args.seed, args.count, args.device == "cpu")):
@@ -222,8 +226,11 @@ def check(drawn: Drawn, folder: Path, args: argparse.Namespace) -> dict[str, Any
     """Make the model, plan, train a few steps and compare."""
     import torch
 
+    from ft_core.models.device import count_peak_anew
+
     fast_path.make_from(transformers_config(drawn), folder, args.device)
     cases.tidy()
+    count_peak_anew()
     steps = WARM + args.steps
     write_rows(folder, drawn, drawn.rows * (steps + 1))
     config, _ = settle(drawn, folder, steps)

@@ -39,7 +39,7 @@ Points = dict[int, float | None]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--way", default="offload-input/4096", help="of ft")
+    parser.add_argument("--way", default="offload/4096", help="of ft")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

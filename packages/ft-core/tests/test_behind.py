@@ -135,13 +135,16 @@ def test_a_row_has_the_memory_of_its_own_step(
     from ft_core.models.device import peak_memory
     from ft_core.training.trainer import RunTrainerMixin
 
-    if sys.platform != "linux":
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and sys.platform != "linux":
         pytest.skip("needs /proc")
     step: Callable[..., Any] = RunTrainerMixin.training_step
     more = 2**26
 
     def growing(self: Any, *args: Any, **named: Any) -> Any:
-        if self.state.global_step == 2:
+        if self.state.global_step == 2 and on_gpu:
+            torch.empty(peak_memory() - torch.cuda.memory_allocated() + 2 * more, dtype=torch.uint8, device="cuda")
+        elif self.state.global_step == 2:
             pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
             size = peak_memory() - pages * os.sysconf("SC_PAGE_SIZE") + 2 * more
             torch.ones(size, dtype=torch.uint8)  # each page is written to

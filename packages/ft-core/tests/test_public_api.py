@@ -173,7 +173,14 @@ EXPECTED: dict[str, list[str]] = {
         "pick_device",
     ],
     "ft_core.models.cgroup": ["limits"],
-    "ft_core.models.device": ["Device", "host_memory", "peak_memory", "pick_device", "processes_here"],
+    "ft_core.models.device": [
+        "Device",
+        "count_peak_anew",
+        "host_memory",
+        "peak_memory",
+        "pick_device",
+        "processes_here",
+    ],
     "ft_core.models.gguf": ["KNOWN_PACKAGES", "cache_folder", "check_package", "from_file", "from_package", "outline"],
     "ft_core.models.loading": [
         "Quantization",

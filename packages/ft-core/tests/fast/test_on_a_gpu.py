@@ -211,8 +211,10 @@ def test_tiles_take_less_and_give_the_same(choice):
     path.tile = 2048
     step()
     tiled, less = step()
+    # Both round: 4 units of bfloat16 a layer, and each layer's errors by themselves (see check.bound); half of that.
+    limit = 0.5 * 4 * torch.finfo(torch.bfloat16).eps * 4**0.5
     for one, two in zip(tiled, untiled, strict=True):
-        assert (one - two).norm() <= 2e-2 * two.norm()
+        assert (one - two).norm() <= limit * two.norm()
     # Of gate and up, 14336 rows of a layer less, and of all layers where they were kept; at most half of that may come
     # back where the peak is another part's then.
     saved = (16384 * 4 - 2048 if choice == "keep" else 16384 - 2048) * 2 * 4096 * 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ft_core.models.cgroup import limits
 
-__all__ = ["Device", "host_memory", "peak_memory", "pick_device", "processes_here"]
+__all__ = ["Device", "count_peak_anew", "host_memory", "peak_memory", "pick_device", "processes_here"]
 
 
 @dataclass(frozen=True)
@@ -122,3 +122,11 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def count_peak_anew() -> None:
+    """On a GPU :func:`peak_memory` is from now on that of what follows; elsewhere the process's, whatever came first."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()

@@ -20,7 +20,7 @@ from ft_core.errors import FtError, RunError
 from ft_core.evaluation import Evaluation, EvaluationJob, compare
 from ft_core.generation import stop_ids
 from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick_device
-from ft_core.models.device import peak_memory
+from ft_core.models.device import count_peak_anew, peak_memory
 from ft_core.models.positions import fit_to_model
 from ft_core.models.source import read_ahead
 from ft_core.plugins import MethodSpec, registry, resolve
@@ -205,6 +205,8 @@ class _Session:
         if self.checkpoint:
             job.say(f"going on from step {self.step} ({self.checkpoint})")
         check_first_step(trainer, job.config, job.say)
+        # What a first batch takes is measured; what was used before, loading or measuring, would hide it.
+        count_peak_anew()
         if self.ranks.is_main:
             run.truncate_metrics(self.step)
         # What was measured before training must not change the training.
