@@ -183,14 +183,13 @@ class Chooser:
         self.wanted: Literal["auto"] | Choice | Sequence[Choice] = "auto"
         self.cap: int | None = None
         self.head = self._most_head = HEAD
-        self.tight = self.tiles = False
+        self.tight = self.tiles = self._told = False
         self._sizes, self._layers, self._trained = sizes, layers, trained
         self.chosen: list[Choice] = ["keep"] * layers
         self._wished = self.chosen
         self._fits = self._held = 0
         self._measured: _Measured | None = None
         self._plans: dict[int, tuple[int, list[Choice]]] = {}
-        self._told = False
 
     def want(self, wanted: Literal["auto"] | Choice | Sequence[Choice], cap: int | None) -> None:
         """Take a wish.
@@ -275,10 +274,8 @@ class Chooser:
     def in_host(self, tokens: int) -> int:
         """Bytes that such a batch leaves on the host, by the choices as they are."""
         away = [choice for choice in self.chosen if choice in AWAY]
-        if not away:
-            return 0
-        sizes = self._sizes()  # once: it looks at every layer
-        return sum(tokens * sizes.host[choice] for choice in away)
+        host = self._sizes().host if away else {}  # once: it looks at every layer
+        return sum(tokens * host[choice] for choice in away)
 
     def watch(self, output: Tensor) -> None:
         """Notice when backward has come to the first layer's output, and what it took when it is over."""
