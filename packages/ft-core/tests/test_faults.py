@@ -398,3 +398,11 @@ def test_no_space_for_the_first_file(small_disk: Callable[[str], Path], lasting:
     assert done.code == 2
     assert done.message.startswith(f"ft train: cannot write {disk}/run/config.yaml: No space left on device")
     assert [p.name for p in disk.iterdir()] == ["filler"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_an_output_where_no_file_can_be_made(ft: Any, configure: Any) -> None:
+    """The folder is there, and the system says of each new file that its folder is not."""
+    done = ft("train", configure(), "output=/proc/self/run")
+    assert done.code == 2
+    assert done.message == "ft train: cannot make the run folder /proc/self/run: No such file or directory"

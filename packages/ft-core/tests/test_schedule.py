@@ -110,8 +110,9 @@ def test_a_finished_run_that_goes_on_has_a_rate_at_once(ft: Any, configure: Any,
         ({}, 10, None),
         ({"max_steps": 3}, 3, None),  # whoever says so knows
         ({}, 9, "raise training.epochs to 2 or more, or lower training.gradient_accumulation (now 4) or training."),
-        ({"epochs": 3, "batch_size": 1}, 4, "raise training.epochs to 8 or more, or lower training.gradient_accumu"),
-        ({"epochs": 0.5, "batch_size": 1, "gradient_accumulation": 1}, 2, "raise training.epochs to 3 or more"),
+        ({"epochs": 3, "batch_size": 1}, 6, "raise training.epochs to 5 or more, or lower training.gradient_accumu"),
+        ({"epochs": 0.5, "batch_size": 1, "gradient_accumulation": 1}, 2, "raise training.epochs to 4 or more"),
+        ({"epochs": 0.1, "batch_size": 1, "gradient_accumulation": 1}, 1, "raise training.epochs to 10 or more"),
     ],
 )
 def test_what_makes_more_steps(training: dict[str, Any], steps: int, said: str | None) -> None:

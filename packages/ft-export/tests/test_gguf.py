@@ -24,7 +24,7 @@ from ft_export.checkpoints import Checkpoint
 from ft_export.gguf import architectures, convert, converter, vocabulary
 from ft_export.gguf import export as export_module
 from ft_export.gguf.engine import llama_cpp
-from ft_export.gguf.rounding import round_to
+from ft_export.gguf.rounding import round_inputs
 from ft_export.gguf.text_check import check_tokens
 
 LLAMA3 = {
@@ -141,14 +141,35 @@ def test_llama3_factors_are_transformers(make_model: Any, tmp_path: Path) -> Non
     assert factors[-1] == 8
 
 
-def test_round_to_is_gguf_s_q8_0() -> None:
+def test_inputs_are_rounded_as_gguf_rounds_to_q8_0() -> None:
     value = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
     packed = gguf.quants.quantize(value.numpy(), gguf.GGMLQuantizationType.Q8_0)
     expected = torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0))
     # the quantizer divides by the step before it is rounded to F16, which may move a value on the border by one step
     step = value.reshape(8, 3, 32).abs().amax(-1, keepdim=True).expand(8, 3, 32).reshape(8, 96) / 127
-    assert ((round_to(value, "q8_0") - expected).abs() <= step * 1.001).all()
-    assert (round_to(value, "q8_0") == expected).float().mean() > 0.98
+    for kind in ("Q8_0", "Q4_0", "Q5_1"):
+        assert ((round_inputs(value, kind) - expected).abs() <= step * 1.001).all()
+        assert (round_inputs(value, kind) == expected).float().mean() > 0.98
+    wide = torch.randn(4, 512, generator=torch.Generator().manual_seed(1))
+    most = wide.reshape(4, 2, 256).abs().amax(-1, keepdim=True)
+    rounded = round_inputs(wide, "Q4_K").reshape(4, 2, 256) / most * 127
+    assert (rounded - rounded.round()).abs().max() < 1e-3  # whole steps of a 127th of a block's largest
+    assert ((round_inputs(wide, "Q6_K") - wide).reshape(4, 2, 256).abs() <= most / 127 * 0.501).all()
+
+
+def test_weights_are_rounded_to_what_the_file_holds(make_model: Any, tmp_path: Path) -> None:
+    from ft_export.bases import load_model
+    from ft_export.gguf.rounding import round_weights
+
+    model = make_model(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    made = convert(model, tmp_path / "x.gguf", type="q3_k_m")
+    loaded = load_model(model, torch.float32)
+    round_weights(loaded, made.kinds)
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    for mine, theirs in (("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v"), ("mlp.gate_proj", "ffn_gate")):
+        tensor = written[f"blk.1.{theirs}.weight"]
+        expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert (loaded.get_parameter(f"model.layers.1.{mine}.weight").detach().numpy() == expected).all()
 
 
 def test_a_table_can_split_stack_and_drop() -> None:
@@ -390,8 +411,8 @@ def test_unknown_architecture_and_options(base: Path, make_model: Any, tmp_path:
         match=r"GPT2LMHeadModel cannot be converted to GGUF \(known: LlamaForCausalLM, MistralForCausalLM, Qwen2",
     ):
         convert(tmp_path / "gpt2", tmp_path / "x.gguf")
-    with pytest.raises(ExportError, match=r"'q4_k_m' is not known for gguf \(allowed: f16, q8_0\)"):
-        export_gguf(base, tmp_path / "out", type="q4_k_m")
+    with pytest.raises(ExportError, match=r"'q4_k' is not known for gguf \(allowed: f16, f32, bf16, .*, q4_0\)"):
+        export_gguf(base, tmp_path / "out", type="q4_k")
     with pytest.raises(ExportError, match=r"option 'prr' is not known for gguf \(allowed: pre\)"):
         export_gguf(base, tmp_path / "out", options={"prr": "x"})
     dynamic = make_model(

@@ -19,7 +19,8 @@ def test_registered() -> None:
     merge = registry().get(CommandSpec, "merge")
     exporter = registry().get(ExporterSpec, "gguf")
     assert merge.module == "ft_export.commands.merge"
-    assert exporter.types == ("f16", "q8_0")
+    assert exporter.types[:4] == ("f16", "f32", "bf16", "q8_0")
+    assert {"q2_k", "q3_k_m", "q4_k_m", "q5_k_s", "q6_k", "q4_0", "q5_1"} < set(exporter.types)
     assert callable(resolve(exporter.export))
 
 
@@ -50,8 +51,8 @@ def test_exporter(base: Path, tmp_path: Path) -> None:
     assert [path.name for path in result.files] == ["llama-f16.gguf", "proof.json"]
     assert all(path.is_file() for path in result.files)
     assert any(line.startswith("llama.cpp's answer to") for line in result.checks)
-    with pytest.raises(FtError, match="allowed: f16, q8_0"):
-        export(ExportRequest(run=base, out=tmp_path / "out", type="q4_0"))
+    with pytest.raises(FtError, match="allowed: f16, f32, bf16, q8_0"):
+        export(ExportRequest(run=base, out=tmp_path / "out", type="q2_k_s"))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -37,7 +37,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("type", "least"), [("f16", 0.98), ("q8_0", 0.9)])
+@pytest.mark.parametrize(("type", "least"), [("f16", 0.98), ("q8_0", 0.9), ("q4_k_m", 0.9)])
 def test_smollm2_in_llama_cpp(smollm2: Path, type: str, least: float, tmp_path: Path) -> None:
     from ft_export import export_gguf
 
@@ -45,4 +45,6 @@ def test_smollm2_in_llama_cpp(smollm2: Path, type: str, least: float, tmp_path: 
     found = json.loads(made.proof.read_text())["files"][made.file.name]["continuations"]
     assert found["tokens"] > 100
     assert found["equal"] >= least * found["tokens"]
-    assert found["answers_equal"] or type == "q8_0"
+    assert found["answers_equal"] or type != "f16"
+    # Its width of 576 is not whole blocks of 256: five bits and eight in place of four and six.
+    assert found["perplexity"]["after"] <= found["perplexity"]["before"] * (1.05 if type == "q4_k_m" else 1.02)

@@ -458,6 +458,27 @@ def test_small_tensors_are_not_counted_among_those_under_way():
         assert back() == under_way
 
 
+@pytest.mark.parametrize("wide", [100, 200, 300, 800])
+def test_layers_of_several_widths_have_few_bytes_under_way(wide):
+    """First layers whose inputs wait, then layers of which more does, one part of it wider."""
+    from ft_core.fast.offload import HostMemory
+
+    host = HostMemory()
+    host.least = 1
+    host.begin()
+    sizes = [100] * 20 + [100, wide, 100, 4] * 4
+    held, most = [], 0
+    for size in sizes:
+        held.append(host._take(torch.zeros(size)))
+        most = max(most, sum(tensor.numel() for tensor, _ in host._leaving))
+    assert most <= 2 * wide + 8
+    most = 0
+    while held:
+        held.pop().come_back()
+        most = max(most, sum(one._host.numel() for one in held if one._back is not None))
+    assert most <= 2 * max(wide, 100) + 100 + 12
+
+
 @pytest.mark.parametrize("choice", ["keep", "recompute", "offload", "offload-input"])
 def test_a_step_looks_at_each_layer_a_few_times(choice, monkeypatch):
     """However many layers there are: a look at all of them for each of them took half of a step's time of the host."""

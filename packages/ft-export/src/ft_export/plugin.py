@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 from ft_core.errors import FtError
 from ft_core.plugins import CommandSpec, ExporterSpec, ExportRequest, ExportResult
 from ft_export.errors import ExportError
+from ft_export.gguf.mixes import FILE_TYPES
 from ft_export.progress import Progress
 
 __all__ = ["GGUF", "MERGE", "as_ft_error", "export_gguf", "shown"]
@@ -26,7 +27,7 @@ GGUF = ExporterSpec(
     name="gguf",
     summary="a GGUF file for llama.cpp, checked in llama.cpp",
     export="ft_export.plugin:export_gguf",
-    types=("f16", "q8_0"),
+    types=tuple(FILE_TYPES),
 )
 
 

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     spec = registry().get(ExporterSpec, args.to)
     folder = Run.open(args.run)
     kind = args.type or (spec.types[0] if spec.types else None)
+    if kind is not None and kind.lower() in spec.types:
+        kind = kind.lower()  # llama.cpp writes Q4_K_M
     if kind is not None and kind not in spec.types:
         allowed = ", ".join(spec.types) or "none, it has only one form"
         raise ConfigError(f"--type {kind} is not allowed for {args.to} (allowed: {allowed})")

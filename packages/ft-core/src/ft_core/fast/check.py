@@ -16,9 +16,10 @@ from ft_core.fast.swap import FastPath
 
 __all__ = ["Comparison", "bound", "compare", "trial"]
 
-INT8 = 2.0**-7
-"""What bitsandbytes' 8-bit layers round on a GPU, relative to a number of average size: they multiply a row of
-activations in steps of a 127th of its largest, some four times the average; the fast layers don't."""
+INT8 = 4 / 127 / 12**0.5
+"""The error of what bitsandbytes' 8-bit layers multiply on a GPU, relative to it: a row of activations is rounded to
+steps of a 127th of its largest number, some four times the average one; the fast layers don't. It is evenly spread
+over a step."""
 TRIED = 160
 """Tokens of a trial: from 128 on, products take the way that long rows take."""
 
@@ -52,19 +53,20 @@ def _order(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def bound(dtype: torch.dtype, layers: int, terms: int, least: float = 0.0) -> float:
+def bound(dtype: torch.dtype, layers: int, terms: int, int8: bool = False) -> float:
     """The largest distance that rounding explains.
 
     Args:
         dtype: what is computed in. layers: how many. terms: of the longest sum.
-        least: a unit of numbers that are rounded more than the dtype's, if there are any.
+        int8: whether transformers' own layers round the inputs of their products to 8 bits.
 
     Each layer rounds some sixteen results, whose errors of half a unit in the last place are independent, and which are
     sums of up to ``terms`` products added in fp32; the errors of the layers add up as a random walk. Both sides round:
-    2 · sqrt(16) · (eps + eps₃₂ · sqrt(terms)) / 2 · sqrt(layers), doubled.
+    2 · sqrt(16) · (eps + eps₃₂ · sqrt(terms)) / 2 · sqrt(layers), doubled. To 8 bits one side rounds four inputs of a
+    layer: sqrt(4) · INT8 · sqrt(layers), doubled; both are independent of each other.
     """
-    each = max(torch.finfo(dtype).eps, least) + torch.finfo(torch.float32).eps * math.sqrt(terms)
-    return 8 * each * math.sqrt(max(layers, 1))
+    each = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * math.sqrt(terms)
+    return math.hypot(8 * each, 4 * INT8 if int8 else 0.0) * math.sqrt(max(layers, 1))
 
 
 def compare(path: FastPath, model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None = None) -> Comparison:
@@ -93,7 +95,7 @@ def compare(path: FastPath, model: nn.Module, batch: dict[str, Any], dtype: torc
     computed = dtype or next(iter(model.parameters())).dtype
     terms = max(path.model.config.get_text_config().intermediate_size, batch["input_ids"].numel())
     rounded = device.type == "cuda" and any(type(m).__name__ == "Linear8bitLt" for m in path.model.modules())
-    limit = bound(computed, len(path.layers), terms, INT8 if rounded else 0.0)
+    limit = bound(computed, len(path.layers), terms, rounded)
     return Comparison((float(fast_loss), float(plain_loss)), distances, limit)
 
 

@@ -36,9 +36,10 @@ AWAY = 2
 """How many large tensors are on their way out before the first of them is waited for."""
 AHEAD = 2
 """How many are on their way back before they are wanted."""
-LARGE = 0.5
+LARGE = 1 / 16
 """A tensor of this share of the largest is a large one. Half a layer hands over two and, for long rows, the sums of its
-attention, all at once: if those counted, the first would be waited for while its copy has only begun."""
+attention, all at once: if those counted, the first would be waited for while its copy has only begun. Such sums are 2
+in a head's width of the rest; those of all layers together are about one large tensor."""
 IN_A_SLAB = 8
 """At least so many buffers are pinned at once: torch rounds what it pins up to a power of two."""
 
@@ -305,8 +306,8 @@ class _Held:
         """The tensor as it was; the next that backward will want set out."""
         self._set_out()
         ahead = 0
-        for reference in reversed(self._order.held[: self._place]):
-            held = reference()
+        for place in range(self._place - 1, -1, -1):
+            held = self._order.held[place]()
             if held is None:
                 continue
             ahead += self._order.is_large(held.count * held.dtype.itemsize)

@@ -125,7 +125,7 @@ def peak_memory() -> int:
 
 
 def count_peak_anew() -> None:
-    """On a GPU :func:`peak_memory` is from now on that of what follows; elsewhere the process's, whatever came first."""
+    """On a GPU :func:`peak_memory` is from now on that of what follows; elsewhere it stays the process's."""
     import torch
 
     if torch.cuda.is_available():

@@ -60,7 +60,10 @@ CARDS: tuple[Card, ...] = (
     _card("A100 80GB", 79.2, 312, 0.74, 2039, 24, (8, 0)),
     _card("A100 40GB", 39.4, 312, 0.74, 1555, 24, (8, 0)),
     _card("L40S", 44.4, 362, 0.55, 864, 24, (8, 9)),
+    _card("L40", 44.4, 181, 0.55, 864, 24, (8, 9)),
     _card("L4", 22.0, 121, 0.45, 300, 24, (8, 9)),
+    _card("A40", 44.4, 150, 0.55, 696, 24, (8, 6)),
+    _card("A30", 23.5, 165, 0.55, 933, 24, (8, 0)),
     _card("A10G", 22.0, 70, 0.72, 600, 24, (8, 6)),
     _card("A10", 22.0, 125, 0.50, 600, 24, (8, 6)),
     _card("RTX A6000", 47.4, 155, 0.62, 768, 24, (8, 6)),
@@ -68,13 +71,25 @@ CARDS: tuple[Card, ...] = (
     _card("RTX PRO 6000", 94.9, 504, 0.62, 1792, 53, (12, 0)),
     _card("RTX 5090", 31.4, 210, 0.80, 1792, 53, (12, 0)),
     _card("RTX 5080", 15.5, 113, 0.80, 960, 53, (12, 0)),
+    _card("RTX 5070 Ti", 15.5, 88, 0.80, 896, 53, (12, 0)),
+    _card("RTX 5070", 11.6, 62, 0.80, 672, 53, (12, 0)),
+    _card("RTX 5060 Ti 16GB", 15.5, 47, 0.80, 448, 26, (12, 0)),
+    _card("RTX 5060 Ti 8GB", 7.6, 47, 0.80, 448, 26, (12, 0)),
     _card("RTX 4090", 23.6, 165, 0.82, 1008, 24, (8, 9)),
+    _card("RTX 4080 Super", 15.7, 104, 0.82, 736, 24, (8, 9)),
     _card("RTX 4080", 15.7, 97, 0.82, 717, 24, (8, 9)),
+    _card("RTX 4070 Ti Super", 15.6, 88, 0.82, 672, 24, (8, 9)),
+    _card("RTX 4070 Ti", 11.6, 80, 0.82, 504, 24, (8, 9)),
+    _card("RTX 4070 Super", 11.6, 71, 0.82, 504, 24, (8, 9)),
     _card("RTX 4070", 11.6, 58, 0.82, 504, 24, (8, 9)),
     _card("RTX 4060 Ti 16GB", 15.6, 44, 0.82, 288, 12, (8, 9)),
     _card("RTX 4060 Ti 8GB", 7.6, 44, 0.82, 288, 12, (8, 9)),
+    _card("RTX 4060", 7.6, 30, 0.82, 272, 12, (8, 9)),
+    _card("RTX 3090 Ti", 23.7, 80, 0.82, 1008, 24, (8, 6)),
     _card("RTX 3090", 23.7, 71, 0.82, 936, 24, (8, 6)),
+    _card("RTX 3080 Ti", 11.7, 68, 0.82, 912, 24, (8, 6)),
     _card("RTX 3080", 9.8, 60, 0.82, 760, 24, (8, 6)),
+    _card("RTX 3070", 7.7, 41, 0.82, 448, 24, (8, 6)),
     _card("RTX 3060", 11.7, 25, 0.82, 360, 24, (8, 6)),
     _card("T4", 14.6, 65, 0.38, 320, 12, (7, 5)),
     _card("V100 32GB", 31.7, 125, 0.62, 900, 12, (7, 0)),
@@ -124,8 +139,11 @@ def find_card(name: str, memory: int | None = None, *, say: Callable[[str], None
             f"--gpu {name!r}: with so much memory no such card is known: give {known}, and --memory for another amount"
         )
     several = re.fullmatch(SEVERAL, name.strip().lower())
-    if several is not None and (one := _named(several["one"] or several["other"])):
-        raise ConfigError(f"--gpu {name!r} is more than one GPU: a plan is for one, so name one: {one[0].name!r}")
+    if several is not None and _named(several["one"] or several["other"]):
+        one = find_card(several["one"] or several["other"], memory)
+        if re.fullmatch(r"1\s*[x\u00d7*]?\s*\D.*|.*\D\s*[x\u00d7*]\s*1", name.strip().lower()):
+            return one
+        raise ConfigError(f"--gpu {name!r} is more than one GPU: a plan is for one, so name one: {one.name!r}")
     names = [card.name for card in CARDS]
     # A card of another number is another card, however similar its name.
     lowered = {known.lower(): known for known in names if _same_number(name, known)}
@@ -174,16 +192,20 @@ def _has(card: Card, size: int) -> bool:
 
 
 def _same_number(name: str, known: str) -> bool:
-    """Whether two names may be spellings of one: their numbers begin alike, or have the same digits."""
+    """Whether two names may be spellings of one: their numbers are the same, or three digits and more begin alike or
+    are in another order; and both are a ``Ti``, or neither."""
     one, other = (
         max(re.findall(r"\d+", text.split("gb")[0]) or [""], key=len) for text in (name.lower(), known.lower())
     )
-    return one.startswith(other) or other.startswith(one) or sorted(one) == sorted(other)
+    kinds = [set(re.findall(r"ti\b|super|laptop|mobile", text.lower())) for text in (name, known)]
+    alike = one.startswith(other) or other.startswith(one) or sorted(one) == sorted(other)
+    return kinds[0] == kinds[1] and (one == other or (min(len(one), len(other)) > 2 and alike))
 
 
 def _read(name: str) -> tuple[frozenset[str], frozenset[str]]:
     """The words that tell a card from others, and the sizes of its memory in GB."""
     spaced = re.sub(r"rtx(?=\d)", "rtx ", re.sub(r"(?<=\d)\s+(?=gi?b\b)", "", name.lower()))
+    spaced = re.sub(r"(?<=\d)(ti|super)\b|(?<=ti)(super)\b", r" \1\2", spaced)
     words = {word for word in re.split(r"[^a-z0-9]+", spaced) if word and not word.startswith("hbm")} - NOISE
     sizes = {found[1] for word in words if (found := re.fullmatch(SIZE, word))}
     return frozenset(word for word in words if not re.fullmatch(SIZE, word)), frozenset(sizes)

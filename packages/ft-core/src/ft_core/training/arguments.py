@@ -79,7 +79,8 @@ def few_steps(config: TrainConfig, steps: int) -> str | None:
         return None
     batch = [f"training.{name} (now {getattr(t, name)})" for name in ("gradient_accumulation", "batch_size")]
     smaller = [words for words in batch if "(now 1)" not in words]
-    way = f"raise training.epochs to {math.ceil(FEW * t.epochs / steps)} or more"
+    each = math.floor((steps - 1) / t.epochs) + 1  # of an epoch, at least: the run's are rounded up
+    way = f"raise training.epochs to {math.ceil(FEW / each)} or more"
     if smaller:
         way += f", or lower {' or '.join(smaller)}"
     return f"only {counted(steps, 'step')} in all: that may be too few to learn from; {way}"

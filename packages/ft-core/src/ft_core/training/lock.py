@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ __all__ = ["held"]
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 """What a file system without locks says; there a run is not guarded."""
 
+TRIES = 100
+"""How often a folder is made that others remove meanwhile; where no file can be made at all, it looks the same."""
 FAR = 2**30
 """Windows keeps others from reading what is locked, so the byte that is locked there lies behind the number."""
 
@@ -61,11 +64,13 @@ def _take(path: Path, run: Path, made: list[Path]) -> int:
 
 
 def _open(path: Path, run: Path, made: list[Path]) -> int:
-    while True:
+    for tried in itertools.count(1):
         made += _make_parents(path)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
+            if tried == TRIES:
+                raise
             continue  # another process has just removed the folder that it had made
         try:
             if not _lock(handle):
@@ -81,6 +86,7 @@ def _open(path: Path, run: Path, made: list[Path]) -> int:
             os.close(handle)
             raise
         os.close(handle)  # its holder removed it between our opening and our locking it
+    raise AssertionError
 
 
 def _make_parents(path: Path) -> list[Path]:

@@ -106,8 +106,9 @@ def train(
         disk_folder(config)  # whether it is there is asked before anything is loaded
         device = pick_device()
         with memory_errors_said(run, config) as used, memory_capped(config, device, say):
-            if resume and not run.is_run:
-                say(f"there is no run in {run.path} to go on with: it begins anew")
+            if resume and last_whole_checkpoint(run.checkpoints) is None:
+                missing = "checkpoint" if run.is_run else "run"
+                say(f"there is no {missing} in {run.path} to go on with: it begins anew")
             return _train(config, source, run, ranks, device, used, resuming=resume and run.is_run, say=say)
 
 
@@ -205,8 +206,10 @@ class _Session:
         if self.checkpoint:
             job.say(f"going on from step {self.step} ({self.checkpoint})")
         check_first_step(trainer, job.config, job.say)
-        # What a first batch takes is measured; what was used before, loading or measuring, would hide it.
-        count_peak_anew()
+        if job.model.device.type == "cuda":
+            # What a first batch takes is measured; what was used before, loading or measuring, would hide it.
+            self.memory["measure"] = peak_memory()
+            count_peak_anew()
         if self.ranks.is_main:
             run.truncate_metrics(self.step)
         # What was measured before training must not change the training.

@@ -12,17 +12,18 @@ from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import require_space
 from ft_export.gguf.architectures import Output, find_architecture, plan
+from ft_export.gguf.kernels import quantize
+from ft_export.gguf.mixes import FILE_TYPES, WHOLE, Shape, kind_of
 from ft_export.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from ft_export.runs import Rope
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TYPES", "Converted", "check_convertible", "convert", "require_gguf"]
+__all__ = ["TYPES", "Converted", "check_convertible", "check_type", "convert", "require_gguf"]
 
-TYPES = ("f16", "q8_0")
-BLOCK = 32
-"""How many neighbouring values of a row share a scale in Q8_0."""
+TYPES = tuple(FILE_TYPES)
+"""What ``--type`` may be, the default first."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Converted:
         architecture: llama.cpp's name of it.
         vocabulary: the tokenizer's keys.
         tensors: by GGUF name: type, shape and SHA-256 of the bytes in the file.
+        kinds: by the name in the transformers folder: the type in the file.
     """
 
     file: Path
     architecture: str
     vocabulary: Vocabulary
     tensors: dict[str, dict[str, Any]]
+    kinds: dict[str, str]
 
 
 def require_gguf() -> None:
@@ -95,13 +98,14 @@ def convert(
 ) -> Converted:
     """Write ``model`` as the GGUF file ``out``. Nothing is checked in an engine; :func:`ft_export.export_gguf` does.
 
-    Matrices are written in ``type``, norms and other one-dimensional tensors in F32, and a matrix whose rows cannot be
-    cut into blocks of 32 in F16, as llama.cpp's own converter does.
+    Matrices are written in ``type``, some in another where it is a mix (:mod:`ft_export.gguf.mixes`), norms and other
+    one-dimensional tensors in F32. The order of tensors and keys is that of llama.cpp's quantizing tool, so that the
+    file is the one that it would write.
 
     Args:
         model: a transformers folder with safetensors weights.
         out: the file to write; it is overwritten. Written in place: the caller renames.
-        type: ``f16`` or ``q8_0``.
+        type: one of :data:`TYPES`.
         pre: llama.cpp's name of the tokenizer's splitting rules, where it is not recognised.
         name: the model's name in the file; the folder's by default.
 
@@ -113,8 +117,7 @@ def convert(
     import gguf
 
     folder, target = Path(model), Path(out)
-    if type not in TYPES:
-        raise ExportError(f"--type {type!r} is not known for gguf (allowed: {', '.join(TYPES)})")
+    check_type(type)
     config = _configuration(folder)
     architecture = find_architecture(config)
     weights = Checkpoint(folder)
@@ -123,10 +126,9 @@ def convert(
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
     outputs = plan(architecture, config, list(weights))
-    jobs = [
-        _Job(output, _gguf_name(names, output, folder), weights, config, type, architecture.float32)
-        for output in outputs
-    ]
+    named = [(_gguf_name(names, output, folder), output) for output in outputs]
+    shape = _shape(config, "output.weight" not in dict(named))
+    jobs = [_Job(output, name, weights, config, type, shape, architecture.float32) for name, output in named]
     require_space(target.parent, sum(job.bytes for job in jobs) + 50_000_000, "the GGUF file")
 
     writer = gguf.GGUFWriter(target, architecture.name)
@@ -137,49 +139,82 @@ def convert(
             getattr(writer, method)(getattr(config, attribute))
         if architecture.extra_keys:
             architecture.extra_keys(writer, config)
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if type == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         write_vocabulary(writer, vocabulary)
-        extra = dict(architecture.extra_tensors(config)) if architecture.extra_tensors else {}
-        for key, tensor in extra.items():
-            writer.add_tensor_info(key, tuple(tensor.shape), tensor.numpy().dtype, tensor.numpy().nbytes)
-        for job in jobs:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[type].code])
+        extra = list(architecture.extra_tensors(config)) if architecture.extra_tensors else []
+        writes: list[_Job | _Made] = sorted([*jobs, *(_Made(*one) for one in extra)], key=lambda job: _place(job.name))
+        for job in writes:
             job.announce(writer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         written: dict[str, dict[str, Any]] = {}
-        for key, tensor in extra.items():
-            writer.write_tensor_data(tensor.numpy())
-            written[key] = _described(tensor.numpy(), gguf.GGMLQuantizationType.F32, tuple(tensor.shape))
-        for job in jobs:
+        for job in writes:
             array = job.array()
             writer.write_tensor_data(array)
             written[job.name] = _described(array, job.type, job.shape)
     finally:
         writer.close()
-    return Converted(target, architecture.name, vocabulary, written)
+    kinds = {source: job.type.name for job in jobs for source in job.output.sources}
+    return Converted(target, architecture.name, vocabulary, written, kinds)
+
+
+def check_type(type: str) -> None:
+    """
+    Raises:
+        ExportError: no such type.
+    """
+    if type not in TYPES:
+        raise ExportError(f"--type {type!r} is not known for gguf (allowed: {', '.join(TYPES)})")
+
+
+def _shape(config: Any, tied: bool) -> Shape:
+    heads, keys = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    layers = config.num_hidden_layers
+    # By the layers alone, as llama.cpp guesses sizes; of 80 with a head of keys for each of queries it says 65B.
+    is_70b = layers == 80 and (config.model_type == "qwen2" or (config.model_type == "llama" and heads != keys))
+    return Shape(layers, heads // keys, tied, is_70b)
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Where a tensor lies in the file: by layer, what belongs to none first."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return (int(found[1]) if found else -1), name
+
+
+class _Made:
+    """A tensor that the source does not have, in fp32."""
+
+    def __init__(self, name: str, value: torch.Tensor) -> None:
+        import gguf
+
+        self.name, self._value, self.shape = name, value, tuple(value.shape)
+        self.type = gguf.GGMLQuantizationType.F32
+
+    def announce(self, writer: Any) -> None:
+        """Say what will be written."""
+        writer.add_tensor_info(self.name, self.shape, self.array().dtype, self.array().nbytes)
+
+    def array(self) -> Any:
+        """What is written."""
+        return self._value.numpy()
 
 
 class _Job:
     """One tensor on its way into the file; its shape is known before it is loaded."""
 
     def __init__(
-        self, output: Output, name: str, weights: Checkpoint, config: Any, type: str, float32: tuple[str, ...]
-    ) -> None:
+        self, output: Output, name: str, weights: Checkpoint, config: Any, type: str, shape: Shape,
+        float32: tuple[str, ...],
+    ) -> None:  # fmt: skip
         import gguf
         import torch
 
         self.output, self.name, self.weights, self.config = output, name, weights, config
         meta = [torch.empty(weights.shape(source), device="meta") for source in output.sources]
         self.shape = tuple(output.make(meta, config).shape)
-        kinds = gguf.GGMLQuantizationType
-        if len(self.shape) < 2 or name.endswith(("_norm.weight", *float32)):
-            self.type = kinds.F32
-        elif type == "q8_0" and self.shape[-1] % BLOCK == 0:
-            self.type = kinds.Q8_0
-        else:
-            self.type = kinds.F16
+        self.type = gguf.GGMLQuantizationType[kind_of(name, self.shape, type, shape, float32)]
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         self.bytes = _product(self.shape) // block * size
 
@@ -187,13 +222,13 @@ class _Job:
         import gguf
         import numpy as np
 
-        shape: tuple[int, ...] = self.shape
-        if self.type == gguf.GGMLQuantizationType.Q8_0:
-            shape = gguf.quant_shape_to_byte_shape(shape, self.type)
-            writer.add_tensor_info(self.name, shape, np.dtype(np.uint8), self.bytes, raw_dtype=self.type)
+        kinds = gguf.GGMLQuantizationType
+        if self.type in (kinds.F16, kinds.F32):
+            dtype = np.dtype(np.float16 if self.type == kinds.F16 else np.float32)
+            writer.add_tensor_info(self.name, self.shape, dtype, self.bytes)
         else:
-            half = self.type == gguf.GGMLQuantizationType.F16
-            writer.add_tensor_info(self.name, shape, np.dtype(np.float16 if half else np.float32), self.bytes)
+            shape = gguf.quant_shape_to_byte_shape(self.shape, self.type)
+            writer.add_tensor_info(self.name, shape, np.dtype(np.uint8), self.bytes, raw_dtype=self.type)
 
     def array(self) -> Any:
         import gguf
@@ -212,7 +247,9 @@ class _Job:
             return half.numpy()
         if self.type == gguf.GGMLQuantizationType.F32:
             return value.numpy()
-        return gguf.quants.quantize(value.numpy(), self.type)
+        if self.type.name in WHOLE:
+            return gguf.quants.quantize(value.numpy(), self.type)
+        return quantize(value.numpy(), self.type.name)
 
 
 def _gguf_name(names: Any, output: Output, folder: Path) -> str:

@@ -83,7 +83,7 @@ class LlamaCpp:
             },
         )
         tokens = tuple(int(token) for token in answer["tokens"])
-        steps = answer["completion_probabilities"]
+        steps = answer.get("completion_probabilities", [])  # none where the first token ends it
         places = _places(tokens, [int(step["id"]) for step in steps])
         candidates_at: list[dict[int, float]] = [{} for _ in tokens]
         for step, place in zip(steps, places, strict=True):

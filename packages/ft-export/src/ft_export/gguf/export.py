@@ -15,9 +15,9 @@ from ft_export import __version__
 from ft_export.bases import find_base, load_model, load_tokenizer, stop_tokens
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import new_file
-from ft_export.gguf.converter import TYPES, Converted, check_convertible, convert, require_gguf
+from ft_export.gguf.converter import Converted, check_convertible, check_type, convert, require_gguf
 from ft_export.gguf.engine import llama_cpp, require_llama_cpp
-from ft_export.gguf.proof import Comparison, Prompt, compare
+from ft_export.gguf.proof import FINE, Comparison, Prompt, compare
 from ft_export.gguf.text_check import check_template, check_tokens
 from ft_export.merging import is_current, merge
 from ft_export.merging.adapter import Adapter
@@ -67,7 +67,7 @@ def export(
     Args:
         path: a run folder, a PEFT adapter folder or a transformers model folder.
         out: the folder to write to; ``path/export/gguf`` by default.
-        type: ``f16`` or ``q8_0``.
+        type: of the file: ``f16``, ``f32``, ``bf16``, ``q8_0``, or one of llama.cpp's smaller ones, such as ``q4_k_m``.
         overwrite: whether an earlier file of the same name may be replaced.
         options: ``pre``: llama.cpp's name of the tokenizer's splitting rules, where it is not recognised.
         progress: of a merge; see :func:`ft_export.merge`.
@@ -81,8 +81,7 @@ def export(
     for key in said:
         if key not in OPTIONS:
             raise ExportError(f"option {key!r} is not known for gguf (allowed: {', '.join(OPTIONS)})")
-    if type not in TYPES:
-        raise ExportError(f"--type {type!r} is not known for gguf (allowed: {', '.join(TYPES)})")
+    check_type(type)
     require_gguf()
     require_llama_cpp()
     name = re.sub(r"[^\w.-]+", "-", source.name).strip("-") or "model"
@@ -150,7 +149,8 @@ def _check(made: Converted, model: Path, source: Source, type: str, lines: list[
         else:
             lines.append("the model has no chat template: none was written")
         stops = set(stop_tokens(tokenizer, model))
-        found = compare(engine, load_model(model, torch.float32), tokenizer, prompts, type, stops, NEW_TOKENS)
+        whole = load_model(model, torch.float32)
+        found = compare(engine, whole, tokenizer, prompts, type, made.kinds, stops, NEW_TOKENS)
     lines.extend(_told(found, prompts[0], type))
     return {
         "texts_with_equal_tokens": texts,
@@ -162,10 +162,14 @@ def _check(made: Converted, model: Path, source: Source, type: str, lines: list[
 
 
 def _told(found: Comparison, prompt: Prompt, type: str) -> list[str]:
+    before, after = found.perplexity
+    model = "transformers" if type in FINE else "transformers with the rounded weights"
     lines = [
-        f"greedy continuations: {found.equal} of {found.tokens} tokens are transformers' likeliest"
+        f"{type} costs {found.cost.mean:.2e} nats on average, {found.cost.largest:.2e} at most; perplexity of the "
+        f"prompts {before:.4g}, rounded {after:.4g}",
+        f"greedy continuations: {found.equal} of {found.tokens} tokens are the likeliest of {model}"
         + (f", the others within {found.close:.2e} nats of it" if found.equal < found.tokens else ""),
-        f"log-probabilities against transformers in fp32: largest difference {found.error.largest:.2e} (bound "
+        f"log-probabilities against {model} in fp32: largest difference {found.error.largest:.2e} (bound "
         f"{found.bound_largest:.2e} for {type}), mean {found.error.mean:.2e} (bound {found.bound_mean:.2e})",
     ]
     same = "equal to transformers'" if found.answers_equal else f"transformers says {found.generated!r}"

@@ -9,31 +9,39 @@ candidates are further apart is equal, for each type; how many that leaves is wh
 How large that error may be is measured too. llama.cpp multiplies with the file's rounded weights, and rounds the other
 factor of each product in the same way (to F16, or to Q8_0's blocks of 32 with one scale). The same two roundings are
 put on transformers' linear layers, and the error that they make, on the same tokens, is the yardstick. What is rounded
-besides, to F16 in both types, is the cache and attention: for f16 as much again (measured: 1.3 to 2 times the
+besides, to F16 in all types, is the cache and attention: for f16 as much again (measured: 1.3 to 2 times the
 yardstick), for q8_0 little (1.0 to 1.2 times). ``FACTORS`` allow about four times what was measured for f16 and three
 for q8_0; a conversion that is wrong is off by nats.
+
+In a type of fewer bits (``COARSE``) the weights' rounding alone is off by nats, and would hide a wrong conversion.
+There transformers gets the rounded weights first, by llama.cpp's own rounding of its own weights, and llama.cpp has to
+be that model: what is left between the two is the rounding of the other factors (measured: 0.7 to 1.4 times the
+yardstick, 0.9 to 1.1 on average). What the type itself costs is told beside it, for all types: the distance of
+log-probabilities with and without the weights' rounding, and the perplexity of the prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
 from ft_export.gguf.engine import Continuation, LlamaCpp
-from ft_export.gguf.rounding import RoundedProducts
+from ft_export.gguf.rounding import round_weights, rounded_inputs
 from ft_export.gguf.text_check import shown
-from ft_export.logprobs import Difference, all_logprobs, evaluation_error
+from ft_export.logprobs import Difference, all_logprobs, difference, evaluation_error, token_logprobs
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Comparison", "Prompt", "compare"]
+__all__ = ["FINE", "Comparison", "Prompt", "compare"]
 
 CANDIDATES = 5
-FACTORS = {"f16": (8.0, 6.0), "q8_0": (4.0, 3.0)}
+FINE = {"f16": (8.0, 6.0), "f32": (8.0, 6.0), "bf16": (4.0, 3.0), "q8_0": (4.0, 3.0)}
 """By type, how many times the yardstick's largest and its mean the error may be."""
+COARSE = (4.0, 3.0)
+"""The same for all other types, whose yardstick is the rounding of the other factors alone."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Comparison:
         error: llama.cpp's log-probabilities of the likeliest candidates against transformers'.
         yardstick: the error that rounding weights and activations makes in transformers.
         bound_largest, bound_mean: what ``error`` may be.
+        cost: log-probabilities of the likeliest candidates with the weights rounded against those without.
+        perplexity: of the prompts' own tokens, before and after the weights were rounded.
         answer: llama.cpp's continuation of the first prompt.
         generated: transformers' own continuation of the first prompt.
         answers_equal: whether the two have the same tokens.
@@ -67,12 +77,15 @@ class Comparison:
     yardstick: Difference
     bound_largest: float
     bound_mean: float
+    cost: Difference
+    perplexity: tuple[float, float]
     answer: str
     generated: str
     answers_equal: bool
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "error": self.error.as_dict(), "yardstick": self.yardstick.as_dict()}
+        told = {name: getattr(self, name).as_dict() for name in ("error", "yardstick", "cost")}
+        return {**self.__dict__, **told, "perplexity": dict(zip(("before", "after"), self.perplexity, strict=True))}
 
 
 @dataclass
@@ -94,13 +107,14 @@ class _Errors:
 
 
 def compare(
-    engine: LlamaCpp, model: Any, tokenizer: Any, prompts: Sequence[Prompt], type: str, stops: set[int], count: int
-) -> Comparison:
+    engine: LlamaCpp, model: Any, tokenizer: Any, prompts: Sequence[Prompt], type: str, kinds: Mapping[str, str],
+    stops: set[int], count: int,
+) -> Comparison:  # fmt: skip
     """Continue ``prompts`` by up to ``count`` tokens in llama.cpp and compare with ``model``.
 
     Args:
         model: the transformers model in fp32; its weights are rounded in the course of this and stay so.
-        type: the GGUF file's type.
+        type: the GGUF file's type. kinds: its tensors' types by the names of the model's weights.
         stops: the ids that must end a continuation.
 
     Raises:
@@ -108,14 +122,25 @@ def compare(
             it should. Names the prompt and the token.
     """
     continuations = [engine.greedy(prompt.ids, count, CANDIDATES) for prompt in prompts]
-    generated = _generate(model, prompts[0], stops, count)
+
+    def measured() -> list[torch.Tensor]:
+        return [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
+
+    is_coarse = type not in FINE
+    texts = [prompt.ids for prompt in prompts]
+    whole, before = measured(), token_logprobs(model, texts)
+    generated = [] if is_coarse else _generate(model, prompts[0], stops, count)
+    round_weights(model, kinds)
+    weighted, after = measured(), token_logprobs(model, texts)
+    if is_coarse:
+        generated = _generate(model, prompts[0], stops, count)
+    with rounded_inputs(model, kinds):
+        coarse = measured()
+    exact = weighted if is_coarse else whole
     first = continuations[0]
     if first.stopped and first.tokens[-1] not in stops:
         # llama.cpp ends at every token that looks like an end, transformers at the configured ones
         generated = generated[: len(first.tokens)]
-    exact = [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
-    with RoundedProducts(model, type):
-        coarse = [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
 
     error, yardstick = _Errors(), _Errors()
     differing: list[tuple[float, int, int, int, int]] = []
@@ -138,7 +163,7 @@ def compare(
 
     found, coarse_error = error.summary(), yardstick.summary()
     floor = evaluation_error([rows for rows in exact if rows.numel()])
-    largest_factor, mean_factor = FACTORS[type]
+    largest_factor, mean_factor = FINE.get(type, COARSE)
     bound_largest = largest_factor * coarse_error.largest + floor
     bound_mean = mean_factor * coarse_error.mean + floor
     if not (found.largest <= bound_largest and found.mean <= bound_mean):
@@ -164,10 +189,27 @@ def compare(
         yardstick=coarse_error,
         bound_largest=bound_largest,
         bound_mean=bound_mean,
+        cost=_cost(whole, weighted),
+        perplexity=(_perplexity(before), _perplexity(after)),
         answer=continuations[0].text,
         generated=tokenizer.decode([token for token in generated if token not in stops]),
         answers_equal=list(continuations[0].tokens) == generated,
     )
+
+
+def _cost(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
+    """Of each token's likeliest candidates, as llama.cpp names so many of them."""
+    places = [rows.topk(min(CANDIDATES, rows.shape[-1])).indices for rows in one]
+    pick = [[rows.gather(1, at) for rows, at in zip(side, places, strict=True)] for side in (one, other)]
+    return difference(*pick)
+
+
+def _perplexity(samples: Sequence[torch.Tensor]) -> float:
+    """Of all tokens together; NaN where there are none."""
+    import math
+
+    values = [value for sample in samples for value in sample.tolist()]
+    return math.exp(-sum(values) / len(values)) if values else math.nan
 
 
 def _along(model: Any, prompt: Prompt, run: Continuation) -> torch.Tensor:

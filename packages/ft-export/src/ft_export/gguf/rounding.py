@@ -2,44 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from ft_export.gguf.kernels import quantize
+from ft_export.gguf.mixes import WHOLE
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RoundedProducts", "round_to"]
+__all__ = ["round_inputs", "round_to", "round_weights", "rounded_inputs"]
+
+EXACT = "F32"
 
 
-class RoundedProducts:
-    """While it is entered, the model multiplies as llama.cpp does: weights and inputs of its linear layers rounded."""
+def round_weights(model: Any, kinds: Mapping[str, str]) -> None:
+    """Put in place of each weight what a file holds of it; it stays so.
 
-    def __init__(self, model: Any, type: str) -> None:
-        import torch
+    Args:
+        model: in fp32. kinds: by the weight's name, ggml's name of its type in the file.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(round_to(parameter.data, kinds.get(name, EXACT)))
 
-        self._type = type
-        self._layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-        self._weights = {id(p): p for m in model.modules() for p in m.parameters(recurse=False) if p.dim() > 1}
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> None:
-        for weight in self._weights.values():
-            weight.data.copy_(round_to(weight.data, self._type))
-        for layer in self._layers:
-            self._handles.append(layer.register_forward_pre_hook(self._inputs))
+@contextmanager
+def rounded_inputs(model: Any, kinds: Mapping[str, str]) -> Iterator[None]:
+    """Within it the inputs of linear layers are rounded as llama.cpp rounds them for a weight of that type."""
+    import torch
 
-    def _inputs(self, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (round_to(args[0], self._type), *args[1:])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    handles = []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            kind = kinds.get(names[id(layer.weight)], EXACT)
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+            def hook(_: Any, args: tuple[Any, ...], kind: str = kind) -> tuple[Any, ...]:
+                return (round_inputs(args[0], kind), *args[1:])
+
+            handles.append(layer.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 
-def round_to(value: torch.Tensor, type: str) -> torch.Tensor:
-    """To F16 and back, or to Q8_0 and back: blocks of 32 in 255 steps of largest / 127, the step itself in F16."""
-    if type == "f16" or value.shape[-1] % 32:
+def round_to(value: torch.Tensor, kind: str) -> torch.Tensor:
+    """To a type and back, by llama.cpp's own rounding where it is one of blocks."""
+    import gguf
+    import torch
+
+    if kind == EXACT:
+        return value
+    if kind in WHOLE:
+        return value.to(torch.float16 if kind == "F16" else torch.bfloat16).to(value.dtype)
+    packed = quantize(value.float().cpu().contiguous().numpy(), kind)
+    return torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind])).to(value)
+
+
+def round_inputs(value: torch.Tensor, kind: str) -> torch.Tensor:
+    """The other factor of a product, as llama.cpp rounds it for a weight of this type.
+
+    Blocks of 256 beside the types that have such blocks (Q8_K, whose step is fp32), of 32 beside the other blocks
+    (Q8_0, Q8_1: the step is F16); F16 or BF16 beside these. Beside F32 nothing is rounded there, but the cache is F16
+    whatever the type, which is put here in its stead.
+    """
+    import torch
+
+    width = value.shape[-1]
+    if kind in WHOLE:
+        return value.to(torch.bfloat16 if kind == "BF16" else torch.float16).to(value.dtype)
+    size = 256 if kind.endswith("_K") else 32
+    if width % size:
         return value.half().to(value.dtype)
-    blocks = value.reshape(*value.shape[:-1], -1, 32)
-    step = (blocks.abs().amax(dim=-1, keepdim=True) / 127).half().to(value.dtype)
-    steps = (blocks / step.clamp_min(1e-12)).round()
-    return (steps * step).reshape(value.shape)
+    blocks = value.reshape(*value.shape[:-1], -1, size)
+    step = blocks.abs().amax(dim=-1, keepdim=True) / 127
+    if size == 32:
+        step = step.half().to(value.dtype)
+    return ((blocks / step.clamp_min(1e-12)).round() * step).reshape(value.shape)
