@@ -90,7 +90,7 @@ def test_several_gpus_are_not_one(name: str) -> None:
         find_card(name)
 
 
-@pytest.mark.parametrize("name", ["GTX 1080", "GTX 1080 Ti", "RTX 2080", "RTX 5070", "MI300X", "8x nothing"])
+@pytest.mark.parametrize("name", ["GTX 1080", "GTX 1080 Ti", "RTX 2080", "RTX 5065", "MI300X", "8x nothing"])
 def test_a_card_of_another_number_is_not_proposed(name: str) -> None:
     with pytest.raises(ConfigError, match=r"is no card that is known \(known: .*give the memory .* --memory 8GiB$"):
         find_card(name)
