@@ -82,3 +82,16 @@ def test_killed_while_the_old_one_is_replaced(tmp_path: Path) -> None:
         (partial / "new").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == [link.name, "merged"]
     assert [path.name for path in out.iterdir()] == ["new"]
+
+
+@needs_locks
+def test_killed_between_two_renames(tmp_path: Path) -> None:
+    """The earlier folder has been moved away, the new one not yet in: the earlier one comes back first."""
+    out = tmp_path / "merged"
+    for name in (".merged.abcdefgh.old", ".merged.abcdefgh.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(KeyError), new_folder(out):
+        assert (out / "file").read_text() == ".merged.abcdefgh.old"
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]

@@ -117,8 +117,14 @@ def clear_unfinished(out: Path) -> None:
     """Remove what killed processes have left beside ``out``: unfinished folders and files that no process holds.
 
     Whoever writes one holds a lock of the system's on it (``flock``), which ends with the process, however that ends.
-    Where the system has no such locks nothing is removed.
+    Where the system has no such locks nothing is removed, and on a network's file system they may hold for one machine
+    alone. What stood in the place of ``out`` until a process was killed that was replacing it stands there again.
     """
+    if not out.exists():
+        for old in _beside(out, f".{out.name}.", ".old"):
+            if _is_left(old.with_suffix(".partial")):
+                os.replace(old, out)
+                break
     for prefix, suffix in ((f".{out.name}.", ".partial"), (f".{out.stem}.", f".partial{out.suffix}")):
         for path in _beside(out, prefix, suffix):
             try:
@@ -132,6 +138,16 @@ def clear_unfinished(out: Path) -> None:
             else:
                 path.unlink(missing_ok=True)
             _end(lock)
+
+
+def _is_left(path: Path) -> bool:
+    """Whether a partial folder is there that no process holds."""
+    try:
+        lock = _lock(path)
+    except OSError:
+        return False
+    _end(lock)
+    return lock is not None
 
 
 def _beside(out: Path, prefix: str, suffix: str) -> list[Path]:
