@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize"]
 
-PIECE = 2**20
-"""Values that a thread rounds at a time, about."""
+PIECE = 2**16
+"""Values that a thread rounds at a time, about: a few milliseconds, so that no thread waits long for another's last."""
 
 
 def quantize(value: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
@@ -51,10 +51,15 @@ def quantize(value: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
         if written != target.nbytes:
             raise ExportError(f"llama.cpp wrote {written} bytes of {kind} where {target.nbytes} belong")
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+    with ThreadPoolExecutor(_processors()) as threads:
         list(threads.map(piece, range(0, rows.shape[0], step)))
     shaped: np.ndarray[Any, Any] = made.reshape(*value.shape[:-1], made.shape[-1])
     return shaped
+
+
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
