@@ -49,7 +49,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.config.numbers": ["Number", "Section", "Switch", "Whole"],
     "ft_core.config.rope": ["RopeScaling", "RopeType", "named"],
     "ft_core.config.schema": ["DataSource", "LATER", "LoraSettings", "TrainConfig", "TrainingSettings"],
-    "ft_core.console": ["counted", "progress", "quiet", "say"],
+    "ft_core.console": ["counted", "progress", "quiet", "say", "some"],
     "ft_core.memory": ["StillOutOfMemory", "bytes_of", "enough_memory", "is_memory_error", "let_segments_grow"],
     "ft_core.data": [
         "Collator",

@@ -6,9 +6,12 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-__all__ = ["counted", "progress", "quiet", "say"]
+__all__ = ["counted", "progress", "quiet", "say", "some"]
+
+NAMED = 5
+"""How many of several things a line names."""
 
 
 def say(line: str) -> None:
@@ -19,6 +22,12 @@ def say(line: str) -> None:
 def counted(count: int, thing: str) -> str:
     """``1 step``, ``2 steps``, ``1,000 steps``: ``thing`` is one of them."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def some(names: Sequence[str]) -> str:
+    """``a, b``, or of more than a few ``a, b, c, d, e and 7 more``."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def quiet() -> None:

@@ -13,13 +13,12 @@ from typing import Any
 
 import yaml
 
+from ft_core.console import some
 from ft_core.errors import ConfigError, RunError
 
 __all__ = ["RUN_FORMAT", "Run", "no_run", "runs_in", "write_json", "write_text"]
 
 RUN_FORMAT = 1
-NAMED = 5
-"""Runs that a message names at most."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -324,8 +323,7 @@ def no_run(path: Path, what: str = "run folder") -> str:
         return f"{said}: {shown} holds no run; give the folder that ft train wrote (its 'output')"
     close = difflib.get_close_matches(path.name, names, 1)
     hint = f"; did you mean {folder / close[0]}?" if close else ""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{said}: the runs in {shown} are {', '.join(names[:NAMED])}{more}{hint}"
+    return f"{said}: the runs in {shown} are {some(names)}{hint}"
 
 
 def _first_missing(path: Path) -> Path:

@@ -15,13 +15,11 @@ from ft_core.config.aliases import meant_by
 from ft_core.config.numbers import Section
 from ft_core.config.rope import RopeScaling, named
 from ft_core.config.schema import LATER, TrainConfig
+from ft_core.console import some
 from ft_core.errors import ConfigError, PluginError
 from ft_core.plugins import EXTRAS, MethodSpec, ModalitySpec, registry, resolve
 
 __all__ = ["check_config", "load_config", "method_settings", "parse_overrides", "read_rope_scaling", "to_yaml"]
-
-NAMED = 5
-"""Files that a message names at most."""
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -317,6 +315,5 @@ def _nearest_file(path: Path) -> str:
     names = [stems[close[0]]] if close else list(stems.values())
     if not names:
         return f" (in {folder.resolve()} there is no YAML file)"
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    listed = ", ".join(repr(name) for name in names[:NAMED])
-    return f" (in {folder.resolve()} there {'is' if len(names) == 1 else 'are'} {listed}{more})"
+    verb = "is" if len(names) == 1 else "are"
+    return f" (in {folder.resolve()} there {verb} {some([repr(name) for name in names])})"

@@ -107,7 +107,9 @@ NOISE = {
 }  # fmt: skip
 """Words that tell no card from another, and those of its kind of memory (a GH200's 480 GB are its host's)."""
 SIZE = r"(\d{2,3}|\d{1,3}(?=g))(?:gi?b?)?"
-SEVERAL = r"\d{1,2}\s*(?:[x\u00d7*]\s*|\s)(?P<one>.+)|(?P<other>.+?)\s*(?<![a-z])[x\u00d7*]\s*\d{1,2}"
+SEVERAL = (
+    r"(?P<before>\d{1,2})\s*(?:[x\u00d7*]\s*|\s)(?P<one>.+)|(?P<other>.+?)\s*(?<![a-z])[x\u00d7*]\s*(?P<after>\d{1,2})"
+)
 """A card's name with how many of them: ``8x H100``, ``8 H100``, ``H100 x8``."""
 
 
@@ -141,7 +143,7 @@ def find_card(name: str, memory: int | None = None, *, say: Callable[[str], None
     several = re.fullmatch(SEVERAL, name.strip().lower())
     if several is not None and _named(several["one"] or several["other"]):
         one = find_card(several["one"] or several["other"], memory)
-        if re.fullmatch(r"1\s*[x\u00d7*]?\s*\D.*|.*\D\s*[x\u00d7*]\s*1", name.strip().lower()):
+        if int(several["before"] or several["after"]) == 1:
             return one
         raise ConfigError(f"--gpu {name!r} is more than one GPU: a plan is for one, so name one: {one.name!r}")
     names = [card.name for card in CARDS]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -64,12 +63,14 @@ def _take(path: Path, run: Path, made: list[Path]) -> int:
 
 
 def _open(path: Path, run: Path, made: list[Path]) -> int:
-    for tried in itertools.count(1):
+    missed = 0
+    while True:
         made += _make_parents(path)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            if tried == TRIES:
+            missed += 1
+            if missed == TRIES:
                 raise
             continue  # another process has just removed the folder that it had made
         try:
@@ -86,7 +87,6 @@ def _open(path: Path, run: Path, made: list[Path]) -> int:
             os.close(handle)
             raise
         os.close(handle)  # its holder removed it between our opening and our locking it
-    raise AssertionError
 
 
 def _make_parents(path: Path) -> list[Path]:

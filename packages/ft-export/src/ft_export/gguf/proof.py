@@ -22,6 +22,7 @@ log-probabilities with and without the weights' rounding, and the perplexity of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -206,8 +207,6 @@ def _cost(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Differe
 
 def _perplexity(samples: Sequence[torch.Tensor]) -> float:
     """Of all tokens together; NaN where there are none."""
-    import math
-
     values = [value for sample in samples for value in sample.tolist()]
     return math.exp(-sum(values) / len(values)) if values else math.nan
 
