@@ -280,6 +280,8 @@ def test_refusals() -> None:
     assert refused(model) == "model.layers.1.mlp has a hook"
     handle.remove()
     assert decoder_of(model, anywhere=True).reason is None  # type: ignore[union-attr]
+    model.model.norm.forward = model.model.norm.forward  # as whoever replaced it for a while puts it back
+    assert decoder_of(model, anywhere=True).reason is None  # type: ignore[union-attr]
     model.model.norm.forward = lambda x: x
     assert refused(model) == "the forward of model.norm is somebody else's"
     prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")

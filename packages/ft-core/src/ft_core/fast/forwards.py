@@ -12,7 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     from ft_core.fast.swap import FastPath
 
-__all__ = ["Forward", "is_own", "silent"]
+__all__ = ["Forward", "has_other", "silent"]
 
 
 class Forward:
@@ -24,9 +24,17 @@ class Forward:
         functools.update_wrapper(wrapper, self.own)  # generate() and trainers look at the signature
 
 
-def is_own(forward: Any) -> bool:
-    """Whether an instance's forward is one that the fast path has put there."""
-    return isinstance(forward, Forward)
+def has_other(module: nn.Module) -> bool:
+    """Whether an instance has a forward that is neither the fast path's nor its class's own.
+
+    The class's own is often there as an attribute: whoever replaces a forward for a while puts it back like that.
+    """
+    forward = vars(module).get("forward")
+    if forward is None or isinstance(forward, Forward):
+        return False
+    return not (
+        getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+    )
 
 
 def silent(modules: Sequence[nn.Module]) -> bool:
@@ -35,8 +43,7 @@ def silent(modules: Sequence[nn.Module]) -> bool:
     while parts:
         part = parts.pop()
         own = vars(part)
-        forward = own.get("forward")
-        if forward is not None and not is_own(forward):
+        if has_other(part):
             return False
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             hooks = [own[f"_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre")]

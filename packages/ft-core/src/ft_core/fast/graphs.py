@@ -215,8 +215,8 @@ class _Shared:
 class Pace:
     """Whether the host's launches take longer than what the GPU computes, found out by the steps themselves.
 
-    The GPU's clock is read before and after a forward pass is launched. If the GPU has more to do than the host, it
-    falls behind: it has not begun when all is launched, or more time passes there than here.
+    The GPU's clock is read before and after the layers' forward pass is launched. If the GPU has more to do than the
+    host, it falls behind: it has not begun when all is launched, or more time passes there than here.
     """
 
     def __init__(self) -> None:
@@ -230,7 +230,7 @@ class Pace:
         return Pace, ()
 
     def begin(self, device: torch.device) -> None:
-        """A forward pass is about to be launched."""
+        """The layers' forward pass is about to be launched."""
         self._begun = None
         if not torch.cuda.is_current_stream_capturing():
             event = torch.cuda.Event(enable_timing=True)

@@ -22,7 +22,7 @@ from ft_core.fast.blocks import Keep
 from ft_core.fast.choose import TILE, Chooser, Sizes
 from ft_core.fast.documents import Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of, unwrapped
-from ft_core.fast.forwards import Forward, silent
+from ft_core.fast.forwards import Forward, has_other, silent
 from ft_core.fast.graphs import Graphs, Pace
 from ft_core.fast.head import as_count, can_fuse, loss_of
 from ft_core.fast.layer import DecoderLayer, norm
@@ -199,14 +199,14 @@ def enable(model: Any) -> FastPath:
     backbone = at(model, layout.backbone)
     layers = list(at(backbone, layout.layers))
     for part in (backbone, *layers):
-        if "forward" in vars(part):
+        if has_other(part):
             raise NotFast(f"something else has replaced the forward of its {type(part).__name__}")
     path = FastPath(model, layout)
     for layer in layers:
         path.put(_LayerForward(path, layer, DecoderLayer(layer, layout)))
     path.put(_NormForward(path, at(backbone, layout.norm)))
     path.put(_BackboneForward(path, backbone))
-    if isinstance(getattr(model, layout.head, None), nn.Module) and "forward" not in vars(model):
+    if isinstance(getattr(model, layout.head, None), nn.Module) and not has_other(model):
         path.put(_ModelForward(path, model, backbone))
     vars(model)[HANDLE] = path
     return path
@@ -318,10 +318,10 @@ class _ModelForward(Forward):
             outputs = self.backbone(**keywords)
         finally:
             self.path._own_head = False
+        if timed:  # the head is a few launches of much work: at its end the GPU is behind, whoever set the pace
+            self.path.pace.end(known.device, recurring_length(known.numel()))
         loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None,
                        max_memory=self.path.chooser.head)  # fmt: skip
-        if timed:
-            self.path.pace.end(known.device, recurring_length(known.numel()))
         return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
 
     def _replayed(

@@ -8,7 +8,6 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.fast.choose import MARGIN
-from ft_core.fast.graphs import BEHIND
 from ft_core.fast.graphs import SHARE as SHARE_RECORDED
 from ft_core.fast.recurring import LONGEST, recurring_length
 from ft_core.memory import bytes_of
@@ -18,7 +17,7 @@ from ft_core.planning.blueprint import Blueprint
 from ft_core.planning.cards import Card
 from ft_core.planning.peak import ALONE, TILE, Peak, Step, peak_of
 from ft_core.planning.rows import count_rows, steps_of
-from ft_core.planning.speed import HOST, LAUNCHES, Times, times_of
+from ft_core.planning.speed import LAUNCHES, Times, times_of
 from ft_core.planning.weights import states_of
 from ft_core.plugins import MethodSpec, registry
 from ft_core.training.arguments import few_steps
@@ -27,6 +26,8 @@ __all__ = [
     "CONTEXT", "HOST_ASSUMED", "MOST_ROWS", "Plan", "Planner", "limit_of", "most", "plan", "with_length", "with_rows",
 ]  # fmt: skip
 
+NOTABLE = 0.1
+"""The share of a step's time that the GPU waits for the host's launches, from which it is worth a note."""
 CONTEXT = 600 * 2**20
 """Bytes that CUDA takes of the card for itself and the kernels that are loaded: 500 to 650 MiB, by card and driver."""
 HOST_ASSUMED = 64 * 2**30
@@ -214,10 +215,7 @@ class Planner:
         unused in the pool is not counted.
         """
         outline = self.blueprint.outline(config.lora)
-        if times is None or self.blueprint.layout is None or not (outline.able or outline.full):
-            return 0
-        computing = times.batch - times.parts.get(LAUNCHES, 0.0)
-        if computing > BEHIND * HOST * self.blueprint.layers or _why_not_recorded(config, card, peak) is not None:
+        if times is None or not times.replayed or not (outline.able or outline.full):
             return 0
         step = self._step(config, card, peak.tile, "keep", peak.optimizer)
         filled = replace(step, rows=1, length=recurring_length(step.tokens))
@@ -359,7 +357,7 @@ def _notes(
     else:
         notes.append(f"rows are assumed full: {config.max_length} tokens each, the longest batch")
     reason = _why_not_recorded(config, card, peak)
-    if times is not None and LAUNCHES in times.parts and reason is not None:
+    if times is not None and times.parts.get(LAUNCHES, 0.0) > NOTABLE * times.batch and reason is not None:
         notes.append(f"steps are launched kernel by kernel, none is recorded: {reason}")
     if not card.peak:
         notes.append("no times: nothing is known of this card but its memory (--gpu names one)")

@@ -1,4 +1,4 @@
-"""The peak of a step's memory, followed from its phases: the head after all layers, each layer backwards, the update.
+"""The peak of a step's memory, followed from its phases: the last layer, the head, each layer backwards, the update.
 
 What a layer keeps is counted as training itself counts it (``ft_core.fast.choose.Sizes``); what computing it backwards
 takes beside that follows the allocations of ``ft_kernels``' blocks (``benchmarks/NOTES.md``, "What layers keep").
@@ -26,7 +26,7 @@ ALONE: tuple[Choice, ...] = ("offload", "offload-input", "recompute")
 WORKSPACE = 2**25
 """Bytes that cuBLAS takes for its products."""
 UNDER_WAY = 2
-"""Tensors that are on their way from the host before a layer wants them (``ft_core.fast.offload``)."""
+"""Tensors that are on their way to the host, or from it before a layer wants them (``ft_core.fast.offload``)."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class Peak:
     Attributes:
         parts: on the GPU, as torch counts them; their sum is ``total``. host: pinned host memory. paged: the
             optimizer's state that the system moves between host and GPU.
-        choices: of the layers, first layer first. head_rows: of logits at a time. moment: ``head``, ``layer`` or
-            ``update``. exact: whether the family is known and only an adapter is trained, which is what was measured.
+        choices: of the layers, first layer first. head_rows: of logits at a time. moment: ``forward`` (of the last
+            layer), ``head``, ``layer`` or ``update``. exact: whether the family is known and only an adapter is
+            trained, which is what was measured.
         tile: tokens of a sequence tile. refused: the host cannot hold what is to be offloaded.
         optimizer: as transformers calls it. disk: bytes that the host's memory cannot hold.
     """
@@ -163,16 +164,19 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         choices: list[Choice] = ["keep" if step.wanted == "keep" else "recompute"] * blueprint.layers
         refused = False
     else:
-        choices, refused = _choices(blueprint, step, sizes, beside, used, head, gradients)
+        choices, refused = _choices(blueprint, step, layer, sizes, beside, used, head, gradients)
     kept = [tokens * sizes.kept[choice] for choice in choices]
     moments = _moments(kept, [beside[choice] for choice in choices], head, gradients, step.accumulates)
     moments["update"] = (0, gradients, states.step)
+    if outline.able and blueprint.layout is not None:
+        ahead = _forward(blueprint, step, layer, choices)
+        moments["forward"] = (sum(kept), gradients if step.accumulates else 0, ahead)
     name = max(moments, key=lambda moment: sum(moments[moment]))
     waits, sums, work = moments[name]
     parts = fixed | {
         "gradients": sums,
         "activations kept": waits,
-        {"head": "head", "layer": "one layer", "update": "update"}[name]: work,
+        {"forward": "one layer", "head": "head", "layer": "one layer", "update": "update"}[name]: work,
     }
     moved = tokens * sum(sizes.host.get(choice, 0) for choice in choices)
     return Peak(
@@ -205,8 +209,9 @@ def _moments(
 
 
 def _choices(
-    blueprint: Blueprint, step: Step, sizes: Sizes, beside: dict[Choice, int], used: int, head: int, gradients: int
-) -> tuple[list[Choice], bool]:
+    blueprint: Blueprint, step: Step, layer: Layer, sizes: Sizes, beside: dict[Choice, int], used: int, head: int,
+    gradients: int,
+) -> tuple[list[Choice], bool]:  # fmt: skip
     """As :class:`ft_core.fast.choose.Chooser` makes them once a batch is measured; whether the host is too small."""
     layers, tokens = blueprint.layers, step.tokens
     if step.wanted != "auto":
@@ -220,8 +225,9 @@ def _choices(
     if used + max(layers * tokens * sizes.kept["keep"] + max(head, beside["keep"]) + first, gradients) <= step.limit:
         return ["keep"] * layers, False
     holds = step.host >= layers * tokens * sizes.host["offload"]
-    leanest = beside["offload" if holds else "offload-input"]
-    room = step.limit - used - max(head + first, leanest + gradients)
+    lean: Choice = "offload" if holds else "offload-input"
+    ahead = _forward(blueprint, step, layer, [lean]) + first
+    room = step.limit - used - max(head + first, ahead, beside[lean] + gradients)
     return fit_on_disk(layers, tokens, room, sizes, step.host, lambda: step.disk, room), False
 
 
@@ -277,6 +283,26 @@ def _beside(blueprint: Blueprint, outline: Outline, step: Step, layer: Layer) ->
         "recompute": work(again, h),
         "offload-input": work(again, h + (UNDER_WAY + 1) * h),
     }
+
+
+def _forward(blueprint: Blueprint, step: Step, layer: Layer, choices: Sequence[Choice]) -> int:
+    """Bytes that the last layer's forward pass takes beside what layers keep.
+
+    That is [gate | up], their product, and down's weight. A layer that keeps all has counted [gate | up] already. What
+    leaves for the host is still there: all that the last layer with something to hand over does, and what it came from.
+    """
+    tokens, last = step.tokens, choices[-1]
+    down, both = _expanded(blueprint, step, layer)
+    tiled = step.tile is not None and tokens > step.tile
+    ours = step.tile if tiled and step.tile is not None else tokens
+    work = (1 if last == "keep" else 3) * layer.inner * ours + down
+    if tiled:  # all weights are expanded once for all tiles, whose outputs are one
+        work += both + layer.hidden * tokens
+    away = {"offload": 2 * layer.hidden + layer.queries, "offload-input": UNDER_WAY * layer.hidden}
+    work += max(away.get(choice, 0) for choice in choices) * tokens
+    if last not in ("keep", "inputs"):
+        work += layer.hidden * tokens
+    return 2 * work
 
 
 def _expanded(blueprint: Blueprint, step: Step, layer: Layer) -> tuple[int, int]:

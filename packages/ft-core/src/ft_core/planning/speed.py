@@ -2,7 +2,8 @@
 
 Four sums, one after the other on the GPU: matrix products (each of a layer's twice, for the output and for the input's
 gradient, and what is computed again), attention, passes over memory, expansions of quantized weights. Copies to and
-from the host run beside them, and count where they take longer.
+from the host run beside them, and count where they take longer. Beside them, too, the host launches all of it: where it
+takes about as long, now one waits and now the other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ft_core.fast.again import Choice
+from ft_core.fast.graphs import BEHIND
 from ft_core.fast.spill import RATE
 from ft_core.planning.blueprint import Blueprint, Outline
 from ft_core.planning.cards import Card
@@ -25,11 +27,22 @@ PASSES, EXPAND = 0.71, 0.76
 """Shares of a memory's bandwidth that element-wise kernels and expansions of NF4 sustain."""
 LAUNCH = 4e-3
 """Seconds of gaps between a step's kernels, where a step of 32 layers is recorded."""
-HOST = 7.8e-3
-"""Seconds in which the host launches one layer's kernels, forward and backward, where no step is recorded."""
-REPLAY = 1.5e-3
-"""The same where steps are recorded: what was recorded is looked over, and each gradient handed on (41 to 47 ms of 30
-layers, whatever their tokens, beside an H200: of 40 steps, 58 and 53 ms on average, 35 and 38 were replayed)."""
+HOST = {"none": 6.9e-3, "nf4": 8.6e-3, "int8": 8.3e-3}
+"""Seconds in which the host launches one layer's kernels, forward and backward, where no step is recorded, by the kind
+of its weights (``benchmarks/host_time.py``, steps of 20 layers beside an H200, without ``BESIDE``)."""
+AGAIN: dict[Choice, float] = {"inputs": 1.5e-3, "offload": 2.1e-3, "recompute": 4.1e-3, "offload-input": 4.5e-3}
+"""Seconds more of a layer that is partly or wholly computed again, and ``AGAIN_QUANTIZED`` times that with weights to
+be expanded again (measured: recompute 4.0 ms in 16 bits, 7.0 from nf4; offload 2.0 and 3.1)."""
+AGAIN_QUANTIZED = 1.6
+BESIDE = 12e-3
+"""Seconds of a step that the host takes for the head and the trainer's own work: 4 to 18 ms, from steps of 4, 8 and 20
+layers on several machines."""
+BOTH = 6
+"""Where the GPU takes x seconds and the host y, a step takes the sum of both to this power, and its root: one of them
+where it is longer by half, a tenth more than either where they are equal."""
+REPLAY = 1e-3
+"""The same of a layer where steps are recorded: what was recorded is looked over, and each gradient handed on (with
+``BESIDE`` 41 to 47 ms of 30 layers, whatever their tokens, beside an H200)."""
 LAUNCHES = "the host's launches"
 """The part of a step in which the GPU waits for them."""
 UPDATE = 6e-6
@@ -41,12 +54,17 @@ bf16 2 x 2048 on an H200)."""
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds: of a micro-batch by part (``parts``), and of the ``update`` after ``accumulation`` of them."""
+    """Seconds: of a micro-batch by part (``parts``), and of the ``update`` after ``accumulation`` of them.
+
+    Attributes:
+        replayed: whether its kernels are recorded and launched at once, since the host would take longer than the GPU.
+    """
 
     parts: dict[str, float]
     update: float
     accumulation: int
     tokens: int
+    replayed: bool = False
 
     @property
     def batch(self) -> float:
@@ -107,14 +125,22 @@ def times_of(
     if plain:
         parts = {name: seconds * PLAIN for name, seconds in parts.items()}
     parts |= _waits(peak, step, card, sum(parts.values()), layers)
-    quick = recorded and set(peak.choices) <= {"keep", "inputs"} and not plain
-    launched = REPLAY * layers if quick else HOST * layers * (1 + 0.33 * again)
-    if (rest := launched - sum(parts.values())) > 0:
-        parts[LAUNCHES] = rest
+    computed, launched = sum(parts.values()), _launches(peak, kind, plain)
+    able = recorded and set(peak.choices) <= {"keep", "inputs"} and not plain
+    if replayed := able and computed <= BEHIND * launched:
+        launched = REPLAY * layers + BESIDE
+    parts[LAUNCHES] = (computed**BOTH + launched**BOTH) ** (1 / BOTH) - computed
     states: States = states_of(outline.trained, step.optimizer)
     update = states.moved / (card.bandwidth * PASSES) + UPDATE * len(outline.trained)
     update += 2 * states.host / card.link if states.host else 0.0
-    return Times(parts, update, accumulation, tokens)
+    return Times(parts, update, accumulation, tokens, replayed)
+
+
+def _launches(peak: Peak, kind: str, plain: bool) -> float:
+    """Seconds in which the host launches a step kernel by kernel."""
+    each = AGAIN_QUANTIZED if kind != "none" else 1.0
+    again = 0.0 if plain else sum(each * AGAIN.get(choice, 0.0) for choice in peak.choices)
+    return HOST.get(kind, HOST["nf4"]) * len(peak.choices) + again + BESIDE
 
 
 def _again(choice: Choice, layer: Layer) -> float:

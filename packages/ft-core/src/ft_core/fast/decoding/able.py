@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ft_core.fast.find import NotFast, layout_of, unwrapped
-from ft_core.fast.forwards import is_own
+from ft_core.fast.forwards import has_other
 from ft_core.fast.layout import Layout, at
 
 __all__ = ["able"]
@@ -54,6 +54,6 @@ def able(model: Any) -> Layout:
         hooks = chain(own["_forward_hooks"].values(), own["_forward_pre_hooks"].values())
         if any(getattr(hook, "__name__", "") not in HARMLESS for hook in hooks):
             raise NotFast(f"{name or 'the model'} has a hook")
-        if "forward" in own and not is_own(own["forward"]):
+        if has_other(module):
             raise NotFast(f"the forward of {name or 'the model'} is somebody else's")
     return layout
