@@ -305,6 +305,7 @@ def train(config: Any, device: str) -> dict[str, Any]:
     return {
         "planned": planned, "step_s": round((watch.ended - watch.begun) / timed, 5), "timed": timed,
         "tokens": int(trainer.state.num_input_tokens_seen) // watch.steps, "said": said[-3:], "begins": begins,
+        "allocations": watch.allocations,
         "peak_gib": round(torch.cuda.max_memory_allocated() / cases.GIB, 4) if device == "cuda" else 0.0,
         **(fast_path.chosen(model) if path is not None else {}),
     }  # fmt: skip
@@ -318,6 +319,8 @@ def stopwatch(cuda: bool) -> Any:
     class Stopwatch(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.steps, self.begun, self.ended, self.first = 0, 0.0, 0.0, time.perf_counter()
+            self.before: dict[str, int] = {}
+            self.allocations: dict[str, int] = {}
             self.begins: list[float] = []  # by the host's clock, nothing waited for: where the seconds went
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -328,10 +331,15 @@ def stopwatch(cuda: bool) -> Any:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.steps += 1
             if self.steps == WARM:
-                self.begun = self.now()
+                self.begun, self.before = self.now(), self.counts()
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             self.ended = self.now()
+            self.allocations = {name: count - self.before.get(name, 0) for name, count in self.counts().items()}
+
+        def counts(self) -> dict[str, int]:  # each waits for the GPU
+            stats = torch.cuda.memory_stats() if cuda else {}
+            return {name: stats.get(name, 0) for name in ("num_alloc_retries", "num_device_alloc", "num_device_free")}
 
         def now(self) -> float:
             if cuda:

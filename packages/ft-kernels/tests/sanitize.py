@@ -24,8 +24,8 @@ from ft_kernels.dispatch import launches
 
 FLAG = "--float-products"
 aten = torch.ops.aten
-PRODUCTS = (aten.mm.default, aten.mm.out, aten.bmm.default, aten.bmm.out, aten.addmm.default, aten.addmm.out,
-            aten.addmm_.default, aten.baddbmm.default, aten.baddbmm.out)  # fmt: skip
+PRODUCTS = {getattr(packet, name) for packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
+            for name in packet.overloads()} | {aten.addmm_.default, aten.baddbmm_.default}  # fmt: skip
 
 
 class FloatProducts(TorchDispatchMode):
@@ -35,9 +35,11 @@ class FloatProducts(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func not in PRODUCTS or args[0].dtype == torch.float32:
             return func(*args, **kwargs)
-        out = kwargs.pop("out", args[0] if func is aten.addmm_.default else None)
-        wide = getattr(aten, func.overloadpacket.__name__.rstrip("_")).default
-        result = wide(*(x.float() if isinstance(x, torch.Tensor) else x for x in args), **kwargs).to(args[0].dtype)
+        name = func.overloadpacket.__name__
+        out = kwargs.pop("out", args[0] if name.endswith("_") else None)
+        dtype = next((x for x in args if isinstance(x, torch.dtype)), kwargs.pop("out_dtype", args[0].dtype))
+        numbers = [x.float() if isinstance(x, torch.Tensor) else x for x in args if not isinstance(x, torch.dtype)]
+        result = getattr(aten, name.rstrip("_")).default(*numbers, **kwargs).to(dtype)
         return result if out is None else out.copy_(result)
 
 
