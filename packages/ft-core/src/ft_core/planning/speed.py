@@ -23,6 +23,9 @@ __all__ = ["Times", "times_of"]
 ATTENTION, SHORT = 0.605, 1600
 """cuDNN's attention on Hopper: this share of the products' peak for long sequences, half of it at so many tokens (from
 335 TFLOP/s at 2048 tokens and 500 at 8192, forward and backward)."""
+SOFTMAX = 55
+"""What a score costs beside its products, in numbers of a head's width: heads of 64 reach 0.77 of the rate of 128 at the
+same lengths (``ft_kernels.bench --models 1b,8b --ops attention``: 0.755 of documents of 512 tokens, 0.79 of mixed ones)."""
 PASSES, EXPAND = 0.71, 0.76
 """Shares of a memory's bandwidth that element-wise kernels and expansions of NF4 sustain."""
 LAUNCH = 4e-3
@@ -34,9 +37,9 @@ AGAIN: dict[Choice, float] = {"inputs": 1.5e-3, "offload": 2.1e-3, "recompute": 
 """Seconds more of a layer that is partly or wholly computed again, and ``AGAIN_QUANTIZED`` times that with weights to
 be expanded again (measured: recompute 4.0 ms in 16 bits, 7.0 from nf4; offload 2.0 and 3.1)."""
 AGAIN_QUANTIZED = 1.6
-BESIDE = 12e-3
-"""Seconds of a step that the host takes for the head and the trainer's own work: 4 to 18 ms, from steps of 4, 8 and 20
-layers on several machines."""
+BESIDE, HEAD = 8e-3, 4e-3
+"""Seconds of a step that the host takes for the trainer's own work and, where no step is recorded, for the head and its
+loss: together 4 to 18 ms, from steps of 4, 8 and 20 layers on several machines."""
 BOTH = 6
 """Where the GPU takes x seconds and the host y, a step takes the sum of both to this power, and its root: one of them
 where it is longer by half, a tenth more than either where they are equal."""
@@ -107,6 +110,8 @@ def times_of(
     seen = min(step.length, int(window)) if window and blueprint.layout.attention.window else step.length
     scores = 2.0 * tokens * seen * layer.queries * layers
     attention_rate = card.peak * card.share / 0.673 * ATTENTION * seen / (seen + SHORT)
+    width = int(getattr(blueprint.layout, "head_dim", 0) or 128)
+    attention_rate *= min(width / (width + SOFTMAX) * (128 + SOFTMAX) / 128, 1.0)
     if not step.dense:
         attention_rate *= 0.8  # FlashAttention-2 beside cuDNN's on the same products
     forward, back = _passes(layer)
@@ -140,7 +145,7 @@ def _launches(peak: Peak, kind: str, plain: bool) -> float:
     """Seconds in which the host launches a step kernel by kernel."""
     each = AGAIN_QUANTIZED if kind != "none" else 1.0
     again = 0.0 if plain else sum(each * AGAIN.get(choice, 0.0) for choice in peak.choices)
-    return HOST.get(kind, HOST["nf4"]) * len(peak.choices) + again + BESIDE
+    return HOST.get(kind, HOST["nf4"]) * len(peak.choices) + again + BESIDE + HEAD
 
 
 def _again(choice: Choice, layer: Layer) -> float:
