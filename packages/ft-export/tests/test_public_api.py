@@ -10,7 +10,8 @@ API = {
     "ft_export": ["ExportError", "__version__", "export_gguf", "merge"],
     "ft_export.errors": ["ExportError", "one_line"],
     "ft_export.gguf": ["Converted", "convert"],
-    "ft_export.gguf.export": ["Exported", "export"],
+    "ft_export.exporting": ["Exported", "PROOF", "check_options", "file_name", "whole_model"],
+    "ft_export.gguf.export": ["export"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
     "ft_export.runs": ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"],
 }

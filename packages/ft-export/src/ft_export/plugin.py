@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ft_core.errors import FtError
 from ft_core.plugins import CommandSpec, ExporterSpec, ExportRequest, ExportResult
 from ft_export.errors import ExportError
 from ft_export.gguf.mixes import FILE_TYPES
 from ft_export.progress import Progress
+
+if TYPE_CHECKING:
+    from ft_export.exporting import Exported
 
 __all__ = ["GGUF", "MERGE", "as_ft_error", "export_gguf", "shown"]
 
@@ -69,10 +72,14 @@ def export_gguf(request: ExportRequest) -> ExportResult:
     """
     from ft_export.gguf.export import export
 
+    return _result(export, request, "f16")
+
+
+def _result(export: Callable[..., Exported], request: ExportRequest, default: str) -> ExportResult:
     made = as_ft_error(export)(
         request.run,
         request.out,
-        type=request.type or "f16",
+        type=request.type or default,
         overwrite=request.overwrite,
         options=request.options,
         progress=shown(),

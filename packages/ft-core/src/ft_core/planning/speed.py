@@ -24,8 +24,9 @@ ATTENTION, SHORT = 0.605, 1600
 """cuDNN's attention on Hopper: this share of the products' peak for long sequences, half of it at so many tokens (from
 335 TFLOP/s at 2048 tokens and 500 at 8192, forward and backward)."""
 SOFTMAX = 55
-"""What a score costs beside its products, in numbers of a head's width: heads of 64 reach 0.77 of the rate of 128 at the
-same lengths (``ft_kernels.bench --models 1b,8b --ops attention``: 0.755 of documents of 512 tokens, 0.79 of mixed ones)."""
+"""What a score costs beside its products, in numbers of a head's width: heads of 64 reach 0.77 of the rate of 128 at
+the same lengths (``ft_kernels.bench --models 1b,8b --ops attention``: 0.755 of documents of 512 tokens, 0.79 of mixed
+ones)."""
 PASSES, EXPAND = 0.71, 0.76
 """Shares of a memory's bandwidth that element-wise kernels and expansions of NF4 sustain."""
 LAUNCH = 4e-3

@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ft_export import __version__
-from ft_export.bases import find_base, load_model, load_tokenizer, stop_tokens
+from ft_export.bases import load_model, load_tokenizer, stop_tokens
 from ft_export.errors import ExportError, one_line
+from ft_export.exporting import PROOF, Exported, check_options, file_name, whole_model
 from ft_export.folders import new_file
 from ft_export.gguf.converter import Converted, check_convertible, check_type, convert, require_gguf
 from ft_export.gguf.engine import llama_cpp, require_llama_cpp
 from ft_export.gguf.proof import FINE, Comparison, Prompt, compare
 from ft_export.gguf.text_check import check_template, check_tokens
-from ft_export.merging import is_current, merge
-from ft_export.merging.adapter import Adapter
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
 from ft_export.samples import Row, prompt_text, read_rows
 
-__all__ = ["Exported", "export"]
+__all__ = ["export"]
 
-PROOF = "proof.json"
 OPTIONS = ("pre",)
 NEW_TOKENS = 24
 LONGEST_PROMPT = 256
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What :func:`export` made.
-
-    Attributes:
-        file: the GGUF file.
-        proof: ``proof.json`` beside it, with an entry for each file.
-        lines: what was checked and found, for people.
-        next_command: a command that serves the file.
-    """
-
-    file: Path
-    proof: Path
-    lines: tuple[str, ...]
-    next_command: str
 
 
 @one_line
@@ -77,14 +56,11 @@ def export(
     """
     source = open_source(Path(path))
     folder = Path(out).expanduser() if out is not None else source.path / "export" / "gguf"
-    said = dict(options or {})
-    for key in said:
-        if key not in OPTIONS:
-            raise ExportError(f"option {key!r} is not known for gguf (allowed: {', '.join(OPTIONS)})")
+    said = check_options(options, OPTIONS, "gguf")
     check_type(type)
     require_gguf()
     require_llama_cpp()
-    name = re.sub(r"[^\w.-]+", "-", source.name).strip("-") or "model"
+    name = file_name(source)
     file = folder / f"{name}-{type}.gguf"
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is no folder: choose another with --out")
@@ -92,7 +68,9 @@ def export(
         raise ExportError(f"{file} is already there: pass --overwrite to replace it, or choose another with --out")
 
     lines: list[str] = []
-    model = _model(source, lines, said.get("pre"), progress)
+    model = whole_model(
+        source, lines, progress, lambda base, words: check_convertible(base, words, said.get("pre"), source.rope)
+    )
     made_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         with new_file(file) as partial:
@@ -106,26 +84,6 @@ def export(
         raise
     serve = f"llama-server -m {shlex.quote(str(file))} --jinja"
     return Exported(file, proof, tuple(lines), serve)
-
-
-def _model(source: Source, lines: list[str], pre: str | None, progress: Progress) -> Path:
-    """The folder of the whole model, merged if need be; what could not be converted is not merged first."""
-    if source.adapter is None:
-        assert source.model is not None
-        return source.model
-    merged = source.path / "merged"
-    if is_current(merged, source.adapter):
-        lines.append(f"used the merge in {merged}, made from this adapter")
-        return merged
-    adapter = Adapter(source.adapter)
-    reference = adapter.base or source.base
-    if reference:
-        base = find_base(reference)
-        brings = (source.adapter / "tokenizer_config.json").is_file()
-        check_convertible(base, source.adapter if brings else base, pre, source.rope)
-    # a merge of an adapter that is no longer there may be replaced; anything else in its place is refused by merge
-    lines.extend(merge(source.path, overwrite=True, progress=progress).lines)
-    return merged
 
 
 def _check(made: Converted, model: Path, source: Source, type: str, lines: list[str]) -> dict[str, Any]:
