@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,24 @@ def test_kinds_of_adapter(kind: str, base: Path, make_model: Any, make_adapter: 
     # each of some ten rounded weights on the way adds at most bfloat16's 2^-8, most of it averaged out
     assert _difference(tmp_path / "out", base, adapter) < 10 * 2**-8
     assert result.weights.merged > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_blocks_and_several_files(
+    kind: str, base: Path, make_model: Any, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ft_export import checkpoints, writing
+
+    monkeypatch.setattr(checkpoints, "BLOCK", 500)
+    monkeypatch.setattr(writing, "SHARD", 20_000)
+    if kind == "trained biases":
+        base = make_model(tmp_path / "biased", attention_bias=True)
+    adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
+    result = merge(adapter, tmp_path / "out")
+    files = sorted(path.name for path in result.folder.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert len(files) > 3
+    assert _difference(tmp_path / "out", base, adapter) < 10 * 2**-8
     assert result.weights.largest_error <= 1
     written = Checkpoint(tmp_path / "out")
     assert {written.dtype(name) for name in written} == {torch.bfloat16}
@@ -187,25 +206,30 @@ def test_weights_check_catches(
 ) -> None:
     from ft_export.merging import merger
 
-    right = merger.merge_layers
+    right, cast = merger.merged_weight, merger._cast
 
-    def wrong(model: Any, adapter: Any, dtype: Any) -> Any:
-        before = model.model.layers[1].mlp.up_proj.weight.detach().clone()
-        merged = right(model, adapter, dtype)
-        weight = merged.model.layers[1].mlp.up_proj.weight
-        if fault == "one layer left unmerged":
-            weight.data.copy_(before)
+    def wrong(adapter: Any, change: Any, base: Any, shape: Any, dtype: Any) -> Any:
+        if change.module != "model.layers.1.mlp.up_proj" or fault == "a norm touched":
+            yield from right(adapter, change, base, shape, dtype)
+        elif fault == "one layer left unmerged":
+            yield from cast(base, dtype)
         elif fault == "scaled twice":
-            weight.data.copy_(2 * weight.float() - before.float())
-        elif fault == "a wrong permutation":
-            weight.data.copy_(weight.data.flip(0))
+            yield from right(adapter, replace(change, scale=2 * change.scale), base, shape, dtype)
         else:
-            merged.model.layers[1].input_layernorm.weight.data[3] *= 1.0079
-        return merged
+            yield torch.cat(list(right(adapter, change, base, shape, dtype))).flip(0)
 
-    monkeypatch.setattr(merger, "merge_layers", wrong)
+    def touched(blocks: Any, dtype: Any) -> Any:
+        for block in cast(blocks, dtype):
+            block = block.clone()
+            if block.dim() == 1:
+                block[3] *= 1.0079
+            yield block
+
+    monkeypatch.setattr(merger, "merged_weight", wrong)
+    if fault == "a norm touched":
+        monkeypatch.setattr(merger, "_cast", touched)
     adapter = make_adapter(tmp_path / "adapter", base)
-    name = r"layers\.1\.input_layernorm" if fault == "a norm touched" else r"layers\.1\.mlp\.up_proj\.weight is wrong"
+    name = r"layers\.0\.input_layernorm" if fault == "a norm touched" else r"layers\.1\.mlp\.up_proj\.weight is wrong"
     with pytest.raises(ExportError, match=name):
         merge(adapter, tmp_path / "out")
     assert contents(tmp_path) == ["adapter"]
@@ -509,7 +533,7 @@ def test_values_that_are_not_finite(base: Path, make_adapter: Any, tmp_path: Pat
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors[next(name for name in tensors if "lora_B" in name)][0, 0] = float("nan")
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ExportError, match="NaN"):
+    with pytest.raises(ExportError, match=r"not finite: tensor model\.layers"):
         merge(adapter, tmp_path / "out")
     assert contents(tmp_path) == ["adapter"]
 

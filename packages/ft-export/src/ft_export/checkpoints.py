@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ft_export.errors import ExportError
 from ft_export.runs import read_json
@@ -14,22 +14,32 @@ from ft_export.runs import read_json
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "read_header"]
+__all__ = ["CODES", "Checkpoint", "Code", "code_of", "read_header"]
 
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
+
+class Code(NamedTuple):
+    """What a type's code in a safetensors file stands for: torch's ``name`` of it, and the bytes of a value."""
+
+    name: str
+    itemsize: int
+
+
+CODES = {
+    "F64": Code("float64", 8),
+    "F32": Code("float32", 4),
+    "F16": Code("float16", 2),
+    "BF16": Code("bfloat16", 2),
+    "I64": Code("int64", 8),
+    "I32": Code("int32", 4),
+    "I16": Code("int16", 2),
+    "I8": Code("int8", 1),
+    "U8": Code("uint8", 1),
+    "BOOL": Code("bool", 1),
+    "F8_E4M3": Code("float8_e4m3fn", 1),
+    "F8_E5M2": Code("float8_e5m2", 1),
 }
+BLOCK = 1 << 24
+"""Values that :meth:`Checkpoint.blocks` reads at a time, about: 64 MiB in fp32."""
 LARGEST_HEADER = 100_000_000
 
 
@@ -56,6 +66,11 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     if end != size:
         raise ExportError(f"{path} is truncated: it has {size} bytes, its header says {end}; get it again")
     return dict(header)
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """The code of a type in a safetensors file."""
+    return next(code for code, (name, _) in CODES.items() if name == str(dtype).removeprefix("torch."))
 
 
 class Checkpoint:
@@ -119,21 +134,41 @@ class Checkpoint:
         import torch
 
         code = self.entries[name]["dtype"]
-        if code not in DTYPES:
+        if code not in CODES:
             raise ExportError(f"{self._files[name]}: tensor {name} has the type {code}, which is not known here")
-        dtype = getattr(torch, DTYPES[code])
+        dtype = getattr(torch, CODES[code].name)
         assert isinstance(dtype, torch.dtype)
         return dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is stored."""
+        tensor: torch.Tensor = self._file(name).get_tensor(self.key(name))
+        return tensor
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor in blocks of whole rows along the first dimension, of about ``BLOCK`` numbers each."""
+        import math
+
+        shape = self.shape(name)
+        if math.prod(shape) <= BLOCK or not shape:
+            yield self.tensor(name)
+            return
+        rows = max(1, BLOCK // math.prod(shape[1:]))
+        part = self._file(name).get_slice(self.key(name))
+        for start in range(0, shape[0], rows):
+            yield part[start : start + rows]
+
+    def key(self, name: str) -> str:
+        """What the file calls a tensor."""
+        return self._keys.get(name, name)
+
+    def _file(self, name: str) -> Any:
         from safetensors import safe_open
 
         path = self._files[name]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
-        tensor: torch.Tensor = self._open[path].get_tensor(self._keys.get(name, name))
-        return tensor
+        return self._open[path]
 
     def parameters(self) -> int:
         """The number of values in all tensors."""

@@ -187,9 +187,7 @@ class Adapter:
             base = self.files.tensor(change.parts["base"]).to(base.dtype)
         rank, inner = low.shape
         outer = high.shape[0]
-        flat = (outer, inner)
-        turned = tuple(base.shape) != flat or (outer == inner and self._is_turned(change))
-        if turned:
+        if self.is_turned(change, tuple(base.shape)):
             base, written = base.T, written.T
         magnitude = self.files.tensor(change.parts["magnitude"]).double() if "magnitude" in change.parts else None
         a = low.double()
@@ -207,7 +205,11 @@ class Adapter:
                 error = factor.abs() * error + (inner / 2 + rank + 8) * UNIT * exact.abs()
             yield exact, written[rows].double(), error
 
-    def _is_turned(self, change: LowRank) -> bool:
+    def is_turned(self, change: LowRank, shape: tuple[int, ...]) -> bool:
+        """Whether the base has a weight as ``(in, out)``: told by its shape, by the kind of layer if it is square."""
+        flat = (self.files.shape(change.parts["B"])[0], self.files.shape(change.parts["A"])[1])
+        if flat[0] != flat[1]:
+            return shape != flat
         return "lora_embedding_A" in change.parts["A"] or bool(self.config.get("fan_in_fan_out"))
 
 

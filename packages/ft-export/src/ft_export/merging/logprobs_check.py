@@ -173,7 +173,10 @@ def _with_adapter(
 ) -> list[torch.Tensor]:
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=False)
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"PEFT cannot attach {adapter.folder} to its base: {error}") from error
     return token_logprobs(adapted, samples, counting(progress, len(samples), what))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +20,18 @@ from ft_export.bases import (
     same_folder,
     stop_tokens,
 )
-from ft_export.checkpoints import Checkpoint
+from ft_export.checkpoints import Checkpoint, code_of
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import clear_unfinished, new_folder, refuse_existing_folder, require_space
-from ft_export.merging.adapter import Adapter, Replacement
-from ft_export.merging.layers import merge_layers, tied_names, untie
+from ft_export.merging.adapter import Adapter, LowRank, Replacement
+from ft_export.merging.arithmetic import Blocks, merged_bias, merged_weight
 from ft_export.merging.logprobs_check import LogprobsCheck, as_trained, check_logprobs, gap_to_quantized
-from ft_export.merging.names import parameter_names
+from ft_export.merging.outline import Outline
 from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
 from ft_export.samples import Row, read_rows, token_ids
+from ft_export.writing import Tensor, write_model
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "MARKER", "MergeResult", "fingerprint", "is_current", "merge"]
 
 DTYPES = ("bfloat16", "float16")
-MARKER = "merge.json"
+MARKER, GENERATION = "merge.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,10 @@ def merge(
 ) -> MergeResult:
     """Merge a run's LoRA adapter into its 16-bit base and write a model that plain transformers loads.
 
-    The base is loaded in the type its files have; each adapted layer is brought to fp32, merged by PEFT, and rounded
-    once. Then every written tensor is compared with base and adapter by other code than PEFT's
-    (:func:`~ft_export.merging.weights_check.check_weights`), and log-probabilities of sample texts with those of the
-    adapter on the base (:func:`~ft_export.merging.logprobs_check.check_logprobs`). Past a bound nothing is left.
+    Tensor by tensor, large ones in blocks of rows, the base is read from its files, merged in fp32, rounded once and
+    written: the weights are never in memory together. Then every written tensor is compared with base and adapter in
+    float64 (:func:`~ft_export.merging.weights_check.check_weights`), and log-probabilities of sample texts with the
+    adapter's on the base (:func:`~ft_export.merging.logprobs_check.check_logprobs`). Past a bound nothing is left.
 
     Args:
         path: a run folder or a PEFT adapter folder.
@@ -141,15 +143,15 @@ class _Merge:
         # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
         size = stored.parameters() * (16 if method is not None else 4 if as_run is not None else 2)
         require_space(self.out.parent, int(size * 1.02) + 50_000_000, "the merged model")
-        with new_folder(self.out) as partial:
+        with new_folder(self.out) as folder:
             if method is not None or as_run is not None:
-                self._dequantize(partial / "base", method, as_run)
+                self._dequantize(folder / "base", method, as_run)
                 stored = Checkpoint(self.base)
-            report = self._into(partial, stored)
-            if partial in self.base.parents:
-                _remove(partial / "base")
+            report = self._into(folder, stored)
+            if folder in self.base.parents:
+                _remove(folder / "base")
             text = json.dumps(report.pop("json"), indent=2, ensure_ascii=False) + "\n"
-            (partial / MARKER).write_text(text, encoding="utf-8")
+            (folder / MARKER).write_text(text, encoding="utf-8")
         return MergeResult(self.out, report["weights"], report["logprobs"], tuple(self.lines))
 
     def _dequantize(self, to: Path, method: str | None, as_run: str | None) -> None:
@@ -185,46 +187,40 @@ class _Merge:
         self.say(f"the base {self.reference} {why}: merged into its dequantized weights")
         self.base = to
 
-    def _into(self, partial: Path, stored: Checkpoint) -> dict[str, Any]:
+    def _into(self, folder: Path, stored: Checkpoint) -> dict[str, Any]:
         import torch
 
         was = stored.widest_float()
         dtype = getattr(torch, self.asked) if self.asked else (torch.bfloat16 if was == torch.float32 else was)
         if dtype not in (torch.bfloat16, torch.float16):
             raise ExportError(f"the base {self.base} has weights of type {was}: only 32- and 16-bit bases are merged")
-        self.progress(0, 0, "loading the base")
-        model = load_model(self.base, was, labels=self.labels, rope=self.rope)
-        names = dict(model.named_parameters(remove_duplicate=False))
-        stored.rename(parameter_names(stored, model))
-        self.adapter.check_shapes({name: tuple(p.shape) for name, p in names.items()})
-        aliases = tied_names(names, stored)
-        untie(model, self.adapter)
-        self.progress(0, 0, "merging, layer by layer")
-        merged = merge_layers(model, self.adapter, dtype)
-        self.progress(0, 0, "writing the merged model")
-        merged.save_pretrained(partial)
-        written = Checkpoint(partial)
-        written.rename(parameter_names(written, merged))
-        del model, merged
-        tokenizer_from = copy_tokenizer(self.adapter.folder, self.base, partial)
+        outline = Outline(self.base, stored, self.labels, self.rope)
+        self.adapter.check_shapes(outline.shapes)
+        tensors = _planned(stored, self.adapter, outline, outline.loosen(self.adapter), dtype)
+        write_model(folder, tensors, progress=self.progress)
+        outline.save_config(folder, dtype)
+        if (self.base / GENERATION).is_file():
+            (folder / GENERATION).write_bytes((self.base / GENERATION).read_bytes())
+        written = outline.rename(Checkpoint(folder))
+        tokenizer_from = copy_tokenizer(self.adapter.folder, self.base, folder)
         if self.rope is not None:
             kind, most = self.rope.rope_parameters.get("rope_type"), self.rope.max_position_embeddings
             self.say(f"config.json has the rotary scaling of the run: {kind}, {most} positions")
 
-        weights = check_weights(written, stored, self.adapter, set(names), aliases, self.progress)
+        weights = check_weights(written, stored, self.adapter, set(outline.shapes), outline.aliases, self.progress)
         self.say(
             f"checked {weights.merged + weights.replaced + weights.untouched} tensors against base and adapter: "
             f"{weights.merged} merged, {weights.replaced} replaced, {weights.untouched} untouched; "
             f"largest error {weights.largest_error:.3f} of the rounding of {_name(dtype)}"
         )
-        tokenizer = load_tokenizer(partial)
+        tokenizer = load_tokenizer(folder)
         if self.labels is None:
-            _name_stops(partial, stop_tokens(tokenizer, partial))
+            _name_stops(folder, stop_tokens(tokenizer, folder))
         rows = read_rows(self.source.held_out)
         samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
         logprobs = check_logprobs(
-            partial, self.base, self.adapter, samples, dtype, rounded, self.labels, self.rope, self.progress
+            folder, self.base, self.adapter, samples, dtype, rounded, self.labels, self.rope, self.progress
         )
         unit = "scores" if self.labels is not None else "log-probabilities"
         self.say(
@@ -248,7 +244,7 @@ class _Merge:
             "base": self.reference,
             "base_dtype": _name(was),
             "dtype": _name(dtype),
-            "dequantized_base": partial in self.base.parents,
+            "dequantized_base": folder in self.base.parents,
             "adapter": str(self.adapter.folder),
             "adapter_sha256": fingerprint(self.adapter.folder),
             "tokenizer_from": "adapter" if tokenizer_from == self.adapter.folder else "base",
@@ -261,13 +257,61 @@ class _Merge:
         return {"json": report, "weights": weights, "logprobs": logprobs}
 
 
+def _planned(
+    stored: Checkpoint, adapter: Adapter, outline: Outline, loosened: list[str], dtype: torch.dtype
+) -> list[Tensor]:
+    """The tensors of the merged model in the order of the base's files, then those that these do not have.
+
+    Args:
+        loosened: parameters that were tied and get a tensor of their own.
+    """
+    biases = adapter.biases()
+    places = [(name, name) for name in stored if outline.has(name)]
+    places += [(outline.aliases[name], name) for name in loosened]
+    tensors = [_merged(stored, source, name, adapter, biases.get(name), dtype) for source, name in places]
+    known = {*stored, *outline.aliases}
+    for name, change in adapter.changes.items():
+        if name not in known and isinstance(change, Replacement):
+            tensors.append(_replaced(name, change, adapter, dtype))
+    return tensors
+
+
+def _merged(
+    stored: Checkpoint, source: str, name: str, adapter: Adapter, bias: LowRank | None, dtype: torch.dtype
+) -> Tensor:
+    """A tensor of the base, ``source``, as what the adapter makes of the parameter ``name``."""
+    change, key = adapter.changes.get(name), stored.key(name) if name == source else name
+    was, shape = stored.dtype(source), stored.shape(source)
+    to = dtype if was.is_floating_point else was
+    blocks: Blocks
+    if isinstance(change, Replacement):
+        return _replaced(key, change, adapter, to)
+    if isinstance(change, LowRank):
+        blocks = partial(merged_weight, adapter, change, partial(stored.blocks, source), shape, to)
+    elif bias is not None:
+        blocks = partial(merged_bias, adapter, bias, partial(stored.blocks, source), to)
+    else:
+        blocks = partial(_cast, partial(stored.blocks, source), to)
+    return Tensor(key, code_of(to), shape, blocks)
+
+
+def _replaced(key: str, change: Replacement, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    blocks = partial(_cast, partial(adapter.files.blocks, change.key), dtype)
+    return Tensor(key, code_of(dtype), adapter.files.shape(change.key), blocks)
+
+
+def _cast(blocks: Blocks, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for block in blocks():
+        yield block.to(dtype)
+
+
 def _samples(rows: list[Row], tokenizer: Any) -> list[list[int]]:
     return [ids for ids in (token_ids(row, tokenizer) for row in rows) if len(ids) > 1]
 
 
 def _name_stops(folder: Path, stops: list[int]) -> None:
     """Let the model's generation configuration name every token that ends an answer, where it names fewer."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION
     said: dict[str, Any] = read_json(path) if path.is_file() else {"_from_model_config": True}
     known = said.get("eos_token_id")
     if set(stops) - set([known] if isinstance(known, int) else known or []):

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["parameter_names"]
+__all__ = ["parameter_names", "stands_for_others"]
+
+
+def stands_for_others(model: Any) -> bool:
+    """Whether transformers stacks or splits tensors of the model's files while it loads them (experts)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    return not all(isinstance(transform, WeightRenaming) for transform in get_model_conversion_mapping(model))
 
 
 def parameter_names(keys: Iterable[str], model: Any) -> dict[str, str]:

@@ -1,0 +1,109 @@
+"""A model without its weights: what its parameters are called, which share a tensor, what its files have to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ft_export.checkpoints import Checkpoint
+from ft_export.errors import ExportError
+from ft_export.merging.adapter import Adapter
+from ft_export.merging.names import parameter_names, stands_for_others
+from ft_export.runs import Rope
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Outline"]
+
+
+class Outline:
+    """A base model as transformers builds it, on no device.
+
+    Args:
+        folder: the base's. stored: its files; their tensors get the model's names.
+        labels: None for a language model, else the outputs of a score head. rope: the rotary scaling to give it.
+
+    Attributes:
+        shapes: of each parameter, by its name.
+        aliases: for each parameter that is tied to another one, the name under which the files have their tensor.
+        config: transformers' configuration, to be written beside the merged weights.
+
+    Raises:
+        ExportError: transformers does not know the model, or the files lack a weight.
+    """
+
+    def __init__(self, folder: Path, stored: Checkpoint, labels: int | None, rope: Rope | None) -> None:
+        self._model = _built(folder, labels, rope)
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        self._buffers = {name for name, _ in self._model.named_buffers()}
+        self.shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        stored.rename(parameter_names(stored, self._model))
+        self.aliases = _tied(parameters, stored)
+        self.config = self._model.config
+        self._scores = labels is not None
+        missing = sorted(
+            name
+            for name in parameters
+            if name not in stored and name not in self.aliases and not (self._scores and name.startswith("score."))
+        )
+        if missing and not stands_for_others(self._model):
+            raise ExportError(f"{folder} has no weights for {missing[0]} ({len(missing)} missing): it is incomplete")
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of the base's files belongs to the model; a score head takes the place of another."""
+        return not self._scores or name in self.shapes or name in self._buffers
+
+    def rename(self, written: Checkpoint) -> Checkpoint:
+        """Give a merged model's tensors the model's names."""
+        return written.rename(parameter_names(written, self._model))
+
+    def loosen(self, adapter: Adapter) -> list[str]:
+        """The parameters that get a tensor of their own since the adapter changes only one end of tied embeddings.
+
+        While training, the adapter sat on one end alone; merged into the shared tensor it would change both.
+        """
+        head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
+        if head is None or embeddings is None or head.weight is not embeddings.weight:
+            return []
+        pair = {name for name, p in self._model.named_parameters(remove_duplicate=False) if p is embeddings.weight}
+        if adapter.config.get("ensure_weight_tying") or not pair & set(adapter.changes):
+            return []
+        self.config.tie_word_embeddings = False
+        return sorted(pair & set(self.aliases))
+
+    def save_config(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write ``config.json`` for weights of this type."""
+        self.config.dtype = dtype
+        self.config.architectures = [type(self._model).__name__]
+        self.config.save_pretrained(folder)
+
+
+def _built(folder: Path, labels: int | None, rope: Rope | None) -> Any:
+    import torch
+    import transformers
+
+    kind: Any = transformers.AutoModelForCausalLM
+    heads: dict[str, Any] = {}
+    if labels is not None:
+        kind, heads = transformers.AutoModelForSequenceClassification, {"num_labels": labels}
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **heads
+        )
+        if rope is not None:
+            rope.put(config)
+        with torch.device("meta"):
+            return kind.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ExportError(f"{folder} cannot be loaded: {error}") from error
+
+
+def _tied(parameters: Mapping[str, Any], stored: Checkpoint) -> dict[str, str]:
+    by_tensor: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if name in stored:
+            by_tensor.setdefault(id(parameter), name)
+    found = {name: by_tensor.get(id(parameter), name) for name, parameter in parameters.items()}
+    return {name: other for name, other in found.items() if name != other}
