@@ -111,6 +111,55 @@ def test_tied_embeddings_are_untied_where_one_end_changes(
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
+KILLED = """
+import os, signal, sys
+from ft_export import merge, writing
+from ft_export.merging import merger
+writing.SHARD = 20_000
+def show(done, total, what):
+    if what == "tensors written" and done == 9:
+        if sys.argv[3] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyboardInterrupt
+merge(sys.argv[1], sys.argv[2], progress=show)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+def test_an_interrupted_merge_goes_on(
+    how: str, base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Any
+) -> None:
+    from ft_export import writing
+
+    monkeypatch.setattr(writing, "SHARD", 20_000)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    merge(adapter, tmp_path / "whole")
+    words = [sys.executable, "-c", KILLED, str(adapter), str(tmp_path / "out"), how]
+    assert subprocess.run(words, capture_output=True, check=False).returncode != 0
+    (left,) = tmp_path.glob(".out.*.partial")
+    whole = {path.name: path.stat().st_mtime_ns for path in left.glob("*.safetensors")}
+    assert whole
+    lines: list[str] = []
+    result = merge(adapter, tmp_path / "out", say=lines.append)
+    assert lines[0] == f"going on with a merge that was interrupted, of which {len(whole)} files are there"
+    assert {name: (result.folder / name).stat().st_mtime_ns for name in whole} == whole
+    for file in (tmp_path / "whole").iterdir():
+        if file.name != "merge.json":
+            assert (result.folder / file.name).read_bytes() == file.read_bytes()
+    assert sorted(contents(tmp_path)) == ["adapter", "out", "whole"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
+def test_what_was_left_of_another_adapter_is_not_gone_on_with(base: Path, make_adapter: Any, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", KILLED, str(make_adapter(tmp_path / "one", base)), str(tmp_path / "out"), "kill"]
+    subprocess.run(words, capture_output=True, check=False)
+    (left,) = tmp_path.glob(".out.*.partial")
+    result = merge(make_adapter(tmp_path / "two", base, lora_alpha=32), tmp_path / "out")
+    assert not any("interrupted" in line for line in result.lines)
+    assert not left.exists()
+
+
 def test_tied_embeddings_stay_tied_otherwise(make_model: Any, make_adapter: Any, tmp_path: Path) -> None:
     base = make_model(tmp_path / "tied", tie_word_embeddings=True)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])

@@ -158,6 +158,11 @@ class Checkpoint:
         for start in range(0, shape[0], rows):
             yield part[start : start + rows]
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self._files.values()))
+
     def key(self, name: str) -> str:
         """What the file calls a tensor."""
         return self._keys.get(name, name)

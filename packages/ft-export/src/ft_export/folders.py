@@ -13,10 +13,14 @@ from pathlib import Path
 
 from ft_export.errors import ExportError
 
-__all__ = ["clear_unfinished", "new_file", "new_folder", "refuse_existing_folder", "require_space"]
+__all__ = [
+    "clear_unfinished", "new_file", "new_folder", "refuse_existing_folder", "require_space", "unfinished_bytes",
+]  # fmt: skip
 
 RANDOM = "[a-z0-9_]{8}"
 """What tempfile puts into a name."""
+KEY = ".made-from"
+"""The file in an unfinished folder that says what it is made from."""
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
@@ -59,17 +63,27 @@ def refuse_existing_folder(out: Path, marker: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``out`` that takes its place when the block ends well and vanishes when it does not.
+def new_folder(out: Path, key: str | None = None) -> Iterator[Path]:
+    """Yield a folder beside ``out`` that takes its place when the block ends well and vanishes when it does not.
 
     What ``out`` held before stays until the new folder is whole. What killed processes have left of such folders goes.
+
+    Args:
+        key: what the folder is to be made from. What a killed or interrupted process has left of one with the same key
+            is gone on with: the folder that is yielded holds it. Without a key it is empty.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    clear_unfinished(out)
-    partial, lock = _begin(lambda: Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)))
+    clear_unfinished(out, key)
+    partial, lock = _left_of(out, key) or _begin(
+        lambda: Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    )
+    kept = False
     try:
         partial.chmod(0o777 & ~_umask())
+        if key is not None:
+            (partial / KEY).write_text(key, encoding="utf-8")
         yield partial
+        (partial / KEY).unlink(missing_ok=True)
         for file in partial.rglob("*"):  # safetensors writes files that only their owner can read
             if file.is_file():
                 file.chmod(0o666 & ~_umask())
@@ -87,8 +101,12 @@ def new_folder(out: Path) -> Iterator[Path]:
         for old in _beside(out, f".{out.name}.", ".old"):  # of a process that was killed while it replaced it
             if not old.with_suffix(".partial").exists():
                 shutil.rmtree(old, ignore_errors=True)
+    except KeyboardInterrupt:
+        kept = key is not None
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(partial, ignore_errors=True)
         _end(lock)
 
 
@@ -113,12 +131,15 @@ def new_file(out: Path) -> Iterator[Path]:
         _end(lock)
 
 
-def clear_unfinished(out: Path) -> None:
+def clear_unfinished(out: Path, key: str | None = None) -> None:
     """Remove what killed processes have left beside ``out``: unfinished folders and files that no process holds.
 
     Whoever writes one holds a lock of the system's on it (``flock``), which ends with the process, however that ends.
     Where the system has no such locks nothing is removed, and on a network's file system they may hold for one machine
     alone. What stood in the place of ``out`` until a process was killed that was replacing it stands there again.
+
+    Args:
+        key: folders with this key stay (see :func:`new_folder`).
     """
     if not out.exists():
         for old in _beside(out, f".{out.name}.", ".old"):
@@ -134,10 +155,39 @@ def clear_unfinished(out: Path) -> None:
             if lock is None:
                 continue
             if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+                if key is None or _key_of(path) != key:
+                    shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
             _end(lock)
+
+
+def unfinished_bytes(out: Path, key: str) -> int:
+    """Bytes of what is there already of a folder with this key."""
+    left = [path for path in _beside(out, f".{out.name}.", ".partial") if _key_of(path) == key]
+    return sum(file.stat().st_size for path in left[:1] for file in path.rglob("*") if file.is_file())
+
+
+def _left_of(out: Path, key: str | None) -> tuple[Path, int | None] | None:
+    """A folder with this key that no process holds, and a lock on it."""
+    for path in _beside(out, f".{out.name}.", ".partial") if key is not None else ():
+        if _key_of(path) != key:
+            continue
+        try:
+            lock = _lock(path)
+        except OSError:
+            continue
+        if lock is not None and _is_at(lock, path):
+            return path, lock
+        _end(lock)
+    return None
+
+
+def _key_of(path: Path) -> str | None:
+    try:
+        return (path / KEY).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _is_left(path: Path) -> bool:

@@ -59,6 +59,9 @@ def shards_of(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 def write_model(folder: Path, tensors: Sequence[Tensor], progress: Progress = silent) -> list[Path]:
     """Write ``model.safetensors``, or several files and their index, as transformers names them.
 
+    A file that is there already, as long as it is to be, is not written again: the folder is one that an interrupted
+    process has left (:func:`ft_export.folders.new_folder`). Each is written beside its place and renamed.
+
     Args:
         progress: see :data:`ft_export.progress.Progress`; a part is a tensor.
 
@@ -72,9 +75,16 @@ def write_model(folder: Path, tensors: Sequence[Tensor], progress: Progress = si
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if several else "model.safetensors"
         files.append(folder / name)
-        for _ in _write(files[-1], shard):
-            done += 1
+        header = _header(shard)
+        if files[-1].is_file() and files[-1].stat().st_size == len(header) + sum(tensor.bytes for tensor in shard):
+            done += len(shard)
             progress(done, len(tensors), "tensors written")
+        else:
+            beside = files[-1].with_suffix(".unfinished")
+            for _ in _write(beside, header, shard):
+                done += 1
+                progress(done, len(tensors), "tensors written")
+            os.replace(beside, files[-1])
         places |= {tensor.name: name for tensor in shard}
     if several:
         total = sum(tensor.bytes for tensor in tensors)
@@ -85,8 +95,8 @@ def write_model(folder: Path, tensors: Sequence[Tensor], progress: Progress = si
     return files
 
 
-def _write(path: Path, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Write one file; yields each tensor that is in it."""
+def _header(tensors: Sequence[Tensor]) -> bytes:
+    """A file's beginning, which says where each tensor lies."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for tensor in tensors:
@@ -95,8 +105,13 @@ def _write(path: Path, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(path: Path, header: bytes, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Write one file; yields each tensor that is in it."""
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for tensor in tensors:
             written = sum(file.write(_bytes(block, tensor)) for block in tensor.blocks())
             if written != tensor.bytes:

@@ -22,7 +22,13 @@ from ft_export.bases import (
 )
 from ft_export.checkpoints import Checkpoint, code_of
 from ft_export.errors import ExportError, one_line
-from ft_export.folders import clear_unfinished, new_folder, refuse_existing_folder, require_space
+from ft_export.folders import (
+    clear_unfinished,
+    new_folder,
+    refuse_existing_folder,
+    require_space,
+    unfinished_bytes,
+)
 from ft_export.merging.adapter import Adapter, LowRank, Replacement
 from ft_export.merging.arithmetic import Blocks, merged_bias, merged_weight
 from ft_export.merging.logprobs_check import LogprobsCheck, as_trained, check_logprobs, gap_to_quantized
@@ -139,11 +145,15 @@ class _Merge:
         method = quantization_of(self.base)
         as_run = self.source.quantization if method is None and self.source.on_quantized else None
         stored = Checkpoint(self.base)  # checks the files before anything is loaded
-        clear_unfinished(self.out)  # before the space is asked for, of which it may hold much
+        key = self._key(stored) if method is None and as_run is None else None
+        clear_unfinished(self.out, key)  # before the space is asked for, of which it may hold much
         # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
         size = stored.parameters() * (16 if method is not None else 4 if as_run is not None else 2)
-        require_space(self.out.parent, int(size * 1.02) + 50_000_000, "the merged model")
-        with new_folder(self.out) as folder:
+        there = 0 if key is None else unfinished_bytes(self.out, key)
+        require_space(self.out.parent, int(size * 1.02) + 50_000_000 - there, "the merged model")
+        with new_folder(self.out, key) as folder:
+            if whole := len(list(folder.glob("*.safetensors"))):
+                self.say(f"going on with a merge that was interrupted, of which {whole} files are there")
             if method is not None or as_run is not None:
                 self._dequantize(folder / "base", method, as_run)
                 stored = Checkpoint(self.base)
@@ -153,6 +163,13 @@ class _Merge:
             text = json.dumps(report.pop("json"), indent=2, ensure_ascii=False) + "\n"
             (folder / MARKER).write_text(text, encoding="utf-8")
         return MergeResult(self.out, report["weights"], report["logprobs"], tuple(self.lines))
+
+    def _key(self, stored: Checkpoint) -> str:
+        """What the merged files are made from; two merges with the same key write the same bytes."""
+        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in stored.files]
+        rope = None if self.rope is None else asdict(self.rope)
+        said = [__version__, fingerprint(self.adapter.folder), str(self.base.resolve()), files, self.asked, rope]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def _dequantize(self, to: Path, method: str | None, as_run: str | None) -> None:
         """Write the base without its quantization (its own, or that of the run) and go on with that."""
