@@ -160,6 +160,22 @@ def test_what_was_left_of_another_adapter_is_not_gone_on_with(base: Path, make_a
     assert not left.exists()
 
 
+def test_a_proof_that_was_skipped(base: Path, make_adapter: Any, make_run: Any) -> None:
+    from ft_export.exporting import whole_model
+    from ft_export.runs import open_source
+
+    run = make_run()
+    make_adapter(run / "adapter", base, tokenizer=True)
+    result = merge(run, skip_proof=True)
+    assert result.logprobs is None
+    assert any(line.startswith("NOT PROVEN: ") for line in result.lines)
+    source, lines = open_source(run), []
+    assert whole_model(source, lines, skip_proof=True) == result.folder
+    assert lines == [f"used the merge in {result.folder}, made from this adapter"]
+    assert whole_model(source, lines) == result.folder  # again, with the proof
+    assert json.loads((result.folder / "merge.json").read_text())["logprobs"]["samples"] > 0
+
+
 def test_tied_embeddings_stay_tied_otherwise(make_model: Any, make_adapter: Any, tmp_path: Path) -> None:
     base = make_model(tmp_path / "tied", tie_word_embeddings=True)
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
@@ -253,9 +269,9 @@ def test_half_ulp() -> None:
 def test_weights_check_catches(
     fault: str, base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
-    from ft_export.merging import merger
+    from ft_export.merging import tensors
 
-    right, cast = merger.merged_weight, merger._cast
+    right, cast = tensors.merged_weight, tensors._cast
 
     def wrong(adapter: Any, change: Any, base: Any, shape: Any, dtype: Any) -> Any:
         if change.module != "model.layers.1.mlp.up_proj" or fault == "a norm touched":
@@ -274,9 +290,9 @@ def test_weights_check_catches(
                 block[3] *= 1.0079
             yield block
 
-    monkeypatch.setattr(merger, "merged_weight", wrong)
+    monkeypatch.setattr(tensors, "merged_weight", wrong)
     if fault == "a norm touched":
-        monkeypatch.setattr(merger, "_cast", touched)
+        monkeypatch.setattr(tensors, "_cast", touched)
     adapter = make_adapter(tmp_path / "adapter", base)
     name = r"layers\.0\.input_layernorm" if fault == "a norm touched" else r"layers\.1\.mlp\.up_proj\.weight is wrong"
     with pytest.raises(ExportError, match=name):

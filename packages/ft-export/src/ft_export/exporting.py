@@ -61,6 +61,7 @@ def whole_model(
     lines: list[str],
     progress: Progress = silent,
     check: Callable[[Path, Path], None] = lambda base, tokenizer: None,
+    skip_proof: bool = False,
 ) -> Path:
     """The folder of the whole model in 16 bits, merged if need be, into ``merged/`` beside the adapter.
 
@@ -70,6 +71,7 @@ def whole_model(
         lines: gets what was done and found.
         check: called before a merge with the folders of the base and of the tokenizer; raises what the exporter would
             refuse, since a merge takes its time.
+        skip_proof: of the merge; one that was not proven is used only then.
 
     Raises:
         ExportError: what ``check`` and :func:`ft_export.merge` raise.
@@ -78,7 +80,7 @@ def whole_model(
         assert source.model is not None
         return source.model
     merged = source.path / "merged"
-    if is_current(merged, source.adapter):
+    if is_current(merged, source.adapter, proven=not skip_proof):
         lines.append(f"used the merge in {merged}, made from this adapter")
         return merged
     reference = Adapter(source.adapter).base or source.base
@@ -87,5 +89,5 @@ def whole_model(
         brings = (source.adapter / "tokenizer_config.json").is_file()
         check(base, source.adapter if brings else base)
     # a merge of an adapter that is no longer there may be replaced; anything else in its place is refused by merge
-    lines.extend(merge(source.path, overwrite=True, progress=progress).lines)
+    lines.extend(merge(source.path, overwrite=True, skip_proof=skip_proof, progress=progress).lines)
     return merged

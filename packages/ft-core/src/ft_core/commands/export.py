@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to; unset means RUN/export/TARGET")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--skip-proof", action="store_true", help="do not check the result in its engine")
     parser.add_argument("options", nargs="*", default=[], metavar="key=value", help="further settings of the target")
 
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         type=kind,
         overwrite=args.overwrite,
         options=options,
+        skip_proof=args.skip_proof,
     )
     result: ExportResult = resolve(spec.export)(request)
     for line in result.checks:

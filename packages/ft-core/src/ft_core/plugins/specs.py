@@ -177,6 +177,7 @@ class ExportRequest:
         type: one of the spec's ``types``, or None where it has none.
         overwrite: whether files of an earlier export in ``out`` may be replaced.
         options: further ``key=value`` words of the command line.
+        skip_proof: leave out the checks in the engine, and say so loudly.
     """
 
     run: Path
@@ -184,6 +185,7 @@ class ExportRequest:
     type: str | None = None
     overwrite: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
+    skip_proof: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="MODEL", help="the base model's folder or Hub name, if not the adapter's own")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), help="default: the base's; bfloat16 for fp32 bases")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
+    parser.add_argument(
+        "--skip-proof", action="store_true", help="do not compare what the models say (needs both in memory, in fp32)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         base=args.base,
         dtype=args.dtype,
         overwrite=args.overwrite,
+        skip_proof=args.skip_proof,
         say=partial(print, flush=True),  # a pipe gets each line when it is true, not when the merge is over
         progress=shown(),
     )

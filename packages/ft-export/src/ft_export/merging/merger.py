@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from ft_export.bases import (
     same_folder,
     stop_tokens,
 )
-from ft_export.checkpoints import Checkpoint, code_of
+from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import (
     clear_unfinished,
@@ -29,15 +28,15 @@ from ft_export.folders import (
     require_space,
     unfinished_bytes,
 )
-from ft_export.merging.adapter import Adapter, LowRank, Replacement
-from ft_export.merging.arithmetic import Blocks, merged_bias, merged_weight
+from ft_export.merging.adapter import Adapter, Replacement
 from ft_export.merging.logprobs_check import LogprobsCheck, as_trained, check_logprobs, gap_to_quantized
 from ft_export.merging.outline import Outline
+from ft_export.merging.tensors import merged_tensors
 from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
 from ft_export.samples import Row, read_rows, token_ids
-from ft_export.writing import Tensor, write_model
+from ft_export.writing import write_model
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +54,13 @@ class MergeResult:
     Attributes:
         folder: the merged model, with ``merge.json``.
         weights: the check of every tensor.
-        logprobs: the check of log-probabilities.
+        logprobs: the check of log-probabilities; None where it was skipped.
         lines: what was done and found, for people.
     """
 
     folder: Path
     weights: WeightsCheck
-    logprobs: LogprobsCheck
+    logprobs: LogprobsCheck | None
     lines: tuple[str, ...]
 
 
@@ -73,6 +72,7 @@ def merge(
     base: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    skip_proof: bool = False,
     say: Callable[[str], None] | None = None,
     progress: Progress = silent,
 ) -> MergeResult:
@@ -89,6 +89,8 @@ def merge(
         base: a folder or Hub name to use in place of the one that the adapter names.
         dtype: ``bfloat16`` or ``float16``; by default the base's own, bfloat16 for an fp32 base.
         overwrite: whether an earlier merge in ``out`` may be replaced.
+        skip_proof: leave out the log-probabilities, for which both models are held in memory in fp32. It is said, and
+            exporters merge again where they want the proof.
         say: called with each line about what was done and found.
         progress: called with (done, total, what) while something takes long; total 0: something without parts begins.
 
@@ -110,7 +112,7 @@ def merge(
     for taken in (source.path, source.adapter, folder):
         if same_folder(target, taken):
             raise ExportError(f"the merged model cannot be written over its own source {taken}: choose another --out")
-    return _Merge(source, adapter, folder, reference, dtype, target, say, progress).run()
+    return _Merge(source, adapter, folder, reference, dtype, target, skip_proof, say, progress).run()
 
 
 class _Merge:
@@ -124,13 +126,14 @@ class _Merge:
         reference: str,
         dtype: str | None,
         out: Path,
+        skip_proof: bool,
         say: Callable[[str], None] | None,
         progress: Progress,
     ) -> None:
         self.source, self.adapter, self.base, self.reference = source, adapter, base, reference
         self.trained_on, self.rope = base, source.rope
         self.out = out
-        self.asked = dtype
+        self.asked, self.skip_proof = dtype, skip_proof
         self.lines: list[str] = []
         self._say = say
         self.progress = progress
@@ -213,7 +216,7 @@ class _Merge:
             raise ExportError(f"the base {self.base} has weights of type {was}: only 32- and 16-bit bases are merged")
         outline = Outline(self.base, stored, self.labels, self.rope)
         self.adapter.check_shapes(outline.shapes)
-        tensors = _planned(stored, self.adapter, outline, outline.loosen(self.adapter), dtype)
+        tensors = merged_tensors(stored, self.adapter, outline, outline.loosen(self.adapter), dtype)
         write_model(folder, tensors, progress=self.progress)
         outline.save_config(folder, dtype)
         if (self.base / GENERATION).is_file():
@@ -233,6 +236,37 @@ class _Merge:
         tokenizer = load_tokenizer(folder)
         if self.labels is None:
             _name_stops(folder, stop_tokens(tokenizer, folder))
+        logprobs, gap = None, None
+        if self.skip_proof:
+            self.say(
+                "NOT PROVEN: what the merged model says was not compared with the adapter on its base (--skip-proof); "
+                "its tensors were"
+            )
+        else:
+            logprobs, gap = self._prove(folder, tokenizer, dtype, was)
+        report = {
+            "merge_format": 1,
+            "ft_export": __version__,
+            "libraries": _versions(),
+            "base": self.reference,
+            "base_dtype": _name(was),
+            "dtype": _name(dtype),
+            "dequantized_base": folder in self.base.parents,
+            "adapter": str(self.adapter.folder),
+            "adapter_sha256": fingerprint(self.adapter.folder),
+            "tokenizer_from": "adapter" if tokenizer_from == self.adapter.folder else "base",
+            "samples": "held_out.jsonl" if self.source.held_out else "built in",
+            "weights": asdict(weights),
+            "logprobs": None if logprobs is None else logprobs.as_dict(),
+            "quantized_run": gap,
+            "rope": None if self.rope is None else asdict(self.rope),
+        }
+        return {"json": report, "weights": weights, "logprobs": logprobs}
+
+    def _prove(
+        self, folder: Path, tokenizer: Any, dtype: torch.dtype, was: torch.dtype
+    ) -> tuple[LogprobsCheck, dict[str, Any] | None]:
+        """Compare what the model says with the adapter on its base, and with the quantized run if it was one."""
         rows = read_rows(self.source.held_out)
         samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
@@ -254,72 +288,7 @@ class _Merge:
                 f"{unit} against the {self.source.quantization} run: "
                 + (f"largest {gap['largest']:.2e}, mean {gap['mean']:.2e}" if "mean" in gap else gap["not_measured"])
             )
-        report = {
-            "merge_format": 1,
-            "ft_export": __version__,
-            "libraries": _versions(),
-            "base": self.reference,
-            "base_dtype": _name(was),
-            "dtype": _name(dtype),
-            "dequantized_base": folder in self.base.parents,
-            "adapter": str(self.adapter.folder),
-            "adapter_sha256": fingerprint(self.adapter.folder),
-            "tokenizer_from": "adapter" if tokenizer_from == self.adapter.folder else "base",
-            "samples": "held_out.jsonl" if self.source.held_out else "built in",
-            "weights": asdict(weights),
-            "logprobs": logprobs.as_dict(),
-            "quantized_run": gap,
-            "rope": None if self.rope is None else asdict(self.rope),
-        }
-        return {"json": report, "weights": weights, "logprobs": logprobs}
-
-
-def _planned(
-    stored: Checkpoint, adapter: Adapter, outline: Outline, loosened: list[str], dtype: torch.dtype
-) -> list[Tensor]:
-    """The tensors of the merged model in the order of the base's files, then those that these do not have.
-
-    Args:
-        loosened: parameters that were tied and get a tensor of their own.
-    """
-    biases = adapter.biases()
-    places = [(name, name) for name in stored if outline.has(name)]
-    places += [(outline.aliases[name], name) for name in loosened]
-    tensors = [_merged(stored, source, name, adapter, biases.get(name), dtype) for source, name in places]
-    known = {*stored, *outline.aliases}
-    for name, change in adapter.changes.items():
-        if name not in known and isinstance(change, Replacement):
-            tensors.append(_replaced(name, change, adapter, dtype))
-    return tensors
-
-
-def _merged(
-    stored: Checkpoint, source: str, name: str, adapter: Adapter, bias: LowRank | None, dtype: torch.dtype
-) -> Tensor:
-    """A tensor of the base, ``source``, as what the adapter makes of the parameter ``name``."""
-    change, key = adapter.changes.get(name), stored.key(name) if name == source else name
-    was, shape = stored.dtype(source), stored.shape(source)
-    to = dtype if was.is_floating_point else was
-    blocks: Blocks
-    if isinstance(change, Replacement):
-        return _replaced(key, change, adapter, to)
-    if isinstance(change, LowRank):
-        blocks = partial(merged_weight, adapter, change, partial(stored.blocks, source), shape, to)
-    elif bias is not None:
-        blocks = partial(merged_bias, adapter, bias, partial(stored.blocks, source), to)
-    else:
-        blocks = partial(_cast, partial(stored.blocks, source), to)
-    return Tensor(key, code_of(to), shape, blocks)
-
-
-def _replaced(key: str, change: Replacement, adapter: Adapter, dtype: torch.dtype) -> Tensor:
-    blocks = partial(_cast, partial(adapter.files.blocks, change.key), dtype)
-    return Tensor(key, code_of(dtype), adapter.files.shape(change.key), blocks)
-
-
-def _cast(blocks: Blocks, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    for block in blocks():
-        yield block.to(dtype)
+        return logprobs, gap
 
 
 def _samples(rows: list[Row], tokenizer: Any) -> list[list[int]]:
@@ -354,11 +323,12 @@ def fingerprint(adapter: Path) -> str:
     return digest.hexdigest()
 
 
-def is_current(merged: Path, adapter: Path) -> bool:
-    """Whether ``merged`` was made from exactly this adapter."""
+def is_current(merged: Path, adapter: Path, proven: bool = True) -> bool:
+    """Whether ``merged`` was made from exactly this adapter, and, if ``proven``, its proof was not skipped."""
     if not (merged / MARKER).is_file():
         return False
-    return read_json(merged / MARKER).get("adapter_sha256") == fingerprint(adapter)
+    said = read_json(merged / MARKER)
+    return said.get("adapter_sha256") == fingerprint(adapter) and not (proven and said.get("logprobs") is None)
 
 
 def _versions() -> dict[str, str]:
