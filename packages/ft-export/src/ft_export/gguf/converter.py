@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import require_space
-from ft_export.gguf.architectures import Output, find_architecture, plan
+from ft_export.gguf.architectures import find_architecture
 from ft_export.gguf.kernels import quantize
 from ft_export.gguf.mixes import FILE_TYPES, WHOLE, Shape, kind_of
+from ft_export.gguf.rules import Output, plan
 from ft_export.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from ft_export.runs import Rope
 
@@ -85,10 +86,18 @@ def _configuration(folder: Path) -> Any:
         raise ExportError(f"{folder} has no configuration that transformers loads: {error}") from error
 
 
+PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+"""Tokens that llama.cpp looks up in a model whose name has "phi3" in it, and fails without."""
+
+
 def _safe_name(name: str, vocabulary: Vocabulary) -> str:
-    """The name to write: llama.cpp looks up a token of Phi-3's where the name has "phi3" in it, and fails without."""
-    if "<|endoftext|>" in vocabulary.tokens:
-        return name
+    """The name to write.
+
+    By "phi3" or "phi-3" in it, and by nothing else, llama.cpp knows that special tokens take the spaces after them.
+    """
+    is_said = re.search(r"phi-?3", name, flags=re.IGNORECASE)
+    if vocabulary.strips and set(vocabulary.tokens) >= PHI3_TOKENS:
+        return name if is_said else f"{name} (Phi-3)"
     return re.sub(r"(phi)-?(3)", r"\1_\2", name, flags=re.IGNORECASE)
 
 
