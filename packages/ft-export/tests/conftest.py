@@ -98,7 +98,7 @@ def _train_pieces(corpus: Sequence[str], *, special: Sequence[str], added: Seque
 
 
 def _write_pieces(path: Path, tokenizer: Any, special: Sequence[str], added: Sequence[str]) -> None:
-    """``tokenizer.model`` of such a tokenizer (sentencepiece_model.proto: pieces, and a trainer's model type BPE)."""
+    """``tokenizer.model`` of such a tokenizer (sentencepiece_model.proto: pieces; the type BPE, and byte fallback)."""
     texts = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     data, rank = b"", 0
     for text in texts:
@@ -115,7 +115,7 @@ def _write_pieces(path: Path, tokenizer: Any, special: Sequence[str], added: Seq
             score, rank = float(-rank), rank + 1
         piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
         data += _field(1, piece)
-    path.write_field(data + _field(2, b"\x18\x02") + _field(3, _field(1, b"identity")))
+    path.write_bytes(data + _field(2, b"\x18\x02\x98\x02\x01") + _field(3, _field(1, b"identity")))
 
 
 def _field(field: int, value: bytes) -> bytes:

@@ -119,7 +119,7 @@ def llama3_factors(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Llama 3.1's frequency factors as ``rope_freqs``: long waves are stretched, short ones kept, between them a ramp.
 
     Source: the Llama 3.1 reference code's ``apply_scaling`` (transformers: ``_compute_llama3_parameters``); llama.cpp
-    divides each frequency by its factor.
+    divides each frequency by its factor. Computed in fp32, as its own converter and transformers do.
     """
     import torch
 
@@ -127,7 +127,7 @@ def llama3_factors(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
         return
     rope = config.rope_parameters
     size = head_size(config)
-    frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     waves = 2 * math.pi / frequency
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     original = rope["original_max_position_embeddings"]
@@ -135,7 +135,7 @@ def llama3_factors(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     factors = 1 / ((1 - ramp) / rope["factor"] + ramp)
     factors = torch.where(waves < original / high, 1.0, factors)
     factors = torch.where(waves > original / low, float(rope["factor"]), factors)
-    yield "rope_freqs.weight", factors.float()
+    yield "rope_freqs.weight", factors
 
 
 def rotary_size(config: Any) -> int:
