@@ -257,7 +257,12 @@ def test_a_tokenizer_that_is_no_byte_level_bpe(make_model: Any, tmp_path: Path) 
     data = json.loads((model / "tokenizer.json").read_text())
     data["model"]["byte_fallback"] = True
     (model / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ExportError, match="no byte-level BPE tokenizer"):
+    steps = r"a BPE tokenizer with byte fallback whose steps are not SentencePiece's \(bytes\+words\)"
+    with pytest.raises(ExportError, match=steps):
+        convert(model, tmp_path / "x.gguf")
+    data["model"] = {"type": "WordLevel", "vocab": data["model"]["vocab"], "unk_token": "<|endoftext|>"}
+    (model / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ExportError, match="neither a byte-level BPE tokenizer nor a SentencePiece one"):
         convert(model, tmp_path / "x.gguf")
 
 

@@ -102,6 +102,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"pieces": "llama2", "sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {}),
+    "qwen3 moe": ("Qwen3Moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                               "norm_topk_prob": True}),
     "gemma2": ("Gemma2", GEMMA),
     "gemma3": ("Gemma3", {**GEMMA, "rope_parameters": GEMMA3_ROPE}),
     "phi3": ("Phi3", {"pieces": "phi3"}),
@@ -110,7 +112,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-BYTE_LEVEL = ("llama", "llama 3", "smollm2", "qwen2", "qwen3", "phi4")
+BYTE_LEVEL = ("llama", "llama 3", "smollm2", "qwen2", "qwen3", "qwen3 moe", "phi4")
 GEMMAS = ("gemma2", "gemma3")
 DIFFERENCES: dict[str, tuple[tuple[str, ...], str]] = {
     "general.size_label": (tuple(ARCHITECTURES), "the number of weights in words; nothing reads it"),

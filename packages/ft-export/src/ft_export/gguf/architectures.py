@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
-from ft_export.gguf import gemma, phi3
+from ft_export.gguf import experts, gemma, phi3
 from ft_export.gguf.rope import check_rope, context_keys, head_size, llama3_factors, longrope_factors, rope_keys
 from ft_export.gguf.rules import Architecture, Rule
 
@@ -47,6 +47,11 @@ def qwen_keys(writer: Any, config: Any) -> None:
     context_keys(writer, config)
     rope_keys(writer, config)
     _head_keys(writer, config)
+
+
+def qwen_moe_keys(writer: Any, config: Any) -> None:
+    qwen_keys(writer, config)
+    experts.expert_keys(writer, config)
 
 
 def _head_keys(writer: Any, config: Any) -> None:
@@ -93,6 +98,17 @@ ARCHITECTURES = (
         check=partial(check_rope, name="Qwen3ForCausalLM", has_factors=False),
         keys=COMMON,
         extra_keys=qwen_keys,
+    ),
+    Architecture(
+        classes=("Qwen3MoeForCausalLM",),
+        name="qwen3moe",
+        check=experts.check_qwen3moe,
+        keys=COMMON,
+        rules=experts.EXPERT_RULES,
+        extra_keys=qwen_moe_keys,
+        float32=("ffn_gate_inp.weight",),
+        parameter=experts.fused_name,
+        has_mixes=False,
     ),
     Architecture(
         classes=("Gemma2ForCausalLM",),

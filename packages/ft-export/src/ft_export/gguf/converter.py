@@ -14,7 +14,7 @@ from ft_export.folders import require_space
 from ft_export.gguf.architectures import find_architecture
 from ft_export.gguf.kernels import quantize
 from ft_export.gguf.mixes import FILE_TYPES, WHOLE, Shape, kind_of
-from ft_export.gguf.rules import Output, plan
+from ft_export.gguf.rules import Architecture, Output, plan
 from ft_export.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from ft_export.runs import Rope
 
@@ -36,7 +36,7 @@ class Converted:
         architecture: llama.cpp's name of it.
         vocabulary: the tokenizer's keys.
         tensors: by GGUF name: type, shape and SHA-256 of the bytes in the file.
-        kinds: by the name in the transformers folder: the type in the file.
+        kinds: by the name of the parameter in transformers' model: the type in the file.
     """
 
     file: Path
@@ -57,7 +57,9 @@ def require_gguf() -> None:
         raise ExportError("writing GGUF needs the gguf package: pip install gguf xllamacpp")
 
 
-def check_convertible(model: Path, tokenizer: Path, pre: str | None = None, rope: Rope | None = None) -> None:
+def check_convertible(
+    model: Path, tokenizer: Path, pre: str | None = None, rope: Rope | None = None, type: str = "f16"
+) -> None:
     """Look at a model's configuration and a tokenizer, before anything is computed for the sake of converting them.
 
     Args:
@@ -65,16 +67,23 @@ def check_convertible(model: Path, tokenizer: Path, pre: str | None = None, rope
         tokenizer: the folder of the tokenizer.
         pre: llama.cpp's name of the tokenizer's splitting rules, where it is not recognised.
         rope: the rotary scaling that the model will have in place of its own.
+        type: of the file.
 
     Raises:
-        ExportError: the architecture or the tokenizer cannot be written to GGUF.
+        ExportError: the architecture or the tokenizer cannot be written to GGUF, or the architecture not in this type.
     """
     require_gguf()
     config = _configuration(model)
     if rope is not None:
         rope.put(config)
-    find_architecture(config)
+    _check_mixes(find_architecture(config), type)
     read_vocabulary(tokenizer, config.vocab_size, pre)
+
+
+def _check_mixes(architecture: Architecture, type: str) -> None:
+    plain = [name for name, kind in FILE_TYPES.items() if kind.kind in (*WHOLE, "Q8_0")]
+    if type not in plain and not architecture.has_mixes:
+        raise ExportError(f"--type {type} is not known for {architecture.name} (allowed: {', '.join(plain)})")
 
 
 def _configuration(folder: Path) -> Any:
@@ -129,6 +138,7 @@ def convert(
     check_type(type)
     config = _configuration(folder)
     architecture = find_architecture(config)
+    _check_mixes(architecture, type)
     weights = Checkpoint(folder)
     vocabulary = read_vocabulary(folder, config.vocab_size, pre)
     arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
@@ -165,7 +175,7 @@ def convert(
             written[job.name] = _described(array, job.type, job.shape)
     finally:
         writer.close()
-    kinds = {source: job.type.name for job in jobs for source in job.output.sources}
+    kinds = {architecture.parameter(source): job.type.name for job in jobs for source in job.output.sources}
     return Converted(target, architecture.name, vocabulary, written, kinds)
 
 

@@ -70,7 +70,7 @@ def export(
 
     lines: list[str] = []
     model = whole_model(
-        source, lines, progress, lambda base, words: check_convertible(base, words, said.get("pre"), source.rope)
+        source, lines, progress, lambda base, words: check_convertible(base, words, said.get("pre"), source.rope, type)
     )
     made_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:

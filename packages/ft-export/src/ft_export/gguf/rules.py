@@ -54,6 +54,8 @@ class Architecture:
         extra_tensors: makes tensors that the source does not have, in fp32, by their GGUF name.
         float32: endings of GGUF names that stay in F32 besides norms and one-dimensional tensors.
         activation: the one that llama.cpp's graph has, by transformers' name.
+        parameter: from a source's name to the name of the parameter that it becomes part of in the loaded model.
+        has_mixes: whether :mod:`ft_export.gguf.mixes` says what type each of its tensors gets.
     """
 
     classes: tuple[str, ...]
@@ -65,6 +67,8 @@ class Architecture:
     extra_tensors: Callable[[Any], Iterator[tuple[str, torch.Tensor]]] | None = None
     float32: tuple[str, ...] = ()
     activation: str = "silu"
+    parameter: Callable[[str], str] = str
+    has_mixes: bool = True
 
 
 def same(tensors: Sequence[torch.Tensor], config: Any) -> torch.Tensor:
