@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ CORPUS = [
     "def add(a, b):\n    return a + b\n\nprint(add(2, 40))\n",
     "Größe und Maße, façade, naïve; it's what we'll see, WE'LL SEE.",
 ] * 4
+
+SPACE = "\u2581"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 ModelMaker = Callable[..., Path]
 AdapterMaker = Callable[..., Path]
@@ -48,6 +52,161 @@ def _train_tokenizer(pre_tokenizer: Any, ignore_merges: bool = False) -> Any:
     )
 
 
+def _train_pieces(corpus: Sequence[str], *, special: Sequence[str], added: Sequence[str], style: str) -> Any:
+    """A BPE with byte fallback whose merges are those that a SentencePiece model has.
+
+    Args:
+        special: ``<unk>`` among them. added: tokens that are no control tokens.
+        style: ``gemma`` (no space in front), ``prepend`` (Phi-3's file) or ``metaspace`` (Llama 2 in transformers 5).
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    spaced = [(SPACE if style != "gemma" else "") + text.replace(" ", SPACE) for text in corpus]
+    trained = Tokenizer(models.BPE())
+    words = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(SPACE, "merged_with_next")]
+    trained.pre_tokenizer = pre_tokenizers.Sequence(words)  # SentencePiece learns no token that goes past a word
+    trained.train_from_iterator(spaced, trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    learned = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    texts = [*special, *added, *(f"<0x{byte:02X}>" for byte in range(256))]
+    texts += [token for token, _ in learned if len(token) > 1 and token not in texts]
+    texts += [token for token, _ in learned if len(token) == 1]
+    vocabulary = {token: index for index, token in enumerate(texts)}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in texts
+        if token not in special
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    replace = normalizers.Replace(" ", SPACE)
+    if style == "gemma":
+        tokenizer.normalizer = replace
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    elif style == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps if style == "gemma" else [*steps, decoders.Strip(" ", 1, 0)])
+    plain = ("<unk>", "<s>", "<|endoftext|>")
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, rstrip=style == "prepend" and t not in plain) for t in special]
+    )
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
+    return tokenizer
+
+
+def _write_pieces(path: Path, tokenizer: Any, special: Sequence[str], added: Sequence[str]) -> None:
+    """``tokenizer.model`` of such a tokenizer (sentencepiece_model.proto: pieces; the type BPE, and byte fallback)."""
+    texts = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    data, rank = b"", 0
+    for text in texts:
+        kind, score = NORMAL, 0.0
+        if text == "<unk>":
+            kind = UNKNOWN
+        elif text in special:
+            kind = CONTROL
+        elif text in added:
+            kind = USER_DEFINED
+        elif text.startswith("<0x"):
+            kind = BYTE
+        else:
+            score, rank = float(-rank), rank + 1
+        piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
+        data += _field(1, piece)
+    path.write_bytes(data + _field(2, b"\x18\x02\x98\x02\x01") + _field(3, _field(1, b"identity")))
+
+
+def _field(field: int, value: bytes) -> bytes:
+    size, length = len(value), b""
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    return bytes([field << 3 | 2]) + length + bytes([size]) + value
+
+
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}<|endoftext|>{% endif %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+PIECES: dict[str, dict[str, Any]] = {
+    "gemma": {
+        "style": "gemma",
+        "special": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
+        "added": ["\n\n", SPACE * 2],
+        "roles": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"},
+        "template": GEMMA,
+    },
+    "phi3": {
+        "style": "prepend",
+        "special": ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>"],
+        "added": [],
+        "roles": {
+            "bos_token": "<s>",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "unk_token": "<unk>",
+        },
+        "template": PHI3,
+    },
+    "llama2": {
+        "style": "metaspace",
+        "special": ["<unk>", "<s>", "</s>"],
+        "added": [],
+        "roles": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "template": LLAMA2,
+    },
+}
+
+
+def _pieces_tokenizer(kind: str, template: bool = True) -> Any:
+    """A SentencePiece tokenizer of a family; adds the token that begins a text, as Gemma's and Llama 2's do."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    said = PIECES[kind]
+    tokenizer = _train_pieces(CORPUS, special=said["special"], added=said["added"], style=said["style"])
+    if kind != "phi3":
+        bos = said["roles"]["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    chat = {"chat_template": said["template"]} if template else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **said["roles"], **chat)
+
+
+def _save_pieces_model(folder: Path, kind: str) -> None:
+    """``tokenizer.model`` beside a saved tokenizer, and the added tokens where published folders have them too."""
+    tokenizer = _pieces_tokenizer(kind)
+    _write_pieces(folder / "tokenizer.model", tokenizer, PIECES[kind]["special"], PIECES[kind]["added"])
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["added_tokens_decoder"] = {
+        str(index): {
+            "content": token.content,
+            "special": token.special,
+            "rstrip": token.rstrip,
+            "lstrip": False,
+            "normalized": token.normalized,
+            "single_word": False,
+        }
+        for index, token in tokenizer.added_tokens_decoder.items()
+    }
+    path.write_text(json.dumps(config))
+
+
+CONFIGURATIONS = {"Gemma3": "Gemma3Text"}
+"""Names of configurations that are not their models'."""
+
+
 def _make_model(
     folder: Path,
     kind: str = "Llama",
@@ -56,6 +215,7 @@ def _make_model(
     pre_tokenizer: Any = None,
     ignore_merges: bool = False,
     seed: int = 0,
+    pieces: str | None = None,
     **settings: Any,
 ) -> Path:
     """A random model of two layers that has opinions: weights large enough for attention and order to matter."""
@@ -63,10 +223,13 @@ def _make_model(
     import transformers
     from tokenizers import pre_tokenizers
 
-    tokenizer = _train_tokenizer(pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False), ignore_merges)
-    config = getattr(transformers, f"{kind}Config")(
+    if pieces is not None:
+        tokenizer = _pieces_tokenizer(pieces)
+    else:
+        tokenizer = _train_tokenizer(pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False), ignore_merges)
+    config = getattr(transformers, f"{CONFIGURATIONS.get(kind, kind)}Config")(
         **{
-            "vocab_size": 416,
+            "vocab_size": 416 if pieces is None else 448,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
@@ -119,6 +282,11 @@ def _make_adapter(folder: Path, base: Path, *, seed: int = 1, tokenizer: bool = 
 @pytest.fixture(scope="session")
 def make_model() -> ModelMaker:
     return _make_model
+
+
+@pytest.fixture(scope="session")
+def save_pieces_model() -> Callable[[Path, str], None]:
+    return _save_pieces_model
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import require_space
-from ft_export.gguf.architectures import Output, find_architecture, plan
+from ft_export.gguf.architectures import find_architecture
 from ft_export.gguf.kernels import quantize
 from ft_export.gguf.mixes import FILE_TYPES, WHOLE, Shape, kind_of
+from ft_export.gguf.rules import Architecture, Output, plan
 from ft_export.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from ft_export.runs import Rope
 
@@ -35,7 +36,7 @@ class Converted:
         architecture: llama.cpp's name of it.
         vocabulary: the tokenizer's keys.
         tensors: by GGUF name: type, shape and SHA-256 of the bytes in the file.
-        kinds: by the name in the transformers folder: the type in the file.
+        kinds: by the name of the parameter in transformers' model: the type in the file.
     """
 
     file: Path
@@ -56,7 +57,9 @@ def require_gguf() -> None:
         raise ExportError("writing GGUF needs the gguf package: pip install gguf xllamacpp")
 
 
-def check_convertible(model: Path, tokenizer: Path, pre: str | None = None, rope: Rope | None = None) -> None:
+def check_convertible(
+    model: Path, tokenizer: Path, pre: str | None = None, rope: Rope | None = None, type: str = "f16"
+) -> None:
     """Look at a model's configuration and a tokenizer, before anything is computed for the sake of converting them.
 
     Args:
@@ -64,16 +67,23 @@ def check_convertible(model: Path, tokenizer: Path, pre: str | None = None, rope
         tokenizer: the folder of the tokenizer.
         pre: llama.cpp's name of the tokenizer's splitting rules, where it is not recognised.
         rope: the rotary scaling that the model will have in place of its own.
+        type: of the file.
 
     Raises:
-        ExportError: the architecture or the tokenizer cannot be written to GGUF.
+        ExportError: the architecture or the tokenizer cannot be written to GGUF, or the architecture not in this type.
     """
     require_gguf()
     config = _configuration(model)
     if rope is not None:
         rope.put(config)
-    find_architecture(config)
+    _check_mixes(find_architecture(config), type)
     read_vocabulary(tokenizer, config.vocab_size, pre)
+
+
+def _check_mixes(architecture: Architecture, type: str) -> None:
+    plain = [name for name, kind in FILE_TYPES.items() if kind.kind in (*WHOLE, "Q8_0")]
+    if type not in plain and not architecture.has_mixes:
+        raise ExportError(f"--type {type} is not known for {architecture.name} (allowed: {', '.join(plain)})")
 
 
 def _configuration(folder: Path) -> Any:
@@ -85,10 +95,18 @@ def _configuration(folder: Path) -> Any:
         raise ExportError(f"{folder} has no configuration that transformers loads: {error}") from error
 
 
+PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+"""Tokens that llama.cpp looks up in a model whose name has "phi3" in it, and fails without."""
+
+
 def _safe_name(name: str, vocabulary: Vocabulary) -> str:
-    """The name to write: llama.cpp looks up a token of Phi-3's where the name has "phi3" in it, and fails without."""
-    if "<|endoftext|>" in vocabulary.tokens:
-        return name
+    """The name to write.
+
+    By "phi3" or "phi-3" in it, and by nothing else, llama.cpp knows that special tokens take the spaces after them.
+    """
+    is_said = re.search(r"phi-?3", name, flags=re.IGNORECASE)
+    if vocabulary.strips and set(vocabulary.tokens) >= PHI3_TOKENS:
+        return name if is_said else f"{name} (Phi-3)"
     return re.sub(r"(phi)-?(3)", r"\1_\2", name, flags=re.IGNORECASE)
 
 
@@ -120,6 +138,7 @@ def convert(
     check_type(type)
     config = _configuration(folder)
     architecture = find_architecture(config)
+    _check_mixes(architecture, type)
     weights = Checkpoint(folder)
     vocabulary = read_vocabulary(folder, config.vocab_size, pre)
     arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
@@ -156,7 +175,7 @@ def convert(
             written[job.name] = _described(array, job.type, job.shape)
     finally:
         writer.close()
-    kinds = {source: job.type.name for job in jobs for source in job.output.sources}
+    kinds = {architecture.parameter(source): job.type.name for job in jobs for source in job.output.sources}
     return Converted(target, architecture.name, vocabulary, written, kinds)
 
 

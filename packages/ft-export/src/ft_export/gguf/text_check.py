@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ft_export.errors import ExportError
 from ft_export.gguf.engine import LlamaCpp
 
-__all__ = ["check_template", "check_tokens", "shown"]
+__all__ = ["check_template", "check_tokens", "rendered", "shown"]
 
 TEXTS = (
     "Hello, world! It's 3.14159 or 1,000,000; isn't it?",
@@ -28,8 +29,27 @@ CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
 )
 
 
-def check_tokens(engine: LlamaCpp, tokenizer: Any, prompts: Sequence[str]) -> int:
+def rendered(tokenizer: Any) -> list[str]:
+    """The built-in conversations in the chat template, to be split; none without one."""
+    from jinja2.exceptions import TemplateError
+
+    texts: list[str] = []
+    if tokenizer.chat_template:
+        for messages in CONVERSATIONS:
+            with suppress(TemplateError):  # a shape that the template refuses
+                texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return texts
+
+
+def check_tokens(
+    engine: LlamaCpp, tokenizer: Any, prompts: Sequence[str], *, plain: bool = True, spaced: bool = True
+) -> int:
     """Compare the tokens of built-in texts and ``prompts``, with and without what the tokenizer adds around a text.
+
+    Args:
+        plain: whether llama.cpp can split texts with no special token before them as the tokenizer does; where it
+            cannot, one is put there.
+        spaced: whether it can split those that begin with a space; where it cannot, they begin without.
 
     Returns:
         How many texts were compared.
@@ -38,8 +58,13 @@ def check_tokens(engine: LlamaCpp, tokenizer: Any, prompts: Sequence[str]) -> in
         ExportError: they differ; names the text and the place.
     """
     texts = [*TEXTS, *prompts]
+    if not spaced:
+        texts = [text.lstrip(" ") for text in texts]
+    if not plain:
+        begin = tokenizer.bos_token or tokenizer.eos_token or ""
+        texts = [text if text.startswith(begin) else begin + text for text in texts]
     for text in texts:
-        for add_special in (False, True):
+        for add_special in (False, True) if plain else (False,):
             expected = tokenizer(text, add_special_tokens=add_special)["input_ids"]
             found = engine.tokenize(text, add_special)
             if found != expected:

@@ -1,24 +1,27 @@
-"""A byte-level BPE tokenizer as GGUF keys: tokens, merges, special tokens, chat template, pre-tokenizer name.
+"""A tokenizer as GGUF keys: tokens, merges or scores, special tokens, chat template, pre-tokenizer name.
 
-llama.cpp has the splitting rules built in and the file only names them. Which name belongs to a tokenizer follows from
-its rules; the export proves the choice by tokenizing in llama.cpp.
+Of a byte-level BPE llama.cpp has the splitting rules built in and the file only names them. Which name belongs to a
+tokenizer follows from its rules. A SentencePiece tokenizer has scores in their place (:mod:`ft_export.gguf.pieces`).
+The export proves either by tokenizing in llama.cpp.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ft_export.bases import load_tokenizer, stop_tokens
 from ft_export.errors import ExportError
+from ft_export.gguf.pieces import ADDED_SCORE, SPACE, UNUSED_SCORE, prefix_of, scores_of
 
 __all__ = ["PRE_TOKENIZERS", "Vocabulary", "read_vocabulary", "write_vocabulary"]
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
@@ -37,6 +40,11 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
         rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}",
         "bytes",
     ): "tekken",
+    (
+        rf"split [^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
+        rf"{CONTRACTIONS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}",
+        "bytes",
+    ): "gpt-4o",
 }
 """llama.cpp's name for each set of splitting rules, written as :func:`_rules` writes them."""
 
@@ -47,11 +55,16 @@ class Vocabulary:
 
     Attributes:
         tokens, types: by id, up to the embedding's rows; types are ``gguf.TokenType`` values.
-        merges: pairs in their order, joined by a space.
+        merges: pairs in their order, joined by a space; none in a SentencePiece tokenizer.
+        scores: by id in a SentencePiece tokenizer, else none.
         pre: llama.cpp's name of the splitting rules.
         special: ids by role: ``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad``.
         add_bos, add_eos: whether tokenizing a text puts them around it.
         templates: chat templates by name; the default one is called ``default``.
+        space_before: whether llama.cpp is to put a space before a text, of a SentencePiece tokenizer.
+        plain, spaced: whether llama.cpp then splits texts like the tokenizer that have no special token before them,
+            and those that begin with a space.
+        strips: whether special tokens take the spaces after them, as those of Phi-3.
     """
 
     tokens: tuple[str, ...]
@@ -62,6 +75,11 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     templates: dict[str, str]
+    scores: tuple[float, ...] = ()
+    space_before: bool = False
+    plain: bool = True
+    spaced: bool = True
+    strips: bool = False
 
 
 def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabulary:
@@ -72,7 +90,8 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
         pre: llama.cpp's name of the splitting rules, for rules that the table does not have.
 
     Raises:
-        ExportError: it is no byte-level BPE, has more tokens than ``rows``, or rules of an unknown name.
+        ExportError: it is neither a byte-level BPE nor a SentencePiece one, has more tokens than ``rows``, or rules of
+            an unknown name.
     """
     import gguf
 
@@ -83,50 +102,77 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
         raise ExportError(f"{folder} has a tokenizer without rules (no tokenizer.json): it cannot be converted to GGUF")
     data = json.loads(backend.to_str())
     model = data.get("model") or {}
-    rules = _rules(data)
-    if model.get("type") != "BPE" or model.get("byte_fallback") or not rules or not rules[-1].startswith("bytes"):
-        raise ExportError(
-            f"{folder} has no byte-level BPE tokenizer (SentencePiece and others cannot be converted to GGUF here)"
-        )
-    name = pre or PRE_TOKENIZERS.get(rules)
-    if name is None:
-        raise ExportError(
-            f"{folder}: llama.cpp's name for the tokenizer's splitting rules is not known ({' + '.join(rules)}): "
-            f"name it with pre=NAME (known here: {', '.join(PRE_TOKENIZERS.values())})"
-        )
+    has_pieces = model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+    name = "default" if has_pieces else _name_of_rules(data, folder, pre)
+    kinds = gguf.TokenType
     tokens: dict[int, tuple[str, int]] = {
-        index: (token, int(gguf.TokenType.NORMAL)) for token, index in model["vocab"].items()
+        index: (token, int(kinds.BYTE if has_pieces and BYTE.fullmatch(token) else kinds.NORMAL))
+        for token, index in model["vocab"].items()
     }
-    for added in data.get("added_tokens") or []:
-        control = added.get("special") or _looks_special(added["content"])
-        kind = gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]] = (added["content"], int(kind))
+    added = data.get("added_tokens") or []
+    for token in added:
+        control = token.get("special") or _looks_special(token["content"])
+        # llama.cpp looks for these in the text before it turns spaces into what stands for them
+        text = token["content"].replace(SPACE, " ") if has_pieces and not control else token["content"]
+        tokens[token["id"]] = (text, int(kinds.CONTROL if control else kinds.USER_DEFINED))
     if tokens and max(tokens) >= rows:
         raise ExportError(f"{folder} has token ids up to {max(tokens)}, the model's embedding has {rows} rows")
-    filler = int(gguf.TokenType.UNUSED)
-    whole = [tokens.get(index, (f"[PAD{index}]", filler)) for index in range(rows)]
-    special = _special(tokenizer, folder)
+    whole = [tokens.get(index, (f"[PAD{index}]", int(kinds.UNUSED))) for index in range(rows)]
+    merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    special, templates = _special(tokenizer, folder), _templates(tokenizer)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a")["input_ids"]
-    return Vocabulary(
+    plain = Vocabulary(
         tokens=tuple(token for token, _ in whole),
         types=tuple(kind for _, kind in whole),
-        merges=tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]),
+        merges=() if has_pieces else tuple(" ".join(pair) for pair in merges),
         pre=name,
         special=special,
         add_bos=len(dressed) > len(bare) and dressed[0] == special.get("bos"),
         add_eos=len(dressed) > len(bare) and dressed[-1] == special.get("eos"),
-        templates=_templates(tokenizer),
+        templates=templates,
+        strips=any(token.get("rstrip") for token in added),
+    )
+    if not has_pieces:
+        return plain
+    return _with_pieces(plain, data, merges, folder)
+
+
+def _with_pieces(plain: Vocabulary, data: dict[str, Any], merges: list[Any], folder: Path) -> Vocabulary:
+    found = prefix_of(data)
+    if found is None:
+        raise ExportError(
+            f"{folder} has a BPE tokenizer with byte fallback whose steps are not SentencePiece's "
+            f"({' + '.join(_rules(data)) or 'none'}): it cannot be converted to GGUF"
+        )
+    prefix, even_before_space = found
+    contents = {token["content"] for token in data.get("added_tokens") or []}
+    scores = scores_of(folder, data["model"]["vocab"], merges, contents)
+    ids = {token["id"] for token in data.get("added_tokens") or []}
+    # llama.cpp puts a space before every piece of text or before none; of the two, what conversations need
+    space_before = prefix == "always" or (prefix == "start" and not plain.templates)
+    return replace(
+        plain,
+        scores=tuple(
+            ADDED_SCORE if index in ids else scores.get(index, UNUSED_SCORE) for index in range(len(plain.tokens))
+        ),
+        space_before=space_before,
+        plain=space_before or prefix == "never",
+        spaced=even_before_space or not space_before,
     )
 
 
 def write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     """Add the tokenizer's keys to a ``gguf.GGUFWriter``."""
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if vocabulary.scores else "gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+        writer.add_add_space_prefix(vocabulary.space_before)
     writer.add_token_types(list(vocabulary.types))
-    writer.add_token_merges(list(vocabulary.merges))
+    if not vocabulary.scores:
+        writer.add_token_merges(list(vocabulary.merges))
     for role, index in vocabulary.special.items():
         getattr(writer, f"add_{role}_token_id")(index)
     writer.add_add_bos_token(vocabulary.add_bos)
@@ -136,6 +182,23 @@ def write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         default = vocabulary.templates.get("default")
         if default is not None:
             writer.add_chat_template([*others, {"name": "default", "template": default}] if others else default)
+
+
+def _name_of_rules(data: dict[str, Any], folder: Path, pre: str | None) -> str:
+    """llama.cpp's name for a byte-level BPE's rules; ``pre`` where it is given."""
+    rules = _rules(data)
+    if (data.get("model") or {}).get("type") != "BPE" or not rules or not rules[-1].startswith("bytes"):
+        raise ExportError(
+            f"{folder} has neither a byte-level BPE tokenizer nor a SentencePiece one with byte fallback: "
+            "others cannot be converted to GGUF"
+        )
+    name = pre or PRE_TOKENIZERS.get(rules)
+    if name is None:
+        raise ExportError(
+            f"{folder}: llama.cpp's name for the tokenizer's splitting rules is not known ({' + '.join(rules)}): "
+            f"name it with pre=NAME (known here: {', '.join(PRE_TOKENIZERS.values())})"
+        )
+    return name
 
 
 def _rules(data: dict[str, Any]) -> tuple[str, ...]:
@@ -168,7 +231,7 @@ def _rules(data: dict[str, Any]) -> tuple[str, ...]:
 
 def _looks_special(token: str) -> bool:
     """Tokens such as ``<|im_end|>`` steer the model even where the tokenizer does not flag them; llama.cpp must too."""
-    return bool(re.fullmatch(r"<[|\uff5c].*[|\uff5c]>|<pad>|<mask>|<unused\d+>", token))
+    return bool(re.fullmatch(r"<[|\uff5c].*[|\uff5c]>|<pad>|<mask>|<2mass>|\[@BOS@\]|<unused\d+>", token))
 
 
 def _special(tokenizer: Any, folder: Path) -> dict[str, int]:
