@@ -1,9 +1,9 @@
-"""A transformers model folder to one GGUF file, tensor by tensor: what is held in memory is one tensor."""
+"""A transformers model folder to one GGUF file, tensor by tensor; one that stays as it is in blocks of its rows."""
 
 from __future__ import annotations
 
-import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from ft_export.folders import require_space
 from ft_export.gguf.architectures import find_architecture
 from ft_export.gguf.kernels import quantize
 from ft_export.gguf.mixes import FILE_TYPES, WHOLE, Shape, kind_of
-from ft_export.gguf.rules import Architecture, Output, plan
+from ft_export.gguf.rules import Architecture, Output, plan, same
+from ft_export.gguf.streaming import Stream, is_finite, rows_of
 from ft_export.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from ft_export.runs import Rope
 
@@ -170,9 +171,9 @@ def convert(
         writer.write_ti_data_to_file()
         written: dict[str, dict[str, Any]] = {}
         for job in writes:
-            array = job.array()
-            writer.write_tensor_data(array)
-            written[job.name] = _described(array, job.type, job.shape)
+            stream = job.stream()
+            writer.write_tensor_data(stream)
+            written[job.name] = {"type": job.type.name, "shape": list(job.shape), "sha256": stream.sha256}
     finally:
         writer.close()
     kinds = {architecture.parameter(source): job.type.name for job in jobs for source in job.output.sources}
@@ -213,11 +214,11 @@ class _Made:
 
     def announce(self, writer: Any) -> None:
         """Say what will be written."""
-        writer.add_tensor_info(self.name, self.shape, self.array().dtype, self.array().nbytes)
+        writer.add_tensor_info(self.name, self.shape, self._value.numpy().dtype, self._value.nbytes)
 
-    def array(self) -> Any:
+    def stream(self) -> Stream:
         """What is written."""
-        return self._value.numpy()
+        return Stream([self._value.numpy()], self._value.nbytes)
 
 
 class _Job:
@@ -249,26 +250,38 @@ class _Job:
             shape = gguf.quant_shape_to_byte_shape(self.shape, self.type)
             writer.add_tensor_info(self.name, shape, np.dtype(np.uint8), self.bytes, raw_dtype=self.type)
 
-    def array(self) -> Any:
-        import gguf
-        import torch
+    def stream(self) -> Stream:
+        """What is written."""
+        return Stream(map(self._written, self._blocks()), self.bytes)
 
+    def _blocks(self) -> Iterator[torch.Tensor]:
+        if self.output.make is same:
+            yield from self.weights.blocks(self.output.sources[0])
+            return
         tensors = [self.weights.tensor(source) for source in self.output.sources]
-        value: torch.Tensor = self.output.make(tensors, self.config).float().contiguous()
-        if not bool(torch.isfinite(value).all()):
-            raise ExportError(f"tensor {self.output.name} holds values that are not finite: the model is broken")
-        if self.type == gguf.GGMLQuantizationType.F16:
-            half = value.half()
-            if not bool(torch.isfinite(half).all()):
+        yield from rows_of(self.output.make(tensors, self.config))
+
+    def _written(self, block: torch.Tensor) -> Any:
+        import gguf
+
+        kinds = gguf.GGMLQuantizationType
+        if self.type == kinds.F16:
+            half = block.half()
+            if not is_finite(half):
+                self._require_finite(block)
                 raise ExportError(
                     f"tensor {self.output.name} has values beyond F16's 65504: it cannot be written as f16"
                 )
-            return half.numpy()
-        if self.type == gguf.GGMLQuantizationType.F32:
-            return value.numpy()
-        if self.type.name in WHOLE:
-            return gguf.quants.quantize(value.numpy(), self.type)
-        return quantize(value.numpy(), self.type.name)
+            return half.contiguous().numpy()
+        self._require_finite(block)
+        value = block.float().contiguous().numpy()
+        if self.type == kinds.F32:
+            return value
+        return gguf.quants.quantize(value, self.type) if self.type.name in WHOLE else quantize(value, self.type.name)
+
+    def _require_finite(self, block: torch.Tensor) -> None:
+        if not is_finite(block):
+            raise ExportError(f"tensor {self.output.name} holds values that are not finite: the model is broken")
 
 
 def _gguf_name(names: Any, output: Output, folder: Path) -> str:
@@ -276,10 +289,6 @@ def _gguf_name(names: Any, output: Output, folder: Path) -> str:
     if name is None:
         raise ExportError(f"{folder}: llama.cpp has no place for the tensor {output.name} of this architecture")
     return str(name)
-
-
-def _described(array: Any, kind: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    return {"type": kind.name, "shape": list(shape), "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
 
 
 def _product(shape: tuple[int, ...]) -> int:
