@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -67,18 +68,17 @@ def _cause(error: BaseException | None) -> BaseException | None:
 
 
 def _unreached(error: BaseException) -> bool:
-    """Whether there was no answer: httpx's errors (huggingface_hub 2 brings httpx2), and being told to stay offline."""
+    """Whether there was no answer of the Hub's: httpx's errors (huggingface_hub 2 brings httpx2), being told to stay
+    offline, or an answer that is no JSON, which something between here and there gave."""
     known = type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
-    return known or isinstance(error, ConnectionError | TimeoutError)
+    return known or isinstance(error, ConnectionError | TimeoutError | json.JSONDecodeError)
 
 
 def _wait(error: BaseException, attempt: int) -> float | None:
     """Seconds before asking again; None where that is no use."""
     if type(error).__name__ == "OfflineModeIsEnabled" or attempt >= len(WAITS):
         return None
-    request = getattr(error, "request", None)
-    path = str(getattr(getattr(request, "url", None), "path", ""))
-    if any(part in path for part in RETRIED):
+    if any(part in _path(error) for part in RETRIED):
         return None
     status = status_of(error)
     if status is None:
@@ -89,6 +89,15 @@ def _wait(error: BaseException, attempt: int) -> float | None:
     if said.isdigit():
         return float(said) if int(said) <= LONGEST_WAIT else None
     return WAITS[attempt]
+
+
+def _path(error: BaseException) -> str:
+    """The path of the address that was asked, or nothing."""
+    try:
+        request = getattr(getattr(error, "response", error), "request", None)
+    except RuntimeError:  # httpx's word for a request that it was not told of
+        request = None
+    return str(getattr(getattr(request, "url", None), "path", ""))
 
 
 def _short(error: BaseException) -> str:
