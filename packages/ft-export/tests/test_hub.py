@@ -1,4 +1,4 @@
-"""Pushing to a Hub on this machine (hub_server.py), from processes of their own: huggingface_hub reads its settings once."""
+"""Pushing to a Hub on this machine (hub_server.py), from other processes: huggingface_hub reads its settings once."""
 
 from __future__ import annotations
 
@@ -256,6 +256,17 @@ def test_an_adapter_names_a_base_that_others_have(push: Pusher, make_trained: An
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert code is not None
     push.run(code[1])
+
+    for file in run.glob("adapter/*"):  # an adapter without a tokenizer is used with its base's
+        if "token" in file.name or file.name.startswith("chat"):
+            file.unlink()
+    push(run, type="adapter", options={"base": "me/base", "repo": "me/bare"})
+    code = re.search(r"```python\n(.*?)```", card_of(push.hub, "me/bare")[1], re.DOTALL)
+    assert code is not None
+    assert 'AutoTokenizer.from_pretrained("me/base")' in code[1]
+    push.run(code[1])
+    said = push(run, type="adapter", options={"base": "me/misspelt", "repo": "me/bare"})["error"]
+    assert said == "the Hub shows no model me/misspelt with this token: look at base=me/misspelt"
 
 
 def test_a_gguf_file_goes_with_its_figures_and_without_its_texts(push: Pusher, make_trained: Any) -> None:

@@ -19,7 +19,7 @@ WAITS = (1.0, 2.0, 4.0, 8.0)
 LONGEST_WAIT = 300
 """Seconds that the Hub may ask to wait; it counts requests in windows of five minutes."""
 BUSY = (429, 500, 502, 503, 504)
-# huggingface_hub itself asks these again, five times, before it gives up: asking further would only multiply that
+# huggingface_hub itself asks these (and each PUT) again, five times: asking further would only multiply that
 RETRIED = ("/preupload/", "/info/lfs/", "/tree/")
 
 
@@ -78,7 +78,8 @@ def _wait(error: BaseException, attempt: int) -> float | None:
     """Seconds before asking again; None where that is no use."""
     if type(error).__name__ == "OfflineModeIsEnabled" or attempt >= len(WAITS):
         return None
-    if any(part in _path(error) for part in RETRIED):
+    method, path = _asked(error)
+    if method == "PUT" or any(part in path for part in RETRIED):
         return None
     status = status_of(error)
     if status is None:
@@ -91,13 +92,13 @@ def _wait(error: BaseException, attempt: int) -> float | None:
     return WAITS[attempt]
 
 
-def _path(error: BaseException) -> str:
-    """The path of the address that was asked, or nothing."""
+def _asked(error: BaseException) -> tuple[str, str]:
+    """The method and the path that the Hub was asked with; empty where that is not known."""
     try:
         request = getattr(getattr(error, "response", error), "request", None)
     except RuntimeError:  # httpx's word for a request that it was not told of
         request = None
-    return str(getattr(getattr(request, "url", None), "path", ""))
+    return str(getattr(request, "method", "")), str(getattr(getattr(request, "url", None), "path", ""))
 
 
 def _short(error: BaseException) -> str:

@@ -42,6 +42,7 @@ class Subject:
         wanted: where it goes, and as what.
         task: the Hub's name of what it does, such as ``text-generation``, or None.
         template: whether it has a chat template.
+        tokenizer: the repository with its tokenizer, or None: this one, or its base's.
         trained: whether it was fine-tuned here rather than taken as it is.
         file: the GGUF file's name, or None.
         tags: further words to find it by.
@@ -51,6 +52,7 @@ class Subject:
     wanted: Wanted
     task: str | None
     template: bool
+    tokenizer: str | None
     trained: bool
     file: str | None
     tags: Sequence[str]
@@ -103,7 +105,7 @@ def _relation(about: Subject) -> str:
 
 def _text(about: Subject, record: Record, licence: Licence) -> str:
     parts = [f"# {about.wanted.repo.partition('/')[2]}", _intro(about, record)]
-    parts += ["## Use", usage(about.wanted, about.task, about.template, about.file)]
+    parts += ["## Use", usage(about.wanted, about.task, about.template, about.tokenizer, about.file)]
     parts += _section("## Data", _data(record))
     parts += _section("## Training", _training(record))
     parts += _section("## Evaluation", _evaluation(record))

@@ -126,8 +126,10 @@ def _look_up(wanted: Wanted, record: Record, token: str | None, progress: Progre
     """The licence and the data sets on the Hub; asks the Hub only for what the files here do not say."""
     folder, card = record.base_folder, None
     known = folder is not None and (read_front_matter(folder / "README.md").get("license") or licence_files(folder))
-    if wanted.license is None and not known and record.base is not None:
+    if record.base is not None and (wanted.base is not None or (wanted.license is None and not known)):
         card = base_card(record.base, token, wanted.repo, progress, strict=not wanted.dry)
+        if card is None and wanted.base is not None and not wanted.dry:
+            raise ExportError(f"the Hub shows no model {wanted.base} with this token: look at base={wanted.base}")
     sets = data_sets(record.data_sets, token, wanted.repo, progress, strict=not wanted.dry)
     return find_licence(wanted.license, folder, record.base, card), sets
 
@@ -154,6 +156,7 @@ def _lay_out(layout: _Layout, lines: list[str]) -> None:
         wanted,
         task,
         template=_has_template(model, layout.record.base_folder),
+        tokenizer=wanted.repo if (folder / "tokenizer_config.json").is_file() else layout.record.base,
         trained=trained,
         file=file,
         tags=_tags(layout, trained),

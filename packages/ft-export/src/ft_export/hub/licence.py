@@ -100,7 +100,7 @@ def _from_card(card: Mapping[str, Any], base: str | None, where: str) -> Licence
     link = link if isinstance(link, str) else None
     if link is not None and "://" not in link:  # beside the base's card
         link = f"https://huggingface.co/{base}/blob/main/{link.lstrip('./')}" if base is not None else None
-    shown = name if said == "other" and name else said
+    shown = (name if said == "other" and name else said).replace("`", "")
     return Licence(said, f"`{shown}`, from {where}: a model made from another is under its licence.", name, link)
 
 

@@ -208,14 +208,15 @@ class Repository:
 
 
 def base_card(base: str, token: str | None, repo: str, progress: Progress, strict: bool) -> dict[str, Any] | None:
-    """The metadata of the base model's card on the Hub; None where there is none to be seen.
+    """The metadata of the base model's card on the Hub, empty if it has none; None where no such model is to be seen.
 
     Args:
         strict: whether a Hub that is busy or not reached is an error; it is not where nothing is to be sent.
     """
     info = _look(lambda api: api.model_info(base), token, repo, progress, strict, f"looking for the base model {base}")
-    card = getattr(info, "card_data", None)
-    return dict(card.to_dict()) if card is not None else None
+    if info is None:
+        return None
+    return dict(info.card_data.to_dict()) if info.card_data is not None else {}
 
 
 def data_sets(names: Sequence[str], token: str | None, repo: str, progress: Progress, strict: bool) -> list[str]:

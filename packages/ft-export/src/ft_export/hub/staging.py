@@ -64,7 +64,7 @@ def pushable(name: str, adapter: bool) -> bool:
 
 
 def place_model(source: Path, to: Path, base: str | None, adapter: bool) -> list[str]:
-    """Put the files of a model or an adapter into ``to``; return the names of those that stay behind.
+    """Put the files of a model or an adapter into ``to``; return what else lies beside them and stays behind.
 
     Large files are linked rather than copied where that changes nothing for the original.
 
@@ -85,7 +85,9 @@ def place_model(source: Path, to: Path, base: str | None, adapter: bool) -> list
             _place_json(source / name, to / name, base)
         else:
             place(source / name, to / name)
-    return [name for name in names if name not in wanted]
+    went = {name.partition("/")[0] for name in wanted}
+    beside = sorted(path for path in source.iterdir() if path.name not in went and path.name != "export")
+    return [f"{path.name}/" if path.is_dir() else path.name for path in beside]
 
 
 def place(source: Path, to: Path) -> None:

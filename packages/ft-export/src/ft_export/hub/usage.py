@@ -10,24 +10,26 @@ TASKS = {"text-generation": "CausalLM", "text-classification": "SequenceClassifi
 QUESTION = "What can you do?"
 
 
-def usage(wanted: Wanted, task: str | None, template: bool, file: str | None) -> str:
+def usage(wanted: Wanted, task: str | None, template: bool, tokenizer: str | None, file: str | None) -> str:
     """The card's section on use.
 
     Args:
         task: the Hub's name of what the model does; other than generating or classifying text, no code is given.
         template: whether the model has a chat template.
+        tokenizer: the repository with the tokenizer: this one, or that of an adapter's base.
         file: the GGUF file's name in the repository.
     """
     if file is not None:
         return _llama_cpp(wanted, file)
     kind = TASKS.get(task or "")
-    if kind is None:
+    if kind is None or tokenizer is None:
         return (
             f"```\nhf download {wanted.repo}{'' if wanted.revision == MAIN else f' --revision {wanted.revision}'}\n```"
         )
     adapter = wanted.type == "adapter"
     revision = "" if wanted.revision == MAIN else f', revision="{wanted.revision}"'
     where = f'"{wanted.repo}"{revision}'
+    words = where if tokenizer == wanted.repo else f'"{tokenizer}"'
     library, model = ("peft", f"AutoPeftModelFor{kind}") if adapter else ("transformers", f"AutoModelFor{kind}")
     imports = (
         ["from peft import " + model, "from transformers import AutoTokenizer"]
@@ -37,7 +39,7 @@ def usage(wanted: Wanted, task: str | None, template: bool, file: str | None) ->
     lines = [
         *imports,
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({where})",
+        f"tokenizer = AutoTokenizer.from_pretrained({words})",
         f'model = {model}.from_pretrained({where}, dtype="auto")',
     ]
     if task == "text-classification":
