@@ -190,7 +190,7 @@ def test_a_merged_run_comes_back_bit_for_bit_with_a_true_card(
         push.hub.files(REPO)
     )
     assert not {"merge.json", "training_args.bin", "adapter_config.json"} & set(push.hub.files(REPO))
-    assert "stay here: merge.json" in made["lines"]
+    assert "not pushed: merge.json" in made["lines"]
     check_nothing_private(push.hub, run)
     same_as_here(made["file"], push.hub)
 
@@ -316,6 +316,43 @@ def test_a_model_taken_as_it_is_claims_no_training(push: Pusher, shards: Path, t
     assert "## Training" not in text
     assert "## Evaluation" not in text
     push.run(READ, REPO, "model", str(tmp_path / "read.pt"))
+
+
+def test_a_model_trained_in_full(push: Pusher, shards: Path, make_run: Any, tmp_path: Path) -> None:
+    """Its base lies in a folder with a card of its own; what the Hub calls the base is said by the person."""
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(shards, base, ignore=shutil.ignore_patterns("export"))
+    (base / "README.md").write_text("---\nlicense: llama3.2\n---\n# The base\n")
+    run = make_run(base=base)
+    shutil.copytree(shards, run / "model", ignore=shutil.ignore_patterns("export"))
+    made = push(run, options={"base": "ft/base", "dry": "yes"}, environment={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert made["lines"][-1] == "a dry run: nothing was sent"  # a dry run does without the Hub
+    assert "the Hub shows no model ft/base" in push(run, options={"base": "ft/base"})["error"]
+    push.hub.cards["ft/base"] = {"license": "mit"}
+    push(run, options={"base": "ft/base"})
+    data, text = card_of(push.hub)
+    assert data["base_model"] == "ft/base"
+    assert data["base_model_relation"] == "finetune"
+    assert data["license"] == "llama3.2"  # the folder was trained on, so its word goes before the Hub's
+    assert "A transformers model, fine-tuned from [ft/base](https://huggingface.co/ft/base) by `sft`." in text
+
+
+def test_an_adapter_that_only_fits_what_its_files_cannot_name(make_run: Any) -> None:
+    from ft_export import ExportError
+    from ft_export.hub.export import export
+
+    options = {"repo": REPO, "base": "ft/base"}
+    rope = {"max_position_embeddings": 96, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
+    for name, more, expected in (("a", rope, "other rotary scaling"), ("b", {}, "began as what nf4 lost")):
+        run = make_run(name, rope=more)
+        (run / "adapter").mkdir()
+        (run / "adapter" / "adapter_config.json").write_text("{}")
+        if not more:
+            (run / "config.yaml").write_text("quantization: nf4\nlora: {init_lora_weights: loftq}\n")
+        with pytest.raises(ExportError, match=f"{expected}.*push it with --type merged"):
+            export(run, type="adapter", options=options)
 
 
 @pytest.mark.parametrize(
@@ -499,6 +536,35 @@ def test_options_that_are_refused(shards: Path, options: dict[str, str], expecte
 
 
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n"
+
+
+@pytest.mark.parametrize(
+    ("type", "trained", "relation", "library"),
+    [("merged", True, "finetune", "transformers"), ("adapter", True, "adapter", "peft"),
+     ("q4_k_m", True, "finetune", "gguf"), ("q4_k_m", False, "quantized", "gguf")],
+)  # fmt: skip
+def test_how_it_comes_from_its_base(tmp_path: Path, type: str, trained: bool, relation: str, library: str) -> None:
+    from huggingface_hub import ModelCard
+
+    from ft_export.hub.card import Subject, write_card
+    from ft_export.hub.licence import Licence
+    from ft_export.hub.record import Record
+    from ft_export.hub.wanted import Wanted
+
+    file = "m.gguf" if library == "gguf" else None
+    about = Subject(Wanted(REPO, type, revision="v2"), "text-generation", True, REPO, trained, file, ["ft"], ["x"])
+    name = "a: 'name'\n# of `two` lines"
+    record = Record(base="ft/base", data=(name,), config={"seed": 3, "path": "/home/me/x", "a|b": "c"})
+    path = write_card(tmp_path, about, record, Licence("other", "x", name, "https://example.org/a"), [])
+    card = ModelCard.load(path)
+    assert card.data.to_dict()["base_model_relation"] == relation
+    assert card.data.library_name == library
+    assert card.data.license_name == name
+    assert "Trained on `a: 'name' # of two lines`." in card.text
+    assert "/home/me" not in card.text
+    assert ("fine-tuned" in card.text or "trained for" in card.text) == trained
+    if file:
+        assert f"hf download {REPO} m.gguf --revision v2 --local-dir .\nllama-server -m m.gguf --jinja" in card.text
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,19 @@ from ft_export.hub.wanted import Wanted
 __all__ = ["CARD", "Subject", "write_card"]
 
 CARD = "README.md"
-LATER = ("model", "data", "eval_data", "output", "lora", "training", "activations", "memory", "disk", "verify")
+LATER = (
+    "model",
+    "method",
+    "data",
+    "eval_data",
+    "output",
+    "lora",
+    "training",
+    "activations",
+    "memory",
+    "disk",
+    "verify",
+)
 """Keys of a configuration that the table of settings leaves out: named elsewhere, paths, or of the machine."""
 COUNTS = {
     "train_rows": "rows trained on",

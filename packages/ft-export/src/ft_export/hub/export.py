@@ -69,9 +69,9 @@ def export(
         lines += repository.check()
     licence, sets = _look_up(wanted, record, token, progress)
     with new_folder(folder) as partial:
-        _lay_out(_Layout(source, wanted, record, licence, sets, partial, progress), lines)
-        check_clean(listed(partial), token)
-    files = listed(folder)
+        laid = listed(partial, _lay_out(_Layout(source, wanted, record, licence, sets, partial, progress), lines))
+        check_clean(laid, token)
+    files = listed(folder, laid)
     plan = _plan(files, wanted)
     for line in plan:
         progress(0, 0, line)
@@ -134,8 +134,8 @@ def _look_up(wanted: Wanted, record: Record, token: str | None, progress: Progre
     return find_licence(wanted.license, folder, record.base, card), sets
 
 
-def _lay_out(layout: _Layout, lines: list[str]) -> None:
-    """Fill the folder: the files, their licence, the card, and ``proof.json`` with the checksums of all of these."""
+def _lay_out(layout: _Layout, lines: list[str]) -> list[File]:
+    """Fill the folder: the files, their licence, the card, and ``proof.json`` with the checksums of these, returned."""
     source, wanted, folder = layout.source, layout.wanted, layout.folder
     trained = source.adapter is not None or source.is_run or layout.record.config != {}
     if wanted.is_gguf:
@@ -148,7 +148,7 @@ def _lay_out(layout: _Layout, lines: list[str]) -> None:
         file, proof, model = None, of_weights(folder, made, adapter), folder
         if left:
             more = f" and {len(left) - LEFT_NAMED} more" if len(left) > LEFT_NAMED else ""
-            lines.append(f"stay here: {', '.join(left[:LEFT_NAMED])}{more}")
+            lines.append(f"not pushed: {', '.join(left[:LEFT_NAMED])}{more}")
     for text in licence_files(layout.record.base_folder) if layout.record.base_folder is not None else []:
         place(text, folder / text.name)
     task = _task(source, model)
@@ -163,7 +163,10 @@ def _lay_out(layout: _Layout, lines: list[str]) -> None:
         proof=[*proof.lines, "`proof.json` holds these figures and the checksum of every file."],
     )
     write_card(folder, about, layout.record, layout.licence, layout.sets)
-    write_proof(folder, proof, wanted.type, listed(folder))
+    layout.progress(0, 0, "taking checksums")
+    files = listed(folder)
+    write_proof(folder, proof, wanted.type, files)
+    return files
 
 
 def _gguf(layout: _Layout, lines: list[str]) -> tuple[str, Proof, Path]:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -102,13 +102,18 @@ def place(source: Path, to: Path) -> None:
     shutil.copyfile(source, to)
 
 
-def listed(folder: Path) -> list[File]:
-    """What a folder holds, by name, with checksums."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [
-        File(path.relative_to(folder).as_posix(), path, path.stat().st_size, _digest(path, hashlib.sha256()))
-        for path in paths
-    ]
+def listed(folder: Path, known: Sequence[File] = ()) -> list[File]:
+    """What a folder holds, by name, with checksums.
+
+    Args:
+        known: files whose checksums have been taken; those of the same name are not read once more.
+    """
+    taken = {file.name: file.sha256 for file in known}
+    found = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        found.append(File(name, path, path.stat().st_size, taken.get(name) or _digest(path, hashlib.sha256())))
+    return found
 
 
 def check_clean(files: list[File], secret: str | None) -> None:
