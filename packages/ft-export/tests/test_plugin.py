@@ -22,6 +22,9 @@ def test_registered() -> None:
     assert exporter.types[:4] == ("f16", "f32", "bf16", "q8_0")
     assert {"q2_k", "q3_k_m", "q4_k_m", "q5_k_s", "q6_k", "q4_0", "q5_1"} < set(exporter.types)
     assert callable(resolve(exporter.export))
+    hub = registry().get(ExporterSpec, "hub")
+    assert hub.types[:3] == ("merged", "adapter", "f16")
+    assert callable(resolve(hub.export))
 
 
 def _merge(*words: str) -> int:
@@ -53,6 +56,17 @@ def test_exporter(base: Path, tmp_path: Path) -> None:
     assert any(line.startswith("llama.cpp's answer to") for line in result.checks)
     with pytest.raises(FtError, match="allowed: f16, f32, bf16, q8_0"):
         export(ExportRequest(run=base, out=tmp_path / "out", type="q2_k_s"))
+
+
+def test_a_dry_push(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = resolve(registry().get(ExporterSpec, "hub").export)
+    options = {"repo": "me/dates", "dry": "yes"}
+    result = export(ExportRequest(run=base, out=tmp_path / "out", options=options))
+    assert result.files == (tmp_path / "out", tmp_path / "out" / "proof.json")
+    assert result.checks[-1] == "a dry run: nothing was sent"
+    assert "  model.safetensors" in capsys.readouterr().err
+    with pytest.raises(FtError, match="where to push is not said"):
+        export(ExportRequest(run=base, out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 API = {
-    "ft_export": ["ExportError", "__version__", "export_gguf", "merge"],
+    "ft_export": ["ExportError", "__version__", "export_gguf", "export_hub", "merge"],
     "ft_export.errors": ["ExportError", "one_line"],
     "ft_export.gguf": ["Converted", "convert"],
     "ft_export.exporting": ["Exported", "PROOF", "check_options", "file_name", "whole_model"],
     "ft_export.gguf.export": ["export"],
+    "ft_export.hub": ["TYPES", "Wanted"],
+    "ft_export.hub.export": ["export"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
     "ft_export.runs": ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"],
 }
@@ -28,7 +30,8 @@ def test_names() -> None:
 def test_importing_is_light_and_needs_no_ft_core() -> None:
     code = (
         "import sys, ft_export, ft_export.commands.merge, ft_export.gguf, ft_export.merging, ft_export.gguf.export\n"
-        "heavy = ('torch', 'transformers', 'peft', 'gguf', 'xllamacpp', 'ft_core')\n"
+        "import ft_export.hub.export\n"
+        "heavy = ('torch', 'transformers', 'peft', 'gguf', 'xllamacpp', 'ft_core', 'huggingface_hub')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

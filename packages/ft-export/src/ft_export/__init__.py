@@ -1,4 +1,4 @@
-"""Merge adapters and convert models to GGUF, checked in the engine that will serve them."""
+"""Merge adapters, convert models to GGUF, checked in the engine that will serve them, and push them to the Hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ft_export.errors import ExportError
 
-__all__ = ["ExportError", "__version__", "export_gguf", "merge"]
+__all__ = ["ExportError", "__version__", "export_gguf", "export_hub", "merge"]
 __version__ = "0.1.0"
 
 
@@ -20,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from ft_export.gguf.export import export
 
         return export
+    if name == "export_hub":
+        from ft_export.hub.export import export as push
+
+        return push
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

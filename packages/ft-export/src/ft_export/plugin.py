@@ -10,12 +10,13 @@ from ft_core.errors import FtError
 from ft_core.plugins import CommandSpec, ExporterSpec, ExportRequest, ExportResult
 from ft_export.errors import ExportError
 from ft_export.gguf.mixes import FILE_TYPES
+from ft_export.hub import TYPES
 from ft_export.progress import Progress
 
 if TYPE_CHECKING:
     from ft_export.exporting import Exported
 
-__all__ = ["GGUF", "MERGE", "as_ft_error", "export_gguf", "shown"]
+__all__ = ["GGUF", "HUB", "MERGE", "as_ft_error", "export_gguf", "export_hub", "shown"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +32,13 @@ GGUF = ExporterSpec(
     summary="a GGUF file for llama.cpp, checked in llama.cpp",
     export="ft_export.plugin:export_gguf",
     types=tuple(FILE_TYPES),
+)
+
+HUB = ExporterSpec(
+    name="hub",
+    summary="a private repository on the Hugging Face Hub, with a card made from the run's files",
+    export="ft_export.plugin:export_hub",
+    types=TYPES,
 )
 
 
@@ -73,6 +81,17 @@ def export_gguf(request: ExportRequest) -> ExportResult:
     from ft_export.gguf.export import export
 
     return _result(export, request, "f16")
+
+
+def export_hub(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to hub repo=USER/NAME``.
+
+    Raises:
+        FtError: bad input, no token or right, a check that failed, or a Hub that refuses or is not reached.
+    """
+    from ft_export.hub.export import export
+
+    return _result(export, request, "merged")
 
 
 def _result(export: Callable[..., Exported], request: ExportRequest, default: str) -> ExportResult:

@@ -1,0 +1,72 @@
+"""How to use what was pushed: lines to copy, right for its kind."""
+
+from __future__ import annotations
+
+from ft_export.hub.wanted import MAIN, Wanted
+
+__all__ = ["usage"]
+
+TASKS = {"text-generation": "CausalLM", "text-classification": "SequenceClassification"}
+QUESTION = "What can you do?"
+
+
+def usage(wanted: Wanted, task: str | None, template: bool, tokenizer: str | None, file: str | None) -> str:
+    """The card's section on use.
+
+    Args:
+        task: the Hub's name of what the model does; other than generating or classifying text, no code is given.
+        template: whether the model has a chat template.
+        tokenizer: the repository with the tokenizer: this one, or that of an adapter's base.
+        file: the GGUF file's name in the repository.
+    """
+    if file is not None:
+        return _llama_cpp(wanted, file)
+    kind = TASKS.get(task or "")
+    if kind is None or tokenizer is None:
+        return (
+            f"```\nhf download {wanted.repo}{'' if wanted.revision == MAIN else f' --revision {wanted.revision}'}\n```"
+        )
+    adapter = wanted.type == "adapter"
+    revision = "" if wanted.revision == MAIN else f', revision="{wanted.revision}"'
+    where = f'"{wanted.repo}"{revision}'
+    words = where if tokenizer == wanted.repo else f'"{tokenizer}"'
+    library, model = ("peft", f"AutoPeftModelFor{kind}") if adapter else ("transformers", f"AutoModelFor{kind}")
+    imports = (
+        ["from peft import " + model, "from transformers import AutoTokenizer"]
+        if adapter
+        else [f"from {library} import {model}, AutoTokenizer"]
+    )
+    lines = [
+        *imports,
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({words})",
+        f'model = {model}.from_pretrained({where}, dtype="auto")',
+    ]
+    if task == "text-classification":
+        lines += [f'inputs = tokenizer("{QUESTION}", return_tensors="pt")', "print(model(**inputs).logits)"]
+        return _python(lines)
+    if template:
+        lines += [
+            f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    else:
+        lines.append('inputs = tokenizer("Once upon a time", return_tensors="pt")')
+    lines += [
+        "answer = model.generate(**inputs, max_new_tokens=100)[0, inputs.input_ids.shape[1] :]",
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
+    ]
+    return _python(lines)
+
+
+def _llama_cpp(wanted: Wanted, file: str) -> str:
+    if wanted.revision == MAIN:
+        return f"```\nllama-server --hf-repo {wanted.repo} --hf-file {file} --jinja\n```"
+    fetch = f"hf download {wanted.repo} {file} --revision {wanted.revision} --local-dir ."
+    return f"```\n{fetch}\nllama-server -m {file} --jinja\n```"
+
+
+def _python(lines: list[str]) -> str:
+    return "```python\n" + "\n".join(lines) + "\n```"
