@@ -33,6 +33,22 @@ LONGROPE = {
 }
 WINDOWS = {**GEMMA, "sliding_window": 8}
 FULL, SLIDING = "full_attention", "sliding_attention"
+DEEPSEEK: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+}
 # By the seed no token's experts are so nearly as good as others that rounding would give it to those.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": (
@@ -61,6 +77,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 moe": (
         "Qwen3Moe",
         {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True, "seed": 2},
+    ),
+    "deepseek": ("DeepseekV3", DEEPSEEK),
+    "deepseek, yarn": (
+        "DeepseekV3",
+        {
+            **DEEPSEEK,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
     ),
     "llama2": ("Llama", {"pieces": "llama2"}),
     "mistral": ("Mistral", {"pieces": "llama2", "sliding_window": None}),
