@@ -137,6 +137,10 @@ LOST = [
     ("gemma3", "add_rope_freq_base_swa"),
     ("gemma3", "add_rope_scaling_factor"),
     ("gemma3", "add_sliding_window"),
+    ("deepseek", "add_expert_gating_func"),
+    ("deepseek", "add_expert_weights_scale"),
+    ("deepseek", "add_expert_weights_norm"),
+    ("deepseek, yarn", "add_rope_scaling_yarn_log_mul"),
     ("phi4", "add_rope_dimension_count"),
     ("phi4", "add_rope_scaling_attn_factors"),
 ]
@@ -185,6 +189,18 @@ def gguf_norms(model: Path, work: Path) -> dict[str, Any]:
             r"'linear' of sliding_attention cannot be written to GGUF for Gemma 3 \(allowed: default\)",
         ),
         ("phi3", {"head_dim": 32}, "heads of 16 values, this model has head_dim 32"),
+        ("deepseek", {"rope_interleave": False}, "rotates neighbours"),
+        ("deepseek", {"q_lora_rank": None}, "of 3 layers needs a latent for queries, this model has q_lora_rank None"),
+        (
+            "deepseek",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 16}},
+            "with beta_fast 16 cannot be written",
+        ),
+        (
+            "deepseek",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.7}},
+            "only with mscale 1 and mscale_all_dim 1",
+        ),
         ("qwen3 moe", {"norm_topk_prob": False}, "divides the experts' weights by their sum"),
         ("qwen3 moe", {"mlp_only_layers": [0]}, "has experts in every layer"),
     ],
@@ -198,6 +214,26 @@ def test_what_the_graph_has_not_is_refused(
         export_gguf(model, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_may_lie_stacked_in_the_files(make_model: Any, tmp_path: Path) -> None:
+    """As other tools write them: gate and way up in one, all experts in one."""
+    from safetensors.torch import load_file, save_file
+
+    kind, settings = FAMILIES["qwen3 moe"]
+    model = make_model(tmp_path / "model", kind, **settings)
+    apart = convert(model, tmp_path / "apart.gguf")
+    tensors = load_file(model / "model.safetensors")
+    for layer in range(2):
+        place = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            part: torch.stack([tensors.pop(f"{place}.{expert}.{part}_proj.weight") for expert in range(6)])
+            for part in ("gate", "up", "down")
+        }
+        tensors[f"{place}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        tensors[f"{place}.down_proj"] = parts["down"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert convert(model, tmp_path / "stacked.gguf").tensors == apart.tensors
 
 
 def test_experts_have_no_mixes(make_model: Any, tmp_path: Path) -> None:

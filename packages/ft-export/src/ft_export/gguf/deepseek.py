@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
 from ft_export.gguf.experts import EXPERT_RULES
-from ft_export.gguf.rope import rope_type
+from ft_export.gguf.rope import check_ramp, rope_type
 from ft_export.gguf.rules import Rule, same
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ def check_deepseek3(config: Any) -> None:
     kind, rope = rope_type(config), config.rope_parameters
     if kind not in ("default", "yarn"):
         raise ExportError(f"rope_type {kind!r} cannot be written to GGUF for DeepSeek V3 (allowed: default, yarn)")
-    if kind == "yarn" and not rope.get("mscale") == rope.get("mscale_all_dim") == 1:
-        raise ExportError(
-            "rope_type 'yarn' cannot be written to GGUF for DeepSeek V3 but with mscale and mscale_all_dim 1"
-        )
+    if kind == "yarn":
+        check_ramp(config)
+        if not rope.get("mscale") == rope.get("mscale_all_dim") == 1:
+            raise ExportError("yarn can be written to GGUF for DeepSeek V3 only with mscale 1 and mscale_all_dim 1")
     if not config.rope_interleave:
         raise ExportError("llama.cpp's deepseek2 rotates neighbours, this model rotates halves (rope_interleave false)")
     if (config.q_lora_rank is None) != (config.num_hidden_layers in LITE):
