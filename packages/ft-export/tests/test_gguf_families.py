@@ -255,8 +255,23 @@ def test_the_tokens_of_phi_3_take_the_spaces_after_them(
     made = export_gguf(model, tmp_path / "out")
     assert gguf.GGUFReader(made.file).fields["general.name"].contents() == "my-run (Phi-3)"
     monkeypatch.setattr(converter, "_safe_name", lambda name, vocabulary: name)
-    with pytest.raises(ExportError, match="otherwise than the tokenizer"):
+    with pytest.raises(
+        ExportError, match=r"otherwise than the tokenizer: .*; llama\.cpp has no other way of splitting"
+    ):
         export_gguf(model, tmp_path / "other")
+    with pytest.raises(ExportError, match="has no splitting rules: leave pre=gpt-2 out"):
+        export_gguf(model, tmp_path / "other", options={"pre": "gpt-2"})
+
+
+def test_a_tab_named_beside_its_byte(make_model: Any, tmp_path: Path) -> None:
+    """As in Gemma's own tokenizer.json."""
+    model = make_model(tmp_path / "model", "Gemma2", **GEMMA)
+    plain = vocabulary.read_vocabulary(model, 448)
+    data = json.loads((model / "tokenizer.json").read_text())
+    data["model"]["vocab"]["\t"] = data["model"]["vocab"]["<0x09>"]
+    (model / "tokenizer.json").write_text(json.dumps(data))
+    assert vocabulary.read_vocabulary(model, 448) == plain
+    export_gguf(model, tmp_path / "out")  # whose texts have tabs
 
 
 @pytest.mark.parametrize("kind", ["gemma", "phi3", "llama2"])

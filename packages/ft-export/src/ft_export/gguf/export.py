@@ -96,7 +96,10 @@ def _check(made: Converted, model: Path, source: Source, type: str, lines: list[
     vocabulary = made.vocabulary
     with llama_cpp(made.file, max(len(prompt.ids) for prompt in prompts) + NEW_TOKENS + 8) as engine:
         written = [*(prompt.text for prompt in prompts), *rendered(tokenizer)]
-        texts = check_tokens(engine, tokenizer, written, plain=vocabulary.plain, spaced=vocabulary.spaced)
+        how: dict[str, Any] = {"plain": vocabulary.plain, "spaced": vocabulary.spaced}
+        if vocabulary.scores:
+            how["advice"] = "llama.cpp has no other way of splitting for a SentencePiece tokenizer"
+        texts = check_tokens(engine, tokenizer, written, **how)
         lines.append(
             f"llama.cpp splits {texts} text{'' if texts == 1 else 's'} into the same tokens (rules: {vocabulary.pre})"
         )
