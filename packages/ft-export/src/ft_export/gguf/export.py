@@ -148,6 +148,8 @@ def _told(found: Comparison, prompt: Prompt, type: str) -> list[str]:
         f"log-probabilities against {model} in fp32: largest difference {found.error.largest:.2e} (bound "
         f"{found.bound_largest:.2e} for {type}), mean {found.error.mean:.2e} (bound {found.bound_mean:.2e})",
     ]
+    if found.undecided:
+        lines.append(f"{found.undecided} tokens hang on a choice of experts that rounding turns: not compared further")
     same = "equal to transformers'" if found.answers_equal else f"transformers says {found.generated!r}"
     asked = prompt.text if len(prompt.text) <= 160 else f"…{prompt.text[-160:]}"
     lines.append(f"llama.cpp's answer to {asked!r}: {found.answer!r}, {same}")
