@@ -106,7 +106,7 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
     if has_pieces and pre:
         raise ExportError(f"{folder} has a SentencePiece tokenizer, which has no splitting rules: leave pre={pre} out")
     name = "default" if has_pieces else _name_of_rules(data, folder, pre)
-    vocab = _without_doubles(model["vocab"]) if has_pieces else model["vocab"]
+    vocab = _without_doubles(backend) if has_pieces else model["vocab"]
     kinds = gguf.TokenType
     tokens: dict[int, tuple[str, int]] = {
         index: (token, int(kinds.BYTE if has_pieces and BYTE.fullmatch(token) else kinds.NORMAL))
@@ -141,10 +141,16 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
     return _with_pieces(plain, vocab, data, merges, folder)
 
 
-def _without_doubles(vocab: dict[str, int]) -> dict[str, int]:
-    """Without a character that is named beside its byte (Gemma's tab): llama.cpp spells it by the byte."""
+def _without_doubles(backend: Any) -> dict[str, int]:
+    """Tokens in the order of their ids, one an id.
+
+    A character that is named beside its byte (Gemma's tab) is left out: llama.cpp spells it by the byte. Of two such
+    texts the serialized tokenizer has either, by chance.
+    """
+    vocab = backend.get_vocab(with_added_tokens=False)
     bytes_ids = {index for token, index in vocab.items() if BYTE.fullmatch(token)}
-    return {token: index for token, index in vocab.items() if index not in bytes_ids or BYTE.fullmatch(token)}
+    kept = [(token, index) for token, index in vocab.items() if index not in bytes_ids or BYTE.fullmatch(token)]
+    return dict(sorted(kept, key=lambda item: item[1]))
 
 
 def _with_pieces(
