@@ -247,7 +247,7 @@ def _make_model(
     )
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if "norm" in name or name.endswith("bias"):  # as initialised they are ones and zeros, which hide mistakes
             parameter.data += 0.2 * torch.randn_like(parameter)
     model.to(getattr(torch, dtype)).save_pretrained(folder)

@@ -104,6 +104,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "qwen3 moe": ("Qwen3Moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                                "norm_topk_prob": True}),
+    "deepseek": ("DeepseekV3", {
+        "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_key_value_heads": 4, "q_lora_rank": 32,
+        "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 8,
+        "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+                            "original_max_position_embeddings": 128},
+    }),
     "gemma2": ("Gemma2", GEMMA),
     "gemma3": ("Gemma3", {**GEMMA, "rope_parameters": GEMMA3_ROPE}),
     "phi3": ("Phi3", {"pieces": "phi3"}),
@@ -112,7 +119,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-BYTE_LEVEL = ("llama", "llama 3", "smollm2", "qwen2", "qwen3", "qwen3 moe", "phi4")
+BYTE_LEVEL = ("llama", "llama 3", "smollm2", "qwen2", "qwen3", "qwen3 moe", "deepseek", "phi4")
 GEMMAS = ("gemma2", "gemma3")
 DIFFERENCES: dict[str, tuple[tuple[str, ...], str]] = {
     "general.size_label": (tuple(ARCHITECTURES), "the number of weights in words; nothing reads it"),
@@ -135,6 +142,10 @@ DIFFERENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "ours names every token that ends an answer; theirs leaves those that are not eos to llama.cpp's list of texts",
     ),
     "tokenizer.ggml.unknown_token_id": (("qwen2",), "transformers' tokenizer of that class has one, its files do not"),
+    "deepseek2.expert_gating_func": (
+        ("deepseek",),
+        "transformers computes sigmoid and writes no scoring_func, without which theirs has llama.cpp compute softmax",
+    ),
     "gemma2.rope.freq_base": (("gemma2",), "theirs leaves it to llama.cpp's 10000, whatever the model's is"),
 }
 """Keys that are not equal: where, and why ours is as it is. No tensor is among them."""

@@ -11,9 +11,12 @@ API = {
     "ft_export.errors": ["ExportError", "one_line"],
     "ft_export.gguf": ["Converted", "convert"],
     "ft_export.exporting": ["Exported", "PROOF", "check_options", "file_name", "whole_model"],
+    "ft_export.gguf.architectures": ["ARCHITECTURES", "find_architecture", "known"],
     "ft_export.gguf.export": ["export"],
     "ft_export.hub": ["TYPES", "Wanted"],
     "ft_export.hub.export": ["export"],
+    "ft_export.gguf.pieces": ["ADDED_SCORE", "Prefix", "SPACE", "UNUSED_SCORE", "prefix_of", "read_model", "scores_of"],
+    "ft_export.gguf.rules": ["Architecture", "Operation", "Output", "Rule", "plan", "same"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
     "ft_export.runs": ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"],
 }

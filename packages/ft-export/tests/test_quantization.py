@@ -80,8 +80,30 @@ ALL = [kind for kind in FILE_TYPES if kind != "f32"]
         ("Llama", {**SIZES, "num_hidden_layers": 17, "num_key_value_heads": 4, "tie_word_embeddings": True}),
         ("Llama", {"tie_word_embeddings": True}),  # rows of 64, which no block of 256 fits
         ("Qwen3", {**SIZES, "num_key_value_heads": 8}),
+        ("Phi3", {**SIZES, "num_key_value_heads": 2, "pieces": "phi3"}),
+        (
+            "Gemma2",
+            {
+                **SIZES,
+                "num_key_value_heads": 4,
+                "query_pre_attn_scalar": 32,
+                "tie_word_embeddings": True,
+                "pieces": "gemma",
+            },
+        ),
+        (
+            "Gemma3",
+            {
+                **SIZES,
+                "num_key_value_heads": 4,
+                "query_pre_attn_scalar": 32,
+                "tie_word_embeddings": True,
+                "num_hidden_layers": 9,
+                "pieces": "gemma",
+            },
+        ),
     ],
-    ids=["grouped", "tied", "narrow", "qwen3"],
+    ids=["grouped", "tied", "narrow", "qwen3", "phi3", "gemma2", "gemma3"],
 )
 def test_files_are_llama_cpp_s_own(
     kind: str, settings: dict[str, Any], make_model: Any, oracle: Path, tmp_path: Path

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
-from ft_export.gguf import experts, gemma, phi3
+from ft_export.gguf import deepseek, experts, gemma, phi3
 from ft_export.gguf.rope import check_rope, context_keys, head_size, llama3_factors, longrope_factors, rope_keys
 from ft_export.gguf.rules import Architecture, Rule
 
@@ -135,6 +135,32 @@ ARCHITECTURES = (
         keys=COMMON,
         extra_keys=phi3.phi3_keys,
         extra_tensors=longrope_factors,
+    ),
+    Architecture(
+        classes=("DeepseekV3ForCausalLM",),
+        name="deepseek2",
+        check=deepseek.check_deepseek3,
+        keys=(
+            *COMMON,
+            ("add_context_length", "max_position_embeddings"),
+            ("add_vocab_size", "vocab_size"),
+            ("add_leading_dense_block_count", "first_k_dense_replace"),
+            ("add_kv_lora_rank", "kv_lora_rank"),
+            ("add_value_length_mla", "v_head_dim"),
+            ("add_rope_dimension_count", "qk_rope_head_dim"),
+            ("add_expert_count", "n_routed_experts"),
+            ("add_expert_used_count", "num_experts_per_tok"),
+            ("add_expert_feed_forward_length", "moe_intermediate_size"),
+            ("add_expert_shared_count", "n_shared_experts"),
+            ("add_expert_weights_scale", "routed_scaling_factor"),
+            ("add_expert_group_count", "n_group"),
+            ("add_expert_group_used_count", "topk_group"),
+        ),
+        rules=deepseek.RULES,
+        extra_keys=deepseek.deepseek3_keys,
+        float32=("ffn_gate_inp.weight",),
+        parameter=experts.fused_name,
+        has_mixes=False,
     ),
 )
 

@@ -96,7 +96,10 @@ def _check(made: Converted, model: Path, source: Source, type: str, lines: list[
     vocabulary = made.vocabulary
     with llama_cpp(made.file, max(len(prompt.ids) for prompt in prompts) + NEW_TOKENS + 8) as engine:
         written = [*(prompt.text for prompt in prompts), *rendered(tokenizer)]
-        texts = check_tokens(engine, tokenizer, written, plain=vocabulary.plain, spaced=vocabulary.spaced)
+        how: dict[str, Any] = {"plain": vocabulary.plain, "spaced": vocabulary.spaced}
+        if vocabulary.scores:
+            how["advice"] = "llama.cpp has no other way of splitting for a SentencePiece tokenizer"
+        texts = check_tokens(engine, tokenizer, written, **how)
         lines.append(
             f"llama.cpp splits {texts} text{'' if texts == 1 else 's'} into the same tokens (rules: {vocabulary.pre})"
         )
@@ -145,6 +148,8 @@ def _told(found: Comparison, prompt: Prompt, type: str) -> list[str]:
         f"log-probabilities against {model} in fp32: largest difference {found.error.largest:.2e} (bound "
         f"{found.bound_largest:.2e} for {type}), mean {found.error.mean:.2e} (bound {found.bound_mean:.2e})",
     ]
+    if found.undecided:
+        lines.append(f"{found.undecided} tokens hang on a choice of experts that rounding turns: not compared further")
     same = "equal to transformers'" if found.answers_equal else f"transformers says {found.generated!r}"
     asked = prompt.text if len(prompt.text) <= 160 else f"…{prompt.text[-160:]}"
     lines.append(f"llama.cpp's answer to {asked!r}: {found.answer!r}, {same}")

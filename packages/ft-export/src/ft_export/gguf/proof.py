@@ -31,6 +31,7 @@ from ft_export.errors import ExportError
 from ft_export.gguf.engine import Continuation, LlamaCpp
 from ft_export.gguf.rounding import round_weights, rounded_inputs
 from ft_export.gguf.text_check import shown
+from ft_export.gguf.undecided import undecided
 from ft_export.logprobs import Difference, all_logprobs, difference, evaluation_error, token_logprobs
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Comparison:
     Attributes:
         tokens: how many tokens llama.cpp chose.
         equal: how many of them are transformers' likeliest too.
+        undecided: how many hang on a choice of experts that rounding turns, and were not compared further.
         close: the largest distance (nats) of the two candidates where they differ, 0 if they never do.
         error: llama.cpp's log-probabilities of the likeliest candidates against transformers'.
         yardstick: the error that rounding weights and activations makes in transformers.
@@ -73,6 +75,7 @@ class Comparison:
 
     tokens: int
     equal: int
+    undecided: int
     close: float
     error: Difference
     yardstick: Difference
@@ -129,6 +132,7 @@ def compare(
 
     is_coarse = type not in FINE
     texts = [prompt.ids for prompt in prompts]
+    skipped = undecided(model, type, measured) or [[False] * len(run.tokens) for run in continuations]
     whole, before = measured(), token_logprobs(model, texts)
     generated = [] if is_coarse else _generate(model, prompts[0], stops, count)
     round_weights(model, kinds)
@@ -145,7 +149,7 @@ def compare(
 
     error, yardstick = _Errors(), _Errors()
     differing: list[tuple[float, int, int, int, int]] = []
-    tokens = 0
+    tokens = undecided_differing = 0
     for number, run in enumerate(continuations):
         for step, (token, tops) in enumerate(zip(run.tokens, run.candidates, strict=True)):
             row, near = exact[number][step], coarse[number][step]
@@ -157,11 +161,18 @@ def compare(
                 )
             for candidate, value in tops.items():
                 yardstick.add(abs(near[candidate].item() - row[candidate].item()), number, step, candidate)
-                if token == best:
+                if token == best and not skipped[number][step]:
                     error.add(abs(value - row[candidate].item()), number, step, candidate)
-            if token != best:
+            if token != best and skipped[number][step]:
+                undecided_differing += 1
+            elif token != best:
                 differing.append((row[best].item() - row[token].item(), number, step, token, best))
 
+    left_out = sum(map(sum, skipped))
+    if 2 * left_out > tokens:
+        raise ExportError(
+            f"{left_out} of {tokens} tokens hang on a choice of experts that rounding turns: too few are left"
+        )
     found, coarse_error = error.summary(), yardstick.summary()
     floor = evaluation_error([rows for rows in exact if rows.numel()])
     largest_factor, mean_factor = FINE.get(type, COARSE)
@@ -181,10 +192,11 @@ def compare(
                 f"{shown(tokenizer, token)} where transformers says {shown(tokenizer, best)}, which is likelier by "
                 f"{gap:.3g} nats (measured error {found.largest:.3g})"
             )
-    _check_answer(generated, continuations[0], differing, tokenizer)
+    _check_answer(generated, continuations[0], differing, skipped[0], tokenizer)
     return Comparison(
         tokens=tokens,
-        equal=tokens - len(differing),
+        equal=tokens - len(differing) - undecided_differing,
+        undecided=left_out,
         close=max((gap for gap, *_ in differing), default=0.0),
         error=found,
         yardstick=coarse_error,
@@ -238,16 +250,18 @@ def _check_answer(
     generated: list[int],
     run: Continuation,
     differing: Sequence[tuple[float, int, int, int, int]],
+    skipped: Sequence[bool],
     tokenizer: Any,
 ) -> None:
-    """The first prompt's answers may part only where the two candidates were found too close to call."""
+    """The first prompt's answers may part only where the two candidates are too close to call, or experts are."""
     if list(run.tokens) == generated:
         return
     at = next(
         (i for i, (a, b) in enumerate(zip(run.tokens, generated, strict=False)) if a != b),
         min(len(run.tokens), len(generated)),
     )
-    if at < len(run.tokens) and any(number == 0 and step == at for _, number, step, _, _ in differing):
+    close = {step for _, number, step, _, _ in differing if number == 0}
+    if at < len(run.tokens) and (at in close or skipped[at]):
         return
     raise ExportError(
         f"llama.cpp's answer parts from transformers' at token {at + 1}: {run.text[-60:]!r} against "

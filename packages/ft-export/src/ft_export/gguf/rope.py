@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "check_ramp",
     "check_rope",
     "context_keys",
     "head_size",
@@ -90,9 +91,16 @@ def check_rope(config: Any, name: str, has_factors: bool) -> None:
         raise ExportError(f"rope_type {kind!r} cannot be written to GGUF (allowed: default, linear, llama3, yarn)")
     if kind == "llama3" and not has_factors:
         raise ExportError(f"rope_type 'llama3' cannot be written to GGUF for {name}")
-    if kind != "yarn":
-        return
-    # llama.cpp has keys for the ends of the ramp, and reads them for other architectures only (measured).
+    if kind == "yarn":
+        check_ramp(config)
+
+
+def check_ramp(config: Any) -> None:
+    """
+    Raises:
+        ExportError: yarn's ramp is another than llama.cpp computes, which has keys for its ends, and reads them for
+            other architectures only (measured).
+    """
     rope, computed = config.rope_parameters, {"beta_fast": 32, "beta_slow": 1, "truncate": True}
     for key, value in computed.items():
         stated = rope.get(key)

@@ -42,7 +42,13 @@ def rendered(tokenizer: Any) -> list[str]:
 
 
 def check_tokens(
-    engine: LlamaCpp, tokenizer: Any, prompts: Sequence[str], *, plain: bool = True, spaced: bool = True
+    engine: LlamaCpp,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    plain: bool = True,
+    spaced: bool = True,
+    advice: str = "name the right rules with pre=NAME",
 ) -> int:
     """Compare the tokens of built-in texts and ``prompts``, with and without what the tokenizer adds around a text.
 
@@ -50,6 +56,7 @@ def check_tokens(
         plain: whether llama.cpp can split texts with no special token before them as the tokenizer does; where it
             cannot, one is put there.
         spaced: whether it can split those that begin with a space; where it cannot, they begin without.
+        advice: what to do where they differ.
 
     Returns:
         How many texts were compared.
@@ -72,8 +79,7 @@ def check_tokens(
                 at = min(len(found), len(expected)) if at is None else at
                 raise ExportError(
                     f"llama.cpp splits {text[:60]!r} otherwise than the tokenizer: token {at} is "
-                    f"{_piece(tokenizer, found, at)}, not {_piece(tokenizer, expected, at)}; name the right rules "
-                    "with pre=NAME"
+                    f"{_piece(tokenizer, found, at)}, not {_piece(tokenizer, expected, at)}; {advice}"
                 )
     return len(texts)
 

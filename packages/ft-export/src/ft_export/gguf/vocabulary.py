@@ -103,11 +103,14 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
     data = json.loads(backend.to_str())
     model = data.get("model") or {}
     has_pieces = model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+    if has_pieces and pre:
+        raise ExportError(f"{folder} has a SentencePiece tokenizer, which has no splitting rules: leave pre={pre} out")
     name = "default" if has_pieces else _name_of_rules(data, folder, pre)
+    vocab = _without_doubles(backend) if has_pieces else model["vocab"]
     kinds = gguf.TokenType
     tokens: dict[int, tuple[str, int]] = {
         index: (token, int(kinds.BYTE if has_pieces and BYTE.fullmatch(token) else kinds.NORMAL))
-        for token, index in model["vocab"].items()
+        for token, index in vocab.items()
     }
     added = data.get("added_tokens") or []
     for token in added:
@@ -135,10 +138,24 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
     )
     if not has_pieces:
         return plain
-    return _with_pieces(plain, data, merges, folder)
+    return _with_pieces(plain, vocab, data, merges, folder)
 
 
-def _with_pieces(plain: Vocabulary, data: dict[str, Any], merges: list[Any], folder: Path) -> Vocabulary:
+def _without_doubles(backend: Any) -> dict[str, int]:
+    """Tokens in the order of their ids, one an id.
+
+    A character that is named beside its byte (Gemma's tab) is left out: llama.cpp spells it by the byte. Of two such
+    texts the serialized tokenizer has either, by chance.
+    """
+    vocab = backend.get_vocab(with_added_tokens=False)
+    bytes_ids = {index for token, index in vocab.items() if BYTE.fullmatch(token)}
+    kept = [(token, index) for token, index in vocab.items() if index not in bytes_ids or BYTE.fullmatch(token)]
+    return dict(sorted(kept, key=lambda item: item[1]))
+
+
+def _with_pieces(
+    plain: Vocabulary, vocab: dict[str, int], data: dict[str, Any], merges: list[Any], folder: Path
+) -> Vocabulary:
     found = prefix_of(data)
     if found is None:
         raise ExportError(
@@ -147,7 +164,7 @@ def _with_pieces(plain: Vocabulary, data: dict[str, Any], merges: list[Any], fol
         )
     prefix, even_before_space = found
     contents = {token["content"] for token in data.get("added_tokens") or []}
-    scores = scores_of(folder, data["model"]["vocab"], merges, contents)
+    scores = scores_of(folder, vocab, merges, contents)
     ids = {token["id"] for token in data.get("added_tokens") or []}
     # llama.cpp puts a space before every piece of text or before none; of the two, what conversations need
     space_before = prefix == "always" or (prefix == "start" and not plain.templates)
