@@ -14,7 +14,7 @@ from ft_export.runs import read_json
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "read_header"]
+__all__ = ["DTYPES", "Checkpoint", "read_header"]
 
 DTYPES = {
     "F64": "float64",
@@ -111,6 +111,10 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
+
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._files[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.entries[name]["shape"])

@@ -11,11 +11,23 @@ from ft_core.plugins import CommandSpec, ExporterSpec, ExportRequest, ExportResu
 from ft_export.errors import ExportError
 from ft_export.gguf.mixes import FILE_TYPES
 from ft_export.progress import Progress
+from ft_export.sglang.export import TYPES as SGLANG_TYPES
+from ft_export.vllm.export import TYPES as VLLM_TYPES
 
 if TYPE_CHECKING:
     from ft_export.exporting import Exported
 
-__all__ = ["GGUF", "MERGE", "as_ft_error", "export_gguf", "shown"]
+__all__ = [
+    "GGUF",
+    "MERGE",
+    "SGLANG",
+    "VLLM",
+    "as_ft_error",
+    "export_gguf",
+    "export_sglang",
+    "export_vllm",
+    "shown",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +43,20 @@ GGUF = ExporterSpec(
     summary="a GGUF file for llama.cpp, checked in llama.cpp",
     export="ft_export.plugin:export_gguf",
     types=tuple(FILE_TYPES),
+)
+
+VLLM = ExporterSpec(
+    name="vllm",
+    summary="a folder for vLLM, in 16 or 8 bits or as an adapter, with the files that start it",
+    export="ft_export.plugin:export_vllm",
+    types=VLLM_TYPES,
+)
+
+SGLANG = ExporterSpec(
+    name="sglang",
+    summary="a 16-bit folder for SGLang, with the files that start it",
+    export="ft_export.plugin:export_sglang",
+    types=SGLANG_TYPES,
 )
 
 
@@ -73,6 +99,28 @@ def export_gguf(request: ExportRequest) -> ExportResult:
     from ft_export.gguf.export import export
 
     return _result(export, request, "f16")
+
+
+def export_vllm(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to vllm``.
+
+    Raises:
+        FtError: bad input, no space, or a check that failed; nothing is left behind.
+    """
+    from ft_export.vllm.export import export
+
+    return _result(export, request, "16bit")
+
+
+def export_sglang(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to sglang``.
+
+    Raises:
+        FtError: as :func:`export_vllm`.
+    """
+    from ft_export.sglang.export import export
+
+    return _result(export, request, "16bit")
 
 
 def _result(export: Callable[..., Exported], request: ExportRequest, default: str) -> ExportResult:
