@@ -22,6 +22,9 @@ def test_registered() -> None:
     assert exporter.types[:4] == ("f16", "f32", "bf16", "q8_0")
     assert {"q2_k", "q3_k_m", "q4_k_m", "q5_k_s", "q6_k", "q4_0", "q5_1"} < set(exporter.types)
     assert callable(resolve(exporter.export))
+    vllm, sglang = registry().get(ExporterSpec, "vllm"), registry().get(ExporterSpec, "sglang")
+    assert vllm.types == ("16bit", "bf16", "f16", "fp8", "w8a8", "lora")
+    assert sglang.types == ("16bit", "bf16", "f16")
 
 
 def _merge(*words: str) -> int:
@@ -53,6 +56,19 @@ def test_exporter(base: Path, tmp_path: Path) -> None:
     assert any(line.startswith("llama.cpp's answer to") for line in result.checks)
     with pytest.raises(FtError, match="allowed: f16, f32, bf16, q8_0"):
         export(ExportRequest(run=base, out=tmp_path / "out", type="q2_k_s"))
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+def test_exporters_for_servers(target: str, base: Path, make_run: Any, make_adapter: Any) -> None:
+    run = make_run()
+    make_adapter(run / "adapter", base)
+    export = resolve(registry().get(ExporterSpec, target).export)
+    result = export(ExportRequest(run=run, out=run / "export" / target))
+    assert result.files == (run / "export" / target, run / "export" / target / "proof.json")
+    assert result.next_command == f"sh '{run / 'export' / target / 'launch.sh'}'"
+    assert any("equal bit for bit" in line for line in result.checks)
+    with pytest.raises(FtError, match=r"already there: pass --overwrite"):
+        export(ExportRequest(run=run, out=run / "export" / target))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

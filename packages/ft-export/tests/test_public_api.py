@@ -14,7 +14,7 @@ API = {
     "ft_export.gguf.export": ["export"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
     "ft_export.serving": ["FORMS", "Form", "Whole", "write_whole"],
-    "ft_export.serving.checks": ["Gap", "check_gap", "check_stored", "sha256"],
+    "ft_export.serving.checks": ["Gap", "check_gap", "check_stored", "served_model", "sha256"],
     "ft_export.serving.export": ["OPTIONS", "check_stops", "check_target", "export_whole", "write_proof"],
     "ft_export.serving.folder": ["Plan", "Whole", "plan_whole", "write_whole"],
     "ft_export.serving.forms": ["COMPRESSED", "FORMS", "Form", "form_of"],

@@ -88,7 +88,9 @@ def test_compressed(type: str, tied: bool, make_model: Any, tmp_path: Path) -> N
             assert torch.equal(now[name], tensor)
             continue
         scale = now[f"{name}_scale"]
-        assert now[name].dtype == code and scale.dtype == torch.bfloat16 and scale.shape == (len(tensor), 1)
+        assert now[name].dtype == code
+        assert scale.dtype == torch.bfloat16
+        assert scale.shape == (len(tensor), 1)
         expected = (tensor.float().abs().amax(1, keepdim=True) / largest).bfloat16()
         assert torch.equal(scale, expected)
         wanted = (tensor.float() / expected.float()).clamp(-largest, largest)
@@ -98,7 +100,8 @@ def test_compressed(type: str, tied: bool, make_model: Any, tmp_path: Path) -> N
     assert config["dtype"] == "bfloat16"
     proof = _proof(made)
     gap = proof["gap"]
-    assert 0 < gap["weights"]["mean"] <= gap["bound_mean"] and 0 < gap["weights"]["largest"] <= gap["bound_largest"]
+    assert 0 < gap["weights"]["mean"] <= gap["bound_mean"]
+    assert 0 < gap["weights"]["largest"] <= gap["bound_largest"]
     assert gap["with_rounded_activations"]["mean"] > 0
     assert gap["greedy_equal"] > 0.7 * gap["weights"]["tokens"]
     assert sum(path.stat().st_size for path in made.file.glob("*.safetensors")) < 0.8 * sum(
@@ -225,7 +228,7 @@ def test_a_copy_that_went_wrong_is_caught(base: Path, tmp_path: Path, monkeypatc
         return linked
 
     monkeypatch.setattr(folder, "_take_over", spoil)
-    with pytest.raises(ExportError, match="is not the model's: nothing was written"):
+    with pytest.raises(ExportError, match=r"is not the model's: nothing was written"):
         export_vllm(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -245,7 +248,7 @@ def test_stops(make_model: Any, tmp_path: Path) -> None:
     (model / "chat_template.jinja").unlink()
     (model / "generation_config.json").unlink()
     _edit(model / "config.json", eos_token_id=None)
-    with pytest.raises(ExportError, match="it would never stop; give its tokenizer an eos_token"):
+    with pytest.raises(ExportError, match=r"it would never stop; give its tokenizer an eos_token"):
         export_sglang(model, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
@@ -299,15 +302,15 @@ def test_limits(llama8b: Path) -> None:
     assert weights + ALLOWANCE + (limits.context + 16) * limits.token > 0.9 * card
     assert limits_of(llama8b, weights, card, "4096").context == 4096
     assert limits_of(llama8b, weights, 80 * GIB, None).context == 131072
-    with pytest.raises(ExportError, match="need a card of 19.0 GiB, memory= says 16.00 GiB: use a smaller --type"):
+    with pytest.raises(ExportError, match=r"need a card of 19.0 GiB, memory= says 16.00 GiB: use a smaller --type"):
         limits_of(llama8b, weights, 16 * GIB, None)
-    with pytest.raises(ExportError, match="the model does not fit"):
+    with pytest.raises(ExportError, match=r"the model does not fit"):
         limits_of(llama8b, weights, card, "131072")
     for wrong in ("0", "131073", "-5", "many", "1e3"):
-        with pytest.raises(ExportError, match=f"context={wrong} is not allowed .1 to 131072"):
+        with pytest.raises(ExportError, match=rf"context={wrong} is not allowed .1 to 131072"):
             limits_of(llama8b, weights, None, wrong)
     _edit(llama8b / "config.json", num_hidden_layers=None)
-    with pytest.raises(ExportError, match="does not say layers, heads and width"):
+    with pytest.raises(ExportError, match=r"does not say layers, heads and width"):
         limits_of(llama8b, weights, None, None)
 
 
@@ -317,27 +320,27 @@ def test_memory() -> None:
     assert memory_of("24GB") == 24 * 10**9
     assert memory_of("23.5GiB") == int(23.5 * GIB)
     for wrong in ("", "24", "24G", "GiB", "-24GiB", "rtx4090", "1e9"):
-        with pytest.raises(ExportError, match="is not the memory of a card .allowed: bytes, or as in 24GiB"):
+        with pytest.raises(ExportError, match=r"is not the memory of a card .allowed: bytes, or as in 24GiB"):
             memory_of(wrong)
 
 
 def test_refused(run: Path, base: Path, make_model: Any, tmp_path: Path, contents: Any) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ExportError, match="'q4_k_m' is not known for vllm .allowed: 16bit, bf16, f16, fp8, w8a8, lora"):
-        export_vllm(run, out, type="q4_k_m")
-    with pytest.raises(ExportError, match="'w8a8' is not known for sglang .allowed: 16bit, bf16, f16"):
+    with pytest.raises(ExportError, match=r"'q8_0' is not known for vllm .allowed: 16bit, bf16, f16, fp8, w8a8, lora"):
+        export_vllm(run, out, type="q8_0")
+    with pytest.raises(ExportError, match=r"'w8a8' is not known for sglang .allowed: 16bit, bf16, f16"):
         export_sglang(run, out, type="w8a8")
-    with pytest.raises(ExportError, match="option 'gpu' is not known for vllm .allowed: memory, context"):
+    with pytest.raises(ExportError, match=r"option 'gpu' is not known for vllm .allowed: memory, context"):
         export_vllm(run, out, options={"gpu": "4090"})
-    with pytest.raises(ExportError, match="context=513 is not allowed .1 to 512"):
+    with pytest.raises(ExportError, match=r"context=513 is not allowed .1 to 512"):
         export_vllm(run, out, options={"context": "513"})
     assert not (run / "merged").exists()  # said before the merge, which takes its time
     experts = make_model(tmp_path / "moe", "Mixtral", num_local_experts=2)
-    with pytest.raises(ExportError, match="experts and convolutions are not compressed here"):
+    with pytest.raises(ExportError, match=r"experts and convolutions are not compressed here"):
         export_vllm(experts, out, type="w8a8")
     assert export_vllm(experts, tmp_path / "experts").file.is_dir()
     _edit(experts / "config.json", architectures=["MixtralForSequenceClassification"])
-    with pytest.raises(ExportError, match="is a MixtralForSequenceClassification, which writes no text"):
+    with pytest.raises(ExportError, match=r"is a MixtralForSequenceClassification, which writes no text"):
         export_vllm(experts, out)
     quantized = shutil.copytree(base, tmp_path / "quantized")
     _edit(quantized / "config.json", quantization_config={"quant_method": "awq"})
@@ -360,16 +363,16 @@ def test_refused(run: Path, base: Path, make_model: Any, tmp_path: Path, content
 
 def test_a_folder_that_is_taken(run: Path, base: Path, tmp_path: Path) -> None:
     made = export_vllm(run)
-    with pytest.raises(ExportError, match="is already there: pass --overwrite"):
+    with pytest.raises(ExportError, match=r"is already there: pass --overwrite"):
         export_vllm(run, type="w8a8")
     assert export_vllm(run, type="w8a8", overwrite=True).file == made.file
     assert "int-quantized" in (made.file / "config.json").read_text()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/proof.json").write_text("{}")
-    with pytest.raises(ExportError, match="holds something else .it has no launch.sh."):
+    with pytest.raises(ExportError, match=r"holds something else .it has no launch.sh."):
         export_vllm(run, tmp_path / "mine", overwrite=True)
     served = export_vllm(base, tmp_path / "served").file
-    with pytest.raises(ExportError, match="holds what is to be exported"):
+    with pytest.raises(ExportError, match=r"holds what is to be exported"):
         export_sglang(served, served, overwrite=True)
     assert load_model(served, torch.float32) is not None
 
@@ -380,7 +383,7 @@ def test_stream_refuses_what_was_not_planned(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x", plan, [{"a": a}, {"b": b}])
     assert all(torch.equal(load_file(tmp_path / "x")[name], tensor) for name, tensor in {"a": a, "b": b}.items())
     for wrong in ([{"b": b}], [{"a": a}], [{"a": b}], [{"a": a, "b": b}, {"c": b}]):
-        with pytest.raises(ExportError, match="fault of ft-export"):
+        with pytest.raises(ExportError, match=r"fault of ft-export"):
             write_tensors(tmp_path / "x", plan, wrong)
 
 
@@ -393,7 +396,8 @@ def test_compression_in_blocks_of_rows(rows: int, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("ft_export.serving.forms.BLOCK", 32 * rows)
         parts = FORMS[name].compress(weight, torch.bfloat16)
         assert all(torch.equal(a.float(), b.float()) for a, b in zip(whole, parts, strict=True))
-        assert not parts[0][4].float().any() and parts[1][4] == 1
+        assert not parts[0][4].float().any()
+        assert parts[1][4] == 1
 
 
 def test_check_reads_in_blocks(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,8 @@ def test_lora(base: Path, make_run: Any, make_adapter: Any) -> None:
     assert _after(service["command"], "--lora-modules") == "my-run=/export/adapter"
     assert {mount["target"]: mount["source"] for mount in service["volumes"]} == {"/export": ".", "/base": str(base)}
     proof = json.loads(made.proof.read_text())
-    assert proof["rank"] == 9 and proof["base"] == str(base)
+    assert proof["rank"] == 9
+    assert proof["base"] == str(base)
     assert "adapter/adapter_model.safetensors" in proof["sha256"]
     assert any("changes 14 weights" in line and "largest rank 9" in line for line in made.lines)
     assert any("held its base in nf4" in line for line in made.lines)
@@ -73,7 +74,7 @@ def test_what_vllm_does_not_serve(
         config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
     else:
         adapter = make_adapter(tmp_path / "adapter", base, **settings)
-    with pytest.raises(ExportError, match=f"{said}.*use --type 16bit"):
+    with pytest.raises(ExportError, match=rf"{said}.*use --type 16bit"):
         export(adapter, tmp_path / "out", type="lora")
     assert not (tmp_path / "out").exists()
 
@@ -83,22 +84,23 @@ def test_a_base_that_is_another(base: Path, make_model: Any, make_adapter: Any, 
     config = adapter / "adapter_config.json"
     began = json.loads(config.read_text())
     config.write_text(json.dumps({**began, "init_lora_weights": "pissa"}))
-    with pytest.raises(ExportError, match="belongs to a base with other weights .init_lora_weights: pissa."):
+    with pytest.raises(ExportError, match=r"belongs to a base with other weights .init_lora_weights: pissa."):
         export(adapter, tmp_path / "out", type="lora")
     other = make_model(tmp_path / "other", intermediate_size=96)
     config.write_text(json.dumps({**began, "base_model_name_or_path": str(other)}))
-    with pytest.raises(ExportError, match="is for another base: it changes .* the base has"):
+    with pytest.raises(ExportError, match=r"is for another base: it changes .* the base has"):
         export(adapter, tmp_path / "out", type="lora")
     config.write_text(json.dumps(began))
     rope = {"max_position_embeddings": 1024, "rope_parameters": {"rope_type": "linear", "factor": 2.0,
                                                                  "rope_theta": 10000.0}}  # fmt: skip
     run = make_run(base=base, rope=rope)
     adapter.rename(run / "adapter")
-    with pytest.raises(ExportError, match="was trained with a rotary scaling that its base does not have"):
+    with pytest.raises(ExportError, match=r"was trained with a rotary scaling that its base does not have"):
         export(run, type="lora")
-    with pytest.raises(ExportError, match="has no adapter .it was trained in full."):
+    with pytest.raises(ExportError, match=r"has no adapter .it was trained in full."):
         export(base, tmp_path / "out", type="lora")
-    assert not (tmp_path / "out").exists() and not (run / "export").exists()
+    assert not (tmp_path / "out").exists()
+    assert not (run / "export").exists()
 
 
 def test_numbers_that_are_none_and_tokens_that_the_base_has_not(
@@ -110,7 +112,7 @@ def test_numbers_that_are_none_and_tokens_that_the_base_has_not(
     name = next(iter(tensors))
     broken = {**tensors, name: torch.full_like(tensors[name], float("inf"))}
     save_file(broken, path, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match="holds values that are no numbers: the adapter is broken"):
+    with pytest.raises(ExportError, match=r"holds values that are no numbers: the adapter is broken"):
         export(adapter, tmp_path / "out", type="lora")
     save_file(tensors, path, metadata={"format": "pt"})
     import transformers
@@ -118,6 +120,6 @@ def test_numbers_that_are_none_and_tokens_that_the_base_has_not(
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([f"<extra {n}>" for n in range(40)])
     tokenizer.save_pretrained(adapter)
-    with pytest.raises(ExportError, match="tokenizer has .* tokens, its base 416: use --type 16bit"):
+    with pytest.raises(ExportError, match=r"tokenizer has .* tokens, its base 416: use --type 16bit"):
         export(adapter, tmp_path / "out", type="lora")
     assert not (tmp_path / "out").exists()

@@ -36,7 +36,7 @@ from ft_export.serving.folder import Plan
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Gap", "check_gap", "check_stored", "sha256"]
+__all__ = ["Gap", "check_gap", "check_stored", "served_model", "sha256"]
 
 UNIT = 2.0**-24
 BLOCK = 1 << 22
@@ -235,6 +235,14 @@ def _perplexity(values: Sequence[torch.Tensor]) -> float:
     return math.exp(-total / sum(value.numel() for value in values))
 
 
+def served_model(plan: Plan, folder: Path) -> Any:
+    """The model of the written files in fp32, which rounds activations where a server does."""
+    model = _written_model(plan, folder, Checkpoint(folder))
+    if plan.compressed:
+        _round_activations(model, plan)
+    return model
+
+
 def _written_model(plan: Plan, folder: Path, written: Checkpoint) -> Any:
     """The model that the written files and configuration stand for, dequantized, without compressed-tensors."""
     import torch
@@ -268,11 +276,11 @@ def _round_activations(model: Any, plan: Plan) -> None:
     """Let each compressed layer round its inputs as a server does: in 8 bits, with a scale for each token."""
 
     def rounded(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        value = inputs[0]
+        value = inputs[0].float()
         scale = value.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / plan.form.largest
         codes = (value / scale).clamp(-plan.form.largest, plan.form.largest)
         codes = codes.round() if plan.form.codes == "int8" else codes.to(plan.form.code_dtype()).float()
-        return (codes * scale, *inputs[1:])
+        return ((codes * scale).to(inputs[0].dtype), *inputs[1:])
 
     modules = dict(model.named_modules())
     for name in plan.compressed:
