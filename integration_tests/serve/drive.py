@@ -49,7 +49,7 @@ ON_CPU = {
     "vllm": ["--enforce-eager"],
     "sglang": [
         *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-        *("--grammar-backend", "none", "--disable-cuda-graph", "--disable-radix-cache", "--max-total-tokens", "2048"),
+        *("--grammar-backend", "none", "--disable-radix-cache", "--max-total-tokens", "2048"),
     ],
 }  # fmt: skip
 

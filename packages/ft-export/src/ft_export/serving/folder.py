@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ft_export.bases import copy_tokenizer
 from ft_export.checkpoints import Checkpoint
@@ -113,14 +113,14 @@ def plan_whole(model: Path, form: Form) -> Plan:
     dtype = getattr(torch, form.dtype) if form.dtype is not None else own
     # a 16-bit model may hold a few tensors in fp32 on purpose: they stay, unless another type was asked for
     casts = form.dtype is not None or most == torch.float32
-    linear, ignored = _linear(model, stored) if form.codes else ({}, [])
+    linear, ignored = _linear(model, stored) if form.codes else (set(), [])
     compressed = frozenset(linear)
     cast = frozenset(name for name in floats if casts and name not in compressed and stored.dtype(name) != dtype)
     return Plan(model, stored, form, dtype, cast, compressed, tuple(ignored))
 
 
-def _linear(model: Path, stored: Checkpoint) -> tuple[dict[str, str], list[str]]:
-    """The weights of the linear layers but the head: their names, each twice, and the names of heads."""
+def _linear(model: Path, stored: Checkpoint) -> tuple[set[str], list[str]]:
+    """The names of the weights of all linear layers but the head, and the name of the head."""
     import torch
     import transformers
 
@@ -137,17 +137,18 @@ def _linear(model: Path, stored: Checkpoint) -> tuple[dict[str, str], list[str]]
                 "here; export it with --type 16bit"
             )
     head = empty.get_output_embeddings()
-    found, ignored = {}, []
+    found: set[str] = set()
+    ignored = []
     for name, module in empty.named_modules():
         if module is head:
             ignored.append(name)
         elif isinstance(module, torch.nn.Linear):
-            found[f"{name}.weight"] = f"{name}.weight"
+            found.add(f"{name}.weight")
     names = parameter_names(stored, empty)
     for name, known in names.items():
         if known in found and known != name:
             raise ExportError(f"{model} calls {known} {name}: export it with --type 16bit")
-    missing = sorted(set(found) - set(stored))
+    missing = sorted(found - set(stored))
     if missing:
         raise ExportError(f"{model} has no weights for {missing[0]} ({len(missing)} missing): it is incomplete")
     return found, ignored
@@ -189,7 +190,7 @@ def write_whole(plan: Plan, to: Path, progress: Progress = silent) -> Whole:
     return Whole(plan, linked)
 
 
-def _piece(plan: Plan, name: str, count: Any) -> dict[str, torch.Tensor]:
+def _piece(plan: Plan, name: str, count: Callable[[], None]) -> dict[str, torch.Tensor]:
     tensor = _finite(plan, name, plan.stored.tensor(name))
     count()
     if name in plan.compressed:
