@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +302,32 @@ def test_a_folder_that_is_taken(run: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"holds what is to be exported"):
         export_sglang(served, served, overwrite=True)
     assert load_model(served, torch.float32) is not None
+
+
+DISK_FULL = """
+import resource, sys
+from ft_export import ExportError
+from ft_export.vllm.export import export
+base, out = sys.argv[1:]
+import transformers, torch  # whatever caches these write on import, they write before the limit
+resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, resource.RLIM_INFINITY))
+for type in ("16bit", "w8a8"):
+    try:
+        export(base, out, type=type)
+    except ExportError as error:
+        print(f"LINE {error}")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_disk_full(base: Path, tmp_path: Path, contents: Any) -> None:
+    """A real EFBIG: the system refuses to let a file grow past 64 KiB."""
+    words = [sys.executable, "-c", DISK_FULL, str(base), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("LINE ")]
+    assert len(lines) == 2, done.stderr
+    assert all("File too large" in line for line in lines)
+    assert contents(tmp_path) == []
 
 
 def test_stream_refuses_what_was_not_planned(tmp_path: Path) -> None:
