@@ -258,7 +258,6 @@ def server(script: Path, target: str, programs: Path, log: Path) -> Iterator[str
     environment |= {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "SGLANG_USE_CPU_ENGINE": "1",
     }
     words = ["sh", str(script), *ON_CPU[target], "--port", str(port)]
     with log.open("wb") as output:
