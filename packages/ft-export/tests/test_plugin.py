@@ -25,6 +25,9 @@ def test_registered() -> None:
     hub = registry().get(ExporterSpec, "hub")
     assert hub.types[:3] == ("merged", "adapter", "f16")
     assert callable(resolve(hub.export))
+    vllm, sglang = registry().get(ExporterSpec, "vllm"), registry().get(ExporterSpec, "sglang")
+    assert vllm.types == ("16bit", "bf16", "f16", "fp8", "w8a8", "lora")
+    assert sglang.types == ("16bit", "bf16", "f16")
 
 
 def _merge(*words: str) -> int:
@@ -67,6 +70,19 @@ def test_a_dry_push(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "  model.safetensors" in capsys.readouterr().err
     with pytest.raises(FtError, match="where to push is not said"):
         export(ExportRequest(run=base, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+def test_exporters_for_servers(target: str, base: Path, make_run: Any, make_adapter: Any) -> None:
+    run = make_run()
+    make_adapter(run / "adapter", base)
+    export = resolve(registry().get(ExporterSpec, target).export)
+    result = export(ExportRequest(run=run, out=run / "export" / target))
+    assert result.files == (run / "export" / target, run / "export" / target / "proof.json")
+    assert result.next_command == f"sh '{run / 'export' / target / 'launch.sh'}'"
+    assert any("equal bit for bit" in line for line in result.checks)
+    with pytest.raises(FtError, match=r"already there: pass --overwrite"):
+        export(ExportRequest(run=run, out=run / "export" / target))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -18,6 +18,17 @@ API = {
     "ft_export.gguf.pieces": ["ADDED_SCORE", "Prefix", "SPACE", "UNUSED_SCORE", "prefix_of", "read_model", "scores_of"],
     "ft_export.gguf.rules": ["Architecture", "Operation", "Output", "Rule", "plan", "same"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
+    "ft_export.serving": ["FORMS", "Form", "Whole", "write_whole"],
+    "ft_export.serving.checks": ["Gap", "check_gap", "check_stored", "served_model", "sha256"],
+    "ft_export.serving.export": ["OPTIONS", "check_stops", "check_target", "export_whole", "write_proof"],
+    "ft_export.serving.folder": ["Plan", "Whole", "plan_whole", "write_whole"],
+    "ft_export.serving.forms": ["COMPRESSED", "FORMS", "Form", "form_of"],
+    "ft_export.serving.launch": ["MARKER", "Service", "write_launch"],
+    "ft_export.serving.limits": ["ALLOWANCE", "Limits", "UTILIZATION", "limits_of", "memory_of"],
+    "ft_export.serving.stream": ["Planned", "write_tensors"],
+    "ft_export.sglang.export": ["IMAGE", "TYPES", "export"],
+    "ft_export.vllm.export": ["IMAGE", "TYPES", "export", "service"],
+    "ft_export.vllm.lora": ["RANKS", "check_servable", "export_lora"],
     "ft_export.runs": ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"],
 }
 
@@ -33,7 +44,7 @@ def test_names() -> None:
 def test_importing_is_light_and_needs_no_ft_core() -> None:
     code = (
         "import sys, ft_export, ft_export.commands.merge, ft_export.gguf, ft_export.merging, ft_export.gguf.export\n"
-        "import ft_export.hub.export\n"
+        "import ft_export.hub.export, ft_export.vllm.export, ft_export.sglang.export\n"
         "heavy = ('torch', 'transformers', 'peft', 'gguf', 'xllamacpp', 'ft_core', 'huggingface_hub')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "TOKENIZER_FILES",
     "copy_tokenizer",
     "find_base",
     "load_model",
     "load_tokenizer",
+    "name_stops",
     "quantization_of",
     "same_folder",
     "stop_tokens",
@@ -169,6 +172,18 @@ def stop_tokens(tokenizer: Any, folder: Path) -> list[int]:
     turn_end = _turn_end(tokenizer)
     found += [] if turn_end is None else [turn_end]
     return list(dict.fromkeys(found))
+
+
+def name_stops(folder: Path, stops: list[int]) -> list[int]:
+    """Let the model's generation configuration name every token that ends an answer; returns those it did not name."""
+    path = folder / "generation_config.json"
+    said: dict[str, Any] = read_json(path) if path.is_file() else {"_from_model_config": True}
+    known = said.get("eos_token_id")
+    new = [stop for stop in stops if stop not in ([known] if isinstance(known, int) else known or [])]
+    if new:
+        said["eos_token_id"] = stops
+        path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    return new
 
 
 def _turn_end(tokenizer: Any) -> int | None:

@@ -127,6 +127,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._files[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.entries[name]["shape"])
 

@@ -12,11 +12,25 @@ from ft_export.errors import ExportError
 from ft_export.gguf.mixes import FILE_TYPES
 from ft_export.hub import TYPES
 from ft_export.progress import Progress
+from ft_export.sglang.export import TYPES as SGLANG_TYPES
+from ft_export.vllm.export import TYPES as VLLM_TYPES
 
 if TYPE_CHECKING:
     from ft_export.exporting import Exported
 
-__all__ = ["GGUF", "HUB", "MERGE", "as_ft_error", "export_gguf", "export_hub", "shown"]
+__all__ = [
+    "GGUF",
+    "HUB",
+    "MERGE",
+    "SGLANG",
+    "VLLM",
+    "as_ft_error",
+    "export_gguf",
+    "export_hub",
+    "export_sglang",
+    "export_vllm",
+    "shown",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,6 +53,20 @@ HUB = ExporterSpec(
     summary="a private repository on the Hugging Face Hub, with a card made from the run's files",
     export="ft_export.plugin:export_hub",
     types=TYPES,
+)
+
+VLLM = ExporterSpec(
+    name="vllm",
+    summary="a folder for vLLM, in 16 or 8 bits or as an adapter, with the files that start it",
+    export="ft_export.plugin:export_vllm",
+    types=VLLM_TYPES,
+)
+
+SGLANG = ExporterSpec(
+    name="sglang",
+    summary="a 16-bit folder for SGLang, with the files that start it",
+    export="ft_export.plugin:export_sglang",
+    types=SGLANG_TYPES,
 )
 
 
@@ -92,6 +120,28 @@ def export_hub(request: ExportRequest) -> ExportResult:
     from ft_export.hub.export import export
 
     return _result(export, request, "merged")
+
+
+def export_vllm(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to vllm``.
+
+    Raises:
+        FtError: bad input, no space, or a check that failed; nothing is left behind.
+    """
+    from ft_export.vllm.export import export
+
+    return _result(export, request, "16bit")
+
+
+def export_sglang(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to sglang``.
+
+    Raises:
+        FtError: as :func:`export_vllm`.
+    """
+    from ft_export.sglang.export import export
+
+    return _result(export, request, "16bit")
 
 
 def _result(export: Callable[..., Exported], request: ExportRequest, default: str) -> ExportResult:

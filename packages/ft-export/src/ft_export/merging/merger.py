@@ -15,6 +15,7 @@ from ft_export.bases import (
     find_base,
     load_model,
     load_tokenizer,
+    name_stops,
     quantization_of,
     same_folder,
     stop_tokens,
@@ -235,7 +236,7 @@ class _Merge:
         )
         tokenizer = load_tokenizer(folder)
         if self.labels is None:
-            _name_stops(folder, stop_tokens(tokenizer, folder))
+            name_stops(folder, stop_tokens(tokenizer, folder))
         logprobs, gap = None, None
         if self.skip_proof:
             self.say(
@@ -293,16 +294,6 @@ class _Merge:
 
 def _samples(rows: list[Row], tokenizer: Any) -> list[list[int]]:
     return [ids for ids in (token_ids(row, tokenizer) for row in rows) if len(ids) > 1]
-
-
-def _name_stops(folder: Path, stops: list[int]) -> None:
-    """Let the model's generation configuration name every token that ends an answer, where it names fewer."""
-    path = folder / GENERATION
-    said: dict[str, Any] = read_json(path) if path.is_file() else {"_from_model_config": True}
-    known = said.get("eos_token_id")
-    if set(stops) - set([known] if isinstance(known, int) else known or []):
-        said["eos_token_id"] = stops
-        path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def _labels(adapter: Adapter) -> int | None:

@@ -1,0 +1,184 @@
+"""The part of the exporters ``vllm`` and ``sglang`` that is the same: a whole model, checked, with its launch files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ft_export import __version__
+from ft_export.bases import TOKENIZER_FILES, load_tokenizer, name_stops, stop_tokens
+from ft_export.checkpoints import Checkpoint
+from ft_export.errors import ExportError
+from ft_export.exporting import PROOF, file_name, whole_model
+from ft_export.folders import new_folder, refuse_existing_folder
+from ft_export.merging.merger import MARKER as MERGED
+from ft_export.progress import Progress, silent
+from ft_export.runs import Source, read_json
+from ft_export.samples import read_rows, token_ids
+from ft_export.serving.checks import Gap, check_gap, check_stored, sha256
+from ft_export.serving.folder import plan_whole, write_whole
+from ft_export.serving.forms import Form
+from ft_export.serving.launch import MARKER, Service, write_launch
+from ft_export.serving.limits import limits_of, memory_of
+
+__all__ = ["OPTIONS", "check_stops", "check_target", "export_whole", "write_proof"]
+
+OPTIONS = ("memory", "context")
+"""What ``key=value`` may be for a server."""
+
+
+def check_target(folder: Path, source: Source, overwrite: bool) -> None:
+    """Refuse a folder that is taken, or that holds what is to be exported.
+
+    Raises:
+        ExportError: see above.
+    """
+    refuse_existing_folder(folder, MARKER, overwrite)
+    there = folder.resolve()
+    for taken in (source.path, source.adapter, source.model):
+        if taken is not None and there in (taken.resolve(), *taken.resolve().parents):
+            raise ExportError(f"{folder} holds what is to be exported: choose another folder with --out")
+
+
+def export_whole(
+    source: Source,
+    folder: Path,
+    form: Form,
+    said: dict[str, str],
+    target: str,
+    service: Callable[[str, str, int, float | None], Service],
+    progress: Progress = silent,
+) -> tuple[Path, list[str]]:
+    """Write a whole model with launch files and proof into ``folder``; an adapter is merged first.
+
+    Args:
+        said: the options, all of which are known.
+        target: the exporter's name.
+        service: makes the description of the server from the model's name, its type (``bfloat16``), the longest
+            context, and the share of a card that weights, keys and values may take (None where the card is not known).
+
+    Returns:
+        The proof's path, and what was checked and found, for people.
+
+    Raises:
+        ExportError: bad input, no space, or a check that failed; nothing is left behind.
+    """
+    memory = memory_of(said.get("memory"))
+    lines: list[str] = []
+
+    def fits(base: Path, _: Path) -> None:
+        """Refuse before the merge what its size would have refused after it."""
+        if source.rope is None:  # which changes the context
+            limits_of(base, Checkpoint(base).parameters() * (1 if form.codes else 2), memory, said.get("context"))
+
+    model = whole_model(source, lines, progress, fits)
+    plan = plan_whole(model, form)
+    limits = limits_of(model, plan.bytes(), memory, said.get("context"))
+    name = file_name(source)
+    with new_folder(folder) as partial:
+        whole = write_whole(plan, partial, progress)
+        tensors = check_stored(plan, partial, progress)
+        lines.append(
+            f"{sum(tensors.values())} tensors read back: {tensors['compressed']} compressed to within half a step, "
+            f"{tensors['cast']} rounded to {_plain(plan.dtype)}, {tensors['kept']} equal bit for bit"
+        )
+        tokenizer = _check_tokenizer(model, partial, lines)
+        stops = check_stops(tokenizer, partial, lines)
+        gap: Gap | None = None
+        samples: list[list[int]] = []
+        if plan.compressed or plan.cast:
+            rows = [token_ids(row, tokenizer) for row in read_rows(source.held_out)]
+            samples = [ids for ids in rows if len(ids) > 1]
+            samples = samples or [token_ids(row, tokenizer) for row in read_rows(None)]
+            gap = check_gap(plan, partial, samples, progress)
+            lines.extend(_told(gap, form))
+        share = None if memory is None else int(100 * (limits.weights + limits.room) / memory) / 100
+        write_launch(partial, service(name, _plain(plan.dtype), limits.context, share), limits)
+        lines.append(f"{limits.context} tokens of context: {' '.join(limits.told())}")
+        report = {
+            "type": form.name,
+            "dtype": _plain(plan.dtype),
+            "weights_linked_to_the_merge": whole.linked,
+            "merge": read_json(model / MERGED) if (model / MERGED).is_file() else None,
+            "tensors": tensors,
+            "stop_tokens": stops,
+            "samples": len(samples),
+            "gap": None if gap is None else gap.as_dict(),
+            "context": limits.context,
+        }
+        write_proof(partial, target, report, lines)
+    return folder / PROOF, lines
+
+
+def check_stops(tokenizer: Any, folder: Path, lines: list[str]) -> list[int]:
+    """Let ``generation_config.json`` name all that ends an answer, where servers look for it.
+
+    Raises:
+        ExportError: nothing ends one, so the model would never stop.
+    """
+    stops = stop_tokens(tokenizer, folder)
+    if not stops:
+        raise ExportError(
+            "the model has no token that ends an answer (no eos_token in the tokenizer, none in its configuration): "
+            "it would never stop; give its tokenizer an eos_token"
+        )
+    added = name_stops(folder, stops)
+    if added:
+        names = ", ".join(str(tokenizer.convert_ids_to_tokens(stop)) for stop in added)
+        lines.append(f"generation_config.json did not name {names} as a stop token: it does now")
+    said = read_json(folder / "generation_config.json").get("eos_token_id")
+    if not set(stops) <= set([said] if isinstance(said, int) else said or []):
+        raise ExportError(f"generation_config.json names {said} as stop tokens, not {stops}: nothing was written")
+    return stops
+
+
+def _check_tokenizer(model: Path, folder: Path, lines: list[str]) -> Any:
+    """The written tokenizer, which has to be the model's: file by file, and as transformers loads it."""
+    for name in TOKENIZER_FILES:
+        one, other = model / name, folder / name
+        if one.is_file() != other.is_file() or (one.is_file() and one.read_bytes() != other.read_bytes()):
+            raise ExportError(f"{name} is not the model's: nothing was written")
+    was, tokenizer = load_tokenizer(model), load_tokenizer(folder)
+    if was.chat_template != tokenizer.chat_template:
+        raise ExportError("the chat template is not the model's: nothing was written")
+    template = "and chat template are" if tokenizer.chat_template else "is (it has no chat template)"
+    lines.append(f"tokenizer {template} the model's byte for byte")
+    return tokenizer
+
+
+def write_proof(folder: Path, target: str, report: dict[str, Any], lines: list[str]) -> None:
+    """``proof.json``: what was found, and the SHA-256 of each file beside it."""
+    from importlib.metadata import version
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    proof = {
+        "proof_format": 1,
+        "target": target,
+        "ft_export": __version__,
+        "libraries": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+        **report,
+        "checks": lines,
+        "sha256": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+    }
+    (folder / PROOF).write_text(json.dumps(proof, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _told(gap: Gap, form: Form) -> list[str]:
+    before, after = gap.perplexity
+    lines = [
+        f"{form.name} costs log-probabilities {gap.found.mean:.2e} nats on average (bound {gap.bound_mean:.2e}), "
+        f"{gap.found.largest:.2e} at most (bound {gap.bound_largest:.2e}), over {gap.found.tokens} tokens; perplexity "
+        f"{before:.4g} before, {after:.4g} after; {gap.greedy} likeliest tokens equal"
+    ]
+    if gap.served is not None:
+        lines.append(
+            f"with activations in 8 bits as a server rounds them: {gap.served.mean:.2e} nats on average, "
+            f"{gap.served.largest:.2e} at most; {gap.served_greedy} likeliest tokens equal"
+        )
+    return lines
+
+
+def _plain(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Folders that SGLang serves (``export``)."""

@@ -1,0 +1,1 @@
+"""Folders that vLLM serves: a whole model, or an adapter beside its base (``export``)."""
