@@ -15,7 +15,7 @@ from ft_export.progress import Progress
 if TYPE_CHECKING:
     from ft_export.exporting import Exported
 
-__all__ = ["GGUF", "MERGE", "as_ft_error", "export_gguf", "shown"]
+__all__ = ["GGUF", "MERGE", "OLLAMA", "as_ft_error", "export_gguf", "export_ollama", "shown"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,6 +30,13 @@ GGUF = ExporterSpec(
     name="gguf",
     summary="a GGUF file for llama.cpp, checked in llama.cpp",
     export="ft_export.plugin:export_gguf",
+    types=tuple(FILE_TYPES),
+)
+
+OLLAMA = ExporterSpec(
+    name="ollama",
+    summary="a GGUF file and a Modelfile for Ollama, its template proven equal to the chat template",
+    export="ft_export.plugin:export_ollama",
     types=tuple(FILE_TYPES),
 )
 
@@ -71,6 +78,17 @@ def export_gguf(request: ExportRequest) -> ExportResult:
         FtError: bad input, no space, a missing extra, or a check that failed; the file is not left behind.
     """
     from ft_export.gguf.export import export
+
+    return _result(export, request, "f16")
+
+
+def export_ollama(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to ollama``.
+
+    Raises:
+        FtError: as for ``gguf``; a template that is not the chat template; ``ollama`` failed where it was asked for.
+    """
+    from ft_export.ollama.export import export
 
     return _result(export, request, "f16")
 
