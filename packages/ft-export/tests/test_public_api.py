@@ -28,6 +28,7 @@ def test_names() -> None:
 def test_importing_is_light_and_needs_no_ft_core() -> None:
     code = (
         "import sys, ft_export, ft_export.commands.merge, ft_export.gguf, ft_export.merging, ft_export.gguf.export\n"
+        "import ft_export.ollama.export\n"
         "heavy = ('torch', 'transformers', 'peft', 'gguf', 'xllamacpp', 'ft_core')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -36,7 +36,8 @@ CONVERSATIONS: dict[str, list[dict[str, str]]] = {
 """Conversations that have to be rendered equal, as far as the chat template takes them; each ends with the user."""
 
 FURTHER: dict[str, list[dict[str, str]]] = {
-    "blanks at the ends of messages": _talk("s: Be brief. ", "u: One?\n", "a:\tTwo. \n", "u:\n Three \n"),
+    "blanks at the ends of messages": _talk("u: One?\n", "a:\tTwo. \n", "u:\n Three \n"),
+    "blanks at the ends of a system message": _talk("s: Be brief. \n", "u:Hi"),
     "an answer that comes first": _talk("a:Hello!", "u:Hi"),
     "a system message later on": _talk("u:One?", "a:Two.", "s:Be brief.", "u:Three?"),
     "thoughts in an earlier answer": _talk("u:One?", "a:<think>\nTwo?\n</think>\n\nTwo.", "u:Three?"),

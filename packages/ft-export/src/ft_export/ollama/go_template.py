@@ -167,7 +167,7 @@ def _pieces(text: str) -> Iterator[Piece]:
         if text[at : at + 1] == "-" and text[at + 1 : at + 2] in BLANKS and text[at + 1 : at + 2]:
             plain, at = plain.rstrip(BLANKS), at + 2
         yield plain
-        comment = re.compile(r"[ \t\r\n]*/\*.*?\*/", re.DOTALL).match(text, at)
+        comment = re.compile(r"/\*.*?\*/", re.DOTALL).match(text, at)
         if comment:
             end = re.compile(r"([ \t\r\n]-)?\}\}").match(text, comment.end())
             if end is None:

@@ -17,7 +17,8 @@ Command = tuple[str, str]
 """A command's name in lower case (a parameter's own name for ``PARAMETER``, ``model`` for ``FROM``) and its value."""
 
 NAMES = frozenset({"from", "license", "template", "system", "adapter", "renderer", "parser", "message", "requires"})
-TEXTS = frozenset({"template", "system", "license"})
+OF_THEIR_OWN = frozenset({"model", "template", "system", "license"})
+"""Commands that are no parameters; what is written here of them."""
 
 
 def write_modelfile(commands: Sequence[Command]) -> str:
@@ -26,33 +27,26 @@ def write_modelfile(commands: Sequence[Command]) -> str:
     Raises:
         ExportError: a value would not survive; names it and what is in its way.
     """
-    text = "\n\n".join(_group(commands)) + "\n"
-    found = read_modelfile(text)
-    for command, read in zip(commands, found, strict=False):
-        if command != read:
+    for command in commands:
+        try:
+            whole = read_modelfile(f"FROM .\n{_line(*command)}\n") == [("model", "."), command]
+        except ExportError:
+            whole = False
+        if not whole:
             _refuse(*command)
-    if len(found) != len(commands):
-        raise ExportError("the Modelfile would be read with more or fewer commands than it has")
-    return text
-
-
-def _group(commands: Sequence[Command]) -> list[str]:
-    """Lines, those of parameters together."""
     groups: list[list[str]] = []
     for index, (name, value) in enumerate(commands):
-        parameter = name not in TEXTS and name != "model"
-        if name in TEXTS:
-            line = f'{name.upper()} """{value}"""'
-        elif name == "model":
-            line = f"FROM {value}"
+        if index and not {name, commands[index - 1][0]} & OF_THEIR_OWN:
+            groups[-1].append(_line(name, value))
         else:
-            line = f"PARAMETER {name} {_value(value)}"
-        before = commands[index - 1][0] if index else ""
-        if groups and parameter and before not in TEXTS and before != "model":
-            groups[-1].append(line)
-        else:
-            groups.append([line])
-    return ["\n".join(lines) for lines in groups]
+            groups.append([_line(name, value)])
+    return "\n\n".join("\n".join(lines) for lines in groups) + "\n"
+
+
+def _line(name: str, value: str) -> str:
+    if name == "model":
+        return f"FROM {value}"
+    return f'{name.upper()} """{value}"""' if name in OF_THEIR_OWN else f"PARAMETER {name} {_value(value)}"
 
 
 def _value(value: str) -> str:
