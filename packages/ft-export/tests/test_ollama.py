@@ -66,7 +66,7 @@ def test_a_wrong_template_is_seen(wrong: str) -> None:
         '{{ if ne $before "" }}{{ "<|im_end|>\\n" }}', f'{{{{ if ne $before "" }}}}{{{{ "{wrong}" }}}}'
     )
     assert planted != right
-    with pytest.raises(ExportError, match="chat template in 'a system message and a question': from character [23]"):
+    with pytest.raises(ExportError, match=r"chat template in 'a system message and a question': from character [23]"):
         prove(Candidate("given", planted, "", True), chat, [])
 
 

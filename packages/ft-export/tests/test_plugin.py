@@ -22,6 +22,10 @@ def test_registered() -> None:
     assert exporter.types[:4] == ("f16", "f32", "bf16", "q8_0")
     assert {"q2_k", "q3_k_m", "q4_k_m", "q5_k_s", "q6_k", "q4_0", "q5_1"} < set(exporter.types)
     assert callable(resolve(exporter.export))
+    for name in ("ollama", "open-webui"):
+        spec = registry().get(ExporterSpec, name)
+        assert spec.types == exporter.types
+        assert callable(resolve(spec.export))
 
 
 def _merge(*words: str) -> int:
@@ -53,6 +57,18 @@ def test_exporter(base: Path, tmp_path: Path) -> None:
     assert any(line.startswith("llama.cpp's answer to") for line in result.checks)
     with pytest.raises(FtError, match="allowed: f16, f32, bf16, q8_0"):
         export(ExportRequest(run=base, out=tmp_path / "out", type="q2_k_s"))
+
+
+@pytest.mark.parametrize(("name", "file"), [("ollama", "Modelfile"), ("open-webui", "model.json")])
+def test_exporters_over_gguf(name: str, file: str, base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason='pip install "ft-export[gguf]"')
+    pytest.importorskip("xllamacpp", reason='pip install "ft-export[gguf]"')
+    export = resolve(registry().get(ExporterSpec, name).export)
+    result = export(ExportRequest(run=base, out=tmp_path / "out", options={"num_ctx": "256"}))
+    assert result.files == (tmp_path / "out", tmp_path / "out" / "proof.json")
+    assert (tmp_path / "out" / file).is_file()
+    with pytest.raises(FtError, match="pass --overwrite"):
+        export(ExportRequest(run=base, out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

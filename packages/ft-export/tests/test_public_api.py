@@ -12,6 +12,28 @@ API = {
     "ft_export.gguf": ["Converted", "convert"],
     "ft_export.exporting": ["Exported", "PROOF", "check_options", "file_name", "whole_model"],
     "ft_export.gguf.export": ["export"],
+    "ft_export.ollama": [],
+    "ft_export.ollama.deriving": ["Candidate", "Chat", "Refused", "candidates"],
+    "ft_export.ollama.equality": [
+        "CONTINUED",
+        "CONVERSATIONS",
+        "FURTHER",
+        "Proven",
+        "adds_bos",
+        "chat_of",
+        "prove",
+        "prove_any",
+    ],
+    "ft_export.ollama.export": ["Filled", "MODELFILE", "OPTIONS", "export", "fill"],
+    "ft_export.ollama.go_template": ["FUNCTIONS", "GoTemplateError", "Template", "parse", "quoted"],
+    "ft_export.ollama.modelfile": ["Command", "read_modelfile", "write_modelfile"],
+    "ft_export.ollama.program": ["check_name", "create", "push", "require_ollama", "run_name"],
+    "ft_export.ollama.rendering": ["Message", "collate", "render"],
+    "ft_export.open_webui": [],
+    "ft_export.open_webui.compose": ["ENGINES", "IMAGES", "Wiring", "check_compose", "compose"],
+    "ft_export.open_webui.export": ["COMPOSE", "MODEL", "export"],
+    "ft_export.open_webui.model_json": ["model_json", "unescaped"],
+    "ft_export.serving": ["SAMPLING", "Serving", "all_rows", "conversation", "serving", "whole_number"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
     "ft_export.runs": ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"],
 }
@@ -28,7 +50,7 @@ def test_names() -> None:
 def test_importing_is_light_and_needs_no_ft_core() -> None:
     code = (
         "import sys, ft_export, ft_export.commands.merge, ft_export.gguf, ft_export.merging, ft_export.gguf.export\n"
-        "import ft_export.ollama.export\n"
+        "import ft_export.ollama.export, ft_export.open_webui.export\n"
         "heavy = ('torch', 'transformers', 'peft', 'gguf', 'xllamacpp', 'ft_core')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

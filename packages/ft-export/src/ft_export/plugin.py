@@ -15,7 +15,17 @@ from ft_export.progress import Progress
 if TYPE_CHECKING:
     from ft_export.exporting import Exported
 
-__all__ = ["GGUF", "MERGE", "OLLAMA", "as_ft_error", "export_gguf", "export_ollama", "shown"]
+__all__ = [
+    "GGUF",
+    "MERGE",
+    "OLLAMA",
+    "OPEN_WEBUI",
+    "as_ft_error",
+    "export_gguf",
+    "export_ollama",
+    "export_open_webui",
+    "shown",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,6 +47,13 @@ OLLAMA = ExporterSpec(
     name="ollama",
     summary="a GGUF file and a Modelfile for Ollama, its template proven equal to the chat template",
     export="ft_export.plugin:export_ollama",
+    types=tuple(FILE_TYPES),
+)
+
+OPEN_WEBUI = ExporterSpec(
+    name="open-webui",
+    summary="a model to import into Open WebUI, and a compose file that wires it to an engine",
+    export="ft_export.plugin:export_open_webui",
     types=tuple(FILE_TYPES),
 )
 
@@ -89,6 +106,17 @@ def export_ollama(request: ExportRequest) -> ExportResult:
         FtError: as for ``gguf``; a template that is not the chat template; ``ollama`` failed where it was asked for.
     """
     from ft_export.ollama.export import export
+
+    return _result(export, request, "f16")
+
+
+def export_open_webui(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to open-webui``.
+
+    Raises:
+        FtError: as for ``gguf``, or for ``ollama`` where that is the engine.
+    """
+    from ft_export.open_webui.export import export
 
     return _result(export, request, "f16")
 

@@ -11,7 +11,7 @@ from ft_export.ollama.deriving import Candidate, Chat, Refused, candidates
 from ft_export.ollama.go_template import GoTemplateError, Template, parse
 from ft_export.ollama.rendering import Message, collate, render
 
-__all__ = ["CONVERSATIONS", "Proven", "adds_bos", "chat_of", "prove", "prove_any"]
+__all__ = ["CONTINUED", "CONVERSATIONS", "FURTHER", "Proven", "adds_bos", "chat_of", "prove", "prove_any"]
 
 
 def _talk(*turns: str) -> list[dict[str, str]]:
@@ -45,6 +45,7 @@ FURTHER: dict[str, list[dict[str, str]]] = {
 """Conversations whose difference is told, and is no failure: Ollama's templates cannot cut blanks off a text."""
 
 CONTINUED = {"an answer to go on with": _talk("u:One?", "a:Two, and")}
+"""A conversation that ends with the assistant, whose answer is to be gone on with; its difference is told as well."""
 
 
 @dataclass(frozen=True)
