@@ -69,8 +69,8 @@ def export(
         overwrite: whether an earlier export may be replaced.
         options: ``engine``: ``llama-server`` (the default), ``ollama`` or ``vllm``. ``system``: a system prompt in
             place of the one that all held-out rows have; empty for none. ``num_ctx``: tokens of context.
-            ``suggestions``: ``no`` keeps questions of the held-out rows out of ``model.json``. ``port``: Open WebUI's on this machine,
-            3000. ``pre``: as for ``gguf``; ``template``: as for ``ollama``.
+            ``suggestions``: ``no`` keeps questions of the held-out rows out of ``model.json``. ``port``: Open WebUI's
+            on this machine, 3000. ``pre``: as for ``gguf``; ``template``: as for ``ollama``.
         progress: of a merge; see :func:`ft_export.merge`.
 
     Raises:
