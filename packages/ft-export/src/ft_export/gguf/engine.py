@@ -41,13 +41,13 @@ class LlamaCpp:
     """A running llama.cpp server; made by :func:`llama_cpp`."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        self.address = address
         # whatever proxy the machine uses has no business on localhost
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def _post(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         data = json.dumps(body).encode() if body is not None else None  # without a body it is a GET
-        request = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
             with self._opener.open(request, timeout=TIMEOUT) as answer:
                 return dict(json.load(answer))
