@@ -319,6 +319,49 @@ def test_without_ollama_nothing_is_begun(base: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_the_beginning_is_not_written_twice(written: bool, make_model: Any, tmp_path: Path) -> None:
+    """A tokenizer that puts a token before each text, under a chat template that writes it, and one that does not."""
+    from tokenizers import processors
+
+    model = make_model(tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    bos = "<|endoftext|>"
+    special = [(bos, tokenizer.convert_tokens_to_ids(bos))]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=special
+    )
+    tokenizer.bos_token = bos
+    tokenizer.chat_template = ("{{ bos_token }}" if written else "") + FORMATS["chatml"]
+    tokenizer.save_pretrained(model)
+    made = export(model, tmp_path / "out")
+    text = dict(read_modelfile((made.file / "Modelfile").read_text()))["template"]
+    assert bos not in text
+    question = [{"role": "user", "content": "Hi"}]
+    # what Ollama tokenizes, with the token before it, is what transformers tokenizes
+    expected = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    found = tokenizer(render(parse(text), question))["input_ids"]
+    assert found == (expected if written else [special[0][1], *expected])
+    assert any(line.startswith(f"Ollama puts {bos} before each prompt") for line in made.lines) is not written
+
+
+def test_where_no_token_ends_a_turn_the_next_turn_is_a_stop(make_model: Any, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = FORMATS["alpaca"]
+    tokenizer.save_pretrained(model)
+    text = (export(model, tmp_path / "out").file / "Modelfile").read_text()
+    assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "### Instruction:"' in text
+
+
+def test_a_date_in_the_chat_template_is_told(make_model: Any, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}|" + FORMATS["chatml"]
+    tokenizer.save_pretrained(model)
+    assert any("has the date of this export" in line for line in export(model, tmp_path / "out").lines)
+
+
 def test_a_model_without_a_chat_template_is_refused(make_model: Any, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     for path in model.glob("chat_template*"):

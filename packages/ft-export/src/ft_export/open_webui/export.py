@@ -120,7 +120,7 @@ def _settings(said: dict[str, str], type: str) -> tuple[str, int, bool]:
 def _serve(folder: Path, source: Source, engine: str, type: str, said: dict[str, str], progress: Progress) -> _Served:
     """Make what the engine serves, in the folder or, for vLLM, where the whole model is."""
     if engine == "ollama":
-        known = {key: said[key] for key in ("system", "num_ctx", "pre", "template") if key in said}
+        known = {key: value for key, value in said.items() if key in ("system", "num_ctx", "pre", "template")}
         filled = fill(folder, source, type, known, progress)
         return _Served(".", filled.settings, filled.lines)
     context, lines = whole_number(said, "num_ctx"), list[str]()
