@@ -25,6 +25,8 @@ API = {
         "prove_any",
     ],
     "ft_export.ollama.export": ["Filled", "MODELFILE", "OPTIONS", "export", "fill"],
+    "ft_export.ollama.go_functions": ["FUNCTIONS", "truth"],
+    "ft_export.ollama.go_tokens": ["GoTemplateError", "Piece", "Token", "pieces", "quoted", "unquoted"],
     "ft_export.ollama.go_template": ["FUNCTIONS", "GoTemplateError", "Template", "parse", "quoted"],
     "ft_export.ollama.modelfile": ["Command", "read_modelfile", "write_modelfile"],
     "ft_export.ollama.program": ["check_name", "create", "push", "require_ollama", "run_name"],

@@ -10,49 +10,16 @@ functions in ``FUNCTIONS``. Text is a Python string; where Go counts bytes (``le
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ft_export.ollama.go_functions import FUNCTIONS, truth
+from ft_export.ollama.go_tokens import GoTemplateError, Piece, Token, pieces, quoted, unquoted
+
 __all__ = ["FUNCTIONS", "GoTemplateError", "Template", "parse", "quoted"]
 
-BLANKS = " \t\r\n"
 KEYWORDS = frozenset({"if", "else", "end", "range", "with", "define", "template", "block", "break", "continue"})
-TOKEN = re.compile(
-    r"""(?P<space>[ \t\r\n]+)
-    |(?P<string>"(?:[^"\\\n]|\\.)*")
-    |(?P<raw>`[^`]*`)
-    |(?P<field>(?:\.[A-Za-z_]\w*)+)
-    |(?P<variable>\$\w*(?:\.[A-Za-z_]\w*)*)
-    |(?P<word>[A-Za-z_]\w*)
-    |(?P<number>[0-9]+)
-    |(?P<mark>:=|=|,|\(|\)|\.)""",
-    re.VERBOSE | re.ASCII,
-)
-OPENS, CLOSES = ("(", ",", ":=", "="), (")", ",", ":=", "=")
-"""Marks after and before which no blank is needed."""
-ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\", '"': '"'}
-ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
-
-
-class GoTemplateError(Exception):
-    """The template is wrong, or uses what is not read here; the message is one line."""
-
-
-def quoted(text: str) -> str:
-    """A text as a string of Go's, in printable ASCII but for letters, marks, digits and signs that are printable."""
-    named = {value: name for name, value in ESCAPES.items()}
-    parts = []
-    for sign in text:
-        if sign in named:
-            parts.append("\\" + named[sign])
-        elif sign.isprintable():
-            parts.append(sign)
-        else:
-            parts.append(f"\\u{ord(sign):04x}" if ord(sign) < 0x10000 else f"\\U{ord(sign):08x}")
-    return '"' + "".join(parts) + '"'
-
 
 # Expressions are functions of the state; a node writes text. Both are closures, with what Ollama asks of them beside.
 Expression = Callable[["_State"], Any]
@@ -143,75 +110,9 @@ def parse(text: str) -> Template:
     Raises:
         GoTemplateError: it is wrong, or uses what is not read here; says what.
     """
-    parser = _Parser(list(_pieces(text)))
+    parser = _Parser(list(pieces(text)))
     nodes = parser.nodes(inside=None)
     return Template(tuple(nodes), frozenset(parser.names))
-
-
-Token = tuple[str, str]
-Piece = str | list[Token]
-"""Plain text, or the tokens of one action."""
-
-
-def _pieces(text: str) -> Iterator[Piece]:
-    at, trim = 0, False
-    while True:
-        start = text.find("{{", at)
-        plain = text[at:] if start < 0 else text[at:start]
-        if trim:
-            plain = plain.lstrip(BLANKS)
-        if start < 0:
-            yield plain
-            return
-        at = start + 2
-        if text[at : at + 1] == "-" and text[at + 1 : at + 2] in BLANKS and text[at + 1 : at + 2]:
-            plain, at = plain.rstrip(BLANKS), at + 2
-        yield plain
-        comment = re.compile(r"/\*.*?\*/", re.DOTALL).match(text, at)
-        if comment:
-            end = re.compile(r"([ \t\r\n]-)?\}\}").match(text, comment.end())
-            if end is None:
-                raise GoTemplateError("a comment is not alone in its action")
-            at, trim = end.end(), end[1] is not None
-            continue
-        tokens, at, trim = _action(text, at)
-        yield tokens
-
-
-def _action(text: str, at: int) -> tuple[list[Token], int, bool]:
-    """The tokens up to the end of an action, where that is, and whether it trims."""
-    tokens: list[Token] = []
-    right = re.compile(r"([ \t\r\n]-)?\}\}")
-    before = ""
-    while True:
-        end = right.match(text, at)
-        if end:
-            return tokens, end.end(), end[1] is not None
-        found = TOKEN.match(text, at)
-        if found is None:
-            what = text[at : at + 12]
-            raise GoTemplateError(f"{what!r} is not read here" if what else "an action has no end")
-        kind, word = str(found.lastgroup), found[0]
-        if kind != "space":
-            if before and not (before in OPENS or word in CLOSES):
-                raise GoTemplateError(f"there is no blank before {word!r}")
-            tokens.append((kind, word))
-        before, at = "" if kind == "space" else word, found.end()
-
-
-def _unquoted(token: Token) -> str:
-    kind, text = token
-    if kind == "raw":
-        return text[1:-1].replace("\r", "")
-
-    def one(found: re.Match[str]) -> str:
-        if found[3] is None:
-            return chr(int(found[1] or found[2], 16))
-        if found[3] not in ESCAPES:
-            raise GoTemplateError(f"the escape \\{found[3]} is not read here")
-        return ESCAPES[found[3]]
-
-    return ESCAPE.sub(one, text[1:-1])
 
 
 class _Parser:
@@ -325,7 +226,7 @@ class _Parser:
                 raise GoTemplateError("a parenthesis is not closed")
             return inner, rest[1:]
         if kind in ("string", "raw"):
-            return _constant(_unquoted((kind, text))), rest
+            return _constant(unquoted((kind, text))), rest
         if kind == "number":
             return _constant(int(text)), rest
         if kind == "word" and text in ("true", "false"):
@@ -385,7 +286,7 @@ def _setting(name: str, value: Expression) -> _Node:
 def _if(value: Expression) -> Callable[[_State, Sequence[Sequence[_Node]]], Iterator[str]]:
     def run(state: _State, branches: Sequence[Sequence[_Node]]) -> Iterator[str]:
         known = len(state.variables)
-        yield from _run(branches[0] if _truth(value(state)) else branches[1], state)
+        yield from _run(branches[0] if truth(value(state)) else branches[1], state)
         del state.variables[known:]
 
     return run
@@ -427,72 +328,6 @@ def _field(variable: str | None, path: list[str]) -> Expression:
     return value
 
 
-def _truth(value: Any) -> bool:
-    return True if isinstance(value, dict) else bool(value)
-
-
-def _equal(one: Any, *others: Any) -> bool:
-    for other in others:
-        if type(one) is not type(other) or not isinstance(one, str | int):
-            raise GoTemplateError("eq compares values of different or other types than text and numbers")
-    if not others:
-        raise GoTemplateError("eq takes two values or more")
-    return one in others
-
-
-def _number(name: str, compare: Callable[[int, int], bool]) -> Callable[..., bool]:
-    def function(*given: Any) -> bool:
-        if len(given) != 2 or any(type(value) is not int for value in given):
-            raise GoTemplateError(f"{name} compares two whole numbers here")
-        return compare(*given)
-
-    return function
-
-
-def _length(*given: Any) -> int:
-    if len(given) != 1 or not isinstance(given[0], str | list):
-        raise GoTemplateError("len takes a text or a list")
-    return len(given[0].encode()) if isinstance(given[0], str) else len(given[0])
-
-
-def _slice(*given: Any) -> list[Any]:
-    items, *bounds = given or (None,)
-    if not isinstance(items, list) or not 1 <= len(bounds) <= 2 or any(type(at) is not int for at in bounds):
-        raise GoTemplateError("slice takes a list and one or two whole numbers here")
-    start, end = bounds if len(bounds) == 2 else (bounds[0], len(items))
-    if not 0 <= start <= end <= len(items):
-        raise GoTemplateError("slice reaches beyond the list")
-    return items[start:end]
-
-
-def _not(*given: Any) -> bool:
-    if len(given) != 1:
-        raise GoTemplateError("not takes one value")
-    return not _truth(given[0])
-
-
-def _not_equal(*given: Any) -> bool:
-    if len(given) != 2:
-        raise GoTemplateError("ne takes two values")
-    return not _equal(*given)
-
-
-FUNCTIONS: dict[str, Callable[..., Any] | None] = {
-    "and": None,  # and, or: the last value that had to be looked at
-    "or": None,
-    "not": _not,
-    "eq": _equal,
-    "ne": _not_equal,
-    "lt": _number("lt", lambda a, b: a < b),
-    "le": _number("le", lambda a, b: a <= b),
-    "gt": _number("gt", lambda a, b: a > b),
-    "ge": _number("ge", lambda a, b: a >= b),
-    "len": _length,
-    "slice": _slice,
-}
-"""The functions that are read here."""
-
-
 def _calling(name: str, arguments: list[Expression]) -> Expression:
     function = FUNCTIONS[name]
     if function is not None:
@@ -504,7 +339,7 @@ def _calling(name: str, arguments: list[Expression]) -> Expression:
         found: Any = None
         for argument in arguments:
             found = argument(state)
-            if _truth(found) is (name == "or"):
+            if truth(found) is (name == "or"):
                 break
         return found
 
