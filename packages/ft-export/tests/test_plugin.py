@@ -28,6 +28,10 @@ def test_registered() -> None:
     vllm, sglang = registry().get(ExporterSpec, "vllm"), registry().get(ExporterSpec, "sglang")
     assert vllm.types == ("16bit", "bf16", "f16", "fp8", "w8a8", "lora")
     assert sglang.types == ("16bit", "bf16", "f16")
+    for name in ("ollama", "open-webui"):
+        spec = registry().get(ExporterSpec, name)
+        assert spec.types == exporter.types
+        assert callable(resolve(spec.export))
 
 
 def _merge(*words: str) -> int:
@@ -83,6 +87,18 @@ def test_exporters_for_servers(target: str, base: Path, make_run: Any, make_adap
     assert any("equal bit for bit" in line for line in result.checks)
     with pytest.raises(FtError, match=r"already there: pass --overwrite"):
         export(ExportRequest(run=run, out=run / "export" / target))
+
+
+@pytest.mark.parametrize(("name", "file"), [("ollama", "Modelfile"), ("open-webui", "model.json")])
+def test_exporters_over_gguf(name: str, file: str, base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason='pip install "ft-export[gguf]"')
+    pytest.importorskip("xllamacpp", reason='pip install "ft-export[gguf]"')
+    export = resolve(registry().get(ExporterSpec, name).export)
+    result = export(ExportRequest(run=base, out=tmp_path / "out", options={"num_ctx": "256"}))
+    assert result.files == (tmp_path / "out", tmp_path / "out" / "proof.json")
+    assert (tmp_path / "out" / file).is_file()
+    with pytest.raises(FtError, match="pass --overwrite"):
+        export(ExportRequest(run=base, out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

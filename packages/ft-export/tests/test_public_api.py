@@ -17,6 +17,30 @@ API = {
     "ft_export.hub.export": ["export"],
     "ft_export.gguf.pieces": ["ADDED_SCORE", "Prefix", "SPACE", "UNUSED_SCORE", "prefix_of", "read_model", "scores_of"],
     "ft_export.gguf.rules": ["Architecture", "Operation", "Output", "Rule", "plan", "same"],
+    "ft_export.ollama": [],
+    "ft_export.ollama.deriving": ["Candidate", "Chat", "Refused", "candidates"],
+    "ft_export.ollama.equality": [
+        "CONTINUED",
+        "CONVERSATIONS",
+        "FURTHER",
+        "Proven",
+        "adds_bos",
+        "chat_of",
+        "prove",
+        "prove_any",
+    ],
+    "ft_export.ollama.export": ["Filled", "MODELFILE", "OPTIONS", "export", "fill"],
+    "ft_export.ollama.go_functions": ["FUNCTIONS", "truth"],
+    "ft_export.ollama.go_tokens": ["GoTemplateError", "Piece", "Token", "pieces", "quoted", "unquoted"],
+    "ft_export.ollama.go_template": ["FUNCTIONS", "GoTemplateError", "Template", "parse", "quoted"],
+    "ft_export.ollama.modelfile": ["Command", "read_modelfile", "write_modelfile"],
+    "ft_export.ollama.program": ["check_name", "create", "push", "require_ollama", "run_name"],
+    "ft_export.ollama.rendering": ["Message", "collate", "render"],
+    "ft_export.open_webui": [],
+    "ft_export.open_webui.compose": ["ENGINES", "IMAGES", "Wiring", "check_compose", "compose"],
+    "ft_export.open_webui.export": ["COMPOSE", "MODEL", "export"],
+    "ft_export.open_webui.model_json": ["model_json", "unescaped"],
+    "ft_export.conversations": ["SAMPLING", "Serving", "all_rows", "conversation", "serving", "whole_number"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
     "ft_export.serving": ["FORMS", "Form", "Whole", "write_whole"],
     "ft_export.serving.checks": ["Gap", "check_gap", "check_stored", "served_model", "sha256"],
@@ -45,6 +69,7 @@ def test_importing_is_light_and_needs_no_ft_core() -> None:
     code = (
         "import sys, ft_export, ft_export.commands.merge, ft_export.gguf, ft_export.merging, ft_export.gguf.export\n"
         "import ft_export.hub.export, ft_export.vllm.export, ft_export.sglang.export\n"
+        "import ft_export.ollama.export, ft_export.open_webui.export\n"
         "heavy = ('torch', 'transformers', 'peft', 'gguf', 'xllamacpp', 'ft_core', 'huggingface_hub')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

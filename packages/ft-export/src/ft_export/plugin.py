@@ -22,11 +22,15 @@ __all__ = [
     "GGUF",
     "HUB",
     "MERGE",
+    "OLLAMA",
+    "OPEN_WEBUI",
     "SGLANG",
     "VLLM",
     "as_ft_error",
     "export_gguf",
     "export_hub",
+    "export_ollama",
+    "export_open_webui",
     "export_sglang",
     "export_vllm",
     "shown",
@@ -67,6 +71,20 @@ SGLANG = ExporterSpec(
     summary="a 16-bit folder for SGLang, with the files that start it",
     export="ft_export.plugin:export_sglang",
     types=SGLANG_TYPES,
+)
+
+OLLAMA = ExporterSpec(
+    name="ollama",
+    summary="a GGUF file and a Modelfile for Ollama, its template proven equal to the chat template",
+    export="ft_export.plugin:export_ollama",
+    types=tuple(FILE_TYPES),
+)
+
+OPEN_WEBUI = ExporterSpec(
+    name="open-webui",
+    summary="a model to import into Open WebUI, and a compose file that wires it to an engine",
+    export="ft_export.plugin:export_open_webui",
+    types=tuple(FILE_TYPES),
 )
 
 
@@ -142,6 +160,28 @@ def export_sglang(request: ExportRequest) -> ExportResult:
     from ft_export.sglang.export import export
 
     return _result(export, request, "16bit")
+
+
+def export_ollama(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to ollama``.
+
+    Raises:
+        FtError: as for ``gguf``; a template that is not the chat template; ``ollama`` failed where it was asked for.
+    """
+    from ft_export.ollama.export import export
+
+    return _result(export, request, "f16")
+
+
+def export_open_webui(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to open-webui``.
+
+    Raises:
+        FtError: as for ``gguf``, or for ``ollama`` where that is the engine.
+    """
+    from ft_export.open_webui.export import export
+
+    return _result(export, request, "f16")
 
 
 def _result(export: Callable[..., Exported], request: ExportRequest, default: str) -> ExportResult:

@@ -41,13 +41,13 @@ class LlamaCpp:
     """A running llama.cpp server; made by :func:`llama_cpp`."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        self.address = address
         # whatever proxy the machine uses has no business on localhost
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"})
+    def _post(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        data = json.dumps(body).encode() if body is not None else None  # without a body it is a GET
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
             with self._opener.open(request, timeout=TIMEOUT) as answer:
                 return dict(json.load(answer))
@@ -66,6 +66,16 @@ class LlamaCpp:
     def apply_template(self, messages: Sequence[dict[str, Any]]) -> str:
         """The conversation in the file's chat template, ending where the assistant speaks."""
         return str(self._post("/apply-template", {"messages": list(messages)})["prompt"])
+
+    def models(self) -> list[str]:
+        """The names under which the model is served."""
+        return [str(model["id"]) for model in self._post("/v1/models", None)["data"]]
+
+    def chat(self, model: str, messages: Sequence[dict[str, Any]], count: int) -> tuple[str, str]:
+        """An answer of up to ``count`` tokens over the OpenAI interface, and the name of the model that gave it."""
+        body = {"model": model, "messages": list(messages), "max_tokens": count, "temperature": 0}
+        answer = self._post("/v1/chat/completions", body)
+        return str(answer["choices"][0]["message"].get("content") or ""), str(answer["model"])
 
     def greedy(self, ids: Sequence[int], count: int, candidates: int) -> Continuation:
         """The likeliest token after ``ids``, ``count`` times over; samplers and the prompt cache are off."""
@@ -125,11 +135,12 @@ def require_llama_cpp() -> None:
 
 
 @contextmanager
-def llama_cpp(file: Path, context: int) -> Iterator[LlamaCpp]:
+def llama_cpp(file: Path, context: int, alias: str | None = None) -> Iterator[LlamaCpp]:
     """Load a GGUF file on the CPU; it is unloaded at the end of the block.
 
     Args:
         context: how many tokens a prompt and its continuation may have.
+        alias: the name to serve it under, as llama-server's ``--alias``.
 
     Raises:
         ExportError: xllamacpp is not installed, or llama.cpp cannot load the file.
@@ -140,6 +151,8 @@ def llama_cpp(file: Path, context: int) -> Iterator[LlamaCpp]:
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx = context
+    if alias is not None:
+        params.model_alias = {alias}
     params.n_parallel = 1
     params.n_gpu_layers = 0
     params.warmup = False

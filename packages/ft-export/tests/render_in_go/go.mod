@@ -1,0 +1,3 @@
+module render_in_go
+
+go 1.24
