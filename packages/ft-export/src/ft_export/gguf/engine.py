@@ -45,8 +45,8 @@ class LlamaCpp:
         # whatever proxy the machine uses has no business on localhost
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        data = json.dumps(body).encode()
+    def _post(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"})
         try:
             with self._opener.open(request, timeout=TIMEOUT) as answer:
@@ -66,6 +66,30 @@ class LlamaCpp:
     def apply_template(self, messages: Sequence[dict[str, Any]]) -> str:
         """The conversation in the file's chat template, ending where the assistant speaks."""
         return str(self._post("/apply-template", {"messages": list(messages)})["prompt"])
+
+    def template(self) -> str:
+        """The file's chat template, as it stands there."""
+        return str(self._post("/props", None)["chat_template"])
+
+    def end_token(self) -> str:
+        """The text of the token that is llama.cpp's end of a text."""
+        return str(self._post("/props", None)["eos_token"])
+
+    def ends_at(self, token: int) -> bool:
+        """Whether an answer is over once ``token`` is said; it is made the likeliest by far, so that it is said."""
+        answer = self._post(
+            "/completion",
+            {
+                "prompt": [token],
+                "n_predict": 2,
+                "temperature": 0,
+                "samplers": ["temperature"],
+                "logit_bias": [[token, 1e4]],
+                "cache_prompt": False,
+                "return_tokens": True,
+            },
+        )
+        return [int(one) for one in answer["tokens"]] == [token] and answer["stop_type"] == "eos"
 
     def greedy(self, ids: Sequence[int], count: int, candidates: int) -> Continuation:
         """The likeliest token after ``ids``, ``count`` times over; samplers and the prompt cache are off."""
@@ -125,11 +149,12 @@ def require_llama_cpp() -> None:
 
 
 @contextmanager
-def llama_cpp(file: Path, context: int) -> Iterator[LlamaCpp]:
+def llama_cpp(file: Path, context: int, adapter: Path | None = None) -> Iterator[LlamaCpp]:
     """Load a GGUF file on the CPU; it is unloaded at the end of the block.
 
     Args:
         context: how many tokens a prompt and its continuation may have.
+        adapter: the GGUF file of a LoRA adapter to put on it, with the scale that it says itself.
 
     Raises:
         ExportError: xllamacpp is not installed, or llama.cpp cannot load the file.
@@ -146,10 +171,13 @@ def llama_cpp(file: Path, context: int) -> Iterator[LlamaCpp]:
     params.use_jinja = True
     params.verbosity = -1
     params.port = 0
+    if adapter is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     try:
         server = xllamacpp.Server(params)
     except Exception as error:
-        raise ExportError(f"llama.cpp cannot load {file.name}: {error}") from error
+        both = file.name if adapter is None else f"{file.name} with {adapter.name}"
+        raise ExportError(f"llama.cpp cannot load {both}: {error}") from error
     try:
         yield LlamaCpp(server.listening_address)
     finally:

@@ -219,7 +219,9 @@ class _Merge:
         )
         tokenizer = load_tokenizer(partial)
         if self.labels is None:
-            _name_stops(partial, stop_tokens(tokenizer, partial))
+            stops = stop_tokens(tokenizer, self.base)
+            _name_stops(partial, stops)
+            _check_stops(partial, stops, tokenizer)
         rows = read_rows(self.source.held_out)
         samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
@@ -251,6 +253,7 @@ class _Merge:
             "dequantized_base": partial in self.base.parents,
             "adapter": str(self.adapter.folder),
             "adapter_sha256": fingerprint(self.adapter.folder),
+            "files_sha256": _sums(partial),
             "tokenizer_from": "adapter" if tokenizer_from == self.adapter.folder else "base",
             "samples": "held_out.jsonl" if self.source.held_out else "built in",
             "weights": asdict(weights),
@@ -275,6 +278,25 @@ def _name_stops(folder: Path, stops: list[int]) -> None:
         path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_stops(folder: Path, stops: list[int], tokenizer: Any) -> None:
+    """Ask transformers at which tokens it ends an answer of the written model.
+
+    Raises:
+        ExportError: one of ``stops`` is not among them; the model might never stop.
+    """
+    from transformers import GenerationConfig
+
+    named = "generation_config.json" if (folder / "generation_config.json").is_file() else "config.json"
+    said = GenerationConfig.from_pretrained(folder, named, local_files_only=True).eos_token_id
+    ends = [said] if isinstance(said, int) else list(said or [])
+    for token in stops:
+        if token not in ends:
+            raise ExportError(
+                f"the merged model would not stop at {tokenizer.decode([token])!r} ({token}): its {named} does not "
+                "name it; nothing was written"
+            )
+
+
 def _labels(adapter: Adapter) -> int | None:
     if adapter.config.get("task_type") != "SEQ_CLS":
         return None
@@ -287,17 +309,46 @@ def _labels(adapter: Adapter) -> int | None:
 def fingerprint(adapter: Path) -> str:
     """The SHA-256 of an adapter: its configuration's bytes and its weights'."""
     digest = hashlib.sha256((adapter / "adapter_config.json").read_bytes())
-    with (adapter / "adapter_model.safetensors").open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+    _feed(digest, adapter / "adapter_model.safetensors")
     return digest.hexdigest()
 
 
+def _sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of weights in a folder, by its name."""
+    sums = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        digest = hashlib.sha256()
+        _feed(digest, path)
+        sums[path.name] = digest.hexdigest()
+    return sums
+
+
+def _feed(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+
+
 def is_current(merged: Path, adapter: Path) -> bool:
-    """Whether ``merged`` was made from exactly this adapter."""
+    """Whether ``merged`` was made from exactly this adapter, and says which weights it was left with.
+
+    Raises:
+        ExportError: its weights are others now, which nothing has checked.
+    """
     if not (merged / MARKER).is_file():
         return False
-    return read_json(merged / MARKER).get("adapter_sha256") == fingerprint(adapter)
+    said = read_json(merged / MARKER)
+    left = said.get("files_sha256")
+    if said.get("adapter_sha256") != fingerprint(adapter) or not isinstance(left, dict):
+        return False
+    now = _sums(merged)
+    for name in sorted({*left, *now}):
+        if left.get(name) != now.get(name):
+            raise ExportError(
+                f"{merged / name} is not what the merge left there ({MARKER} has its checksum): "
+                f"remove {merged} to merge anew, or export that folder itself"
+            )
+    return True
 
 
 def _versions() -> dict[str, str]:
