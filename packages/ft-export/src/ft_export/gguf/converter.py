@@ -20,7 +20,7 @@ from ft_export.runs import Rope
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TYPES", "Converted", "check_convertible", "check_type", "convert", "require_gguf"]
+__all__ = ["TYPES", "Converted", "check_convertible", "check_type", "configuration", "convert", "require_gguf"]
 
 TYPES = tuple(FILE_TYPES)
 """What ``--type`` may be, the default first."""
@@ -69,14 +69,19 @@ def check_convertible(model: Path, tokenizer: Path, pre: str | None = None, rope
         ExportError: the architecture or the tokenizer cannot be written to GGUF.
     """
     require_gguf()
-    config = _configuration(model)
+    config = configuration(model)
     if rope is not None:
         rope.put(config)
     find_architecture(config)
     read_vocabulary(tokenizer, config.vocab_size, pre)
 
 
-def _configuration(folder: Path) -> Any:
+def configuration(folder: Path) -> Any:
+    """A folder's transformers configuration.
+
+    Raises:
+        ExportError: there is none that transformers loads.
+    """
     import transformers
 
     try:
@@ -118,7 +123,7 @@ def convert(
 
     folder, target = Path(model), Path(out)
     check_type(type)
-    config = _configuration(folder)
+    config = configuration(folder)
     architecture = find_architecture(config)
     weights = Checkpoint(folder)
     vocabulary = read_vocabulary(folder, config.vocab_size, pre)
