@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_export.bases import find_base, load_model, load_tokenizer, quantization_of, stop_tokens
+from ft_export.bases import find_base, load_model, load_tokenizer, quantization_of, read_config, stop_tokens
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import file_name
 from ft_export.folders import scratch_folder
 from ft_export.gguf.architectures import Operation, find_architecture, permute_keys, permute_queries, plan, same
 from ft_export.gguf.checking import check_in_llama_cpp
-from ft_export.gguf.converter import Converted, check_convertible, configuration, convert
+from ft_export.gguf.converter import Converted, check_convertible, convert
 from ft_export.logprobs import Difference, difference, token_logprobs
 from ft_export.merging.adapter import Adapter, LowRank
 from ft_export.merging.merger import fingerprint
@@ -89,7 +89,7 @@ def read_lora(source: Source, pre: str | None = None) -> LoraFile:
     check_convertible(base, base, pre)
     _same_tokenizer(adapter, base)
 
-    config = configuration(base)
+    config = read_config(base)
     weights = Checkpoint(base)
     if getattr(config, "tie_word_embeddings", False) and "lm_head.weight" in adapter.changes:
         raise ExportError(f"{adapter.path} changes the head, which is the embeddings' in the base's GGUF: {INSTEAD}")

@@ -13,7 +13,7 @@ from ft_export.folders import new_file
 from ft_export.gguf.converter import Converted
 from ft_export.gguf.engine import llama_cpp
 from ft_export.gguf.proof import FINE, Comparison, Prompt, compare
-from ft_export.gguf.text_check import check_stops, check_template, check_tokens
+from ft_export.gguf.text_check import check_readable, check_stops, check_template, check_tokens
 from ft_export.runs import read_json
 from ft_export.samples import Row, prompt_text, read_rows
 
@@ -53,6 +53,7 @@ def check_in_llama_cpp(
     Raises:
         ExportError: llama.cpp cannot load it, or a check failed; names the text or the token.
     """
+    check_readable(tokenizer)
     rows = read_rows(held_out)
     prompts = _prompts(rows, tokenizer) or _prompts(read_rows(None), tokenizer)
     vocabulary = made.vocabulary

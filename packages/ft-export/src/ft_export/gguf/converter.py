@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft_export.bases import check_complete, read_config
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import require_space
@@ -20,7 +21,7 @@ from ft_export.runs import Rope
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TYPES", "Converted", "check_convertible", "check_type", "configuration", "convert", "require_gguf"]
+__all__ = ["TYPES", "Converted", "check_convertible", "check_type", "convert", "require_gguf"]
 
 TYPES = tuple(FILE_TYPES)
 """What ``--type`` may be, the default first."""
@@ -69,25 +70,11 @@ def check_convertible(model: Path, tokenizer: Path, pre: str | None = None, rope
         ExportError: the architecture or the tokenizer cannot be written to GGUF.
     """
     require_gguf()
-    config = configuration(model)
+    config = read_config(model)
     if rope is not None:
         rope.put(config)
     find_architecture(config)
     read_vocabulary(tokenizer, config.vocab_size, pre)
-
-
-def configuration(folder: Path) -> Any:
-    """A folder's transformers configuration.
-
-    Raises:
-        ExportError: there is none that transformers loads.
-    """
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{folder} has no configuration that transformers loads: {error}") from error
 
 
 def _safe_name(name: str, vocabulary: Vocabulary) -> str:
@@ -123,9 +110,10 @@ def convert(
 
     folder, target = Path(model), Path(out)
     check_type(type)
-    config = configuration(folder)
+    config = read_config(folder)
     architecture = find_architecture(config)
     weights = Checkpoint(folder)
+    check_complete(folder, config, {name: weights.shape(name) for name in weights})
     vocabulary = read_vocabulary(folder, config.vocab_size, pre)
     arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)

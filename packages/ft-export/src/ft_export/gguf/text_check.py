@@ -8,7 +8,7 @@ from typing import Any
 from ft_export.errors import ExportError
 from ft_export.gguf.engine import LlamaCpp
 
-__all__ = ["check_stops", "check_template", "check_tokens", "shown"]
+__all__ = ["check_readable", "check_stops", "check_template", "check_tokens", "shown"]
 
 TEXTS = (
     "Hello, world! It's 3.14159 or 1,000,000; isn't it?",
@@ -95,6 +95,24 @@ def check_template(engine: LlamaCpp, tokenizer: Any, more: Sequence[Sequence[dic
 def _as_read(template: str) -> str:
     """Line ends as templates are read with, by Jinja and by llama.cpp: ``\\n``, and one less at the very end."""
     return template.replace("\r\n", "\n").removesuffix("\n")
+
+
+def check_readable(tokenizer: Any) -> None:
+    """
+    Raises:
+        ExportError: the chat template is no Jinja template, so that nothing could render it.
+    """
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    if tokenizer.chat_template:
+        try:
+            tokenizer.apply_chat_template(CONVERSATIONS[0], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ExportError(
+                f"the chat template of {tokenizer.name_or_path} cannot be read: {error.message}, line {error.lineno}"
+            ) from error
+        except TemplateError:  # it refuses this conversation, and may take others
+            return
 
 
 def check_stops(engine: LlamaCpp, tokenizer: Any, stops: Sequence[int]) -> int:

@@ -30,7 +30,7 @@ def merge_layers(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
         raise ExportError(f"PEFT cannot attach {adapter.folder} to its base: {error}") from error
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of ties that were loosened and of layers merged before
-        for module in list(wrapped.modules()):
+        for name, module in list(wrapped.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 layer = module.get_base_layer()
                 for parameter in layer.parameters(recurse=False):
@@ -38,7 +38,9 @@ def merge_layers(model: Any, adapter: Adapter, dtype: torch.dtype) -> Any:
                 try:
                     module.merge(safe_merge=True)
                 except ValueError as error:
-                    raise ExportError(f"PEFT cannot merge {adapter.folder}: {error}") from error
+                    raise ExportError(
+                        f"PEFT cannot merge {name.removeprefix('base_model.model.')} of {adapter.folder}: {error}"
+                    ) from error
                 for parameter in layer.parameters(recurse=False):
                     parameter.data = parameter.data.to(dtype)
         merged = wrapped.merge_and_unload()

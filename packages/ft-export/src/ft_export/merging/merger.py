@@ -18,6 +18,7 @@ from ft_export.bases import (
     quantization_of,
     same_folder,
     stop_tokens,
+    tokenizer_folder,
 )
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
@@ -137,6 +138,8 @@ class _Merge:
         method = quantization_of(self.base)
         as_run = self.source.quantization if method is None and self.source.on_quantized else None
         stored = Checkpoint(self.base)  # checks the files before anything is loaded
+        words = tokenizer_folder(self.adapter.folder, self.base)
+        stop_tokens(load_tokenizer(words), self.base)
         clear_unfinished(self.out)  # before the space is asked for, of which it may hold much
         # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
         size = stored.parameters() * (16 if method is not None else 4 if as_run is not None else 2)
