@@ -100,7 +100,11 @@ MODELS: dict[str, tuple[Breaker, str, str]] = {
         "is not a whole safetensors file: get it again",
         "",
     ),
-    "an index to the folder above": (_sharded(lambda m: {**m, "a": "../x.safetensors"}), PLAIN.format(r"'\.\./x\.safetensors'"), ""),
+    "an index to the folder above": (
+        _sharded(lambda m: {**m, "a": "../x.safetensors"}),
+        PLAIN.format(r"'\.\./x\.safetensors'"),
+        "",
+    ),
     "an index to the folder above itself": (_sharded(lambda m: {**m, "a": ".."}), PLAIN.format(r"'\.\.'"), ""),
     "an index to the folder itself": (_sharded(lambda m: {**m, "a": ""}), PLAIN.format("''"), ""),
     "an index to the root": (_sharded(lambda m: {**m, "a": "/etc/passwd"}), PLAIN.format("'/etc/passwd'"), ""),
@@ -140,10 +144,10 @@ MODELS: dict[str, tuple[Breaker, str, str]] = {
     ),
     "an end that is no token": (
         _json("generation_config.json", eos_token_id="</s>"),
-        r"generation_config\.json has eos_token_id '</s>' \(allowed: token ids below 416\)",
+        r"generation_config\.json has eos_token_id '</s>' \(allowed: token ids\)",
         "",
     ),
-    "an end beyond the tokens": (_json("generation_config.json", eos_token_id=[2, 9999]), r"\[2, 9999\] \(allowed", ""),
+    "an end before all tokens": (_json("generation_config.json", eos_token_id=[2, -1]), r"\[2, -1\] \(allowed", ""),
     "a tokenizer that is not JSON": (
         lambda f: (f / "tokenizer.json").write_text("{"),
         r"/model has no tokenizer that transformers loads",
@@ -187,6 +191,14 @@ def test_models(kind: str, base: Path, an_adapter: Path, tmp_path: Path, content
     _refused(lambda: merge(an_adapter, tmp_path / "out", base=str(tmp_path / "model")), merging)
     _refused(lambda: export_gguf(tmp_path / "model", tmp_path / "out"), exporting or merging)
     assert contents(tmp_path) == ["model"]
+
+
+def test_an_end_that_the_model_has_no_row_for(base: Path, tmp_path: Path) -> None:
+    """As small models of a large one's configuration have: it can never be said."""
+    shutil.copytree(base, tmp_path / "model")
+    _json("generation_config.json", eos_token_id=[2, 50256])(tmp_path / "model")
+    made = export_gguf(tmp_path / "model", tmp_path / "out")
+    assert json.loads(made.proof.read_text())["files"][made.file.name]["stop_tokens"] == [2]
 
 
 def test_a_chat_template_that_is_none(base: Path, tmp_path: Path, contents: Any) -> None:
