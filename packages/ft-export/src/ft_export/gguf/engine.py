@@ -179,6 +179,10 @@ def llama_cpp(file: Path, context: int, adapter: Path | None = None) -> Iterator
         both = file.name if adapter is None else f"{file.name} with {adapter.name}"
         raise ExportError(f"llama.cpp cannot load {both}: {error}") from error
     try:
-        yield LlamaCpp(server.listening_address)
+        engine = LlamaCpp(server.listening_address)
+        # A server that is unloaded before its loop of tasks has begun waits for ever (one in some 500, measured, where
+        # a text's tokens alone were asked for); an answer comes from that loop.
+        engine.greedy([0], 1, 1)
+        yield engine
     finally:
         del server
