@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,3 +49,12 @@ def test_smollm2_in_llama_cpp(smollm2: Path, type: str, least: float, tmp_path: 
     assert found["answers_equal"] or type != "f16"
     # Its width of 576 is not whole blocks of 256: five bits and eight in place of four and six.
     assert found["perplexity"]["after"] <= found["perplexity"]["before"] * (1.05 if type == "q4_k_m" else 1.02)
+
+
+def test_an_adapter_on_smollm2_in_llama_cpp(smollm2: Path, make_adapter: Any, tmp_path: Path) -> None:
+    from ft_export import export_gguf
+
+    made = export_gguf(make_adapter(tmp_path / "adapter", smollm2, r=16), tmp_path / "out", options={"adapter": "yes"})
+    proof = json.loads(made.proof.read_text())["files"][made.file.name]
+    assert proof["continuations"]["equal"] >= 0.95 * proof["continuations"]["tokens"] > 90
+    assert proof["moves"]["mean"] > 10 * proof["continuations"]["bound_mean"]

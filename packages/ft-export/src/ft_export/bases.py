@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.runs import Rope, read_json
 
@@ -16,18 +18,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOKENIZER_FILES",
+    "check_complete",
     "copy_tokenizer",
     "find_base",
     "load_model",
     "load_tokenizer",
     "name_stops",
     "quantization_of",
+    "read_config",
     "same_folder",
     "stop_tokens",
+    "tokenizer_folder",
 ]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, ArithmeticError)
+"""What transformers raises of files that are not what it takes them for."""
 NOT_DOWNLOADED = ("consolidated*", "*/*")  # the same weights in another layout, and what lies in subfolders
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -111,9 +118,14 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (*UNREADABLE, RuntimeError) as error:
+        if "mismatched" in str(error) and labels is None:  # transformers has printed which, and does not say
+            stored = Checkpoint(folder)
+            check_complete(folder, read_config(folder), {name: stored.shape(name) for name in stored})
         raise ExportError(f"{folder} cannot be loaded: {error}") from error
     except Exception as error:
+        if _is_refused_value(error):
+            raise ExportError(f"{folder} cannot be loaded: {error}") from error
         if type(error).__name__ != "SafetensorError":
             raise
         raise ExportError(f"{folder} has broken weights: {error}; get them again") from error
@@ -121,6 +133,56 @@ def load_model(
     if missing:
         raise ExportError(f"{folder} has no weights for {missing[0]} ({len(missing)} missing): it is incomplete")
     return model.eval()
+
+
+def read_config(folder: Path) -> Any:
+    """A folder's transformers configuration.
+
+    Raises:
+        ExportError: there is none that transformers loads.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        if not isinstance(error, UNREADABLE) and not _is_refused_value(error):
+            raise
+        raise ExportError(f"{folder} has no configuration that transformers loads: {error}") from error
+
+
+def _is_refused_value(error: Exception) -> bool:
+    """Whether transformers says so of a value in config.json that has another type than it should."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return isinstance(error, StrictDataclassError)
+
+
+def check_complete(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the tensors of a folder with those that its configuration asks for; no weight is made for it.
+
+    Args:
+        shapes: of the folder's tensors, by name.
+
+    Raises:
+        ExportError: one is missing or has another shape; names it.
+    """
+    import torch
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (*UNREADABLE, RuntimeError) as error:
+        raise ExportError(f"{folder} has a configuration of no language model: {error}") from error
+    for name, parameter in model.named_parameters():
+        if name not in shapes:
+            raise ExportError(f"{folder} has no weights for {name}, which its config.json asks for: it is incomplete")
+        if shapes[name] != tuple(parameter.shape):
+            mine, its = ("x".join(map(str, shape)) for shape in (shapes[name], parameter.shape))
+            raise ExportError(
+                f"{folder} has {name} as {mine}, its config.json asks for {its}: they do not belong together"
+            )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -133,7 +195,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except Exception as error:
+        # the tokenizers library has no class of its own for a file that it cannot read
+        if not isinstance(error, UNREADABLE) and not _is_refused_value(error) and type(error) is not Exception:
+            raise
         raise ExportError(f"{folder} has no tokenizer that transformers loads: {error}") from error
 
 
@@ -145,16 +210,26 @@ def copy_tokenizer(adapter: Path, base: Path, to: Path) -> Path:
     """
     import shutil
 
+    source = tokenizer_folder(adapter, base)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, to / name)
+    extra = source / "additional_chat_templates"
+    if extra.is_dir():
+        shutil.copytree(extra, to / extra.name)
+    if source is adapter and not _has_template(to) and (base / "chat_template.jinja").is_file():
+        shutil.copyfile(base / "chat_template.jinja", to / "chat_template.jinja")
+    return source
+
+
+def tokenizer_folder(adapter: Path, base: Path) -> Path:
+    """Where the tokenizer is: with the adapter if it brings one, else with the base.
+
+    Raises:
+        ExportError: neither has one.
+    """
     for source in (adapter, base):
         if (source / "tokenizer_config.json").is_file():
-            for name in TOKENIZER_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, to / name)
-            extra = source / "additional_chat_templates"
-            if extra.is_dir():
-                shutil.copytree(extra, to / extra.name)
-            if source is adapter and not _has_template(to) and (base / "chat_template.jinja").is_file():
-                shutil.copyfile(base / "chat_template.jinja", to / "chat_template.jinja")
             return source
     raise ExportError(f"neither {adapter} nor {base} has a tokenizer (tokenizer_config.json)")
 
@@ -164,11 +239,20 @@ def stop_tokens(tokenizer: Any, folder: Path) -> list[int]:
 
     The tokenizer's end-of-sequence token, those that the configurations name, and the one that ends a turn in the chat
     template: a base model's end-of-text token is another one, and a model that was taught conversations never says it.
+
+    Raises:
+        ExportError: a configuration names something that is no token.
     """
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    size = read_json(folder / "config.json").get("vocab_size") if (folder / "config.json").is_file() else None
+    rows = max(len(tokenizer), size if isinstance(size, int) else 0)
     for name in ("generation_config.json", "config.json"):
         said = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        found += [said] if isinstance(said, int) else list(said or [])
+        ids = said if isinstance(said, list) else [] if said is None else [said]
+        for token in ids:
+            if type(token) is not int or token < 0:
+                raise ExportError(f"{folder / name} has eos_token_id {said!r} (allowed: token ids)")
+        found += [token for token in ids if token < rows]  # no model says what it has no row for
     turn_end = _turn_end(tokenizer)
     found += [] if turn_end is None else [turn_end]
     return list(dict.fromkeys(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,8 @@ CODES = {
 BLOCK = 1 << 24
 """Values that :meth:`Checkpoint.blocks` reads at a time, about: 64 MiB in fp32."""
 LARGEST_HEADER = 100_000_000
+SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+"""The name of a file in an index; nothing that leads to another folder matches."""
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -61,7 +64,12 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         raise ExportError(f"{path} is missing: get the model's files again") from error
     except ValueError as error:
         raise ExportError(f"{path} is not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise ExportError(f"{path} is not a safetensors file: its header holds no JSON object")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise ExportError(f"{path} is not a safetensors file: its header does not say where and what {name!r} is")
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise ExportError(f"{path} is truncated: it has {size} bytes, its header says {end}; get it again")
@@ -73,6 +81,18 @@ def code_of(dtype: torch.dtype) -> str:
     return next(code for code, (name, _) in CODES.items() if name == str(dtype).removeprefix("torch."))
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether a header says of a tensor its type, its shape and its place in the file."""
+
+    def sizes(value: Any) -> bool:
+        return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not sizes(entry.get("shape")):
+        return False
+    place: Any = entry.get("data_offsets")
+    return sizes(place) and len(place) == 2 and place[0] <= place[1]
+
+
 class Checkpoint:
     """The tensors of a folder, by name; nothing is read before it is asked for.
 
@@ -82,7 +102,7 @@ class Checkpoint:
 
     Raises:
         ExportError: there are no safetensors weights (pickle weights are named and refused), an index names a file
-            outside the folder, or a file is missing or truncated.
+            outside the folder or a tensor that its file has not, or a file is missing or truncated.
     """
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
@@ -91,22 +111,29 @@ class Checkpoint:
         self._files: dict[str, Path] = {}
         self._keys: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
-        for path in self._find(folder, stem):
+        files, where = self._find(folder, stem)
+        for path in files:
             for name, entry in read_header(path).items():
                 self.entries[name] = entry
                 self._files[name] = path
+        for name, shard in where.items():
+            if name not in self.entries:
+                raise ExportError(f"{folder / shard} lacks {name}, which the index says it has: get it again")
 
     @staticmethod
-    def _find(folder: Path, stem: str) -> list[Path]:
+    def _find(folder: Path, stem: str) -> tuple[list[Path], dict[str, str]]:
+        """The files, and where an index says each tensor is."""
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if single.is_file():
-            return [single]
+            return [single], {}
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            for shard in shards:
-                if Path(shard).name != shard:
-                    raise ExportError(f"{index} names {shard!r}, which is no plain file name: refused")
-            return [folder / shard for shard in shards]
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict) or not where:
+                raise ExportError(f"{index} has no weight_map, which says where each tensor is: get it again")
+            for shard in where.values():
+                if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+                    raise ExportError(f"{index} names {shard!r}, which is no plain file name of safetensors: refused")
+            return [folder / shard for shard in sorted(set(where.values()))], where
         pickles = sorted(path.name for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}"))
         if pickles:
             raise ExportError(

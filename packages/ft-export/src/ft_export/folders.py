@@ -14,7 +14,8 @@ from pathlib import Path
 from ft_export.errors import ExportError
 
 __all__ = [
-    "clear_unfinished", "new_file", "new_folder", "refuse_existing_folder", "require_space", "unfinished_bytes",
+    "clear_unfinished", "new_file", "new_folder", "refuse_existing_folder", "require_space", "scratch_folder",
+    "unfinished_bytes",
 ]  # fmt: skip
 
 RANDOM = "[a-z0-9_]{8}"
@@ -128,6 +129,20 @@ def new_file(out: Path) -> Iterator[Path]:
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
+        _end(lock)
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``out`` for what is needed on the way to it; it goes when the block ends.
+
+    It is called as an unfinished ``out`` is, so that what a killed process leaves of it goes in the same way.
+    """
+    partial, lock = _begin(lambda: Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)))
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
         _end(lock)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft_export.bases import check_complete, read_config
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import require_space
@@ -74,7 +75,7 @@ def check_convertible(
         ExportError: the architecture or the tokenizer cannot be written to GGUF, or the architecture not in this type.
     """
     require_gguf()
-    config = _configuration(model)
+    config = read_config(model)
     if rope is not None:
         rope.put(config)
     _check_mixes(find_architecture(config), type)
@@ -85,15 +86,6 @@ def _check_mixes(architecture: Architecture, type: str) -> None:
     plain = [name for name, kind in FILE_TYPES.items() if kind.kind in (*WHOLE, "Q8_0")]
     if type not in plain and not architecture.has_mixes:
         raise ExportError(f"--type {type} is not known for {architecture.name} (allowed: {', '.join(plain)})")
-
-
-def _configuration(folder: Path) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{folder} has no configuration that transformers loads: {error}") from error
 
 
 PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
@@ -137,10 +129,11 @@ def convert(
 
     folder, target = Path(model), Path(out)
     check_type(type)
-    config = _configuration(folder)
+    config = read_config(folder)
     architecture = find_architecture(config)
     _check_mixes(architecture, type)
     weights = Checkpoint(folder)
+    check_complete(folder, config, {name: weights.shape(name) for name in weights})
     vocabulary = read_vocabulary(folder, config.vocab_size, pre)
     arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)

@@ -77,6 +77,30 @@ class LlamaCpp:
         answer = self._post("/v1/chat/completions", body)
         return str(answer["choices"][0]["message"].get("content") or ""), str(answer["model"])
 
+    def template(self) -> str:
+        """The file's chat template, as it stands there."""
+        return str(self._post("/props", None)["chat_template"])
+
+    def end_token(self) -> str:
+        """The text of the token that is llama.cpp's end of a text."""
+        return str(self._post("/props", None)["eos_token"])
+
+    def ends_at(self, token: int) -> bool:
+        """Whether an answer is over once ``token`` is said; it is made the likeliest by far, so that it is said."""
+        answer = self._post(
+            "/completion",
+            {
+                "prompt": [token],
+                "n_predict": 2,
+                "temperature": 0,
+                "samplers": ["temperature"],
+                "logit_bias": [[token, 1e4]],
+                "cache_prompt": False,
+                "return_tokens": True,
+            },
+        )
+        return [int(one) for one in answer["tokens"]] == [token] and answer["stop_type"] == "eos"
+
     def greedy(self, ids: Sequence[int], count: int, candidates: int) -> Continuation:
         """The likeliest token after ``ids``, ``count`` times over; samplers and the prompt cache are off."""
         answer = self._post(
@@ -135,12 +159,13 @@ def require_llama_cpp() -> None:
 
 
 @contextmanager
-def llama_cpp(file: Path, context: int, alias: str | None = None) -> Iterator[LlamaCpp]:
+def llama_cpp(file: Path, context: int, alias: str | None = None, adapter: Path | None = None) -> Iterator[LlamaCpp]:
     """Load a GGUF file on the CPU; it is unloaded at the end of the block.
 
     Args:
         context: how many tokens a prompt and its continuation may have.
         alias: the name to serve it under, as llama-server's ``--alias``.
+        adapter: the GGUF file of a LoRA adapter to put on it, with the scale that it says itself.
 
     Raises:
         ExportError: xllamacpp is not installed, or llama.cpp cannot load the file.
@@ -159,11 +184,18 @@ def llama_cpp(file: Path, context: int, alias: str | None = None) -> Iterator[Ll
     params.use_jinja = True
     params.verbosity = -1
     params.port = 0
+    if adapter is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     try:
         server = xllamacpp.Server(params)
     except Exception as error:
-        raise ExportError(f"llama.cpp cannot load {file.name}: {error}") from error
+        both = file.name if adapter is None else f"{file.name} with {adapter.name}"
+        raise ExportError(f"llama.cpp cannot load {both}: {error}") from error
     try:
-        yield LlamaCpp(server.listening_address)
+        engine = LlamaCpp(server.listening_address)
+        # A server that is unloaded before its loop of tasks has begun waits for ever (one in some 500, measured, where
+        # a text's tokens alone were asked for); an answer comes from that loop.
+        engine.greedy([0], 1, 1)
+        yield engine
     finally:
         del server

@@ -1,4 +1,4 @@
-"""Tokens and chat template in llama.cpp against transformers: both must be equal."""
+"""Tokens, chat template and stop tokens in llama.cpp against transformers: all must be equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ft_export.errors import ExportError
 from ft_export.gguf.engine import LlamaCpp
 
-__all__ = ["check_template", "check_tokens", "rendered", "shown"]
+__all__ = ["check_readable", "check_stops", "check_template", "check_tokens", "rendered", "shown"]
 
 TEXTS = (
     "Hello, world! It's 3.14159 or 1,000,000; isn't it?",
@@ -75,8 +75,7 @@ def check_tokens(
             expected = tokenizer(text, add_special_tokens=add_special)["input_ids"]
             found = engine.tokenize(text, add_special)
             if found != expected:
-                at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
-                at = min(len(found), len(expected)) if at is None else at
+                at = _parting(found, expected)
                 raise ExportError(
                     f"llama.cpp splits {text[:60]!r} otherwise than the tokenizer: token {at} is "
                     f"{_piece(tokenizer, found, at)}, not {_piece(tokenizer, expected, at)}; {advice}"
@@ -85,8 +84,9 @@ def check_tokens(
 
 
 def check_template(engine: LlamaCpp, tokenizer: Any, more: Sequence[Sequence[dict[str, Any]]], bos: str) -> int:
-    """Compare the chat template, byte for byte, on conversations of several shapes.
+    """Compare the chat template, byte for byte, as a text and on conversations of several shapes.
 
+    The text, since a template has branches (for tools, say) that no conversation here takes. In a conversation
     llama.cpp leaves out a leading ``bos`` that tokenizing adds again; pass "" where it does not.
 
     Returns:
@@ -97,6 +97,15 @@ def check_template(engine: LlamaCpp, tokenizer: Any, more: Sequence[Sequence[dic
     """
     from jinja2.exceptions import TemplateError
 
+    template = tokenizer.chat_template
+    right = _as_read(template.get("default", "") if isinstance(template, dict) else template)
+    written = _as_read(engine.template())
+    if written != right:
+        at = _parting(written, right)
+        raise ExportError(
+            f"the chat template in the file is not the tokenizer's: from character {at} on "
+            f"{written[at : at + 40]!r}, not {right[at : at + 40]!r}"
+        )
     compared = 0
     for messages in (*CONVERSATIONS, *more):
         try:
@@ -105,14 +114,65 @@ def check_template(engine: LlamaCpp, tokenizer: Any, more: Sequence[Sequence[dic
             continue
         found = engine.apply_template(messages)
         if found != expected and bos + found != expected:
-            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
-            at = min(len(found), len(expected)) if at is None else at
+            at = _parting(found, expected)
             raise ExportError(
                 f"llama.cpp renders the chat template otherwise than transformers: from character {at} on "
                 f"{found[at : at + 40]!r}, not {expected[at : at + 40]!r}"
             )
         compared += 1
     return compared
+
+
+def _as_read(template: str) -> str:
+    """Line ends as templates are read with, by Jinja and by llama.cpp: ``\\n``, and one less at the very end."""
+    return template.replace("\r\n", "\n").removesuffix("\n")
+
+
+def check_readable(tokenizer: Any) -> None:
+    """
+    Raises:
+        ExportError: the chat template is no Jinja template, so that nothing could render it.
+    """
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    if tokenizer.chat_template:
+        try:
+            tokenizer.apply_chat_template(CONVERSATIONS[0], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ExportError(
+                f"the chat template of {tokenizer.name_or_path} cannot be read: {error.message}, line {error.lineno}"
+            ) from error
+        except TemplateError:  # it refuses this conversation, and may take others
+            return
+
+
+def check_stops(engine: LlamaCpp, tokenizer: Any, stops: Sequence[int]) -> int:
+    """Let llama.cpp say each stop token, whether or not the model would: its answer must be over then.
+
+    Args:
+        stops: the ids that end an answer; the first is the tokenizer's own end, where it has one.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        ExportError: llama.cpp goes on after one, or takes another token for the end of a text. Names the token.
+    """
+    for token in stops:
+        if not engine.ends_at(token):
+            raise ExportError(f"llama.cpp goes on after the stop token {shown(tokenizer, token)}: it would never stop")
+    # a file that names no end gets one from llama.cpp: whatever stands at a certain id
+    if stops and engine.end_token() != tokenizer.decode(stops[:1]):
+        raise ExportError(
+            f"llama.cpp takes {engine.end_token()!r} for the end of a text, not {shown(tokenizer, stops[0])}"
+        )
+    return len(stops)
+
+
+def _parting(found: Sequence[Any], expected: Sequence[Any]) -> int:
+    """Where two sequences begin to differ."""
+    at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
+    return min(len(found), len(expected)) if at is None else at
 
 
 def _piece(tokenizer: Any, ids: Sequence[int], at: int) -> str:

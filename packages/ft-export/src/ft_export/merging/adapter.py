@@ -88,6 +88,8 @@ class Adapter:
             if self.config.get(key):
                 raise ExportError(f"{folder} uses {key}, which cannot be merged here: merge it with PEFT itself")
         self.files = Checkpoint(folder, "adapter_model")
+        if not self.path.is_file():
+            raise ExportError(f"{folder} has its adapter in several files, which PEFT does not load: save it as one")
         self.changes: dict[str, LowRank | Replacement] = {}
         for key in self.files:
             self._add(key)
@@ -126,16 +128,40 @@ class Adapter:
                 for part in ("A", "B"):
                     if part not in change.parts:
                         raise ExportError(f"{self.path} has no lora_{part} for {change.module}: it is incomplete")
-                rank = self.files.shape(change.parts["A"])[0]
-                change.scale = self._scale(change.module, rank)
+                shapes = [self.files.shape(change.parts[part]) for part in ("A", "B")]
+                if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
+                    mine, its = map(_times, shapes)
+                    raise ExportError(
+                        f"{self.path}: lora_A and lora_B of {change.module} are {mine} and {its}: no product"
+                    )
+                for key in change.parts.values():
+                    if not self.files.dtype(key).is_floating_point:
+                        raise ExportError(
+                            f"{self.path}: {key} holds {self.files.dtype(key)}, not floating-point numbers"
+                        )
+                change.scale = self._scale(change.module, shapes[0][0])
 
     def _scale(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own alpha and rank where a pattern gives them."""
-        said = int(_by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 0)))
+        said = self._number(module, "r", "rank_pattern")
         if said != rank:
-            raise ExportError(f"{self.path}: {module} has rank {rank}, adapter_config.json says {said}")
-        alpha = float(_by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 0)))
+            raise ExportError(f"{self.path}: {module} has rank {rank}, adapter_config.json says {said:g}")
+        alpha = self._number(module, "lora_alpha", "alpha_pattern")
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def _number(self, module: str, key: str, pattern: str) -> float:
+        """What adapter_config.json has under ``key``, or under ``pattern`` for this module."""
+        patterns = self.config.get(pattern) or {}
+        try:
+            value = _by_pattern(patterns, module, self.config.get(key, 0))
+        except (AttributeError, re.error) as error:
+            raise ExportError(
+                f"{self.folder / 'adapter_config.json'} has {pattern} {patterns!r}, which maps no regular expressions "
+                f"to numbers: {error}"
+            ) from error
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ExportError(f"{self.folder / 'adapter_config.json'} has {key} {value!r} (allowed: a number)")
+        return float(value)
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Compare with the base model's tensors.

@@ -19,6 +19,7 @@ from ft_export.bases import (
     quantization_of,
     same_folder,
     stop_tokens,
+    tokenizer_folder,
 )
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
@@ -149,6 +150,7 @@ class _Merge:
         method = quantization_of(self.base)
         as_run = self.source.quantization if method is None and self.source.on_quantized else None
         stored = Checkpoint(self.base)  # checks the files before anything is loaded
+        stop_tokens(load_tokenizer(tokenizer_folder(self.adapter.folder, self.base)), self.base)
         key = self._key(stored) if method is None and as_run is None else None
         clear_unfinished(self.out, key)  # before the space is asked for, of which it may hold much
         # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
@@ -236,7 +238,9 @@ class _Merge:
         )
         tokenizer = load_tokenizer(folder)
         if self.labels is None:
-            name_stops(folder, stop_tokens(tokenizer, folder))
+            stops = stop_tokens(tokenizer, self.base)
+            name_stops(folder, stops)
+            _check_stops(folder, stops, tokenizer)
         logprobs, gap = None, None
         if self.skip_proof:
             self.say(
@@ -255,6 +259,7 @@ class _Merge:
             "dequantized_base": folder in self.base.parents,
             "adapter": str(self.adapter.folder),
             "adapter_sha256": fingerprint(self.adapter.folder),
+            "files_sha256": _sums(folder),
             "tokenizer_from": "adapter" if tokenizer_from == self.adapter.folder else "base",
             "samples": "held_out.jsonl" if self.source.held_out else "built in",
             "weights": asdict(weights),
@@ -296,6 +301,25 @@ def _samples(rows: list[Row], tokenizer: Any) -> list[list[int]]:
     return [ids for ids in (token_ids(row, tokenizer) for row in rows) if len(ids) > 1]
 
 
+def _check_stops(folder: Path, stops: list[int], tokenizer: Any) -> None:
+    """Ask transformers at which tokens it ends an answer of the written model.
+
+    Raises:
+        ExportError: one of ``stops`` is not among them; the model might never stop.
+    """
+    from transformers import GenerationConfig
+
+    named = GENERATION if (folder / GENERATION).is_file() else "config.json"
+    said = GenerationConfig.from_pretrained(folder, named, local_files_only=True).eos_token_id
+    ends = [said] if isinstance(said, int) else list(said or [])
+    for token in stops:
+        if token not in ends:
+            raise ExportError(
+                f"the merged model would not stop at {tokenizer.decode([token])!r} ({token}): its {named} does not "
+                "name it; nothing was written"
+            )
+
+
 def _labels(adapter: Adapter) -> int | None:
     if adapter.config.get("task_type") != "SEQ_CLS":
         return None
@@ -308,18 +332,51 @@ def _labels(adapter: Adapter) -> int | None:
 def fingerprint(adapter: Path) -> str:
     """The SHA-256 of an adapter: its configuration's bytes and its weights'."""
     digest = hashlib.sha256((adapter / "adapter_config.json").read_bytes())
-    with (adapter / "adapter_model.safetensors").open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+    _feed(digest, adapter / "adapter_model.safetensors")
     return digest.hexdigest()
 
 
+def _sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of weights in a folder, by its name."""
+    sums = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        digest = hashlib.sha256()
+        _feed(digest, path)
+        sums[path.name] = digest.hexdigest()
+    return sums
+
+
+def _feed(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+
+
 def is_current(merged: Path, adapter: Path, proven: bool = True) -> bool:
-    """Whether ``merged`` was made from exactly this adapter, and, if ``proven``, its proof was not skipped."""
+    """Whether ``merged`` was made from exactly this adapter, and says which weights it was left with.
+
+    Args:
+        proven: whether its proof must not have been skipped.
+
+    Raises:
+        ExportError: its weights are others now, which nothing has checked.
+    """
     if not (merged / MARKER).is_file():
         return False
     said = read_json(merged / MARKER)
-    return said.get("adapter_sha256") == fingerprint(adapter) and not (proven and said.get("logprobs") is None)
+    left = said.get("files_sha256")
+    if said.get("adapter_sha256") != fingerprint(adapter) or not isinstance(left, dict):
+        return False
+    if proven and said.get("logprobs") is None:
+        return False
+    now = _sums(merged)
+    for name in sorted({*left, *now}):
+        if left.get(name) != now.get(name):
+            raise ExportError(
+                f"{merged / name} is not what the merge left there ({MARKER} has its checksum): "
+                f"remove {merged} to merge anew, or export that folder itself"
+            )
+    return True
 
 
 def _versions() -> dict[str, str]:

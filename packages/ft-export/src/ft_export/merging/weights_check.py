@@ -108,6 +108,8 @@ def check_weights(
 def _same(name: str, value: torch.Tensor, expected: torch.Tensor, whose: str) -> None:
     import torch
 
+    if expected.is_floating_point() and not bool(torch.isfinite(expected).all()):
+        raise ExportError(f"{whose} {name} holds values that are not finite: it is broken")
     expected = expected.to(value.dtype)
     if value.shape != expected.shape or not torch.equal(value, expected):
         differing = int((value != expected).sum()) if value.shape == expected.shape else value.numel()

@@ -1,0 +1,165 @@
+"""What a GGUF file has to pass in llama.cpp before it is put in its place, and the proof of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ft_export import __version__
+from ft_export.exporting import PROOF
+from ft_export.folders import new_file
+from ft_export.gguf.converter import Converted
+from ft_export.gguf.engine import llama_cpp
+from ft_export.gguf.proof import FINE, Comparison, Prompt, compare
+from ft_export.gguf.text_check import check_readable, check_stops, check_template, check_tokens, rendered
+from ft_export.gguf.vocabulary import Vocabulary
+from ft_export.runs import read_json
+from ft_export.samples import Row, prompt_text, read_rows
+
+__all__ = ["check_in_llama_cpp", "write_proof"]
+
+NEW_TOKENS = 24
+LONGEST_PROMPT = 256
+
+
+def check_in_llama_cpp(
+    made: Converted,
+    load: Callable[[], Any],
+    tokenizer: Any,
+    stops: Sequence[int],
+    held_out: Path | None,
+    type: str,
+    kinds: Mapping[str, str],
+    lines: list[str],
+    adapter: Path | None = None,
+) -> dict[str, Any]:
+    """Load a file in llama.cpp, with an adapter's if there is one, and compare it with transformers.
+
+    Args:
+        made: the file of a whole model.
+        load: gives the transformers model in fp32 that the two files are to be.
+        tokenizer: the one that the model was trained with.
+        stops: the ids that end an answer, the tokenizer's own end first.
+        held_out: a file of rows to take prompts from; built-in sentences without.
+        type: of the file, for what its rounding may cost.
+        kinds: the types of tensors, by the names that they have in what ``load`` gives.
+        lines: gets what was found.
+        adapter: the GGUF file of an adapter to put on the model.
+
+    Returns:
+        What goes into ``proof.json``.
+
+    Raises:
+        ExportError: llama.cpp cannot load it, or a check failed; names the text or the token.
+    """
+    check_readable(tokenizer)
+    rows = read_rows(held_out)
+    prompts = _prompts(rows, tokenizer) or _prompts(read_rows(None), tokenizer)
+    vocabulary = made.vocabulary
+    context = max(len(prompt.ids) for prompt in prompts) + NEW_TOKENS + 8
+    with llama_cpp(made.file, context, adapter=adapter) as engine:
+        written = [*(prompt.text for prompt in prompts), *rendered(tokenizer)]
+        how: dict[str, Any] = {"plain": vocabulary.plain, "spaced": vocabulary.spaced}
+        if vocabulary.scores:
+            how["advice"] = "llama.cpp has no other way of splitting for a SentencePiece tokenizer"
+        texts = check_tokens(engine, tokenizer, written, **how)
+        lines.append(
+            f"llama.cpp splits {texts} text{'' if texts == 1 else 's'} into the same tokens (rules: {vocabulary.pre})"
+        )
+        lines.extend(_exceptions(vocabulary))
+        conversations = 0
+        if vocabulary.templates:
+            bos = tokenizer.bos_token if vocabulary.add_bos else ""
+            conversations = check_template(engine, tokenizer, _conversations(rows), bos)
+            several = "conversation" if conversations == 1 else "conversations"
+            lines.append(f"llama.cpp renders {conversations} {several} in the chat template byte for byte alike")
+        else:
+            lines.append("the model has no chat template: none was written")
+        ends = check_stops(engine, tokenizer, stops)
+        lines.append(f"llama.cpp ends an answer at each of {ends} stop token{'' if ends == 1 else 's'}")
+        found = compare(engine, load(), tokenizer, prompts, type, kinds, set(stops), NEW_TOKENS)
+    lines.extend(_told(found, prompts[0], type))
+    return {
+        "texts_with_equal_tokens": texts,
+        "conversations_with_equal_template": conversations,
+        "stop_tokens": sorted(stops),
+        "prompts": len(prompts),
+        "continuations": found.as_dict(),
+    }
+
+
+def _exceptions(vocabulary: Vocabulary) -> list[str]:
+    """What llama.cpp cannot do as the tokenizer does it; such texts were not compared."""
+    told = []
+    if not vocabulary.plain:
+        told.append(
+            "a text with no special token before it begins without the space in llama.cpp that the tokenizer puts there"
+        )
+    if not vocabulary.spaced:
+        told.append("a text that begins with a space begins with one space more in llama.cpp")
+    return told
+
+
+def _told(found: Comparison, prompt: Prompt, type: str) -> list[str]:
+    before, after = found.perplexity
+    model = "transformers" if type in FINE else "transformers with the rounded weights"
+    lines = [
+        f"{type} costs {found.cost.mean:.2e} nats on average, {found.cost.largest:.2e} at most; perplexity of the "
+        f"prompts {before:.4g}, rounded {after:.4g}",
+        f"greedy continuations: {found.equal} of {found.tokens} tokens are the likeliest of {model}"
+        + (f", the others within {found.close:.2e} nats of it" if found.equal < found.tokens else ""),
+        f"log-probabilities against {model} in fp32: largest difference {found.error.largest:.2e} (bound "
+        f"{found.bound_largest:.2e} for {type}), mean {found.error.mean:.2e} (bound {found.bound_mean:.2e})",
+    ]
+    if found.undecided:
+        lines.append(f"{found.undecided} tokens hang on a choice of experts that rounding turns: not compared further")
+    same = "equal to transformers'" if found.answers_equal else f"transformers says {found.generated!r}"
+    asked = prompt.text if len(prompt.text) <= 160 else f"…{prompt.text[-160:]}"
+    lines.append(f"llama.cpp's answer to {asked!r}: {found.answer!r}, {same}")
+    return lines
+
+
+def _prompts(rows: list[Row], tokenizer: Any) -> list[Prompt]:
+    prompts = []
+    for row in rows:
+        text, special = prompt_text(row, tokenizer)
+        ids = tokenizer(text, add_special_tokens=not special)["input_ids"][:LONGEST_PROMPT]
+        if ids:
+            prompts.append(Prompt(text, tuple(ids)))
+    return prompts
+
+
+def _conversations(rows: list[Row]) -> list[list[dict[str, Any]]]:
+    """Those held-out conversations that end with the user, where the assistant is to speak."""
+    found = []
+    for row in rows:
+        messages = list(row.get("messages") or [])
+        while messages and messages[-1].get("role") == "assistant":
+            messages.pop()
+        if messages:
+            found.append(messages)
+    return found[:3]
+
+
+def write_proof(folder: Path, file: Path, made: Converted, found: Mapping[str, Any], lines: list[str]) -> Path:
+    """Add the file's entry to ``proof.json``; entries of other files in the folder stay."""
+    from importlib.metadata import version
+
+    path = folder / PROOF
+    proof = read_json(path) if path.is_file() else {}
+    said = proof.get("files")
+    files: dict[str, Any] = said if isinstance(said, dict) else {}
+    files[file.name] = {
+        "architecture": made.architecture,
+        "pre_tokenizer": made.vocabulary.pre,
+        "ft_export": __version__,
+        "libraries": {name: version(name) for name in ("gguf", "xllamacpp", "transformers", "torch")},
+        **found,
+        "checks": lines,
+    }
+    text = json.dumps({"proof_format": 1, "files": files}, indent=1, ensure_ascii=False) + "\n"
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
