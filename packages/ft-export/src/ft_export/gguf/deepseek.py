@@ -21,6 +21,8 @@ __all__ = ["RULES", "check_deepseek3", "deepseek3_keys"]
 
 LITE = (26, 27)
 """Layers of the models that llama.cpp takes for the small ones of V2, whose queries come from no latent."""
+KANANA = (48, 128256)
+"""Layers and tokens of another that it takes for such a one."""
 
 
 def keys_of_latent(tensors: Sequence[torch.Tensor], config: Any) -> torch.Tensor:
@@ -63,11 +65,12 @@ def check_deepseek3(config: Any) -> None:
             raise ExportError("yarn can be written to GGUF for DeepSeek V3 only with mscale 1 and mscale_all_dim 1")
     if not config.rope_interleave:
         raise ExportError("llama.cpp's deepseek2 rotates neighbours, this model rotates halves (rope_interleave false)")
-    if (config.q_lora_rank is None) != (config.num_hidden_layers in LITE):
+    layers = config.num_hidden_layers
+    is_lite = layers in LITE or (layers, config.vocab_size) == KANANA
+    if (config.q_lora_rank is None) != is_lite:
         raise ExportError(
-            f"llama.cpp's deepseek2 of {config.num_hidden_layers} layers "
-            f"{'has no' if config.num_hidden_layers in LITE else 'needs a'} latent for queries, this model has "
-            f"q_lora_rank {config.q_lora_rank}"
+            f"llama.cpp's deepseek2 of {layers} layers {'has no' if is_lite else 'needs a'} latent for queries, this "
+            f"model has q_lora_rank {config.q_lora_rank}"
         )
 
 
