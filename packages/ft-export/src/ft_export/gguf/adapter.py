@@ -79,7 +79,9 @@ def read_lora(source: Source, pre: str | None = None) -> LoraFile:
     adapter = Adapter(source.adapter)
     reference = adapter.base or source.base
     if not reference:
-        raise ExportError(f"{adapter.folder / 'adapter_config.json'} names no base model: {INSTEAD} once it does")
+        raise ExportError(
+            f"{adapter.folder / 'adapter_config.json'} names no base model (base_model_name_or_path): name its folder"
+        )
     if source.rope is not None:
         raise ExportError(f"{source.path} was trained with rotary scaling that its base has not: {INSTEAD}")
     base = find_base(reference)
