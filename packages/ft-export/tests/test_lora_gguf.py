@@ -22,7 +22,7 @@ from ft_export import ExportError, export_gguf
 from ft_export.bases import load_tokenizer, stop_tokens
 from ft_export.checkpoints import Checkpoint
 from ft_export.gguf import adapter as adapter_module
-from ft_export.gguf import architectures, convert
+from ft_export.gguf import architectures, convert, rules
 from ft_export.gguf.adapter import check_lora, read_lora, write_lora
 from ft_export.gguf.checking import check_in_llama_cpp
 from ft_export.runs import open_source
@@ -174,7 +174,7 @@ def test_llama_cpp_sees_a_permutation_too(base: Path, make_adapter: Any, tmp_pat
     write_lora(lora, tmp_path / "right.gguf", "f16", "x")
     check_lora(lora, tmp_path / "right.gguf")
     check(tmp_path / "right.gguf")
-    as_they_are = {weight: (change, architectures.same) for weight, (change, _) in lora.pairs.items()}
+    as_they_are = {weight: (change, rules.same) for weight, (change, _) in lora.pairs.items()}
     lora.pairs.update(as_they_are)
     write_lora(lora, tmp_path / "wrong.gguf", "f16", "x")
     with pytest.raises(ExportError, match="is not the model: at prompt"):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TOKENIZER_FILES",
     "check_complete",
+    "check_shape",
     "copy_tokenizer",
     "find_base",
     "load_model",
@@ -170,19 +171,30 @@ def check_complete(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ..
     import torch
     import transformers
 
+    from ft_export.merging.names import parameter_names, stands_for_others
+
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (*UNREADABLE, RuntimeError) as error:
         raise ExportError(f"{folder} has a configuration of no language model: {error}") from error
+    names = parameter_names(shapes, model)
+    there, whole = {names[key]: shape for key, shape in shapes.items()}, not stands_for_others(model)
     for name, parameter in model.named_parameters():
-        if name not in shapes:
+        if name in there:
+            check_shape(folder, name, there[name], tuple(parameter.shape))
+        elif whole:  # else some are made of several tensors of other names, such as experts
             raise ExportError(f"{folder} has no weights for {name}, which its config.json asks for: it is incomplete")
-        if shapes[name] != tuple(parameter.shape):
-            mine, its = ("x".join(map(str, shape)) for shape in (shapes[name], parameter.shape))
-            raise ExportError(
-                f"{folder} has {name} as {mine}, its config.json asks for {its}: they do not belong together"
-            )
+
+
+def check_shape(folder: Path, name: str, shape: tuple[int, ...], asked: tuple[int, ...]) -> None:
+    """
+    Raises:
+        ExportError: a tensor of the folder has another shape than its configuration asks for.
+    """
+    if shape != asked:
+        mine, its = ("x".join(map(str, sizes)) for sizes in (shape, asked))
+        raise ExportError(f"{folder} has {name} as {mine}, its config.json asks for {its}: they do not belong together")
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft_export.bases import check_shape
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.merging.adapter import Adapter
@@ -50,6 +51,9 @@ class Outline:
         )
         if missing and not stands_for_others(self._model):
             raise ExportError(f"{folder} has no weights for {missing[0]} ({len(missing)} missing): it is incomplete")
+        for name, shape in self.shapes.items():
+            if name in stored:
+                check_shape(folder, name, stored.shape(name), shape)
 
     def has(self, name: str) -> bool:
         """Whether a tensor of the base's files belongs to the model; a score head takes the place of another."""
