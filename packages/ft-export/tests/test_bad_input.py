@@ -256,7 +256,10 @@ ADAPTERS: dict[str, tuple[Breaker, str]] = {
         _tensor("mlp.down_proj.lora_A", lambda a: a.to(torch.int32), ADAPTER),
         r"down_proj\.lora_A\.weight holds torch\.int32, not floating-point numbers",
     ),
-    "NaN": (_tensor("mlp.down_proj.lora_A", _nan, ADAPTER), r"down_proj.* holds values that are not finite: it is broken"),
+    "NaN": (
+        _tensor("mlp.down_proj.lora_A", _nan, ADAPTER),
+        r"(down_proj.* holds values that are not finite|not finite: tensor .*down_proj)",
+    ),
 }
 
 
