@@ -6,7 +6,7 @@ layers are made in DIR, on whose disk everything is written. Measured, each in a
 - copying the model's bytes twice (as merging and converting write them twice), to the disk (fsync);
 - merging, without its checks, and converting the merged model to F16 and to Q4_K_M;
 - with --llama-cpp LIB: `llama_model_quantize` of a prebuilt libllama, F32 to Q4_K_M, as many threads;
-- with --upstream FILE: llama.cpp's convert_hf_to_gguf.py to F16 (with its own gguf package beside it).
+- with --upstream DIR: llama.cpp's convert_hf_to_gguf.py to F16, from a folder of llama.cpp's source.
 
 Memory is the process's own (RssAnon of /proc/self/status, fifty times a second), without the page cache, in which the
 files are mapped, and without what Python and its libraries took before. Rows are added to
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated")
     parser.add_argument("--llama-cpp", type=Path, help="a folder with libllama and libggml")
-    parser.add_argument("--upstream", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--upstream", type=Path, help="a folder of llama.cpp's source")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # to test this program
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -221,11 +221,11 @@ def by_llama_cpp(args: argparse.Namespace, out: Path) -> tuple[float, None]:
 
 
 def by_upstream(args: argparse.Namespace, out: Path) -> tuple[float, None]:
-    """llama.cpp's converter, from the merged model to F16."""
-    words = [sys.executable, str(args.upstream), str(args.work / "merged"), "--outtype", "f16", "--outfile", str(out)]
-    paths = os.pathsep.join([str(args.upstream.parent / "gguf-py"), os.environ.get("PYTHONPATH", "")])
+    """llama.cpp's converter, from the merged model to F16; the start of Python and its libraries is counted."""
+    driver = Path(__file__).parents[1] / "packages/ft-export/tests/convert_by_llama_cpp.py"
+    words = [sys.executable, str(driver), str(args.upstream), str(args.work / "merged"), str(out), "f16", "gpt-2"]
     begun = time.perf_counter()
-    subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with out.open("rb+") as handle:
         os.fsync(handle.fileno())
     return time.perf_counter() - begun, None

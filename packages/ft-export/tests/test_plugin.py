@@ -76,6 +76,23 @@ def test_a_dry_push(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         export(ExportRequest(run=base, out=tmp_path / "out"))
 
 
+def test_a_proof_that_is_skipped(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded in llama.cpp; other targets do not take the word for nothing."""
+    from ft_export.gguf import checking
+
+    monkeypatch.setattr(checking, "llama_cpp", None)
+    export = resolve(registry().get(ExporterSpec, "gguf").export)
+    result = export(ExportRequest(run=base, out=tmp_path / "out", skip_proof=True))
+    assert result.checks[-1].startswith("NOT PROVEN: ")
+    said = json.loads((tmp_path / "out" / "proof.json").read_text())["files"][result.files[0].name]
+    assert said["skipped"]
+    assert said["checks"] == list(result.checks)
+    for target in ("hub", "ollama", "open-webui", "sglang", "vllm"):
+        other = resolve(registry().get(ExporterSpec, target).export)
+        with pytest.raises(FtError, match="--skip-proof is for gguf alone"):
+            other(ExportRequest(run=base, out=tmp_path / target, skip_proof=True))
+
+
 @pytest.mark.parametrize("target", ["vllm", "sglang"])
 def test_exporters_for_servers(target: str, base: Path, make_run: Any, make_adapter: Any) -> None:
     run = make_run()

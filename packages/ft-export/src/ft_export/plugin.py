@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from dataclasses import replace
+from functools import partial, wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ft_core.errors import FtError
@@ -126,7 +127,7 @@ def export_gguf(request: ExportRequest) -> ExportResult:
     """
     from ft_export.gguf.export import export
 
-    return _result(export, request, "f16")
+    return _result(partial(export, skip_proof=request.skip_proof), replace(request, skip_proof=False), "f16")
 
 
 def export_hub(request: ExportRequest) -> ExportResult:
@@ -185,6 +186,8 @@ def export_open_webui(request: ExportRequest) -> ExportResult:
 
 
 def _result(export: Callable[..., Exported], request: ExportRequest, default: str) -> ExportResult:
+    if request.skip_proof:
+        raise FtError("--skip-proof is for gguf alone: leave it out, or export to gguf")
     made = as_ft_error(export)(
         request.run,
         request.out,
