@@ -10,7 +10,7 @@ API = {
     "ft_export": ["ExportError", "__version__", "export_gguf", "export_hub", "merge"],
     "ft_export.errors": ["ExportError", "one_line"],
     "ft_export.gguf": ["Converted", "convert"],
-    "ft_export.exporting": ["Exported", "PROOF", "check_options", "file_name", "whole_model"],
+    "ft_export.exporting": ["Exported", "PROOF", "check_options", "check_target", "file_name", "whole_model"],
     "ft_export.gguf.architectures": ["ARCHITECTURES", "find_architecture", "known"],
     "ft_export.gguf.adapter": [
         "ADAPTER_TYPES",
@@ -54,7 +54,7 @@ API = {
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
     "ft_export.serving": ["FORMS", "Form", "Whole", "write_whole"],
     "ft_export.serving.checks": ["Gap", "check_gap", "check_stored", "served_model", "sha256"],
-    "ft_export.serving.export": ["OPTIONS", "check_stops", "check_target", "export_whole", "write_proof"],
+    "ft_export.serving.export": ["OPTIONS", "check_stops", "export_whole", "write_proof"],
     "ft_export.serving.folder": ["Plan", "Whole", "plan_whole", "write_whole"],
     "ft_export.serving.forms": ["COMPRESSED", "FORMS", "Form", "form_of"],
     "ft_export.serving.launch": ["MARKER", "Service", "write_launch"],

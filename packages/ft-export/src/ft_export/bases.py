@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
+from ft_export.folders import check_inside
 from ft_export.runs import Rope, read_json
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def check_complete(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ..
     import torch
     import transformers
 
-    from ft_export.merging.names import parameter_names, stands_for_others
+    from ft_export.merging.names import made_of_others, parameter_names
 
     try:
         with torch.device("meta"):
@@ -179,11 +180,11 @@ def check_complete(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ..
     except (*UNREADABLE, RuntimeError) as error:
         raise ExportError(f"{folder} has a configuration of no language model: {error}") from error
     names = parameter_names(shapes, model)
-    there, whole = {names[key]: shape for key, shape in shapes.items()}, not stands_for_others(model)
+    there, made = {names[key]: shape for key, shape in shapes.items()}, made_of_others(model)
     for name, parameter in model.named_parameters():
         if name in there:
             check_shape(folder, name, there[name], tuple(parameter.shape))
-        elif whole:  # else some are made of several tensors of other names, such as experts
+        elif not made(name):
             raise ExportError(f"{folder} has no weights for {name}, which its config.json asks for: it is incomplete")
 
 
@@ -223,10 +224,13 @@ def copy_tokenizer(adapter: Path, base: Path, to: Path) -> Path:
     import shutil
 
     source = tokenizer_folder(adapter, base)
+    extra = source / "additional_chat_templates"
+    for path in [*(source / name for name in TOKENIZER_FILES), *(extra.rglob("*") if extra.is_dir() else ())]:
+        if path.is_file():
+            check_inside(path, source)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, to / name)
-    extra = source / "additional_chat_templates"
     if extra.is_dir():
         shutil.copytree(extra, to / extra.name)
     if source is adapter and not _has_template(to) and (base / "chat_template.jinja").is_file():

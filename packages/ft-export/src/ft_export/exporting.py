@@ -6,15 +6,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ft_export.bases import find_base
+from ft_export.bases import TOKENIZER_FILES, find_base
 from ft_export.errors import ExportError
+from ft_export.folders import refuse_existing_folder
 from ft_export.merging import is_current, merge
 from ft_export.merging.adapter import Adapter
+from ft_export.merging.merger import MARKER, fingerprint
 from ft_export.progress import Progress, silent
-from ft_export.runs import Source
+from ft_export.runs import Source, read_json
 
-__all__ = ["PROOF", "Exported", "check_options", "file_name", "whole_model"]
+__all__ = ["PROOF", "Exported", "check_options", "check_target", "file_name", "whole_model"]
 
 PROOF = "proof.json"
 """The file in an export's folder that says what was checked."""
@@ -49,6 +52,26 @@ def check_options(options: Mapping[str, str] | None, known: Sequence[str], targe
             allowed = ", ".join(known) or "none"
             raise ExportError(f"option {key!r} is not known for {target} (allowed: {allowed})")
     return said
+
+
+def check_target(folder: Path, source: Source, marker: str, overwrite: bool) -> None:
+    """Refuse a folder that is taken, or that holds what is to be exported.
+
+    Args:
+        marker: a file that an earlier export to the same target holds, beside its proof.
+
+    Raises:
+        ExportError: see above.
+    """
+    there = folder.resolve()
+    reference = Adapter(source.adapter).base or source.base if source.adapter is not None else None
+    base = Path(reference).expanduser() if reference else None
+    for taken in (source.path, source.adapter, source.model, base):
+        if taken is not None and there in (taken.resolve(), *taken.resolve().parents):
+            raise ExportError(f"{folder} holds what is to be exported: choose another folder with --out")
+    refuse_existing_folder(folder, marker, overwrite)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PROOF).is_file():
+        raise ExportError(f"{folder} holds something else (it has no {PROOF}): choose another folder with --out")
 
 
 def file_name(source: Source) -> str:
@@ -88,6 +111,31 @@ def whole_model(
         base = find_base(reference)
         brings = (source.adapter / "tokenizer_config.json").is_file()
         check(base, source.adapter if brings else base)
-    # a merge of an adapter that is no longer there may be replaced; anything else in its place is refused by merge
-    lines.extend(merge(source.path, overwrite=True, skip_proof=skip_proof, progress=progress).lines)
+    kept: dict[str, Any] = {}
+    if (merged / MARKER).is_file():
+        kept = _replaceable(merged, source.adapter, lines)
+    # anything else in its place is refused by merge
+    made = merge(source.path, overwrite=True, skip_proof=skip_proof, progress=progress, **kept)
+    lines.extend(made.lines)
     return merged
+
+
+def _replaceable(merged: Path, adapter: Path, lines: list[str]) -> dict[str, Any]:
+    """Whether a merge may be replaced by one of the adapter as it is now; what is kept of how it was made.
+
+    Raises:
+        ExportError: something that a merge does not write lies in its folder, and would be lost.
+    """
+    known = {MARKER, "config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
+    for path in sorted(merged.iterdir()):
+        if path.name not in known and path.suffix != ".safetensors" and path.name != "additional_chat_templates":
+            raise ExportError(
+                f"{merged} is to be merged anew, and {path.name} in it would be lost: move that, or name "
+                f"{merged} itself to export it as it is"
+            )
+    said = read_json(merged / MARKER)
+    if said.get("adapter_sha256") != fingerprint(adapter):
+        lines.append(f"the merge in {merged} was of an earlier adapter: merged anew")
+        return {}
+    lines.append(f"the merge in {merged} was not proven: merged anew")
+    return {"dtype": said["dtype"], "base": said["base"]} if {"dtype", "base"} <= set(said) else {}

@@ -14,8 +14,8 @@ from pathlib import Path
 from ft_export.errors import ExportError
 
 __all__ = [
-    "clear_unfinished", "new_file", "new_folder", "refuse_existing_folder", "require_space", "scratch_folder",
-    "unfinished_bytes",
+    "KEY", "check_inside", "clear_unfinished", "new_file", "new_folder", "refuse_existing_folder", "require_space",
+    "scratch_folder", "unfinished_bytes",
 ]  # fmt: skip
 
 RANDOM = "[a-z0-9_]{8}"
@@ -39,6 +39,20 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {needed / 1e6:.0f} MB on the disk of {there}, {free / 1e6:.0f} MB are free: "
             "free space or choose another folder with --out"
         )
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuse a link in a model's folder that leads out of it, to what may be anybody's.
+
+    The Hub's cache keeps a snapshot as links to its ``blobs``, which are the snapshot's own.
+
+    Raises:
+        ExportError: it does.
+    """
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if home not in real.parents and (blobs is None or blobs not in real.parents):
+        raise ExportError(f"{path} is a link to {real}, outside of the model's folder: refused; copy the file there")
 
 
 def refuse_existing_folder(out: Path, marker: str, overwrite: bool) -> None:

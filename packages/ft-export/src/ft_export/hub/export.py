@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ft_export.errors import ExportError, one_line
-from ft_export.exporting import PROOF, Exported, whole_model
-from ft_export.folders import new_folder, refuse_existing_folder
+from ft_export.exporting import PROOF, Exported, check_target, whole_model
+from ft_export.folders import new_folder
 from ft_export.hub.card import Subject, write_card
 from ft_export.hub.licence import Licence, find_licence, licence_files, read_front_matter
 from ft_export.hub.proof import FORMAT, Proof, of_gguf, of_weights, write_proof, write_pushed
@@ -57,7 +57,7 @@ def export(
     wanted = read_options(options, type)
     check_type(source, type)
     folder = Path(out).expanduser() if out is not None else source.path / "export" / "hub"
-    refuse_existing_folder(folder, PROOF, overwrite=True)
+    check_target(folder, source, PROOF, overwrite=True)
     if (folder / PROOF).is_file() and FORMAT not in read_json(folder / PROOF):
         raise ExportError(f"{folder} holds another export: choose another folder with --out")
     record = read_record(source, wanted.base)

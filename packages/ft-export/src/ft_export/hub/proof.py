@@ -13,7 +13,7 @@ from ft_export.checkpoints import Checkpoint
 from ft_export.exporting import PROOF
 from ft_export.folders import new_file
 from ft_export.hub.staging import File
-from ft_export.merging.merger import MARKER
+from ft_export.merging.merger import MARKER, check_unchanged
 from ft_export.runs import read_json
 
 __all__ = ["FORMAT", "Proof", "of_gguf", "of_weights", "write_proof", "write_pushed"]
@@ -62,6 +62,7 @@ def of_weights(folder: Path, made_from: Path, adapter: bool) -> Proof:
     figures: dict[str, Any] = {"tensors": count}
     if not adapter and (made_from / MARKER).is_file():
         said = read_json(made_from / MARKER)
+        check_unchanged(made_from)
         figures["merge"] = {key: said[key] for key in MERGE if key in said}
         weights, logprobs = said["weights"], said["logprobs"]
         lines.append(
@@ -69,6 +70,9 @@ def of_weights(folder: Path, made_from: Path, adapter: bool) -> Proof:
             f"{weights['replaced']} replaced, {weights['untouched']} untouched); the largest error is "
             f"{weights['largest_error']:.3f} of the rounding that is allowed."
         )
+        if logprobs is None:
+            lines.append("What the merged model says was not compared with the adapter on its base.")
+            return Proof(tuple(lines), figures)
         merged = logprobs["merged"]
         lines.append(
             f"Outputs of {merged['tokens']} tokens against the adapter on its base in fp32: largest difference "

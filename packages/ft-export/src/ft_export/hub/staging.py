@@ -15,7 +15,7 @@ from typing import Any
 
 from ft_export.bases import TOKENIZER_FILES
 from ft_export.errors import ExportError
-from ft_export.folders import require_space
+from ft_export.folders import check_inside, require_space
 from ft_export.hub.record import is_local
 from ft_export.runs import read_json
 
@@ -81,6 +81,7 @@ def place_model(source: Path, to: Path, base: str | None, adapter: bool) -> list
     copied = sum((source / name).stat().st_size for name in wanted if not _linkable(source / name, to))
     require_space(to, copied + 10_000_000, "the folder of what is pushed")
     for name in wanted:
+        check_inside(source / name, source)
         if name.endswith(".json") and name not in WORDS and not name.endswith(".index.json"):
             _place_json(source / name, to / name, base)
         else:

@@ -185,6 +185,10 @@ class Adapter:
                     f"the base has {_times(there)}"
                 )
 
+        for name, change in self.biases().items():
+            if name not in shapes:
+                raise ExportError(f"{self.path} trains a bias of {change.module} (lora_bias), which the base has not")
+
     def biases(self) -> dict[str, LowRank]:
         """The changes that come with a bias (``lora_bias``), by the bias's tensor name."""
         found = [c for c in self.changes.values() if isinstance(c, LowRank) and "bias" in c.parts]

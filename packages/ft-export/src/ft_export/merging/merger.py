@@ -24,6 +24,7 @@ from ft_export.bases import (
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import (
+    KEY,
     clear_unfinished,
     new_folder,
     refuse_existing_folder,
@@ -43,7 +44,7 @@ from ft_export.writing import write_model
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "MARKER", "MergeResult", "fingerprint", "is_current", "merge"]
+__all__ = ["DTYPES", "MARKER", "MergeResult", "check_unchanged", "fingerprint", "is_current", "merge"]
 
 DTYPES = ("bfloat16", "float16")
 MARKER, GENERATION = "merge.json", "generation_config.json"
@@ -158,6 +159,9 @@ class _Merge:
         there = 0 if key is None else unfinished_bytes(self.out, key)
         require_space(self.out.parent, int(size * 1.02) + 50_000_000 - there, "the merged model")
         with new_folder(self.out, key) as folder:
+            for path in folder.iterdir():  # all but whole files of weights is made anew
+                if path.suffix != ".safetensors" and path.name != KEY:
+                    _remove(path) if path.is_dir() else path.unlink()
             if whole := len(list(folder.glob("*.safetensors"))):
                 self.say(f"going on with a merge that was interrupted, of which {whole} files are there")
             if method is not None or as_run is not None:
@@ -369,14 +373,23 @@ def is_current(merged: Path, adapter: Path, proven: bool = True) -> bool:
         return False
     if proven and said.get("logprobs") is None:
         return False
+    check_unchanged(merged)
+    return True
+
+
+def check_unchanged(merged: Path) -> None:
+    """
+    Raises:
+        ExportError: a merge's weights are not those that it was left with, which nothing has checked.
+    """
+    left: Any = read_json(merged / MARKER).get("files_sha256")
     now = _sums(merged)
-    for name in sorted({*left, *now}):
+    for name in sorted({*left, *now}) if isinstance(left, dict) else ():
         if left.get(name) != now.get(name):
             raise ExportError(
                 f"{merged / name} is not what the merge left there ({MARKER} has its checksum): "
-                f"remove {merged} to merge anew, or export that folder itself"
+                f"remove {merged} to merge anew, or take {MARKER} away to export it as it is"
             )
-    return True
 
 
 def _versions() -> dict[str, str]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["parameter_names", "stands_for_others"]
+__all__ = ["made_of_others", "parameter_names"]
 
 
-def stands_for_others(model: Any) -> bool:
-    """Whether transformers stacks or splits tensors of the model's files while it loads them (experts)."""
+def made_of_others(model: Any) -> Callable[[str], bool]:
+    """Tells of a parameter's name whether transformers stacks or splits tensors of other names into it (experts)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    return not all(isinstance(transform, WeightRenaming) for transform in get_model_conversion_mapping(model))
+    converters = [t for t in get_model_conversion_mapping(model) if not isinstance(t, WeightRenaming)]
+    targets = [target.strip("^$").replace("\\", "") for t in converters for target in t.target_patterns]
+    return lambda name: any(target in name for target in targets)
 
 
 def parameter_names(keys: Iterable[str], model: Any) -> dict[str, str]:

@@ -10,7 +10,7 @@ from ft_export.bases import check_shape
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.merging.adapter import Adapter
-from ft_export.merging.names import parameter_names, stands_for_others
+from ft_export.merging.names import made_of_others, parameter_names
 from ft_export.runs import Rope
 
 if TYPE_CHECKING:
@@ -44,12 +44,16 @@ class Outline:
         self.aliases = _tied(parameters, stored)
         self.config = self._model.config
         self._scores = labels is not None
+        made = made_of_others(self._model)
         missing = sorted(
             name
             for name in parameters
-            if name not in stored and name not in self.aliases and not (self._scores and name.startswith("score."))
+            if name not in stored
+            and name not in self.aliases
+            and not (self._scores and name.startswith("score."))
+            and not made(name)
         )
-        if missing and not stands_for_others(self._model):
+        if missing:
             raise ExportError(f"{folder} has no weights for {missing[0]} ({len(missing)} missing): it is incomplete")
         for name, shape in self.shapes.items():
             if name in stored:

@@ -44,6 +44,7 @@ def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     info = torch.finfo(dtype)
     exponent = torch.frexp(values).exponent.double() - 1  # |value| lies in [2^exponent, 2^(exponent+1))
     smallest = torch.log2(torch.tensor(info.tiny, dtype=torch.float64))
+    exponent = torch.where(values == 0, smallest, exponent)  # frexp gives 0 an exponent of 0, that of 1/2 to 1
     return torch.exp2(torch.maximum(exponent, smallest)) * (info.eps / 2)
 
 
@@ -111,6 +112,8 @@ def _same(name: str, value: torch.Tensor, expected: torch.Tensor, whose: str) ->
     if expected.is_floating_point() and not bool(torch.isfinite(expected).all()):
         raise ExportError(f"{whose} {name} holds values that are not finite: it is broken")
     expected = expected.to(value.dtype)
+    if expected.is_floating_point() and not bool(torch.isfinite(expected).all()):
+        raise ExportError(f"the merged {name} is out of the range of {_name(value.dtype)}: pass --dtype bfloat16")
     if value.shape != expected.shape or not torch.equal(value, expected):
         differing = int((value != expected).sum()) if value.shape == expected.shape else value.numel()
         raise ExportError(f"the merged model's {name} differs from {whose} in {differing} of {value.numel()} values")

@@ -13,8 +13,8 @@ from typing import Any
 from ft_export.bases import load_tokenizer
 from ft_export.conversations import Serving, all_rows, conversation, serving, whole_number
 from ft_export.errors import ExportError, one_line
-from ft_export.exporting import PROOF, Exported, check_options, whole_model
-from ft_export.folders import new_folder, refuse_existing_folder
+from ft_export.exporting import PROOF, Exported, check_options, check_target, whole_model
+from ft_export.folders import new_folder
 from ft_export.gguf.converter import check_convertible, check_type, require_gguf
 from ft_export.gguf.engine import require_llama_cpp
 from ft_export.gguf.export import export as export_gguf
@@ -84,7 +84,7 @@ def export(
     names = {key: check_name(key, said[key]) for key in ("create", "push") if key in said}
     if names:
         require_ollama()
-    refuse_existing_folder(folder, MODELFILE, overwrite)
+    check_target(folder, source, MODELFILE, overwrite)
     with new_folder(folder) as partial:
         filled = fill(partial, source, type, said, progress)
     lines = list(filled.lines)

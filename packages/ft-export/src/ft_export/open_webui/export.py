@@ -13,8 +13,8 @@ from typing import Any
 from ft_export.bases import load_tokenizer
 from ft_export.conversations import Serving, serving, whole_number
 from ft_export.errors import ExportError, one_line
-from ft_export.exporting import PROOF, Exported, check_options, whole_model
-from ft_export.folders import new_folder, refuse_existing_folder
+from ft_export.exporting import PROOF, Exported, check_options, check_target, whole_model
+from ft_export.folders import new_folder
 from ft_export.gguf.converter import check_convertible, check_type, require_gguf
 from ft_export.gguf.engine import llama_cpp, require_llama_cpp
 from ft_export.gguf.export import export as export_gguf
@@ -80,7 +80,7 @@ def export(
     folder = Path(out).expanduser() if out is not None else source.path / "export" / "open-webui"
     said = check_options(options, OPTIONS, "open-webui")
     engine, port, suggest = _settings(said, type)
-    refuse_existing_folder(folder, MODEL, overwrite)
+    check_target(folder, source, MODEL, overwrite)
     name = run_name(source.name)
     called = f"{name}:latest" if engine == "ollama" else name
     with new_folder(folder) as partial:

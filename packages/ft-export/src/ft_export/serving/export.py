@@ -12,34 +12,22 @@ from ft_export.bases import TOKENIZER_FILES, load_tokenizer, name_stops, stop_to
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name, whole_model
-from ft_export.folders import new_folder, refuse_existing_folder
+from ft_export.folders import new_folder
 from ft_export.merging.merger import MARKER as MERGED
+from ft_export.merging.merger import check_unchanged
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 from ft_export.samples import read_rows, token_ids
 from ft_export.serving.checks import Gap, check_gap, check_stored, sha256
 from ft_export.serving.folder import plan_whole, write_whole
 from ft_export.serving.forms import Form
-from ft_export.serving.launch import MARKER, Service, write_launch
+from ft_export.serving.launch import Service, write_launch
 from ft_export.serving.limits import limits_of, memory_of
 
-__all__ = ["OPTIONS", "check_stops", "check_target", "export_whole", "write_proof"]
+__all__ = ["OPTIONS", "check_stops", "export_whole", "write_proof"]
 
 OPTIONS = ("memory", "context")
 """What ``key=value`` may be for a server."""
-
-
-def check_target(folder: Path, source: Source, overwrite: bool) -> None:
-    """Refuse a folder that is taken, or that holds what is to be exported.
-
-    Raises:
-        ExportError: see above.
-    """
-    refuse_existing_folder(folder, MARKER, overwrite)
-    there = folder.resolve()
-    for taken in (source.path, source.adapter, source.model):
-        if taken is not None and there in (taken.resolve(), *taken.resolve().parents):
-            raise ExportError(f"{folder} holds what is to be exported: choose another folder with --out")
 
 
 def export_whole(
@@ -101,7 +89,7 @@ def export_whole(
             "type": form.name,
             "dtype": _plain(plan.dtype),
             "weights_linked_to_the_merge": whole.linked,
-            "merge": read_json(model / MERGED) if (model / MERGED).is_file() else None,
+            "merge": _merge_of(model),
             "tensors": tensors,
             "stop_tokens": stops,
             "samples": len(samples),
@@ -110,6 +98,14 @@ def export_whole(
         }
         write_proof(partial, target, report, lines)
     return folder / PROOF, lines
+
+
+def _merge_of(model: Path) -> dict[str, Any] | None:
+    """What a merge says of itself, if its weights are still what it left."""
+    if not (model / MERGED).is_file():
+        return None
+    check_unchanged(model)
+    return read_json(model / MERGED)
 
 
 def check_stops(tokenizer: Any, folder: Path, lines: list[str]) -> list[int]:

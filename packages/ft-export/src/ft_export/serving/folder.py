@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "Whole", "plan_whole", "write_whole"]
 
-INDEX = "model.safetensors.index.json"
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 GENERATES = ("ForCausalLM", "ForConditionalGeneration")
 
 
@@ -213,7 +213,8 @@ def _finite(plan: Plan, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def _take_over(plan: Plan, files: list[Path], to: Path) -> bool:
     """Link the files of a merge, which this package made and nobody writes into; copy anyone else's."""
-    paths = [*files, *([plan.model / INDEX] if (plan.model / INDEX).is_file() else [])]
+    several = (plan.model / INDEX).is_file() and not (plan.model / WHOLE).is_file()  # else it is of other files
+    paths = [*files, *([plan.model / INDEX] if several else [])]
     if (plan.model / MARKER).is_file():
         with suppress(OSError):  # another disk, or one without links
             for path in paths:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ft_export.errors import one_line
-from ft_export.exporting import Exported, check_options
+from ft_export.exporting import Exported, check_options, check_target
 from ft_export.progress import Progress, silent
 from ft_export.runs import open_source
-from ft_export.serving.export import OPTIONS, check_target, export_whole
+from ft_export.serving.export import OPTIONS, export_whole
 from ft_export.serving.forms import form_of
 from ft_export.serving.launch import MARKER, Service
 
@@ -48,7 +48,7 @@ def export(
     folder = Path(out).expanduser() if out is not None else source.path / "export" / "sglang"
     said = check_options(options, OPTIONS, "sglang")
     form = form_of(type, TYPES, "sglang")
-    check_target(folder, source, overwrite)
+    check_target(folder, source, MARKER, overwrite)
     proof, lines = export_whole(source, folder, form, said, "sglang", _service, progress)
     return Exported(folder, proof, tuple(lines), f"sh {shlex.quote(str(folder / MARKER))}")
 

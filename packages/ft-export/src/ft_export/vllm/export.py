@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ft_export.errors import ExportError, one_line
-from ft_export.exporting import Exported, check_options
+from ft_export.exporting import Exported, check_options, check_target
 from ft_export.progress import Progress, silent
 from ft_export.runs import open_source
-from ft_export.serving.export import OPTIONS, check_target, export_whole
+from ft_export.serving.export import OPTIONS, export_whole
 from ft_export.serving.forms import FORMS, form_of
 from ft_export.serving.launch import MARKER, Service
 from ft_export.serving.limits import UTILIZATION
@@ -53,7 +53,7 @@ def export(
     said = check_options(options, OPTIONS, "vllm")
     if type not in TYPES:
         raise ExportError(f"--type {type!r} is not known for vllm (allowed: {', '.join(TYPES)})")
-    check_target(folder, source, overwrite)
+    check_target(folder, source, MARKER, overwrite)
     if type == "lora":
         proof, lines = export_lora(source, folder, said, service)
     else:
