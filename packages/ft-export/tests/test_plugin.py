@@ -93,6 +93,29 @@ def test_a_proof_that_is_skipped(base: Path, tmp_path: Path, monkeypatch: pytest
             other(ExportRequest(run=base, out=tmp_path / target, skip_proof=True))
 
 
+def test_a_model_s_folder_on_the_command_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next command of an adapter's export makes the file of its base; and no llama.cpp is needed unproven."""
+    import importlib.metadata
+
+    from ft_core.cli import main
+
+    right = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "xllamacpp":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return right(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["export", str(base), "--to", "gguf", "--out", str(tmp_path / "out"), "--skip-proof"]) == 0
+    assert "NOT PROVEN: " in capsys.readouterr().out
+    assert list((tmp_path / "out").glob("*.gguf"))
+    assert main(["export", str(tmp_path), "--to", "gguf"]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("target", ["vllm", "sglang"])
 def test_exporters_for_servers(target: str, base: Path, make_run: Any, make_adapter: Any) -> None:
     run = make_run()

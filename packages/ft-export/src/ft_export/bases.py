@@ -64,10 +64,10 @@ def find_base(reference: str) -> Path:
     path = Path(reference).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ExportError(f"the base model's folder {path} has no config.json; name another with --base")
+            raise ExportError(f"the base model's folder {path} has no config.json; name another with ft merge --base")
         return path
     if not HUB_NAME.fullmatch(reference):
-        raise ExportError(f"the base model {reference} is not there; name its folder or Hub name with --base")
+        raise ExportError(f"the base model {reference} is not there; name its folder or Hub name with ft merge --base")
     from huggingface_hub import snapshot_download
 
     try:
@@ -75,7 +75,7 @@ def find_base(reference: str) -> Path:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ExportError(
-            f"the base model {reference} cannot be fetched: {reason}; name its folder with --base"
+            f"the base model {reference} cannot be fetched: {reason}; name its folder with ft merge --base"
         ) from error
 
 

@@ -33,6 +33,11 @@ def one_line(function: Callable[P, R]) -> Callable[P, R]:
             where = f" ({error.filename})" if error.filename else ""
             # numpy says only how much of an array it could write
             reason = error.strerror or f"the disk is full or the file may not grow ({error})"
+            if isinstance(error, PermissionError):
+                raise ExportError(
+                    f"{reason}{where}: nothing was written; the folder has to be one that may be written to (a run is "
+                    "merged into its own folder first)"
+                ) from error
             raise ExportError(f"{reason}{where}: nothing was written; free space or choose another folder") from error
         except Exception as error:
             if type(error).__name__ == "SafetensorError":

@@ -1,4 +1,4 @@
-"""``ft export RUN --to TARGET``: hands a run to the exporter that is registered under that name."""
+"""``ft export RUN --to TARGET``: hands a run, or a model's or adapter's folder, to the exporter of that name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from ft_core.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
 
+OTHERS = ("config.json", "adapter_config.json")
+"""A file of what is no run and can be exported: a model's or an adapter's folder."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="the run folder")
+    parser.add_argument("run", metavar="RUN", help="the run folder; or a transformers model's, or a PEFT adapter's")
     parser.add_argument(
         "--to", required=True, metavar="TARGET", help="the form to write, such as gguf (see ft plugins)"
     )
@@ -29,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.runs import Run
 
     spec = registry().get(ExporterSpec, args.to)
-    folder = Run.open(args.run)
+    folder = Path(args.run).expanduser()
+    if (folder / Run.ENVIRONMENT).exists() or not any((folder / name).is_file() for name in OTHERS):
+        folder = Run.open(args.run).path
     kind = args.type or (spec.types[0] if spec.types else None)
     if kind is not None and kind.lower() in spec.types:
         kind = kind.lower()  # llama.cpp writes Q4_K_M
@@ -46,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     quiet()
     request = ExportRequest(
-        run=folder.path,
-        out=args.out or folder.path / "export" / args.to,
+        run=folder,
+        out=args.out or folder / "export" / args.to,
         type=kind,
         overwrite=args.overwrite,
         options=options,

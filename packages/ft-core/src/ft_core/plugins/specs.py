@@ -172,7 +172,7 @@ class ExportRequest:
     """What ``ft export`` asks of an exporter.
 
     Attributes:
-        run: the run folder (see the documentation's page on run folders).
+        run: the run folder (see the documentation's page on run folders), or a model's or an adapter's.
         out: the folder to write to; it may not exist yet. An exporter writes beside it and renames.
         type: one of the spec's ``types``, or None where it has none.
         overwrite: whether files of an earlier export in ``out`` may be replaced.

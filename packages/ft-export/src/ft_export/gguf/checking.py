@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,17 +146,21 @@ def _conversations(rows: list[Row]) -> list[list[dict[str, Any]]]:
 
 def write_proof(folder: Path, file: Path, made: Converted, found: Mapping[str, Any], lines: list[str]) -> Path:
     """Add the file's entry to ``proof.json``; entries of other files in the folder stay."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     path = folder / PROOF
     proof = read_json(path) if path.is_file() else {}
     said = proof.get("files")
     files: dict[str, Any] = said if isinstance(said, dict) else {}
+    versions: dict[str, str] = {}
+    for name in ("gguf", "xllamacpp", "transformers", "torch"):
+        with suppress(PackageNotFoundError):  # without its proof a file is written without llama.cpp
+            versions[name] = version(name)
     files[file.name] = {
         "architecture": made.architecture,
         "pre_tokenizer": made.vocabulary.pre,
         "ft_export": __version__,
-        "libraries": {name: version(name) for name in ("gguf", "xllamacpp", "transformers", "torch")},
+        "libraries": versions,
         **found,
         "checks": lines,
     }

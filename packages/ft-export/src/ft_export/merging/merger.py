@@ -110,7 +110,7 @@ def merge(
     adapter = Adapter(source.adapter)
     reference = base or adapter.base or source.base
     if not reference:
-        raise ExportError(f"{adapter.folder / 'adapter_config.json'} names no base model: name it with --base")
+        raise ExportError(f"{adapter.folder / 'adapter_config.json'} names no base model: name it with ft merge --base")
     folder = find_base(reference)
     for taken in (source.path, source.adapter, folder):
         if same_folder(target, taken):
@@ -186,7 +186,9 @@ class _Merge:
         import torch
 
         if method is not None and method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
-            raise ExportError(f"the base {self.base} is quantized by {method}: name an unquantized base with --base")
+            raise ExportError(
+                f"the base {self.base} is quantized by {method}: name an unquantized base with ft merge --base"
+            )
         if not _importable("bitsandbytes"):
             what = "is quantized" if method is not None else "was quantized in the run, with loftq"
             raise ExportError(f"the base {self.base} {what}: pip install bitsandbytes")
@@ -341,9 +343,9 @@ def fingerprint(adapter: Path) -> str:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of weights in a folder, by its name."""
+    """The SHA-256 of each file of a merged model but what says so, by its name."""
     sums = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (MARKER, KEY)):
         digest = hashlib.sha256()
         _feed(digest, path)
         sums[path.name] = digest.hexdigest()
@@ -380,7 +382,7 @@ def is_current(merged: Path, adapter: Path, proven: bool = True) -> bool:
 def check_unchanged(merged: Path) -> None:
     """
     Raises:
-        ExportError: a merge's weights are not those that it was left with, which nothing has checked.
+        ExportError: a merge's weights or settings are not those that it was left with, which nothing has checked.
     """
     left: Any = read_json(merged / MARKER).get("files_sha256")
     now = _sums(merged)
