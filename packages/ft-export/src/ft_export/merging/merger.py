@@ -34,10 +34,11 @@ from ft_export.folders import (
 from ft_export.merging.adapter import Adapter, Replacement
 from ft_export.merging.logprobs_check import LogprobsCheck, as_trained, check_logprobs, gap_to_quantized
 from ft_export.merging.outline import Outline
+from ft_export.merging.record import MARKER, check_unchanged, fingerprint, is_current, sums
 from ft_export.merging.tensors import merged_tensors
 from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.progress import Progress, silent
-from ft_export.runs import Source, open_source, read_json
+from ft_export.runs import Source, open_source
 from ft_export.samples import Row, read_rows, token_ids
 from ft_export.writing import write_model
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "MARKER", "MergeResult", "check_unchanged", "fingerprint", "is_current", "merge"]
 
 DTYPES = ("bfloat16", "float16")
-MARKER, GENERATION = "merge.json", "generation_config.json"
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class _Merge:
             "dequantized_base": folder in self.base.parents,
             "adapter": str(self.adapter.folder),
             "adapter_sha256": fingerprint(self.adapter.folder),
-            "files_sha256": _sums(folder),
+            "files_sha256": sums(folder),
             "tokenizer_from": "adapter" if tokenizer_from == self.adapter.folder else "base",
             "samples": "held_out.jsonl" if self.source.held_out else "built in",
             "weights": asdict(weights),
@@ -333,65 +334,6 @@ def _labels(adapter: Adapter) -> int | None:
         if isinstance(change, Replacement) and change.tensor == "score.weight":
             return adapter.files.shape(change.key)[0]
     raise ExportError(f"{adapter.path} is for a score head (SEQ_CLS) and does not hold score.weight: it is incomplete")
-
-
-def fingerprint(adapter: Path) -> str:
-    """The SHA-256 of an adapter: its configuration's bytes and its weights'."""
-    digest = hashlib.sha256((adapter / "adapter_config.json").read_bytes())
-    _feed(digest, adapter / "adapter_model.safetensors")
-    return digest.hexdigest()
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a merged model but what says so, by its name."""
-    sums = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (MARKER, KEY)):
-        digest = hashlib.sha256()
-        _feed(digest, path)
-        sums[path.name] = digest.hexdigest()
-    return sums
-
-
-def _feed(digest: Any, path: Path) -> None:
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-
-
-def is_current(merged: Path, adapter: Path, proven: bool = True) -> bool:
-    """Whether ``merged`` was made from exactly this adapter, and says which weights it was left with.
-
-    Args:
-        proven: whether its proof must not have been skipped.
-
-    Raises:
-        ExportError: its weights are others now, which nothing has checked.
-    """
-    if not (merged / MARKER).is_file():
-        return False
-    said = read_json(merged / MARKER)
-    left = said.get("files_sha256")
-    if said.get("adapter_sha256") != fingerprint(adapter) or not isinstance(left, dict):
-        return False
-    if proven and said.get("logprobs") is None:
-        return False
-    check_unchanged(merged)
-    return True
-
-
-def check_unchanged(merged: Path) -> None:
-    """
-    Raises:
-        ExportError: a merge's weights or settings are not those that it was left with, which nothing has checked.
-    """
-    left: Any = read_json(merged / MARKER).get("files_sha256")
-    now = _sums(merged)
-    for name in sorted({*left, *now}) if isinstance(left, dict) else ():
-        if left.get(name) != now.get(name):
-            raise ExportError(
-                f"{merged / name} is not what the merge left there ({MARKER} has its checksum): "
-                f"remove {merged} to merge anew, or take {MARKER} away to export it as it is"
-            )
 
 
 def _versions() -> dict[str, str]:
