@@ -53,7 +53,7 @@ API = {
     "ft_export.conversations": ["SAMPLING", "Serving", "all_rows", "conversation", "serving", "whole_number"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
     "ft_export.serving": ["FORMS", "Form", "Whole", "write_whole"],
-    "ft_export.serving.checks": ["Gap", "check_gap", "check_stored", "served_model", "sha256"],
+    "ft_export.serving.checks": ["Gap", "check_gap", "check_stored", "served_model"],
     "ft_export.serving.export": ["OPTIONS", "check_stops", "export_whole", "write_proof"],
     "ft_export.serving.folder": ["Plan", "Whole", "plan_whole", "write_whole"],
     "ft_export.serving.forms": ["COMPRESSED", "FORMS", "Form", "form_of"],

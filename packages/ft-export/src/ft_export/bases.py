@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOKENIZER_FILES",
+    "attach",
     "check_complete",
     "check_shape",
     "copy_tokenizer",
@@ -158,6 +159,20 @@ def _is_refused_value(error: Exception) -> bool:
     from huggingface_hub.errors import StrictDataclassError
 
     return isinstance(error, StrictDataclassError)
+
+
+def attach(model: Any, adapter: Path) -> Any:
+    """The adapter on its base, in evaluation mode.
+
+    Raises:
+        ExportError: PEFT cannot put it there.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=False).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"PEFT cannot attach {adapter} to its base: {error}") from error
 
 
 def check_complete(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from ft_export.errors import ExportError
 
 __all__ = [
     "KEY", "check_inside", "clear_unfinished", "new_file", "new_folder", "refuse_existing_folder", "require_space",
-    "scratch_folder", "unfinished_bytes",
+    "scratch_folder", "sha256_of", "unfinished_bytes",
 ]  # fmt: skip
 
 RANDOM = "[a-z0-9_]{8}"
@@ -39,6 +40,12 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {needed / 1e6:.0f} MB on the disk of {there}, {free / 1e6:.0f} MB are free: "
             "free space or choose another folder with --out"
         )
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_inside(path: Path, folder: Path) -> None:

@@ -17,7 +17,7 @@ from ft_export.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SHARD", "Tensor", "shards_of", "write_model"]
+__all__ = ["SHARD", "Tensor", "bytes_of", "header_of", "shards_of", "write_model"]
 
 SHARD = 5_000_000_000
 """Bytes of a file, unless one tensor alone has more."""
@@ -75,7 +75,7 @@ def write_model(folder: Path, tensors: Sequence[Tensor], progress: Progress = si
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if several else "model.safetensors"
         files.append(folder / name)
-        header = _header(shard)
+        header = header_of((tensor.name, tensor.dtype, tensor.shape, tensor.bytes) for tensor in shard)
         if files[-1].is_file() and files[-1].stat().st_size == len(header) + sum(tensor.bytes for tensor in shard):
             done += len(shard)
             progress(done, len(tensors), "tensors written")
@@ -95,14 +95,17 @@ def write_model(folder: Path, tensors: Sequence[Tensor], progress: Progress = si
     return files
 
 
-def _header(tensors: Sequence[Tensor]) -> bytes:
-    """A file's beginning, which says where each tensor lies."""
+def header_of(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """A safetensors file's beginning, which says where each tensor lies.
+
+    Args:
+        tensors: of each its name, the code of its type, its shape and its bytes, in the file's order.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
-    for tensor in tensors:
-        end = place + tensor.bytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
+    for name, code, shape, size in tensors:
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
     return len(text).to_bytes(8, "little") + text
@@ -126,5 +129,12 @@ def _bytes(block: torch.Tensor, tensor: Tensor) -> memoryview:
 
     if block.dtype != getattr(torch, CODES[tensor.dtype].name):
         raise ExportError(f"{tensor.name} was to be {CODES[tensor.dtype].name} and is {block.dtype}")
-    values: Any = block.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return bytes_of(block)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes in order; numpy has no bfloat16 and no float8, so they go as bytes."""
+    import torch
+
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(values)

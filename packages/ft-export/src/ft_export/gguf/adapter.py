@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_export.bases import find_base, load_model, load_tokenizer, quantization_of, read_config, stop_tokens
+from ft_export.bases import attach, find_base, load_model, load_tokenizer, quantization_of, read_config, stop_tokens
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import file_name
@@ -349,13 +349,8 @@ def write_and_check(
 def _adapted(lora: LoraFile) -> Any:
     """The adapter on its base in transformers, in fp32."""
     import torch
-    from peft import PeftModel
 
-    model = load_model(lora.base, torch.float32)
-    try:
-        return PeftModel.from_pretrained(model, lora.adapter.folder, is_trainable=False).eval()
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"PEFT cannot attach {lora.adapter.folder} to its base: {error}") from error
+    return attach(load_model(lora.base, torch.float32), lora.adapter.folder)
 
 
 def _moved(model: Any, held_out: Path | None, tokenizer: Any) -> Difference:

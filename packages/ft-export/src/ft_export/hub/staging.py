@@ -15,7 +15,7 @@ from typing import Any
 
 from ft_export.bases import TOKENIZER_FILES
 from ft_export.errors import ExportError
-from ft_export.folders import check_inside, require_space
+from ft_export.folders import check_inside, require_space, sha256_of
 from ft_export.hub.record import is_local
 from ft_export.runs import read_json
 
@@ -54,7 +54,8 @@ class File:
     def git_id(self) -> str:
         """What git, and the Hub with it, calls a file that it holds as it is (not in large file storage)."""
         digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        return _digest(self.path, digest)
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def pushable(name: str, adapter: bool) -> bool:
@@ -113,7 +114,7 @@ def listed(folder: Path, known: Sequence[File] = ()) -> list[File]:
     found = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        found.append(File(name, path, path.stat().st_size, taken.get(name) or _digest(path, hashlib.sha256())))
+        found.append(File(name, path, path.stat().st_size, taken.get(name) or sha256_of(path)))
     return found
 
 
@@ -192,10 +193,3 @@ def _linkable(source: Path, folder: Path) -> bool:
     os.umask(mask)
     owner = not hasattr(os, "getuid") or held.st_uid == os.getuid()
     return held.st_dev == beside.st_dev and owner and (held.st_mode & 0o777) == (0o666 & ~mask)
-
-
-def _digest(path: Path, digest: Any) -> str:
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return str(digest.hexdigest())

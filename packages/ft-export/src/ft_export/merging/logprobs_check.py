@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_export.bases import load_model
+from ft_export.bases import attach, load_model
 from ft_export.errors import ExportError
 from ft_export.logprobs import Difference, difference, evaluation_error, token_logprobs
 from ft_export.merging.adapter import Adapter
@@ -171,12 +171,7 @@ def gap_to_quantized(
 def _with_adapter(
     model: Any, adapter: Adapter, samples: Sequence[Sequence[int]], progress: Progress, what: str
 ) -> list[torch.Tensor]:
-    from peft import PeftModel
-
-    try:
-        adapted = PeftModel.from_pretrained(model, adapter.folder, is_trainable=False)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"PEFT cannot attach {adapter.folder} to its base: {error}") from error
+    adapted = attach(model, adapter.folder)
     return token_logprobs(adapted, samples, counting(progress, len(samples), what))
 
 

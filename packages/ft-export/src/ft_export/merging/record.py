@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_export.errors import ExportError
-from ft_export.folders import KEY
+from ft_export.folders import KEY, sha256_of
 from ft_export.runs import read_json
 
 __all__ = ["MARKER", "check_unchanged", "fingerprint", "is_current", "sums"]
@@ -18,24 +18,15 @@ MARKER = "merge.json"
 def fingerprint(adapter: Path) -> str:
     """The SHA-256 of an adapter: its configuration's bytes and its weights'."""
     digest = hashlib.sha256((adapter / "adapter_config.json").read_bytes())
-    _feed(digest, adapter / "adapter_model.safetensors")
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
 def sums(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file of a merged model but what says so, by its name."""
-    sums = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (MARKER, KEY)):
-        digest = hashlib.sha256()
-        _feed(digest, path)
-        sums[path.name] = digest.hexdigest()
-    return sums
-
-
-def _feed(digest: Any, path: Path) -> None:
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+    files = (path for path in folder.iterdir() if path.is_file() and path.name not in (MARKER, KEY))
+    return {path.name: sha256_of(path) for path in sorted(files)}
 
 
 def is_current(merged: Path, adapter: Path, proven: bool = True) -> bool:

@@ -16,7 +16,6 @@ server's own.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,19 +35,11 @@ from ft_export.serving.folder import Plan
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Gap", "check_gap", "check_stored", "served_model", "sha256"]
+__all__ = ["Gap", "check_gap", "check_stored", "served_model"]
 
 UNIT = 2.0**-24
 BLOCK = 1 << 22
 """How many values are looked at a time in float64 (32 MiB)."""
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_stored(plan: Plan, folder: Path, progress: Progress = silent) -> dict[str, int]:

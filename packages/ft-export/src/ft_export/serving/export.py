@@ -12,13 +12,13 @@ from ft_export.bases import TOKENIZER_FILES, load_tokenizer, name_stops, stop_to
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name, whole_model
-from ft_export.folders import new_folder
+from ft_export.folders import new_folder, sha256_of
 from ft_export.merging.merger import MARKER as MERGED
 from ft_export.merging.merger import check_unchanged
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 from ft_export.samples import read_rows, token_ids
-from ft_export.serving.checks import Gap, check_gap, check_stored, sha256
+from ft_export.serving.checks import Gap, check_gap, check_stored
 from ft_export.serving.folder import plan_whole, write_whole
 from ft_export.serving.forms import Form
 from ft_export.serving.launch import Service, write_launch
@@ -156,7 +156,7 @@ def write_proof(folder: Path, target: str, report: dict[str, Any], lines: list[s
         "libraries": {name: version(name) for name in ("torch", "transformers", "safetensors")},
         **report,
         "checks": lines,
-        "sha256": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+        "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
     }
     (folder / PROOF).write_text(json.dumps(proof, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from ft_export.checkpoints import code_of
 from ft_export.errors import ExportError
+from ft_export.writing import bytes_of, header_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,32 +46,16 @@ def write_tensors(path: Path, planned: Mapping[str, Planned], tensors: Iterable[
     Raises:
         ExportError: the tensors are not those planned. OSError: the disk is full.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, plan in planned.items():
-        header[name] = {
-            "dtype": code_of(plan.dtype),
-            "shape": list(plan.shape),
-            "data_offsets": [end, end + plan.bytes],
-        }
-        end += plan.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks that data begin at a multiple of eight bytes
+    header = header_of((name, code_of(plan.dtype), plan.shape, plan.bytes) for name, plan in planned.items())
     left = list(planned.items())[::-1]
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         for group in tensors:
             for name, tensor in group.items():
                 if not left or left.pop() != (name, Planned(tuple(tensor.shape), tensor.dtype)):
                     raise ExportError(f"{path}: tensor {name} is not what was planned there: a fault of ft-export")
-                _put(file, tensor)
+                file.write(bytes_of(tensor))
         if left:
             raise ExportError(f"{path}: not all planned tensors came: a fault of ft-export")
-
-
-def _put(file: BinaryIO, tensor: torch.Tensor) -> None:
-    """The bytes of a tensor; numpy has no bfloat16 and no float8, so they go as bytes."""
-    import torch
-
-    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    file.write(flat.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())

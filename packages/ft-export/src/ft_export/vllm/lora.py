@@ -15,11 +15,10 @@ from ft_export.bases import copy_tokenizer, find_base, load_tokenizer, quantizat
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name
-from ft_export.folders import new_folder, require_space
+from ft_export.folders import new_folder, require_space, sha256_of
 from ft_export.merging.adapter import Adapter, LowRank
 from ft_export.merging.names import parameter_names
 from ft_export.runs import Source
-from ft_export.serving.checks import sha256
 from ft_export.serving.export import check_stops, write_proof
 from ft_export.serving.launch import Service, write_launch
 from ft_export.serving.limits import limits_of, memory_of
@@ -128,7 +127,7 @@ def export_lora(
         (partial / ADAPTER).mkdir()
         for file in FILES:
             shutil.copyfile(adapter.folder / file, partial / ADAPTER / file)
-            if sha256(partial / ADAPTER / file) != sha256(adapter.folder / file):
+            if sha256_of(partial / ADAPTER / file) != sha256_of(adapter.folder / file):
                 raise ExportError(f"{file} is not the adapter's after it was copied: nothing was written")
         (partial / TOKENIZER).mkdir()
         brings = copy_tokenizer(adapter.folder, base, partial / TOKENIZER) == adapter.folder
