@@ -125,7 +125,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.families.llama": ["describe_llama", "describe_mistral"],
     "ft_core.fast.families.qwen": ["describe_qwen2", "describe_qwen3"],
     "ft_core.fast.find": ["NotFast", "layout_of", "unwrapped"],
-    "ft_core.fast.forwards": ["Forward", "has_other", "silent"],
+    "ft_core.fast.forwards": ["Forward", "Replaced", "has_other", "silent"],
     "ft_core.fast.graphs": ["Graphs", "Pace"],
     "ft_core.fast.head": ["as_count", "can_fuse", "loss_of"],
     "ft_core.fast.layer": ["DecoderLayer", "norm"],

@@ -155,6 +155,25 @@ def test_top1(device):
     assert isinstance(linear_logprob(hidden, weight, problem.targets), torch.Tensor)
 
 
+@pytest.mark.parametrize(("rank", "dtype"), [(0, torch.float16), (0, torch.float32), (4, torch.bfloat16)])
+def test_a_detached_entropy_is_the_entropy_and_changes_nothing(device, dtype, rank):
+    """The gradient of hidden states alone is made forward all the same; that of an adapter is made in backward."""
+    problem = Problem(40, 32, 130, dtype, device, rank=rank)
+    hidden, weight, _, a, b = problem.tensors
+    lora = None if a is None else (a, b, 0.75)
+    leaves = [t.requires_grad_() for t in (hidden, a, b) if t is not None]
+
+    def run(entropy):
+        made = linear_logprob(hidden, weight, problem.targets, lora=lora, temperature=0.7, entropy=entropy)
+        logprobs = made if isinstance(made, torch.Tensor) else made.logprobs
+        return made, torch.autograd.grad(logprobs, leaves, problem.upstream[0].to(logprobs.dtype))
+
+    (both, gradients), (alone, expected), (asked, _) = run("detached"), run(False), run(True)
+    assert not both.entropy.requires_grad and both.logprobs.requires_grad and asked.entropy.requires_grad
+    assert torch.equal(both.entropy, asked.entropy.detach()) and torch.equal(both.logprobs, alone)
+    assert all(map(torch.equal, gradients, expected))
+
+
 def test_ignored_rows_are_zero(device):
     problem = Problem(20, 16, 50, torch.float32, device)
     logprobs, entropy, gradient = problem.run(linear_logprob, {"entropy": True}, True)
@@ -251,6 +270,7 @@ def test_cuda_graph(device, entropy):
     [
         ({"temperature": 0.0}, "linear_logprob: temperature=0.0; allowed is a positive number"),
         ({"logit_scale": -1.0}, "linear_logprob: logit_scale=-1.0; allowed is a positive number"),
+        ({"entropy": "no"}, "linear_logprob: entropy='no'; allowed are True, False and 'detached'"),
         ({"targets": torch.tensor([1])}, r"linear_logprob: hidden \[2, 3\] and targets \[1\] do not fit"),
     ],
 )

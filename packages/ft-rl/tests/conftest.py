@@ -19,17 +19,18 @@ TEMPLATE = (
 )
 
 
-def rows(count: int, seed: int, *, messages: bool = False) -> list[dict[str, Any]]:
-    """Pairs that differ in the tone of one word among plain ones, at a random place."""
+def rows(count: int, seed: int, *, messages: bool = False, twins: bool = False) -> list[dict[str, Any]]:
+    """Pairs that differ in the tone of one word among plain ones, at a random place; of twins in nothing else."""
     chance = random.Random(seed)
     made = []
     for _ in range(count):
         prompt = " ".join(chance.choices(PLAIN, k=4)) + " "
         answers = []
         for tone in (KIND, RUDE):
-            words = chance.choices(PLAIN, k=chance.randint(2, 6))
-            words.insert(chance.randint(0, len(words)), chance.choice(tone))
-            answers.append(" ".join(words))
+            if not twins or not answers:
+                words = chance.choices(PLAIN, k=chance.randint(2, 6))
+                place = chance.randint(0, len(words))
+            answers.append(" ".join([*words[:place], chance.choice(tone), *words[place:]]))
         if messages:
             turns = [[{"role": "assistant", "content": answer}] for answer in answers]
             made.append({"prompt": [{"role": "user", "content": prompt}], "chosen": turns[0], "rejected": turns[1]})
@@ -71,6 +72,16 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a causal Llama of 25,000 weights; its configuration names no pad token."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def steep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a steeper head: what its layers learn can make a token likely, not only likelier."""
+    return make_model(tmp_path_factory.mktemp("models") / "steep-llama", steepness=10.0)
+
+
+def make_model(folder: Path, steepness: float = 1.0) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,7 +97,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight *= steepness
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -35,6 +35,11 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
         {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
     ),
+    "labelled": (
+        {"prompt": [ASK], "completion": "4", "label": 1, "id": 7},
+        {"prompt": [ASK], "completion": [ANSWER], "label": True},
+    ),
+    "prompt": ({"prompt": "2+2=", "answer": 4}, {"prompt": "2+2=", "answer": 4}),
 }
 
 
@@ -252,6 +257,9 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"chosen": [ANSWER, ASK], "rejected": [ANSWER]},
         r"chosen must end with an assistant turn, not with 'us",
     ),
+    "label": ({"prompt": "a", "completion": "b", "label": "good"}, r"label must be true \(a wanted answer\) or false, no"),
+    "empty prompt": ({"prompt": " "}, r"prompt is empty"),
+    "asked by nobody": ({"prompt": []}, r"prompt is empty"),
 }
 
 
@@ -277,7 +285,7 @@ def test_a_format_that_the_method_cannot_train_on(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "a"})
     with pytest.raises(DataError, match=r"in the text format, which this method cannot.*'chosen', 'rejected' \(prefer"):
         read_rows(path, ["preference"], seed=0)
-    with pytest.raises(DataError, match=r"no format 'jsonl'; allowed are preference, messages"):
+    with pytest.raises(DataError, match=r"no format 'jsonl'; allowed are preference, labelled, m"):
         read_rows([{"path": path, "format": "jsonl"}], SFT, seed=0)
 
 

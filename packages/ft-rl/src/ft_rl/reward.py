@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from ft_core.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
     from ft_core.evaluation import Evaluation, EvaluationJob
     from ft_core.training import Job
-    from ft_rl.pairs import Pairs
 
 __all__ = ["RewardSettings", "build", "evaluate"]
 
@@ -52,6 +49,7 @@ def build(job: Job) -> Trainer:
     from trl import RewardTrainer as TrlRewardTrainer
 
     from ft_core.training.trainer import RunTrainerMixin
+    from ft_rl.preference import pairs_dataset, say_dropout
 
     class RewardTrainer(RunTrainerMixin, TrlRewardTrainer):
         """TRL's trainer with whole checkpoints and no telemetry."""
@@ -63,13 +61,12 @@ def build(job: Job) -> Trainer:
 
     settings = job.settings
     assert isinstance(settings, RewardSettings)
-    if settings.disable_dropout and job.config.lora is not None and job.config.lora.dropout > 0:
-        job.say("reward.disable_dropout switches lora.dropout off too")
-    train = _dataset(job, job.train_rows, "train")
-    held_out = _dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
+    say_dropout(job, settings.disable_dropout)
+    train = pairs_dataset(job, job.train_rows, "train")
+    held_out = pairs_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
     arguments = RewardConfig(
         **job.arguments,
-        max_length=None,  # over-long rows are left out, and counted, by _dataset
+        max_length=None,  # over-long rows are left out, and counted, by pairs_dataset
         **settings.model_dump(),
     )
     return RewardTrainer(
@@ -94,71 +91,30 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     """
     import torch
 
-    from ft_core.evaluation import Evaluation, Sample
+    from ft_core.evaluation import Evaluation
+    from ft_rl.likelihoods import batches_of
     from ft_rl.objectives import bradley_terry
-    from ft_rl.pairs import show, tokenize_pairs
+    from ft_rl.pairs import tokenize_pairs
+    from ft_rl.preference import pair_samples, too_long
 
     pairs = tokenize_pairs(job.rows, job.tokenizer, max_length=job.config.max_length)
     if not pairs.rows:
-        raise _too_long(len(job.rows), "held-out", job.config.max_length)
+        raise too_long(len(job.rows), "held-out", job.config.max_length)
     # As TRL does: the model finds the last token of a padded sequence by this id, which the base model may lack.
     job.model.config.get_text_config().pad_token_id = job.tokenizer.pad_token_id
     chosen, rejected = torch.empty(len(pairs.rows)), torch.empty(len(pairs.rows))
     done = 0
-    for batch in _batches(pairs):
+    longest = [max(len(c), len(r)) for c, r in zip(pairs.chosen_ids, pairs.rejected_ids, strict=True)]
+    for batch in batches_of(longest, TOKENS_AT_ONCE // 2):
         job.progress(done, len(pairs.rows), "scores")
         sequences = [pairs.chosen_ids[i] for i in batch] + [pairs.rejected_ids[i] for i in batch]
         scores = _scores(job.model, sequences, job.tokenizer.pad_token_id)
         chosen[batch], rejected[batch] = scores.chunk(2)
         done += len(batch)
     loss, metrics = bradley_terry(chosen.double(), rejected.double())
-    samples: list[Sample] = []
-    for i, row in enumerate(pairs.rows[: 16 if job.answers is None else job.answers]):
-        prompt = show(job.rows[row].get("prompt"))
-        # Samples before and after are matched by their prompt, so it has to be there and one of a kind.
-        if not prompt or any(sample.prompt == prompt for sample in samples):
-            prompt = f"{prompt} (pair {row + 1})".lstrip()
-        answer = f"chosen {chosen[i]:+.3f}, rejected {rejected[i]:+.3f}"
-        samples.append(Sample(prompt, show(job.rows[row]["chosen"]), answer))
+    samples = pair_samples(job, pairs, lambda i: f"chosen {chosen[i]:+.3f}, rejected {rejected[i]:+.3f}")
     measured = {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
     return Evaluation({name: float(value) for name, value in measured.items()}, samples, len(pairs.rows))
-
-
-def _dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
-    """Pairs as TRL's trainer takes them when they are tokenized already."""
-    from datasets import Dataset
-
-    from ft_rl.pairs import tokenize_pairs
-
-    what = name.replace("_", "-")
-    pairs = tokenize_pairs(rows, job.tokenizer, max_length=job.config.max_length)
-    job.counts |= {f"{name}_tokens": pairs.tokens}
-    if name == "train":
-        job.counts |= {"overlong_rows": pairs.overlong}
-    if not pairs.rows:
-        raise _too_long(len(rows), what, job.config.max_length)
-    if pairs.overlong:
-        job.say(
-            f"{pairs.overlong} of {len(rows)} {what} pairs {'is' if pairs.overlong == 1 else 'are'} longer than "
-            f"max_length {job.config.max_length}: left out"
-        )
-    return Dataset.from_dict({"chosen_ids": pairs.chosen_ids, "rejected_ids": pairs.rejected_ids})
-
-
-def _too_long(count: int, what: str, max_length: int | None) -> DataError:
-    return DataError(f"all {count} {what} pairs are longer than max_length {max_length}: raise max_length")
-
-
-def _batches(pairs: Pairs) -> Iterator[list[int]]:
-    """Positions of pairs in batches of about TOKENS_AT_ONCE tokens, the longest first."""
-    lengths = [max(len(c), len(r)) for c, r in zip(pairs.chosen_ids, pairs.rejected_ids, strict=True)]
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and 2 * (len(batch) + 1) * lengths[batch[0]] > TOKENS_AT_ONCE:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
 
 
 def _scores(model: Any, sequences: list[list[int]], pad: int) -> Any:

@@ -1,7 +1,8 @@
 """The data formats that are recognised by their columns, and the normal form that each row is brought to.
 
 The normal forms are those of the run folder's page: ``{"messages"}``, ``{"prompt", "completion"}`` (strings),
-``{"text"}`` and ``{"prompt", "chosen", "rejected"}`` (strings, or lists of messages). Three optional keys ride along:
+``{"text"}``, ``{"prompt", "chosen", "rejected"}``, ``{"prompt", "completion", "label"}`` and ``{"prompt"}`` with all other
+columns of the row (the last three: strings, or lists of messages). Three optional keys ride along:
 
 * ``tools`` beside ``messages``: the functions offered to the model, passed to the chat template;
 * ``weight`` on an assistant message, as in OpenAI's format: 0 keeps the turn out of the loss. The assistant turns of a
@@ -45,7 +46,8 @@ class Format:
     Attributes:
         name: the name that configurations use.
         columns: the columns that a row needs.
-        optional: further columns that are read where they are there; all others are ignored.
+        optional: further columns that are read where they are there; all others are ignored, save by the prompt
+            format, which keeps them.
         normalise: from a row to its normal form. Raises DataError, which says what is wrong but not where: the reader
             puts the file and line before it.
     """
@@ -240,15 +242,50 @@ def _normalise_preference(row: Row) -> dict[str, Any]:
     return {"prompt": asked + chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
+_LABELS = {"true": True, "1": True, "false": False, "0": False}  # as .csv files have them
+
+
+def _normalise_labelled(row: Row) -> dict[str, Any]:
+    label = _LABELS.get(row["label"].lower(), row["label"]) if isinstance(row["label"], str) else row["label"]
+    if not isinstance(label, int) or label not in (0, 1):
+        shown = repr(label) if isinstance(label, int | float | str) else _kind(label)
+        raise DataError(f"label must be true (a wanted answer) or false, not {shown}")
+    prompt, completion = _asked(row["prompt"]), row["completion"]
+    if isinstance(completion, str) and isinstance(prompt, list):
+        completion = [{"role": "assistant", "content": completion}]
+    if isinstance(completion, list):
+        completion = _messages(completion, "completion")
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    else:
+        completion = _string(completion, "completion")
+    return {"prompt": prompt, "completion": completion, "label": bool(label)}
+
+
+def _normalise_prompt(row: Row) -> dict[str, Any]:
+    """All other columns stay as they are: rewards read them."""
+    return {**row, "prompt": _asked(row["prompt"])}
+
+
+def _asked(prompt: Any) -> str | list[dict[str, Any]]:
+    """A prompt that is there: text, or messages."""
+    if isinstance(prompt, list):
+        return _messages(prompt, "prompt", answer=False)
+    if not _string(prompt, "prompt").strip():
+        raise DataError("prompt is empty")
+    return str(prompt)
+
+
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
         Format("preference", ("chosen", "rejected"), _normalise_preference, ("prompt",)),
+        Format("labelled", ("prompt", "completion", "label"), _normalise_labelled),
         Format("messages", ("messages",), _normalise_messages, ("tools",)),
         Format("sharegpt", ("conversations",), _normalise_sharegpt, ("system", "tools")),
         Format("prompt-completion", ("prompt", "completion"), _normalise_prompt_completion, ("tools",)),
         Format("alpaca", ("instruction", "output"), _normalise_alpaca, ("input",)),
         Format("text", ("text",), _normalise_text),
+        Format("prompt", ("prompt",), _normalise_prompt),
     )
 }
 """The formats by name, in the order in which :func:`recognise` tries them."""

@@ -1,4 +1,4 @@
-"""Forwards of single instances: the fast path's own, told from those that somebody else has put there."""
+"""Forwards of single instances: ft's own, told from those that somebody else has put there."""
 
 from __future__ import annotations
 
@@ -12,25 +12,33 @@ from torch import nn
 if TYPE_CHECKING:
     from ft_core.fast.swap import FastPath
 
-__all__ = ["Forward", "has_other", "silent"]
+__all__ = ["Forward", "Replaced", "has_other", "silent"]
 
 
-class Forward:
+class Replaced:
     """A forward of one instance. An object, not a function, so that a copy of the model has forwards of its own."""
 
-    def __init__(self, path: FastPath, module: nn.Module) -> None:
-        self.path, self.module, self.own = path, module, module.forward
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.own = module, module.forward
         wrapper: Any = self
-        functools.update_wrapper(wrapper, self.own)  # generate() and trainers look at the signature
+        functools.update_wrapper(wrapper, self.own, updated=())  # generate() and trainers look at the signature
+
+
+class Forward(Replaced):
+    """A forward of the fast path's."""
+
+    def __init__(self, path: FastPath, module: nn.Module) -> None:
+        super().__init__(module)
+        self.path = path
 
 
 def has_other(module: nn.Module) -> bool:
-    """Whether an instance has a forward that is neither the fast path's nor its class's own.
+    """Whether an instance has a forward that is neither ft's nor its class's own.
 
     The class's own is often there as an attribute: whoever replaces a forward for a while puts it back like that.
     """
     forward = vars(module).get("forward")
-    if forward is None or isinstance(forward, Forward):
+    if forward is None or isinstance(forward, Replaced):
         return False
     return not (
         getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward

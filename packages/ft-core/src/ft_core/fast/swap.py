@@ -48,7 +48,7 @@ class FastPath:
         layout: of its family.
         on: whether the fast layers are used; while they are not, every call is transformers' own.
         chooser: what each layer keeps between forward and backward (see :meth:`choose`).
-        host: activations that wait in the host's memory.
+        host: activations that wait in the host's memory. own_head: whether the pass under way never holds all logits.
         graphs: recorded steps, for batches of rows without padding (``graphs.on = False`` does without), and for rows
             of documents where the host is slower than the GPU (``graphs.documents = False`` does without these alone).
         pace: which of the two it is.
@@ -65,7 +65,7 @@ class FastPath:
     host: HostMemory = field(default_factory=HostMemory)
     tile: int | None = None
     chooser: Chooser = field(init=False)
-    _own_head: bool = False
+    own_head: bool = False
     _changed: list[nn.Module] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class FastPath:
 
         layers = self.layers
         flagged = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
-        logits = 0 if self._own_head else tokens * self.model.config.get_text_config().vocab_size
+        logits = 0 if self.own_head else tokens * self.model.config.get_text_config().vocab_size
         choices = self.chooser.begin(tokens, device, room, logits, self.host.disk_room)
         if self.tile is None and self.chooser.tiles:
             self.tile = TILE
@@ -307,7 +307,7 @@ class _ModelForward(Forward):
         for name in ("logits_to_keep", "return_dict"):
             keywords.pop(name, None)
         known = labels if shifted is None else shifted
-        self.path._own_head = True
+        self.path.own_head = True
         try:
             loss = self._replayed(head, known, count, shifted is not None, **keywords)
             if loss is not None:
@@ -317,7 +317,7 @@ class _ModelForward(Forward):
                 self.path.pace.begin(known.device)
             outputs = self.backbone(**keywords)
         finally:
-            self.path._own_head = False
+            self.path.own_head = False
         if timed:  # the head is a few launches of much work: at its end the GPU is behind, whoever set the pace
             self.path.pace.end(known.device, recurring_length(known.numel()))
         loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None,

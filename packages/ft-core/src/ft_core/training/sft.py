@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ft_core.data import Collator
     from ft_core.training.job import Job
 
-__all__ = ["SftSettings", "build"]
+__all__ = ["SftSettings", "build", "check_head"]
 
 
 WASTE = 0.25
@@ -90,7 +90,7 @@ def build(job: Job) -> Trainer:
                 loss = loss * self.accelerator.num_processes
             return loss
 
-    _check_head(job.model)
+    check_head(job.model)
     padding_free = keeps_documents_apart(job.model)
     if not padding_free:
         job.say("this model would mix the documents of a packed row: each is a padded row of its own")
@@ -119,8 +119,12 @@ def build(job: Job) -> Trainer:
     )
 
 
-def _check_head(model: Any) -> None:
-    """TRL's loss multiplies by the head's weight itself, so that an adapter on the head would never be trained."""
+def check_head(model: Any) -> None:
+    """Refuse an adapter on the head: TRL's losses multiply by the head's weight itself, so it would never be trained.
+
+    Raises:
+        ConfigError: there is one.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     head = model.get_output_embeddings()

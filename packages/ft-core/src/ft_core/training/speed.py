@@ -133,12 +133,12 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
         return
     import torch
 
-    row = _short(trainer.train_dataset[0])
+    found = _first_batch(trainer, model)
+    if found is None:
+        say("fast layers: not checked, for the method's rows hold no tokens (`ft verify` checks them)")
+        return
     device = next(model.parameters()).device
-    batch = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in trainer.data_collator([row]).items()
-    }
+    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in found.items()}
     arguments = trainer.args
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     result = fast.compare(path, model, batch, dtype)
@@ -154,6 +154,26 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
         )
     worst = max(result.gradients.values(), default=0.0)
     say(f"fast layers: checked against transformers' own on a row, gradients within {worst:.1g}")
+
+
+def _first_batch(trainer: Any, model: Any) -> dict[str, Any] | None:
+    """A batch of the first row's first tokens, with labels, as the method's collator or a plain one makes it.
+
+    Rows of other methods hold several sequences, or the text of a prompt, which the trainer's ``first_ids`` gives.
+    """
+    import torch
+
+    row = trainer.train_dataset[0]
+    if "input_ids" in row:
+        return dict(trainer.data_collator([_short(row)]))
+    own = getattr(trainer, "first_ids", None)
+    ids = own() if own is not None else next((row[name] for name in row if name.endswith("_ids")), None)
+    if not ids:
+        return None
+    tokens = torch.tensor(list(ids)[:CHECKED])[None]
+    scores = model.get_output_embeddings() is None  # a head of one score learns a number
+    labels = torch.zeros(1, 1, dtype=torch.float32) if scores else tokens
+    return {"input_ids": tokens, "labels": labels, "use_cache": False}
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class TokenLogProbs(NamedTuple):
 
     Attributes:
         logprobs: ``[...]``.
-        entropy: ``[...]``, of each distribution, in nats, differentiable; None if not asked for.
+        entropy: ``[...]``, of each distribution, in nats, differentiable unless asked for ``"detached"``; None if not
+            asked for.
         top1: ``[...]``, the most likely class of each, −1 where the target is ignored; None if not asked for.
     """
 
@@ -119,7 +120,7 @@ def linear_logprob(
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., lora: Lora | None = ...,
     ignore_index: int = ..., temperature: float = ..., softcap: float | None = ..., logit_scale: float = ...,
-    entropy: bool = ..., top1: bool = ..., max_memory: int = ...,
+    entropy: bool | Literal["detached"] = ..., top1: bool = ..., max_memory: int = ...,
 ) -> Tensor | TokenLogProbs: ...  # fmt: skip
 def linear_logprob(
     hidden: Tensor,
@@ -132,23 +133,23 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    entropy: bool = False,
+    entropy: bool | Literal["detached"] = False,
     top1: bool = False,
     max_memory: int = 2**30,
 ) -> Tensor | TokenLogProbs:
     """The log-probability of each target under ``softmax(hidden @ weightᵀ)``, without ever holding all logits.
 
     What policy-gradient losses need (PPO, arXiv:1707.06347; GRPO, arXiv:2402.03300). Differentiable in hidden, weight,
-    bias and the low-rank update, with any gradient from above. If hidden alone needs a gradient and entropy is not
-    asked for, it is made in the forward pass; otherwise backward makes the logits again.
+    bias and the low-rank update, with any gradient from above. If hidden alone needs a gradient and the entropy needs
+    none, it is made in the forward pass; otherwise backward makes the logits again.
 
     Args:
         hidden, weight, bias, lora, softcap, logit_scale, max_memory: as :func:`linear_cross_entropy` has them.
         targets: ``[...]``, integers from 0 to V − 1, or ``ignore_index``.
         ignore_index: rows with this target give a log-probability and an entropy of 0, and a gradient of zero.
         temperature: divides the logits, after the softcap; positive.
-        entropy: whether to give each distribution's entropy too. It is differentiable; detach it if it is only to be
-            looked at, and backward does not go through it.
+        entropy: whether to give each distribution's entropy too. It is differentiable; ``"detached"`` gives one that is
+            only to be looked at, which costs next to nothing.
         top1: whether to give the number of each most likely class too (the first, if several are equally likely).
 
     Returns:
@@ -161,6 +162,8 @@ def linear_logprob(
         RuntimeError: in backward, if the gradient is to be differentiated again (``create_graph=True``).
     """
     where = "linear_logprob"
+    if entropy not in (True, False, "detached"):
+        raise ValueError(f"{where}: entropy={entropy!r}; allowed are True, False and 'detached'")
     check_settings(where, softcap, logit_scale)
     if not 0 < temperature < math.inf:
         raise ValueError(f"{where}: temperature={temperature}; allowed is a positive number")
@@ -169,8 +172,10 @@ def linear_logprob(
         given.head.scaling, ignore_index, 0.0, float(softcap or 0.0), float(logit_scale), 0.0, float(temperature),
         max_memory,
     )  # fmt: skip
-    keep = given.needs == Needs(hidden=True) and not entropy
-    losses, _, _, entropies, best, _ = linear_head_op(*given.tensors, *numbers, entropy, top1, keep)
+    keep = given.needs == Needs(hidden=True) and entropy is not True
+    losses, _, _, entropies, best, _ = linear_head_op(*given.tensors, *numbers, bool(entropy), top1, keep)
+    if entropy == "detached":
+        entropies = entropies.detach()
     dtype = torch.promote_types(given.hidden.dtype, torch.float32)
     logprobs: Tensor = (0.0 - losses).to(dtype).view(targets.shape)
     if not (entropy or top1):

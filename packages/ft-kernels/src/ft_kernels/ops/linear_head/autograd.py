@@ -113,9 +113,10 @@ def _(
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, a, b, targets, *numbers, entropy, _, keep = inputs
     _, lses, rests, entropies, best, held = output
-    ctx.mark_non_differentiable(lses, rests, best, held)
+    # With the gradient at hand already, an entropy is one to look at.
+    ctx.mark_non_differentiable(lses, rests, best, held, *([entropies] if keep else []))
     ctx.set_materialize_grads(False)  # zeros for what has no gradient would be made, and read by nobody
-    ctx.numbers, ctx.entropy, ctx.keep, ctx.dtype = numbers, entropy, keep, hidden.dtype
+    ctx.numbers, ctx.entropy, ctx.keep, ctx.dtype = numbers, entropy and not keep, keep, hidden.dtype
     if keep:
         ctx.save_for_backward(held)
     else:
@@ -128,7 +129,7 @@ def _backward_rows(ctx: Any, grads: Tensor | None, *others: Tensor | None) -> tu
     if grads is None and entropy_grads is None:
         return *(None,) * 5, *rest
     refuse_second_derivative(_NAMES)
-    if ctx.keep and grads is not None:  # then there is no entropy
+    if ctx.keep and grads is not None:
         (held,) = ctx.saved_tensors
         scale = chunks.gradient_scale(ctx.dtype, Settings(*ctx.numbers[1:-1]))
         return scaled_op(held, grads / scale, ctx.dtype), *(None,) * 4, *rest

@@ -1,0 +1,151 @@
+"""A language model's log-probabilities of given tokens, without padding and without whole logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import ft_kernels as kernels
+from ft_core.data.collating import LENGTHS
+from ft_core.fast.find import NotFast, layout_of, unwrapped
+from ft_core.fast.head import can_fuse
+from ft_core.fast.layout import Layout, at
+from ft_core.fast.linears import read
+from ft_core.fast.swap import fast_path_of
+from ft_kernels.functional import TokenLogProbs
+
+__all__ = ["Scorer", "Unpadded"]
+
+MEMORY = 2**30
+"""Bytes of logits at a time where no fast layers say how many there may be."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unpadded:
+    """The tokens of a padded batch ``[B, L]`` as one row of documents.
+
+    Attributes:
+        kept: bool ``[B, L]``, true where there is a token.
+        ids, positions: int64 ``[1, T]``, row after row; positions count from 0 in each.
+        lengths: tokens of each row that has any.
+    """
+
+    kept: Tensor
+    ids: Tensor
+    positions: Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
+        """Take the padding out; each row's tokens are one run, wherever it begins. Waits for the device once."""
+        kept = attention_mask.bool()
+        lengths = [n for n in kept.sum(1).tolist() if n]
+        positions = (kept.cumsum(1) - 1)[kept]
+        return cls(kept, input_ids[kept][None], positions[None], lengths)
+
+    def places(self, wanted: Tensor) -> Tensor:
+        """Where the tokens of ``wanted``, bool ``[B, L]`` and all of them kept, lie in the row: int64 ``[N]``."""
+        return (self.kept.flatten().cumsum(0) - 1)[wanted.flatten()]
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """Scores tokens by a model whose head the kernels can compute.
+
+    Attributes:
+        model: the model with its head, not an adapter's wrapping.
+        layout: of its family, for the backbone and how logits are scaled.
+    """
+
+    model: Any
+    layout: Layout
+
+    @classmethod
+    def of(cls, model: Any) -> Scorer | None:
+        """The scorer of a model or of what wraps it; None where its family or its head is not known."""
+        model = unwrapped(model)
+        try:
+            layout = layout_of(model)
+        except NotFast:
+            return None
+        head = getattr(model, layout.head, None)
+        return cls(model, layout) if isinstance(head, nn.Module) and can_fuse(head) else None
+
+    def hidden(self, row: Unpadded) -> Tensor:
+        """The last hidden states ``[T, H]`` of documents that do not see each other."""
+        return self.states(input_ids=row.ids, position_ids=row.positions, lengths=row.lengths)[0]
+
+    def states(self, *, lengths: Sequence[int] | None = None, **inputs: Any) -> Tensor:
+        """The last hidden states of a batch, by the fast layers where they are on.
+
+        Args:
+            lengths: of the documents in a batch of one row.
+            inputs: of the backbone: ``input_ids``, and ``attention_mask`` or ``position_ids``.
+        """
+        path = fast_path_of(self.model)
+        if path is not None and path.on and lengths is not None:
+            inputs[LENGTHS] = list(lengths)
+        if path is not None:
+            path.own_head = True
+        try:
+            states: Tensor = at(self.model, self.layout.backbone)(**inputs, use_cache=False).last_hidden_state
+        finally:
+            if path is not None:
+                path.own_head = False
+        return states
+
+    def logprobs(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy: bool | Literal["detached"] = False,
+        top1: bool = False,
+    ) -> TokenLogProbs:
+        """The log-probability of each target (see :func:`ft_kernels.linear_logprob`).
+
+        Args:
+            hidden: ``[N, H]``, the state before each target. targets: int64 ``[N]``.
+        """
+        linear = read(getattr(self.model, self.layout.head))
+        assert linear is not None
+        path, adapter = fast_path_of(self.model), linear.adapter
+        made = kernels.linear_logprob(
+            hidden,
+            linear.weight,
+            targets,
+            bias=linear.bias,
+            lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
+            temperature=temperature,
+            softcap=self.layout.logit_softcap,
+            logit_scale=self.layout.logit_scale,
+            entropy=entropy,
+            top1=top1,
+            max_memory=MEMORY if path is None else path.chooser.head,
+        )
+        return TokenLogProbs(made, None, None) if isinstance(made, Tensor) else made
+
+    @torch.no_grad()
+    def mean_logits(self, hidden: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """The mean over the vocabulary of the logits of each hidden state ``[N, H]``; NaN where there is a softcap.
+
+        The mean of a linear map's results is the map by the mean of its rows.
+        """
+        linear = read(getattr(self.model, self.layout.head))
+        assert linear is not None
+        if self.layout.logit_softcap is not None:
+            return hidden.new_full(hidden.shape[:1], float("nan"), dtype=torch.float32)
+        adapter, scale = linear.adapter, self.layout.logit_scale / temperature
+        with torch.autocast(hidden.device.type, enabled=False):
+            mean = linear.weight.mean(0, dtype=torch.float32)
+            if adapter is not None:
+                mean = mean + adapter.scaling * adapter.b.mean(0, dtype=torch.float32) @ adapter.a.float()
+            result: Tensor = hidden.float() @ mean
+            if linear.bias is not None:
+                result = result + linear.bias.mean(dtype=torch.float32)
+        return result * scale

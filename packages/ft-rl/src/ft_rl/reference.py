@@ -1,0 +1,60 @@
+"""The reference model of preference and reinforcement methods: the model as it was, of which there is no second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ft_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ft_core.config import TrainConfig
+
+__all__ = ["adapter_off", "begins_neutral", "check_reference", "drop_copy"]
+
+COPY = "ref"
+"""The name under which TRL's trainers add a copy of the adapter as it begins."""
+
+
+def check_reference(config: TrainConfig) -> None:
+    """Refuse what an adapter that is switched off does not take back.
+
+    Raises:
+        ConfigError: the configuration trains biases of the base.
+    """
+    if config.lora is not None and config.lora.bias != "none":
+        raise ConfigError(
+            f"lora.bias: {config.lora.bias} is not allowed with {config.method}: its reference is the model with the "
+            "adapter switched off, and biases of the base would stay trained (allowed: none)"
+        )
+
+
+def begins_neutral(model: Any) -> bool:
+    """Whether an adapter changes nothing yet, so that the model without it is the model that training begins with."""
+    return not any(
+        bool(parameter.any())
+        for name, parameter in model.named_parameters()
+        if ".lora_B." in name or ".lora_embedding_B." in name
+    )
+
+
+def drop_copy(model: Any, neutral: bool) -> None:
+    """Let go of the copy of the adapter that TRL's constructor has made, where switching the adapter off does.
+
+    Args:
+        model: the model to train, with or without an adapter.
+        neutral: whether the adapter was neutral before training (:func:`begins_neutral`).
+    """
+    if neutral and COPY in getattr(model, "peft_config", {}):
+        model.delete_adapter(COPY)
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[bool]:
+    """Within it the model is the reference, if it has an adapter; gives whether it has."""
+    if not hasattr(model, "disable_adapter"):
+        yield False
+        return
+    with model.disable_adapter():
+        yield True
