@@ -111,9 +111,9 @@ class FastPath:
     @contextlib.contextmanager
     def choosing(self, tokens: int, device: torch.device) -> Iterator[None]:
         """Within it the layers compute a batch that is to be differentiated, each by its choice."""
-        from ft_core.fast.decoding import forget
+        from ft_core.fast.decoding import rest
 
-        forget(self.model)  # training may want the memory that was kept for more answers
+        rest(self.model)  # training may want the memory that was kept for more answers
 
         def room(wanted: int) -> int:
             return min(wanted, self.host.pool(device).room)

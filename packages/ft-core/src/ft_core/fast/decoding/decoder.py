@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import deque
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from ft_core.fast.decoding.session import Session, bytes_of
 from ft_core.fast.decoding.trial import trial
 from ft_core.fast.find import NotFast, unwrapped
 
-__all__ = ["Decoder", "decoder_of", "forget"]
+__all__ = ["Decoder", "decoder_of", "forget", "rest"]
 
 HANDLE = "_ft_decoder"
 AHEAD = 4
 """Steps that are handed to the GPU before a token is read, so that it never waits for the host."""
+Draw = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From logits to tokens, and what is told of them."""
 SHARE = 0.9
 """The share of the free memory that keys and values may take."""
 
@@ -55,11 +57,12 @@ class Decoder:
             seen = looks(plain, layout)
             if self._layers is None or seen != self._seen:
                 self._layers = self.session = None
-                made = Layers(plain, layout)
+                made, tried = Layers(plain, layout), seen == self._seen
                 made.refresh()
-                self._problem = trial(made, model)
+                if not tried:
+                    self._problem = trial(made, model)
                 self._layers, self._seen = made, looks(plain, layout)
-                if self._problem is not None:
+                if self._problem is not None and not tried:
                     warnings.warn(f"answers are written by transformers' own layers: {self._problem}", stacklevel=2)
             if self._problem is not None:
                 self.reason = self._problem
@@ -103,22 +106,45 @@ class Decoder:
             ValueError: ``new`` is less than one.
             RuntimeError: :meth:`ready` was not called.
         """
+        yield from self.drawn(prompts, lambda logits: (_chosen(logits, temperature, top_p),) * 2, new=new)
+
+    def drawn(
+        self, prompts: Sequence[Sequence[int]], draw: Draw, *, new: int, copies: int = 1
+    ) -> Generator[Any, None, None]:
+        """What ``draw`` tells of each token that follows prompts; as :meth:`steps`, with a way to choose of one's own.
+
+        Args:
+            draw: from logits ``[n, V]`` to the tokens, int64 ``[n]``, and a tensor that is sent to the host, which is
+                given as ``tolist`` gives it. It may not wait for the device.
+            copies: how many sequences follow each prompt, which is read once; n is prompts times copies, and the copies
+                of a prompt stand together.
+
+        Raises:
+            ValueError: ``new`` is less than one.
+            RuntimeError: :meth:`ready` was not called.
+        """
         if new < 1:
             raise ValueError(f"max_new_tokens is {new}: it must be greater than 0")
+        count = len(prompts) * copies
         self._busy.acquire()
         try:
-            session = self._session(len(prompts), max(map(len, prompts)) + new)
-            tokens = _chosen(session.begin(prompts), temperature, top_p)
-            sent = deque([_Sent(tokens)])
+            session = self._session(count, max(map(len, prompts)) + new)
+            tokens, told = draw(session.begin(prompts, copies))
+            sent = deque([_Sent(told)])
             for step in range(1, new):
                 if len(sent) > (AHEAD if session.recorded else 0):
                     yield sent.popleft().read()
-                logits = session.follow(tokens, new - step)
-                tokens = _chosen(logits[: len(prompts)], temperature, top_p)
-                sent.append(_Sent(tokens))
+                tokens, told = draw(session.follow(tokens, new - step)[:count])
+                sent.append(_Sent(told))
             while sent:
                 yield sent.popleft().read()
         finally:
+            self._busy.release()
+
+    def rest(self) -> None:
+        """Let go of keys, values and weights, unless an answer is being written."""
+        if self._busy.acquire(blocking=False):
+            self.session = self._layers = None
             self._busy.release()
 
     def answers(
@@ -163,7 +189,7 @@ def _chosen(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 class _Sent:
-    """Tokens on their way to the host."""
+    """Tokens, or what is told of them, on their way to the host."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.event: torch.cuda.Event | None = None
@@ -175,11 +201,10 @@ class _Sent:
                 self.event = torch.cuda.Event()
                 self.event.record()
 
-    def read(self) -> list[int]:
+    def read(self) -> Any:
         if self.event is not None:
             self.event.synchronize()
-        numbers: list[int] = self.tokens.tolist()
-        return numbers
+        return self.tokens.tolist()
 
 
 def _rows(rows: int) -> int:
@@ -215,5 +240,12 @@ def decoder_of(model: Any, *, anywhere: bool = False) -> Decoder | None:
 
 
 def forget(model: Any) -> None:
-    """Give back the memory that was kept for further answers of a model."""
+    """Give back what was kept for further answers of a model."""
     vars(unwrapped(model)).pop(HANDLE, None)
+
+
+def rest(model: Any) -> None:
+    """Give back the memory that was kept for further answers of a model; that its layers were tried is remembered."""
+    decoder = vars(unwrapped(model)).get(HANDLE)
+    if isinstance(decoder, Decoder):
+        decoder.rest()

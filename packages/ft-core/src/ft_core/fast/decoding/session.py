@@ -62,13 +62,18 @@ class Session:
         return self._graph is not None
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read prompts, of which there may be fewer than rows, and give the logits that follow, ``[prompts, V]``."""
+    def begin(self, prompts: Sequence[Sequence[int]], copies: int = 1) -> Tensor:
+        """Read prompts, and give the logits that follow, ``[prompts · copies, V]``.
+
+        Args:
+            prompts: token ids, none empty. copies: how many of the sequences, which may be fewer than rows, begin with
+                each: they stand together, and the prompt is read once.
+        """
         layers, device = self.layers, self.layers.device
         counts = [len(prompt) for prompt in prompts]
         flat = [token for prompt in prompts for token in prompt]
         places = [i for count in counts for i in range(count)]
-        slots = [row * self.slots + i for row, count in enumerate(counts) for i in range(count)]
+        slots = [row * copies * self.slots + i for row, count in enumerate(counts) for i in range(count)]
         with _on(device):
             ids, positions, where = torch.tensor([flat, places, slots], dtype=torch.int64).to(device)
             plan = kernels.plan_attention(lengths=counts)
@@ -84,11 +89,16 @@ class Session:
                 )
 
             hidden = layers(ids, attend, few=False)
-            lengths = torch.tensor(counts + [0] * (self.rows - len(counts)), dtype=torch.int32)
-            self.lengths.copy_(lengths)
+            rows = [count for count in counts for _ in range(copies)]
+            self.lengths.copy_(torch.tensor(rows + [0] * (self.rows - len(rows)), dtype=torch.int32))
             self.tokens.zero_()
-            lasts = lengths[: len(counts)].cumsum(0).to(device) - 1
-            return layers.head(hidden[lasts], False)
+            if copies > 1:
+                kept = self.kept.view(*self.kept.shape[:2], self.rows, self.slots, *self.kept.shape[3:])
+                for i, count in enumerate(counts):
+                    kept[:, :, i * copies + 1 : (i + 1) * copies, :count] = kept[:, :, i * copies, None, :count]
+            lasts = torch.tensor(counts).cumsum(0).to(device) - 1
+            logits: Tensor = layers.head(hidden[lasts], False)
+            return logits.repeat_interleave(copies, 0) if copies > 1 else logits
 
     @torch.inference_mode()
     def follow(self, tokens: Tensor, left: int) -> Tensor:

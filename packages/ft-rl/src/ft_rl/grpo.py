@@ -1,0 +1,274 @@
+"""Group relative policy optimization on TRL's GRPOTrainer, and GSPO, which is the same with weights of whole sequences.
+
+Completions are written by one of the rollout engines, the reference is the adapter switched off, log-probabilities come
+of packed rows and the chunked head; the loss is TRL's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ft_core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ft_core.config import TrainConfig
+    from ft_core.evaluation import Evaluation, EvaluationJob
+    from ft_core.training import Job
+
+__all__ = ["GrpoSettings", "GspoSettings", "build", "evaluate", "generations_of"]
+
+GENERATIONS = 8
+"""Completions of a prompt where nothing else is said."""
+
+
+class GrpoSettings(BaseModel):
+    """The section ``grpo`` of a configuration; the names are those of TRL's ``GRPOConfig``.
+
+    Attributes:
+        num_generations: completions of each prompt, among which the advantage is relative; unset means 8, or the
+            largest smaller divisor of ``training.batch_size`` times ``training.gradient_accumulation``.
+        max_completion_length: tokens a completion may have.
+        temperature, top_p, top_k, min_p, repetition_penalty: how tokens are drawn.
+        beta: weight of the divergence from the reference (k3); 0 needs no reference.
+        num_iterations: updates that reuse one batch of completions (μ of the paper).
+        steps_per_generation: micro-batches that completions are written for at a time; unset means
+            ``training.gradient_accumulation``.
+        epsilon, epsilon_high: how far the ratio may move below and above 1; ``epsilon_high`` unset means ``epsilon``
+            (DAPO's clip-higher, arXiv:2503.14476, recommends 0.28). delta: a bound from above where the advantage is
+            negative.
+        loss_type: how tokens are averaged: ``grpo`` (each sequence alike; Shao et al. 2024, arXiv:2402.03300),
+            ``dapo`` (each token of the batch alike), ``bnpo`` (of the micro-batch), ``dr_grpo`` (by the longest length;
+            Liu et al. 2025, arXiv:2503.20783), or another of TRL's.
+        importance_sampling_level: whether ratios are of ``token`` or ``sequence`` (GSPO).
+        scale_rewards: whether advantages are divided by the standard deviation of their ``group``, of the ``batch``, or
+            not at all (``none``, as Dr. GRPO).
+        mask_truncated_completions: leave completions that did not end out of the loss (DAPO).
+        top_entropy_quantile: train the share of tokens with the highest entropy only (arXiv:2506.01939).
+        entropy_coef: weight of an entropy bonus.
+        disable_dropout: whether to switch off every dropout.
+        chat_template_kwargs: for the chat template, such as ``enable_thinking``.
+        rollouts: the engine that writes completions, and its settings: a name, or a mapping with ``engine``.
+        sampling_correction: ``auto`` corrects the gradient for the gap between the engine's log-probabilities and the
+            trainer's where its mean is above ``sampling_bound``; ``always``, ``never``.
+        sampling_bound: nats. sampling_clip_max: the largest factor of a token (truncated importance sampling).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_generations: int | None = Field(default=None, ge=2)
+    max_completion_length: int = Field(default=512, ge=1)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    beta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    num_iterations: int = Field(default=1, ge=1)
+    steps_per_generation: int | None = Field(default=None, ge=1)
+    epsilon: float = Field(default=0.2, gt=0, allow_inf_nan=False)
+    epsilon_high: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    delta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    loss_type: Literal["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo"] = "dapo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    mask_truncated_completions: bool = False
+    top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
+    entropy_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    disable_dropout: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    rollouts: str | dict[str, Any] = "transformers"
+    sampling_correction: Literal["auto", "always", "never"] = "auto"
+    sampling_bound: float = Field(default=0.02, ge=0, allow_inf_nan=False)
+    sampling_clip_max: float = Field(default=2.0, ge=1, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _engine_is_named(self) -> GrpoSettings:
+        if isinstance(self.rollouts, dict) and not isinstance(self.rollouts.get("engine"), str):
+            raise ValueError("rollouts: a mapping needs 'engine', the name of one (see ft plugins)")
+        return self
+
+
+class GspoSettings(GrpoSettings):
+    """The section ``gspo``: :class:`GrpoSettings` with the defaults of Zheng et al. 2025 (arXiv:2507.18071, section 5).
+
+    Ratios are of whole sequences, the geometric mean of their tokens' (equation 7), so the range they may move in is
+    much smaller. It equals GRPO until a batch of completions is reused.
+    """
+
+    epsilon: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    epsilon_high: float | None = Field(default=4e-4, gt=0, allow_inf_nan=False)
+    loss_type: Literal["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "sequence"
+
+
+def generations_of(config: TrainConfig, settings: GrpoSettings, processes: int = 1) -> int:
+    """How many completions a prompt gets.
+
+    Raises:
+        ConfigError: a step's completions are not whole groups.
+    """
+    t = config.training
+    rows = t.batch_size * (settings.steps_per_generation or t.gradient_accumulation) * processes
+    wanted = settings.num_generations
+    if wanted is None:
+        wanted = next((n for n in range(min(GENERATIONS, rows), 1, -1) if rows % n == 0), 0)
+    name = f"{config.method}.num_generations"
+    if wanted < 2:
+        raise ConfigError(
+            f"{name}: a step has {rows} completion, and a group needs two at least: raise training.batch_size or "
+            "training.gradient_accumulation"
+        )
+    if rows % wanted:
+        allowed = [n for n in range(2, rows + 1) if rows % n == 0]
+        raise ConfigError(
+            f"{name}: {wanted} does not divide the {rows} completions of a step (training.batch_size times "
+            f"gradient_accumulation; allowed: {', '.join(map(str, allowed))})"
+        )
+    return wanted
+
+
+def build(job: Job) -> Trainer:
+    """The trainer of one run; see :class:`ft_core.training.Job`.
+
+    Raises:
+        ConfigError: no or wrong rewards, groups that do not fill a step, no room for a prompt, an adapter on the head.
+        DataError: no prompt is short enough, too few of them, or a reward's column is missing.
+    """
+    from trl import GRPOConfig
+
+    from ft_core.training.ranks import Ranks
+    from ft_core.training.sft import check_head
+    from ft_rl.grpo_trainer import GrpoTrainer
+    from ft_rl.reference import check_reference
+    from ft_rl.rewards import resolve_rewards
+
+    settings = job.settings
+    assert isinstance(settings, GrpoSettings)
+    check_head(job.model)
+    if settings.beta:
+        check_reference(job.config)
+    rewards = resolve_rewards(job.config.rewards, say=job.say)
+    generations = generations_of(job.config, settings, Ranks().count)
+    train = prompts_dataset(job, job.train_rows, "train")
+    held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
+    rewards.check_columns(train.column_names)
+    ours = {"rollouts", "sampling_correction", "sampling_bound", "sampling_clip_max", "num_generations"}
+    arguments = GRPOConfig(
+        **job.arguments,
+        **settings.model_dump(exclude=ours),
+        num_generations=generations,
+        num_generations_eval=1,
+        reward_weights=rewards.weights,
+    )
+    at_once = arguments.generation_batch_size // generations
+    if len(train) < at_once:
+        raise DataError(
+            f"{len(train)} prompts are too few for a step of {at_once}: add some, or lower training.batch_size or "
+            "gradient_accumulation"
+        )
+    return GrpoTrainer(
+        job,
+        settings,
+        model=job.model,
+        reward_funcs=list(rewards.functions),
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=job.tokenizer,
+        callbacks=job.callbacks,
+    )
+
+
+def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
+    """Prompts with all their columns; those that leave no room for a completion are left out.
+
+    Raises:
+        ConfigError: no prompt could have room. DataError: none has.
+    """
+    from datasets import Dataset
+
+    from ft_rl.prompts import prompt_ids
+
+    settings, config = job.settings, job.config
+    assert isinstance(settings, GrpoSettings)
+    room = config.max_length - settings.max_completion_length
+    if room < 1:
+        raise ConfigError(
+            f"{config.method}.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in "
+            f"max_length {config.max_length}: raise max_length, or lower it"
+        )
+    kept, tokens = [], 0
+    for number, row in enumerate(rows, 1):
+        length = len(prompt_ids(row["prompt"], job.tokenizer, settings.chat_template_kwargs, f"row {number}"))
+        if length <= room:
+            kept.append(row)
+            tokens += length
+    what, dropped = name.replace("_", "-"), len(rows) - len(kept)
+    if not kept:
+        raise DataError(
+            f"all {len(rows)} {what} prompts are longer than {room} tokens, max_length {config.max_length} less "
+            f"{config.method}.max_completion_length {settings.max_completion_length}: raise max_length"
+        )
+    if dropped:
+        verb = "is" if dropped == 1 else "are"
+        job.say(f"{dropped} of {len(rows)} {what} prompts {verb} longer than {room} tokens: left out")
+    job.counts |= {f"{name}_tokens": tokens, **({"overlong_rows": dropped} if name == "train" else {})}
+    return Dataset.from_list(kept)
+
+
+def evaluate(job: EvaluationJob) -> Evaluation:
+    """The rewards of the model's likeliest completions (greedy) of held-out prompts.
+
+    ``reward`` is the mean weighted sum; then each reward's mean, by its name, where there are several; ``length``, the
+    mean number of a completion's tokens.
+
+    Raises:
+        ConfigError, DataError: as :func:`build`.
+    """
+    from ft_core.evaluation import Evaluation, Sample
+    from ft_rl.pairs import show
+    from ft_rl.prompts import as_completion, prompt_ids
+    from ft_rl.rewards import resolve_rewards
+    from ft_rl.rollouts.protocol import EngineJob, Sampling
+    from ft_rl.rollouts.own_model import OwnModel
+    from ft_rl.stops import stops_of
+
+    rewards = resolve_rewards(job.config.rewards)
+    new = int(getattr(job.settings, "max_completion_length", job.max_new_tokens))
+    options = getattr(job.settings, "chat_template_kwargs", None)
+    ids = [prompt_ids(row["prompt"], job.tokenizer, options, f"row {i}") for i, row in enumerate(job.rows, 1)]
+    stops = stops_of(job.model, job.tokenizer)
+    engine = OwnModel(EngineJob(job.model, job.tokenizer, {}, None, print))
+    written, at_once = [], 32
+    for start in range(0, len(ids), at_once):
+        job.progress(start, len(ids), "completions")
+        given = ids[start : start + at_once]
+        written += [one[0] for one in engine.generate(given, 1, Sampling(new, 0.0, stops=stops), step=0)]
+    job.progress(len(ids), len(ids), "completions")
+    texts = [job.tokenizer.decode(one.ids, skip_special_tokens=True) for one in written]
+    prompts = [row["prompt"] for row in job.rows]
+    columns = {name: [row.get(name) for row in job.rows] for name in job.rows[0] if name != "prompt"}
+    completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    each, totals = rewards.score(prompts, completions, completion_ids=[one.ids for one in written], **columns)
+    metrics: dict[str, float | None] = {"reward": _mean(totals)}
+    if len(rewards.names) > 1:
+        metrics |= {name: _mean(values) for name, values in zip(rewards.names, each, strict=True)}
+    metrics["length"] = _mean([float(len(one.ids)) for one in written])
+    samples: list[Sample] = []
+    for i, prompt in enumerate(prompts[: 16 if job.answers is None else job.answers]):
+        asked = show(prompt)
+        if any(sample.prompt == asked for sample in samples):
+            asked = f"{asked} (row {i + 1})"
+        score = "not scored" if totals[i] is None else f"reward {totals[i]:.3g}"
+        samples.append(Sample(asked, None, f"{texts[i]} [{score}]"))
+    return Evaluation(metrics, samples, len(job.rows))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

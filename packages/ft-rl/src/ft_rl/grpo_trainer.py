@@ -1,0 +1,150 @@
+"""The trainer of GRPO and GSPO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from ft_core.plugins import RolloutSpec, registry, resolve
+from ft_core.training.trainer import RunTrainerMixin
+from ft_rl.grpo import GrpoSettings
+from ft_rl.prompts import prompt_ids
+from ft_rl.rollouts.protocol import Engine, EngineJob, Sampling
+from ft_rl.stops import stops_of
+from ft_rl.trainers import PolicyTrainerMixin
+
+if TYPE_CHECKING:
+    from ft_core.training import Job
+
+__all__ = ["GrpoTrainer", "make_engine"]
+
+
+def make_engine(job: Job, settings: GrpoSettings) -> Engine:
+    """The rollout engine that a configuration names.
+
+    Raises:
+        PluginError: there is none of that name; lists those that are installed.
+        ConfigError: the engine refuses its settings.
+    """
+    given = settings.rollouts
+    name, values = (given, {}) if isinstance(given, str) else (given["engine"], dict(given))
+    values.pop("engine", None)
+    spec = registry().get(RolloutSpec, name)
+    made: Engine = resolve(spec.engine)(EngineJob(job.model, job.tokenizer, values, job.config.output, job.say))
+    return made
+
+
+class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, GRPOTrainer):
+    """TRL's trainer with whole checkpoints, no telemetry, the policy's head, and completions by an engine of ours.
+
+    Attributes:
+        engine: writes completions.
+    """
+
+    fields = ("log_probs", "entropy")
+
+    def __init__(self, job: Job, settings: GrpoSettings, **kwargs: Any) -> None:
+        self.engine = make_engine(job, settings)
+        self._job, self._own = job, settings
+        self._batch: dict[str, Any] | None = None
+        super().__init__(**kwargs)
+        stops = stops_of(self.model, job.tokenizer)
+        self.eos_token_ids = sorted({*self.eos_token_ids, *stops})
+        self._sampling = Sampling(
+            settings.max_completion_length,
+            settings.temperature,
+            settings.top_p,
+            settings.top_k,
+            settings.min_p,
+            settings.repetition_penalty,
+            frozenset(self.eos_token_ids),
+            job.config.training.seed,
+        )
+
+    @property
+    def head_temperature(self) -> float:
+        """Log-probabilities are those of the distribution that tokens are drawn from."""
+        return float(self.temperature)
+
+    @property
+    def head_entropy(self) -> Literal[True, "detached"]:
+        """Trained with an entropy bonus."""
+        return True if self._entropy_bonus_enabled else "detached"
+
+    def first_ids(self) -> list[int]:
+        """The first prompt's tokens, on which the fast layers are checked."""
+        return prompt_ids(self.train_dataset[0]["prompt"], self.processing_class, self._own.chat_template_kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; afterwards the engine holds nothing."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.engine.close()
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kw: Any
+    ) -> Any:
+        """Completions and their log-probabilities; TRL repeats each prompt as often as it wants completions."""
+        if images is not None or multimodal_fields:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args, **kw)
+        unique, copies = _grouped(prompt_ids)
+        with self.accelerator.autocast():
+            made = self.engine.generate(unique, copies, self._sampling, step=int(self.state.global_step))
+        flat = [completion for group in made for completion in group]
+        return [one.ids for one in flat], [one.logprobs for one in flat]
+
+    def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        self._batch = dict(inputs)
+        try:
+            return super()._compute_loss(model, self._batch)
+        finally:
+            self._batch = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's. Within the loss the gap to the engine's is measured, and the advantages are corrected for it."""
+        made = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        batch = self._batch
+        if batch is not None and "sampling_per_token_logps" in batch and self.importance_sampling_level:
+            trained = batch.get("old_per_token_logps")
+            self._correct(batch, made[0].detach() if trained is None else trained)
+        return made
+
+    def _correct(self, batch: dict[str, Any], logprobs: Tensor) -> None:
+        """Measure the gap, and weigh each token by the ratio of the trainer's probability to the engine's.
+
+        The weights do not depend on the policy that is trained, and are positive: multiplying the advantage by them is
+        multiplying the loss, clipped or not. TRL takes advantages of tokens, ``[B, T]``, too.
+        """
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        difference = torch.where(mask.bool(), logprobs - batch["sampling_per_token_logps"], 0.0)
+        count = mask.sum().clamp(min=1)
+        gap = difference.abs().sum() / count
+        mode = self._metrics["train" if self.model.training else "eval"]
+        mode["sampling/gap"].append(float(gap))
+        mode["sampling/gap_max"].append(float(difference.abs().max()))
+        kind, bound = self._own.sampling_correction, self._own.sampling_bound
+        corrected = kind == "always" or (kind == "auto" and float(gap) > bound)
+        mode["sampling/corrected"].append(float(corrected))
+        if corrected:
+            ratio = difference.exp().clamp(max=self._own.sampling_clip_max)
+            mode["sampling/ratio"].append(float((ratio * mask).sum() / count))
+            batch["advantages"] = batch["advantages"].view(len(mask), -1) * ratio
+
+
+def _grouped(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
+    """Prompts without their repetitions, and how often each stands there in a row; 1 where that is not the same."""
+    runs: list[tuple[list[int], int]] = []
+    for prompt in prompts:
+        if runs and runs[-1][0] == prompt:
+            runs[-1] = (prompt, runs[-1][1] + 1)
+        else:
+            runs.append((prompt, 1))
+    counts = {count for _, count in runs}
+    if len(counts) == 1:
+        return [prompt for prompt, _ in runs], counts.pop()
+    return prompts, 1

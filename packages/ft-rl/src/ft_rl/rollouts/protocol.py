@@ -1,0 +1,90 @@
+"""What a rollout engine is: it is handed prompts and writes completions with the log-probabilities of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+__all__ = ["Completion", "Engine", "EngineJob", "Sampling"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the names are those of transformers' generation.
+
+    Attributes:
+        max_new_tokens: the longest completion. temperature: divides the logits; 0 takes the likeliest token.
+        top_p, top_k, min_p: what the distribution is cut to; 1, 0 and 0 cut nothing.
+        repetition_penalty: above 1, tokens that are there already are drawn less often.
+        stops: ids of tokens that end a completion and are part of it.
+        seed: of an engine that has random numbers of its own; the others draw from torch's.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stops: frozenset[int] = field(default_factory=frozenset)
+    seed: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the whole distribution as it is."""
+        return self.top_p >= 1 and self.top_k == 0 and self.min_p == 0 and self.repetition_penalty == 1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion.
+
+    Attributes:
+        ids: its tokens, the one that ended it included.
+        logprobs: the log-probability of each, under the distribution that it was drawn from.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """What an engine is made of, once a training: ``engine(job) -> Engine``.
+
+    Attributes:
+        model: the model that is trained, as the trainer holds it.
+        tokenizer: its tokenizer.
+        settings: the engine's own, from the method's section of the configuration.
+        folder: the run's folder, where an engine may keep what it hands to a server.
+        say: prints one line.
+    """
+
+    model: Any
+    tokenizer: Any
+    settings: dict[str, Any]
+    folder: Any
+    say: Callable[[str], None]
+
+
+class Engine(Protocol):
+    """Writes completions by the model as it is at the time of a call."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], copies: int, sampling: Sampling, *, step: int
+    ) -> list[list[Completion]]:
+        """Several completions of each prompt.
+
+        Args:
+            prompts: token ids, none empty. copies: how many completions each gets.
+            step: optimizer steps done: an engine that holds weights of its own renews them when it changes.
+
+        Raises:
+            RunError: the engine cannot be reached, or has failed; one line.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what the engine holds; it may be used again."""
+        ...
