@@ -27,7 +27,7 @@ from ft_core.errors import ConfigError, FtError
 MINIMAL = {"model": "some/model", "data": "rows.jsonl"}
 TOP = (
     "model, method, data, eval_split, eval_data, quantization, max_length, rope_scaling, packing, lora, training, "
-    "activations, memory, disk, verify, task, output, sft"
+    "activations, memory, disk, verify, task, rewards, output, sft"
 )
 Write = Callable[[str], Path]
 
@@ -94,6 +94,7 @@ def test_the_defaults() -> None:
         "disk": "auto",
         "verify": "first-step",
         "task": "text",
+        "rewards": None,
         "output": "runs/model-sft",
     }
 
@@ -346,11 +347,6 @@ def test_a_mistake(changes: dict[str, Any], message: str) -> None:
     assert refused({**MINIMAL, **changes}) == message
 
 
-@pytest.mark.parametrize("key", ["rewards"])
-def test_keys_of_later_versions_are_known_and_refused(key: str) -> None:
-    assert refused({**MINIMAL, key: None}) == f"{key}: this version of ft-core has no such setting yet; remove it"
-
-
 def test_missing_keys() -> None:
     assert refused({"data": "x"}) == "model: is missing, and has no default"
     assert refused({}) == "model: is missing, and has no default (and 1 more)"
@@ -386,6 +382,7 @@ def test_a_key_that_is_no_word() -> None:
         ("load_in_4bit", "quantization: nf4"),
         ("gradient-checkpointing", "activations"),
         ("dataset", "data"),
+        ("reward_funcs", "rewards"),
     ],
 )
 def test_what_other_programs_call_a_key(key: str, meant: str | None) -> None:
@@ -409,7 +406,7 @@ def test_an_unknown_key_is_named_whatever_it_looks_like(section: str, key: str) 
 
 
 SECTIONS: dict[str, set[str]] = {
-    "": {*TrainConfig.model_fields, "sft", "rewards", "reward"},
+    "": {*TrainConfig.model_fields, "sft", "reward"},
     "lora": set(LoraSettings.model_fields),
     "training": set(TrainingSettings.model_fields),
     "sft": {"train_on"},

@@ -30,6 +30,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.config": [
         "DataSource",
         "LoraSettings",
+        "RewardEntry",
         "RopeScaling",
         "TrainConfig",
         "TrainingSettings",
@@ -44,11 +45,12 @@ EXPECTED: dict[str, list[str]] = {
         "method_settings",
         "parse_overrides",
         "read_rope_scaling",
+        "reward_settings",
         "to_yaml",
     ],
     "ft_core.config.numbers": ["Number", "Section", "Switch", "Whole"],
     "ft_core.config.rope": ["RopeScaling", "RopeType", "named"],
-    "ft_core.config.schema": ["DataSource", "LATER", "LoraSettings", "TrainConfig", "TrainingSettings"],
+    "ft_core.config.schema": ["DataSource", "LoraSettings", "RewardEntry", "TrainConfig", "TrainingSettings"],
     "ft_core.console": ["counted", "progress", "quiet", "say", "some"],
     "ft_core.memory": ["StillOutOfMemory", "bytes_of", "enough_memory", "is_memory_error", "let_segments_grow"],
     "ft_core.data": [
@@ -354,6 +356,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.optimizers": ["QueuedUpdates", "forget_overrides", "optimizer_of", "queued"],
     "ft_core.training.prepare": [
         "check_resumable",
+        "check_reward_files",
         "check_unfinished",
         "environment",
         "fingerprint",

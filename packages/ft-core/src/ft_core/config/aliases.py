@@ -47,6 +47,7 @@ ALIASES: dict[str, str] = {
         "training.keep_checkpoints": "save_total_limit",
         "training.eval_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch",
         "training.seed": "random_state data_seed random_seed",
+        "rewards": "reward_funcs reward_functions reward_func",
         "sft.train_on": "train_on_inputs train_on_prompt assistant_only_loss completion_only_loss",
     }.items()
     for alias in aliases.split()

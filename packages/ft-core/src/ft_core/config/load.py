@@ -14,12 +14,20 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from ft_core.config.aliases import meant_by
 from ft_core.config.numbers import Section
 from ft_core.config.rope import RopeScaling, named
-from ft_core.config.schema import LATER, TrainConfig
+from ft_core.config.schema import RewardEntry, TrainConfig
 from ft_core.console import some
 from ft_core.errors import ConfigError, PluginError
-from ft_core.plugins import EXTRAS, MethodSpec, ModalitySpec, registry, resolve
+from ft_core.plugins import EXTRAS, MethodSpec, ModalitySpec, RewardSpec, registry, resolve
 
-__all__ = ["check_config", "load_config", "method_settings", "parse_overrides", "read_rope_scaling", "to_yaml"]
+__all__ = [
+    "check_config",
+    "load_config",
+    "method_settings",
+    "parse_overrides",
+    "read_rope_scaling",
+    "reward_settings",
+    "to_yaml",
+]
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -50,9 +58,6 @@ def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
     if isinstance(values, TrainConfig):
         config = values
     else:
-        for key in LATER:
-            if key in values:
-                raise ConfigError(f"{key}: this version of ft-core has no such setting yet; remove it")
         if values.get("quantization") == "fp8":
             raise ConfigError("quantization: 'fp8' is not available in this version (allowed: none, nf4, int8)")
         # Before the rest, so that `modle: …` is not told that `model` is missing.
@@ -69,6 +74,7 @@ def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
     if modality.load is None:
         raise PluginError(f"task: {config.task!r} cannot be trained by the installed version ({modality.summary})")
     method_settings(config)
+    _check_rewards(config)
     return config
 
 
@@ -86,6 +92,50 @@ def method_settings(config: TrainConfig) -> BaseModel:
         return model.model_validate(dict(section or {}))
     except ValidationError as error:
         raise ConfigError(_one_line(error, model, config.method)) from None
+
+
+def reward_settings(entry: RewardEntry, where: str) -> BaseModel | None:
+    """A reward's own settings, validated by the reward's model; None where it has none or is a function of the user's.
+
+    Args:
+        where: the entry's place in the configuration, such as ``rewards.0``.
+
+    Raises:
+        ConfigError: one line with the key, the value, what is allowed and the nearest right spelling.
+        PluginError: the reward is not installed; the message names the nearest and all that are.
+    """
+    if entry.file is not None:
+        return None
+    try:
+        spec = registry().get(RewardSpec, entry.name)
+    except PluginError as error:
+        raise PluginError(f"{where}: {error}; a function of yours is file.py:function") from error
+    if spec.settings is None:
+        if entry.settings:
+            raise ConfigError(_unknown(next(iter(entry.settings)), f"{where}.", list(RewardEntry.model_fields)))
+        return None
+    model: type[BaseModel] = resolve(spec.settings)
+    try:
+        return model.model_validate(entry.settings)
+    except ValidationError as error:
+        unknown = [e["loc"][0] for e in error.errors() if e["type"] == "extra_forbidden" and len(e["loc"]) == 1]
+        if unknown:
+            key = str(unknown[0])
+            raise ConfigError(_unknown(key, f"{where}.", [*RewardEntry.model_fields, *_keys(model)])) from None
+        raise ConfigError(_one_line(error, model, where)) from None
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _check_rewards(config: TrainConfig) -> None:
+    if config.rewards is None:
+        return
+    if not registry().get(MethodSpec, config.method).rewards:
+        raise ConfigError(f"rewards: the method {config.method!r} takes none; remove the key")
+    for number, entry in enumerate(config.rewards):
+        reward_settings(entry, f"rewards.{number}")
 
 
 class _Given(Section):

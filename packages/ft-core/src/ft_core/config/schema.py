@@ -11,10 +11,7 @@ from ft_core.config.numbers import Number, Section, Switch, Whole
 from ft_core.config.rope import RopeScaling, named
 from ft_core.memory import bytes_of
 
-__all__ = ["LATER", "DataSource", "LoraSettings", "TrainConfig", "TrainingSettings"]
-
-LATER = ("rewards",)
-"""Top-level keys that are reserved: this version knows their names and refuses them."""
+__all__ = ["DataSource", "LoraSettings", "RewardEntry", "TrainConfig", "TrainingSettings"]
 
 
 def _no_null(value: Any) -> Any:
@@ -61,6 +58,15 @@ def _sources(value: Any) -> Any:
         if not value:
             raise ValueError("at least one source")
         return [{"path": item} if isinstance(item, str) else item for item in value]
+    return value
+
+
+def _rewards(value: Any) -> Any:
+    """A list may hold plain names too."""
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("at least one reward")
+        return [{"name": item} if isinstance(item, str) else item for item in value]
     return value
 
 
@@ -164,6 +170,35 @@ class TrainingSettings(Section):
     seed: Whole = Field(default=0, ge=0, lt=2**32)
 
 
+class RewardEntry(BaseModel):
+    """One reward of a method that scores what its model writes. Keys beside these are the reward's own settings.
+
+    Attributes:
+        name: a reward in `ft plugins`, or ``file.py:function`` of yours.
+        weight: what its value is multiplied by before all are added; below 0, it punishes.
+        on_error: what to do where the reward raises or returns something that is no finite number: ``stop`` the
+            training, ``skip`` (this reward adds nothing to this sample's sum and leaves it out of its own mean; a
+            sample that no reward scores is left out of its group), or ``zero`` (it counts as 0).
+    """
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    name: str = Field(min_length=1)
+    weight: Number = 1.0
+    on_error: Literal["stop", "skip", "zero"] = "stop"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The reward's own settings, not yet validated."""
+        return dict(self.model_extra or {})
+
+    @property
+    def file(self) -> tuple[str, str] | None:
+        """Path and function, where the name is ``file.py:function``."""
+        path, colon, function = self.name.rpartition(":")
+        return (path, function) if colon and path.endswith(".py") else None
+
+
 class TrainConfig(BaseModel):
     """A run's configuration; the documentation's page on configuration explains each key.
 
@@ -194,6 +229,7 @@ class TrainConfig(BaseModel):
     disk: Annotated[str, Field(min_length=1), BeforeValidator(_off)] = "auto"
     verify: Annotated[Literal["first-step", "off"], BeforeValidator(_off)] = "first-step"
     task: str = "text"
+    rewards: Annotated[list[RewardEntry] | None, BeforeValidator(_rewards)] = None
     output: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="before")

@@ -22,6 +22,22 @@ OWN = ("ft-core", "ft-kernels", "ft-rl", "ft-vision", "ft-speech", "ft-export")
 
 EXTRAS: dict[str, dict[str, str]] = {
     "ft.methods": {"reward": "rl"},
+    "ft.rewards": dict.fromkeys(
+        (
+            "exact-match",
+            "numeric",
+            "math",
+            "regex",
+            "format",
+            "length",
+            "json-schema",
+            "code",
+            "reward-model",
+            "http",
+            "reasoning-gym",
+        ),
+        "rl",
+    ),
     "ft.modalities": {"vision": "vision", "stt": "speech"},
     "ft.exporters": {"gguf": "export"},
     "ft.commands": {"merge": "export"},

@@ -88,6 +88,8 @@ class MethodSpec(Spec):
         formats: names of the data formats (``ft_core.data.FORMATS``) that the method can train on.
         head: what the model ends in: a language-model head, or a scalar score per sequence.
         evaluate: reference to ``evaluate(job: ft_core.evaluation.EvaluationJob) -> ft_core.evaluation.Evaluation``.
+        rewards: whether the method scores what its model writes, by the configuration's ``rewards``. Without it the
+            key is refused.
     """
 
     group: ClassVar[str] = "ft.methods"
@@ -96,6 +98,7 @@ class MethodSpec(Spec):
     formats: tuple[str, ...]
     evaluate: str
     head: Literal["language-model", "score"] = "language-model"
+    rewards: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +134,21 @@ class ArchitectureSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSpec(Spec):
-    """A reward function: ``reward`` refers to ``f(prompts, completions, **columns) -> list[float]``, as in TRL."""
+    """A reward function, named by the configuration's ``rewards``.
+
+    Attributes:
+        reward: reference to ``f(prompts, completions, **columns) -> list[float | None]``, called as TRL calls its
+            reward functions: all by keyword, ``completion_ids``, ``trainer_state`` and each column of the data among
+            them; None is a sample that it does not score. Where ``settings`` is given, reference to a function that
+            makes such a one: ``make(settings) -> f``. What ``f`` needs of the data it may name in an attribute
+            ``columns``, a tuple of names, so that their absence is said before the training.
+        settings: reference to the pydantic model of the reward's own settings, the keys that stand beside its name in
+            the configuration; None if it has none.
+    """
 
     group: ClassVar[str] = "ft.rewards"
     reward: str
+    settings: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,24 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from ft_core.config import TrainConfig
-from ft_core.errors import RunError
+from ft_core.errors import ConfigError, RunError
 from ft_core.models import Device, ModelSource
 from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
 from ft_core.runs import RUN_FORMAT, Run
 
-__all__ = ["check_resumable", "check_unfinished", "environment", "fingerprint", "prepare_model", "prepare_rows"]
+__all__ = [
+    "check_resumable",
+    "check_reward_files",
+    "check_unfinished",
+    "environment",
+    "fingerprint",
+    "prepare_model",
+    "prepare_rows",
+]
 
 LIBRARIES = ("transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "bitsandbytes", "triton")
 
@@ -49,6 +58,19 @@ def check_unfinished(run: Run, total: int) -> None:
     steps = (run.summary() or {}).get("steps", 0)
     if run.finished and total <= steps:
         raise RunError(f"{run.path} is finished, at step {steps}: nothing to resume (--overwrite starts anew)")
+
+
+def check_reward_files(config: TrainConfig) -> None:
+    """Refuse a reward of the user's whose file is not there, before anything is loaded.
+
+    A finished run needs its rewards' files no more, so that this is no part of checking a configuration.
+
+    Raises:
+        ConfigError: names the entry and the file.
+    """
+    for number, entry in enumerate(config.rewards or ()):
+        if entry.file is not None and not Path(entry.file[0]).expanduser().is_file():
+            raise ConfigError(f"rewards.{number}: no file {entry.file[0]}, looked for from {Path.cwd()}")
 
 
 def prepare_rows(

@@ -35,6 +35,7 @@ from ft_core.training.memory import InUse, memory_capped, memory_errors_said
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
     check_resumable,
+    check_reward_files,
     check_unfinished,
     environment,
     fingerprint,
@@ -100,6 +101,7 @@ def train(
     with ExitStack() as stack:
         _hold(run, ranks, stack)
         run.check_free(resume=resume, overwrite=overwrite)
+        check_reward_files(config)
         source = find_model(config.model)
         read_ahead(source)
         config = fit_to_model(config, source, say=say)
