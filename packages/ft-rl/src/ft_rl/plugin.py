@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from ft_core.plugins.specs import MethodSpec
+from ft_core.plugins.specs import MethodSpec, RewardSpec, RolloutSpec
 
-__all__ = ["DPO", "KTO", "ORPO", "REWARD"]
+__all__ = [
+    "CODE",
+    "DPO",
+    "EXACT_MATCH",
+    "FORMAT",
+    "GRPO",
+    "GSPO",
+    "HTTP",
+    "JSON_SCHEMA",
+    "KTO",
+    "LENGTH",
+    "MATH",
+    "NUMERIC",
+    "ORPO",
+    "REASONING_GYM",
+    "REGEX",
+    "REWARD",
+    "REWARD_MODEL",
+    "TRANSFORMERS",
+]
 
 REWARD = MethodSpec(
     name="reward",
@@ -41,4 +60,97 @@ KTO = MethodSpec(
     trainer="ft_rl.kto:build",
     evaluate="ft_rl.kto:evaluate",
     formats=("labelled", "preference"),
+)
+
+GRPO = MethodSpec(
+    name="grpo",
+    summary="group relative policy optimization: completions better than their group's mean, by your rewards",
+    settings="ft_rl.grpo:GrpoSettings",
+    trainer="ft_rl.grpo:build",
+    evaluate="ft_rl.grpo:evaluate",
+    formats=("prompt",),
+    rewards=True,
+)
+
+GSPO = MethodSpec(
+    name="gspo",
+    summary="group sequence policy optimization: GRPO with importance weights of whole sequences",
+    settings="ft_rl.grpo:GspoSettings",
+    trainer="ft_rl.grpo:build",
+    evaluate="ft_rl.grpo:evaluate",
+    formats=("prompt",),
+    rewards=True,
+)
+
+TRANSFORMERS = RolloutSpec(
+    name="transformers",
+    summary="the model that is trained writes, in its own process",
+    engine="ft_rl.rollouts.own_model:OwnModel",
+)
+
+EXACT_MATCH = RewardSpec(
+    name="exact-match",
+    summary="the answer is one of the row's",
+    reward="ft_rl.rewards.exact:exact_match",
+    settings="ft_rl.rewards.exact:ExactMatchSettings",
+)
+NUMERIC = RewardSpec(
+    name="numeric",
+    summary="the answer's number is the row's",
+    reward="ft_rl.rewards.numeric:numeric",
+    settings="ft_rl.rewards.numeric:NumericSettings",
+)
+MATH = RewardSpec(
+    name="math",
+    summary="the answer equals the row's as a formula (math-verify)",
+    reward="ft_rl.rewards.symbolic:math_reward",
+    settings="ft_rl.rewards.symbolic:MathSettings",
+)
+REGEX = RewardSpec(
+    name="regex",
+    summary="a regular expression matches the completion",
+    reward="ft_rl.rewards.patterns:regex",
+    settings="ft_rl.rewards.patterns:RegexSettings",
+)
+FORMAT = RewardSpec(
+    name="format",
+    summary="the completion is made of tags, such as think and answer",
+    reward="ft_rl.rewards.patterns:format_reward",
+    settings="ft_rl.rewards.patterns:FormatSettings",
+)
+LENGTH = RewardSpec(
+    name="length",
+    summary="the completion is near a length, or not beyond one (DAPO)",
+    reward="ft_rl.rewards.length:length",
+    settings="ft_rl.rewards.length:LengthSettings",
+)
+JSON_SCHEMA = RewardSpec(
+    name="json-schema",
+    summary="the completion is JSON that fits a schema (jsonschema)",
+    reward="ft_rl.rewards.json_schema:json_schema",
+    settings="ft_rl.rewards.json_schema:JsonSchemaSettings",
+)
+CODE = RewardSpec(
+    name="code",
+    summary="the completion's Python passes the row's tests, in a sandbox",
+    reward="ft_rl.rewards.code:code",
+    settings="ft_rl.rewards.code:CodeSettings",
+)
+REWARD_MODEL = RewardSpec(
+    name="reward-model",
+    summary="the score of a trained reward model",
+    reward="ft_rl.rewards.reward_model:reward_model",
+    settings="ft_rl.rewards.reward_model:RewardModelSettings",
+)
+HTTP = RewardSpec(
+    name="http",
+    summary="what a server says, at an address of yours",
+    reward="ft_rl.rewards.judge:http",
+    settings="ft_rl.rewards.judge:HttpSettings",
+)
+REASONING_GYM = RewardSpec(
+    name="reasoning-gym",
+    summary="what reasoning-gym's verifier says, in a sandbox",
+    reward="ft_rl.rewards.gym:reasoning_gym",
+    settings="ft_rl.rewards.gym:ReasoningGymSettings",
 )

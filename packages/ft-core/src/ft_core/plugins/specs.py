@@ -141,7 +141,7 @@ class RewardSpec(Spec):
             reward functions: all by keyword, ``completion_ids``, ``trainer_state`` and each column of the data among
             them; None is a sample that it does not score. Where ``settings`` is given, reference to a function that
             makes such a one: ``make(settings) -> f``. What ``f`` needs of the data it may name in an attribute
-            ``columns``, a tuple of names, so that their absence is said before the training.
+            ``columns``, a tuple of names (``a|b``: either), so that their absence is said before the training.
         settings: reference to the pydantic model of the reward's own settings, the keys that stand beside its name in
             the configuration; None if it has none.
     """
