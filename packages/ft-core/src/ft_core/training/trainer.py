@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,12 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
             forget_overrides(self.model)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Counts tokens too, all but padding, which transformers counts where pad and end are one token."""
-        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        """Counts tokens too, all but padding, which transformers counts where pad and end are one token.
+
+        A method whose batches are written in the step, of which it is handed the prompts' rows, counts them itself.
+        """
+        given = inputs if isinstance(inputs, Mapping) else {}
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
         count = mask.sum() if mask is not None else None if ids is None else torch.tensor(ids.numel())
         if count is not None:
             if self.accelerator.num_processes > 1:

@@ -1,0 +1,57 @@
+"""GRPO and GSPO as a person uses them: through ft_core's train, on a reward that a tiny model can earn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_core.training import train
+
+REWARD = """
+KIND = {"please", "gladly", "thanks", "welcome", "sure"}
+
+def kindness(prompts, completions, **columns):
+    return [sum(word in KIND for word in text.split()) / max(len(text.split()), 1) for text in completions]
+"""
+
+
+def config(toy: Any, model: Path, folder: Path, method: str = "grpo", **changes: Any) -> dict[str, Any]:
+    prompts = [{"prompt": row["prompt"].strip(), "number": i} for i, row in enumerate(toy.rows(64, seed=1))]
+    toy.write_rows(folder / "prompts.jsonl", prompts[:48])
+    toy.write_rows(folder / "held_out.jsonl", prompts[48:])
+    (folder / "kind.py").write_text(REWARD)
+    training = {"max_steps": 40, "batch_size": 16, "gradient_accumulation": 2, "learning_rate": 2e-2}
+    values = {
+        "model": str(model),
+        "method": method,
+        "data": str(folder / "prompts.jsonl"),
+        "eval_data": str(folder / "held_out.jsonl"),
+        "rewards": [f"{folder / 'kind.py'}:kindness"],
+        "max_length": 32,
+        "lora": {"r": 8},
+        "output": str(folder / f"run-{method}"),
+        method: {"max_completion_length": 8, **changes.pop("settings", {})},
+    }
+    return values | changes | {"training": training | changes.get("training", {})}
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize("method", ["grpo", "gspo"])
+def test_it_earns_the_reward(toy: Any, steep_model: Path, tmp_path: Path, method: str) -> None:
+    result = train(config(toy, steep_model, tmp_path, method), say=lambda line: None)
+    measured = json.loads((result.run / "evaluation.json").read_text())["metrics"]
+    # Of the 26 tokens 5 are kind: by chance a fifth.
+    assert measured["reward"]["before"] < 0.5
+    assert measured["reward"]["after"] > 0.9
+    rows = steps(result.run)
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
+    assert all(row["tokens"] > 0 for row in rows)
+    # The engine computes what the trainer does: in float32, differences of log-probabilities are rounding.
+    assert all(row["sampling/gap"] < 1e-4 and row["sampling/corrected"] == 0 for row in rows)
