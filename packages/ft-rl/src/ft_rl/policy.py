@@ -8,6 +8,7 @@ padding is taken out before the backbone, and ft_kernels' chunked head scores th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ from ft_core.data.collating import IGNORE, keeps_documents_apart
 from ft_core.fast import fast_path_of
 from ft_core.fast.forwards import Replaced
 from ft_core.fast.scores import Scorer, Unpadded
+from ft_rl.reference import at_zero
 
 if TYPE_CHECKING:
     from trl.trainer.utils import FusedCausalLMOutput
@@ -94,6 +96,11 @@ class PolicyForward(Replaced):
             labels: int64 ``[B, L]``, -100 where a token is not scored. A row's first token never is: nothing is before
                 it.
         """
+        path = fast_path_of(self.module)
+        with at_zero(self.module) if path is not None and path.on else nullcontext():
+            return self._scores(input_ids, attention_mask, labels)
+
+    def _scores(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Scores:
         next_labels = labels[:, 1:]
         labelled = (next_labels != IGNORE) & attention_mask[:, :-1].bool()
         row = Unpadded.of(input_ids, attention_mask)

@@ -11,7 +11,7 @@ from ft_core.errors import ConfigError
 if TYPE_CHECKING:
     from ft_core.config import TrainConfig
 
-__all__ = ["adapter_off", "begins_neutral", "check_reference", "drop_copy"]
+__all__ = ["adapter_off", "at_zero", "begins_neutral", "check_reference", "drop_copy"]
 
 COPY = "ref"
 """The name under which TRL's trainers add a copy of the adapter as it begins."""
@@ -58,3 +58,26 @@ def adapter_off(model: Any) -> Iterator[bool]:
         return
     with model.disable_adapter():
         yield True
+
+
+@contextmanager
+def at_zero(model: Any) -> Iterator[None]:
+    """Within it adapters that are switched off are computed, with the factor zero.
+
+    The fast layers multiply a weight and its adapter in one product. Without an adapter it is another product, which
+    rounds its sums elsewhere: in bfloat16 that alone moves the log-probability of a long answer by a nat or two. With
+    the factor zero a reference is rounded as the policy is, and the two are equal where training begins.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and m.disable_adapters and not m.merged]
+    factors = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = False
+            layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+        yield
+    finally:
+        for layer, own in zip(layers, factors, strict=True):
+            layer._disable_adapters = True
+            layer.scaling.update(own)
