@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 PRECISIONS = [
     # Everything TRL and we do to a given log-probability is a few roundings and a sum of some dozen terms.

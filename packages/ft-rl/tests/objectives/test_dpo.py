@@ -84,9 +84,7 @@ def test_the_derivative(loss_type: str) -> None:
     smoothing = 0.3 if loss_type == "robust" else 0.0
 
     def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        return dpo(
-            chosen, rejected, *reference, beta=0.3, loss_type=loss_type, label_smoothing=smoothing, **options
-        )[0]
+        return dpo(chosen, rejected, *reference, beta=0.3, loss_type=loss_type, label_smoothing=smoothing, **options)[0]
 
     assert torch.autograd.gradcheck(loss, policy)
 
@@ -100,7 +98,14 @@ def test_extreme_log_probabilities_stay_finite(loss_type: str, sums: list[float]
     chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([x], requires_grad=True) for x in sums)
     one = torch.ones(1)
     loss, metrics = dpo(
-        chosen, rejected, ref_chosen, ref_rejected, beta=0.1, loss_type=loss_type, chosen_lengths=one, rejected_lengths=one
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        beta=0.1,
+        loss_type=loss_type,
+        chosen_lengths=one,
+        rejected_lengths=one,
     )
     loss.backward()
     assert all(torch.isfinite(x).all() for x in [loss, chosen.grad, rejected.grad, *metrics.values()])

@@ -91,9 +91,7 @@ def dpo(
         )
         losses = (per_token - 1 / (2 * beta)).square() if loss_type == "ipo" else -logsigmoid(beta * per_token)
     else:
-        raise ValueError(
-            f"loss_type is 'sigmoid', 'hinge', 'ipo', 'robust' or 'sigmoid_norm', not {loss_type!r}"  # type: ignore[unreachable]
-        )
+        raise ValueError(f"loss_type is 'sigmoid', 'hinge', 'ipo', 'robust' or 'sigmoid_norm', not {loss_type!r}")
 
     with torch.no_grad():
         metrics = {

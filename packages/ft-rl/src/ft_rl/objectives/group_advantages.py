@@ -39,9 +39,9 @@ def group_advantages(
 
     Returns:
         The advantages, of shape [G * K], without gradients, float32 (float64 for float64 rewards). Where all rewards of
-        a group are equal they are 0, up to rounding. And detached scalars: ``reward_mean`` and ``reward_std``, of all rewards that were
-        given, and ``zero_std``, the share of completions whose deviation (the one of ``scale``; for ``none`` the
-        group's) is 0, which teach nothing.
+        a group are equal they are 0, up to rounding. And detached scalars: ``reward_mean`` and ``reward_std``, of all
+        rewards that were given, and ``zero_std``, the share of completions whose deviation (the one of ``scale``; for
+        ``none`` the group's) is 0, which teach nothing.
 
     Raises:
         ValueError: the rewards are not of shape [G * K], or ``scale`` is not one of the three.

@@ -118,7 +118,7 @@ def grpo(
         if importance_sampling_level == "sequence_token":
             log_weights = log_weights.detach() + (logprobs - logprobs.detach())
     else:
-        raise ValueError(  # type: ignore[unreachable]
+        raise ValueError(
             f"importance_sampling_level is 'token', 'sequence' or 'sequence_token', not {importance_sampling_level!r}"
         )
     weights = bounded_exp(log_weights)
@@ -148,7 +148,7 @@ def grpo(
     elif loss_type == "dapo":
         loss = losses.sum() / torch.as_tensor(len(losses) if num_items is None else num_items).clamp(min=1)
     else:
-        raise ValueError(f"loss_type is 'grpo', 'bnpo', 'dr_grpo' or 'dapo', not {loss_type!r}")  # type: ignore[unreachable]
+        raise ValueError(f"loss_type is 'grpo', 'bnpo', 'dr_grpo' or 'dapo', not {loss_type!r}")
 
     with torch.no_grad():
         low = (bounded < 1 - epsilon_low) & (token_advantages < 0)

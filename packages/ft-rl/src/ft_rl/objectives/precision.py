@@ -21,7 +21,7 @@ def bounded_exp(values: Tensor) -> Tensor:
     An infinite ratio would turn into NaN where it meets an advantage or a gradient of 0. Above the bound the gradient
     is that at the bound, not 0, so it keeps its direction: exp(80) is 5.5e34, which clipping the gradient then tames.
     """
-    result: Tensor = _BoundedExp.apply(values)
+    result: Tensor = _BoundedExp.apply(values)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -33,6 +33,6 @@ class _BoundedExp(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        (result,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        result: Tensor = ctx.saved_tensors[0]
         return gradient * result
