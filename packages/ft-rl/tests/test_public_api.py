@@ -26,6 +26,8 @@ EXPECTED = {
         "ppo_policy",
         "ppo_value",
         "sampler_weights",
+        "sequence_lengths",
+        "sequence_sums",
         "unflatten",
         "whiten",
     ],

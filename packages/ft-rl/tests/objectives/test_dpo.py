@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft_rl.objectives import dpo, flatten
-from ft_rl.objectives.tokens import sequence_lengths, sequence_sums
+from ft_rl.objectives import dpo, flatten, sequence_lengths, sequence_sums
 
 LOSSES = ["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"]
 

@@ -158,9 +158,9 @@ def test_gspo_is_grpo_until_a_batch_is_used_again(loss_type: str) -> None:
             assert (float(metrics["ratio_mean"]) == 1.0) == alike
         (token, by_token), (sequence, by_sequence), _ = results
         assert torch.allclose(token, sequence, rtol=1e-12) == alike
-        if alike and loss_type == "grpo":  # per completion both divide by its length
+        if alike:
             torch.testing.assert_close(by_token, by_sequence, rtol=1e-12, atol=0)
-        if not alike:
+        else:
             assert not torch.allclose(by_token, by_sequence, rtol=0.05)
 
 
@@ -259,6 +259,17 @@ def test_a_long_completions_ratio_keeps_its_digits() -> None:
     one = torch.zeros(20480, dtype=torch.int64)
     _, metrics = grpo(policy, old, torch.ones(1), one, importance_sampling_level="sequence")
     assert float(metrics["ratio_mean"]) == pytest.approx(exact, rel=3e-7)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+def test_sixteen_bits_are_computed_in_float32(level: str) -> None:
+    short, wide = batch(torch.float32), batch(torch.float32)
+    for made in (short, wide):
+        for name in ("policy", "old", "reference", "advantages"):
+            made[name] = made[name].detach().bfloat16().to(torch.bfloat16 if made is short else torch.float32)
+    losses = [flat(made, importance_sampling_level=level, beta=0.1)[0] for made in (short, wide)]
+    assert losses[0].dtype == torch.float32
+    assert torch.equal(*losses)
 
 
 def test_there_and_back() -> None:

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft_rl.objectives import flatten, kto, kto_kl
-from ft_rl.objectives.tokens import sequence_sums
+from ft_rl.objectives import flatten, kto, kto_kl, sequence_sums
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft_rl.objectives import orpo
-from ft_rl.objectives.tokens import flatten, sequence_lengths, sequence_sums
+from ft_rl.objectives import flatten, orpo, sequence_lengths, sequence_sums
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ft_rl.objectives.kto import kto, kto_kl
 from ft_rl.objectives.orpo import orpo
 from ft_rl.objectives.ppo import AdaptiveKL, FixedKL, penalised_rewards, ppo_policy, ppo_value
 from ft_rl.objectives.sampler import sampler_weights
-from ft_rl.objectives.tokens import flatten, unflatten
+from ft_rl.objectives.tokens import flatten, sequence_lengths, sequence_sums, unflatten
 
 __all__ = [
     "AdaptiveKL",
@@ -33,6 +33,8 @@ __all__ = [
     "ppo_policy",
     "ppo_value",
     "sampler_weights",
+    "sequence_lengths",
+    "sequence_sums",
     "unflatten",
     "whiten",
 ]
