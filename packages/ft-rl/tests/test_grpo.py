@@ -1,4 +1,4 @@
-"""GRPO and GSPO as a person uses them: through ft_core's train, on a reward that a tiny model can earn."""
+"""GRPO, GSPO and PPO as a person uses them: through ft_core's train, on a reward that a tiny model can earn."""
 
 from __future__ import annotations
 
@@ -43,14 +43,17 @@ def steps(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "train"]
 
 
-@pytest.mark.parametrize("method", ["grpo", "gspo"])
+@pytest.mark.parametrize("method", ["grpo", "gspo", "ppo"])
 def test_it_earns_the_reward(toy: Any, steep_model: Path, tmp_path: Path, method: str) -> None:
-    result = train(config(toy, steep_model, tmp_path, method), say=lambda line: None)
+    # PPO writes completions at every fourth step.
+    values = config(toy, steep_model, tmp_path, method, training={"max_steps": 120 if method == "ppo" else 40})
+    result = train(values, say=lambda line: None)
     measured = json.loads((result.run / "evaluation.json").read_text())["metrics"]
     # Of the 26 tokens 5 are kind: by chance a fifth.
     assert measured["reward"]["before"] < 0.5
     assert measured["reward"]["after"] > 0.9
-    rows = steps(result.run)
+    rows = [row for row in steps(result.run) if "reward" in row]
+    assert len(rows) == (30 if method == "ppo" else 40)
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
     assert all(row["tokens"] > 0 for row in rows)
     # The engine computes what the trainer does: in float32, differences of log-probabilities are rounding.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ft_core.errors import ConfigError, DataError
 
@@ -20,20 +20,63 @@ if TYPE_CHECKING:
     from ft_core.evaluation import Evaluation, EvaluationJob
     from ft_core.training import Job
 
-__all__ = ["GrpoSettings", "GspoSettings", "build", "evaluate", "generations_of"]
+__all__ = [
+    "GrpoSettings", "GspoSettings", "WritingSettings", "build", "evaluate", "generations_of", "prompts_dataset",
+]  # fmt: skip
 
 GENERATIONS = 8
 """Completions of a prompt where nothing else is said."""
 
 
-class GrpoSettings(BaseModel):
-    """The section ``grpo`` of a configuration; the names are those of TRL's ``GRPOConfig``.
+class WritingSettings(BaseModel):
+    """What the methods have in common whose model writes the completions that it learns from; names as TRL has them.
+
+    Attributes:
+        max_completion_length: tokens a completion may have.
+        temperature, top_p, top_k, min_p, repetition_penalty: how tokens are drawn.
+        disable_dropout: whether to switch off every dropout.
+        chat_template_kwargs: for the chat template, such as ``enable_thinking``.
+        rollouts: the engine that writes completions, and its settings: a name, or a mapping with ``engine``.
+        sampling_correction: ``auto`` corrects the gradient for the gap between the engine's log-probabilities and the
+            trainer's where its mean is above ``sampling_bound``; ``always``, ``never``.
+        sampling_bound: nats. sampling_clip_max: the largest factor of a token (truncated importance sampling).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_completion_length: int = Field(default=512, ge=1)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    disable_dropout: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    rollouts: str | dict[str, Any] = "transformers"
+    sampling_correction: Literal["auto", "always", "never"] = "auto"
+    sampling_bound: float = Field(default=0.02, ge=0, allow_inf_nan=False)
+    sampling_clip_max: float = Field(default=2.0, ge=1, allow_inf_nan=False)
+
+    @field_validator("rollouts")
+    @classmethod
+    def _engine_is_named(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not isinstance(value.get("engine"), str):
+            raise ValueError("a mapping with 'engine', the name of one (see ft plugins)")
+        return value
+
+    @property
+    def given_to_trl(self) -> dict[str, Any]:
+        """The values that go to TRL's configuration under the same names."""
+        ours = {"rollouts", "sampling_correction", "sampling_bound", "sampling_clip_max"}
+        return self.model_dump(exclude=ours & set(type(self).model_fields))
+
+
+class GrpoSettings(WritingSettings):
+    """The section ``grpo`` of a configuration: :class:`WritingSettings` and these, named as in TRL's ``GRPOConfig``.
 
     Attributes:
         num_generations: completions of each prompt, among which the advantage is relative; unset means 8, or the
             largest smaller divisor of ``training.batch_size`` times ``training.gradient_accumulation``.
-        max_completion_length: tokens a completion may have.
-        temperature, top_p, top_k, min_p, repetition_penalty: how tokens are drawn.
         beta: weight of the divergence from the reference (k3); 0 needs no reference.
         num_iterations: updates that reuse one batch of completions (μ of the paper).
         steps_per_generation: micro-batches that completions are written for at a time; unset means
@@ -50,23 +93,9 @@ class GrpoSettings(BaseModel):
         mask_truncated_completions: leave completions that did not end out of the loss (DAPO).
         top_entropy_quantile: train the share of tokens with the highest entropy only (arXiv:2506.01939).
         entropy_coef: weight of an entropy bonus.
-        disable_dropout: whether to switch off every dropout.
-        chat_template_kwargs: for the chat template, such as ``enable_thinking``.
-        rollouts: the engine that writes completions, and its settings: a name, or a mapping with ``engine``.
-        sampling_correction: ``auto`` corrects the gradient for the gap between the engine's log-probabilities and the
-            trainer's where its mean is above ``sampling_bound``; ``always``, ``never``.
-        sampling_bound: nats. sampling_clip_max: the largest factor of a token (truncated importance sampling).
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     num_generations: int | None = Field(default=None, ge=2)
-    max_completion_length: int = Field(default=512, ge=1)
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    min_p: float = Field(default=0.0, ge=0, lt=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     beta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     num_iterations: int = Field(default=1, ge=1)
     steps_per_generation: int | None = Field(default=None, ge=1)
@@ -79,18 +108,6 @@ class GrpoSettings(BaseModel):
     mask_truncated_completions: bool = False
     top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
     entropy_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    disable_dropout: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
-    rollouts: str | dict[str, Any] = "transformers"
-    sampling_correction: Literal["auto", "always", "never"] = "auto"
-    sampling_bound: float = Field(default=0.02, ge=0, allow_inf_nan=False)
-    sampling_clip_max: float = Field(default=2.0, ge=1, allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _engine_is_named(self) -> GrpoSettings:
-        if isinstance(self.rollouts, dict) and not isinstance(self.rollouts.get("engine"), str):
-            raise ValueError("rollouts: a mapping needs 'engine', the name of one (see ft plugins)")
-        return self
 
 
 class GspoSettings(GrpoSettings):
@@ -157,11 +174,9 @@ def build(job: Job) -> Trainer:
     train = prompts_dataset(job, job.train_rows, "train")
     held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
     rewards.check_columns(train.column_names)
-    ours = {"rollouts", "sampling_correction", "sampling_bound", "sampling_clip_max", "num_generations"}
     arguments = GRPOConfig(
         **job.arguments,
-        **settings.model_dump(exclude=ours),
-        num_generations=generations,
+        **(settings.given_to_trl | {"num_generations": generations}),
         num_generations_eval=1,
         reward_weights=rewards.weights,
     )
@@ -195,7 +210,7 @@ def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
     from ft_rl.prompts import prompt_ids
 
     settings, config = job.settings, job.config
-    assert isinstance(settings, GrpoSettings)
+    assert isinstance(settings, WritingSettings)
     room = config.max_length - settings.max_completion_length
     if room < 1:
         raise ConfigError(

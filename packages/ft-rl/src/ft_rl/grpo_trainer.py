@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 from ft_core.plugins import RolloutSpec, registry, resolve
 from ft_core.training.trainer import RunTrainerMixin
-from ft_rl.grpo import GrpoSettings
+from ft_rl.grpo import WritingSettings
 from ft_rl.prompts import prompt_ids
 from ft_rl.rollouts.protocol import Engine, EngineJob, Sampling
 from ft_rl.stops import stops_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["GrpoTrainer", "make_engine"]
 
 
-def make_engine(job: Job, settings: GrpoSettings) -> Engine:
+def make_engine(job: Job, settings: WritingSettings) -> Engine:
     """The rollout engine that a configuration names.
 
     Raises:
@@ -47,13 +47,13 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, GRPOTrainer):
 
     fields = ("log_probs", "entropy")
 
-    def __init__(self, job: Job, settings: GrpoSettings, **kwargs: Any) -> None:
+    def __init__(self, job: Job, settings: WritingSettings, **kwargs: Any) -> None:
         self.engine = make_engine(job, settings)
         self._job, self._own = job, settings
         self._batch: dict[str, Any] | None = None
         super().__init__(**kwargs)
         stops = stops_of(self.model, job.tokenizer)
-        self.eos_token_ids = sorted({*self.eos_token_ids, *stops})
+        self.eos_token_ids: list[int] = sorted(stops.union(self.eos_token_ids))
         self._sampling = Sampling(
             settings.max_completion_length,
             settings.temperature,

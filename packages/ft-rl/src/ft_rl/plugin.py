@@ -18,6 +18,7 @@ __all__ = [
     "MATH",
     "NUMERIC",
     "ORPO",
+    "PPO",
     "REASONING_GYM",
     "REGEX",
     "REWARD",
@@ -78,6 +79,16 @@ GSPO = MethodSpec(
     settings="ft_rl.grpo:GspoSettings",
     trainer="ft_rl.grpo:build",
     evaluate="ft_rl.grpo:evaluate",
+    formats=("prompt",),
+    rewards=True,
+)
+
+PPO = MethodSpec(
+    name="ppo",
+    summary="proximal policy optimization: rewards against values that are learnt with them, held to a reference",
+    settings="ft_rl.ppo:PpoSettings",
+    trainer="ft_rl.ppo:build",
+    evaluate="ft_rl.ppo:evaluate",
     formats=("prompt",),
     rewards=True,
 )

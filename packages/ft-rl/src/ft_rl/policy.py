@@ -103,12 +103,7 @@ class PolicyForward(Replaced):
     def _scores(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Scores:
         next_labels = labels[:, 1:]
         labelled = (next_labels != IGNORE) & attention_mask[:, :-1].bool()
-        row = Unpadded.of(input_ids, attention_mask)
-        if self._packs(row):
-            hidden = self.scorer.hidden(row)[row.places(torch.nn.functional.pad(labelled, (0, 1)))]
-        else:
-            states = self.scorer.states(input_ids=input_ids, attention_mask=attention_mask, position_ids=_places(row))
-            hidden = states[:, :-1][labelled]
+        hidden = self.hidden_before(input_ids, attention_mask, labelled)
         made = self.scorer.logprobs(
             hidden,
             next_labels[labelled],
@@ -122,6 +117,18 @@ class PolicyForward(Replaced):
             mean = self.scorer.mean_logits(hidden, temperature=self.temperature)
         entropy, top1, mean = (None if x is None else _spread(x, labelled) for x in (made.entropy, top1, mean))
         return Scores(_spread(made.logprobs, labelled), entropy, top1, mean, labelled)
+
+    def hidden_before(self, input_ids: Tensor, attention_mask: Tensor, labelled: Tensor) -> Tensor:
+        """The last hidden states ``[N, H]`` before labelled tokens, of a padded batch that is computed without padding.
+
+        Args:
+            input_ids, attention_mask: as for :meth:`score`. labelled: bool ``[B, L − 1]``, at the positions before.
+        """
+        row = Unpadded.of(input_ids, attention_mask)
+        if self._packs(row):
+            return self.scorer.hidden(row)[row.places(torch.nn.functional.pad(labelled, (0, 1)))]
+        states = self.scorer.states(input_ids=input_ids, attention_mask=attention_mask, position_ids=_places(row))
+        return states[:, :-1][labelled]
 
     def _packs(self, row: Unpadded) -> bool:
         if not self.padding_free or not row.lengths:
