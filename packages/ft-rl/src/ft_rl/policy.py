@@ -28,7 +28,8 @@ __all__ = ["PolicyForward", "Scores", "put_head"]
 
 WASTE = 0.25
 """Padding, as a share of the tokens, that costs less on a CPU than attention over one row of all documents."""
-KNOWN = frozenset({"input_ids", "attention_mask", "labels", "use_cache", "num_items_in_batch"})
+REQUIRED = frozenset({"input_ids", "attention_mask", "labels"})
+KNOWN = REQUIRED | {"use_cache", "num_items_in_batch"}
 """What a batch of text holds; whatever else there is (images, router logits) is for TRL's own forward."""
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
@@ -83,10 +84,11 @@ class PolicyForward(Replaced):
     def __call__(self, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
             return self.own(*args, **inputs)
-        if args or not set(inputs) <= KNOWN or inputs.get("attention_mask") is None:
+        given = {name: value for name, value in inputs.items() if value is not None}  # PEFT hands on all that it knows
+        if args or not REQUIRED <= set(given) <= KNOWN:
             return self.own(*args, fused_lm_head=True, **inputs)
-        scores = self.score(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-        return self._output(scores, inputs.get("num_items_in_batch"))
+        scores = self.score(given["input_ids"], given["attention_mask"], given["labels"])
+        return self._output(scores, given.get("num_items_in_batch"))
 
     def score(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Scores:
         """Score the labelled tokens of a padded batch.

@@ -1,0 +1,147 @@
+"""The policy's head against TRL's own: the same numbers and gradients, of padded and of packed batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl.trainer import utils
+from trl.trainer.utils import add_fused_lm_head
+
+import ft_core as ft
+from ft_core import fast
+from ft_rl.policy import FIELDS, PolicyForward, put_head
+from ft_rl.reference import adapter_off
+
+RUNS = [(0, 24), (3, 11), (9, 24), (5, 17)]
+"""Where the tokens of each row of the batch begin and end: padded on the left, on the right, on both sides."""
+
+
+def make(tiny_model: Path, *, r: int = 4) -> Any:
+    """A model with an adapter that has been trained, in float64."""
+    model, _ = ft.load(str(tiny_model), dtype="float32")
+    adapted: Any = ft.add_lora(model, r=r)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    return adapted.double().train()
+
+
+def batch(vocabulary: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (len(RUNS), 24), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row, (begin, end) in enumerate(RUNS):
+        mask[row, begin:end] = 1
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :12] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def ask(model: Any, **options: Any) -> tuple[Any, list[torch.Tensor]]:
+    given = batch(model.config.vocab_size)
+    out = model(**given, use_cache=False, fused_lm_head=True, **options)
+    weights = torch.linspace(-1, 1, given["input_ids"].shape[1] - 1, dtype=torch.float64)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return out, list(torch.autograd.grad((out.log_probs * weights).sum(), trained))
+
+
+@pytest.fixture
+def no_trl_head(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Whoever comes to TRL's own head from now on is told."""
+
+    def forbid() -> None:
+        def never(*args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("TRL's head was asked")
+
+        monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", never)
+
+    return forbid
+
+
+@pytest.mark.parametrize("layers", ["transformers", "fast"])
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_what_trl_reads_is_what_its_own_head_says(
+    tiny_model: Path, no_trl_head: Any, layers: str, padding_free: bool
+) -> None:
+    model = make(tiny_model)
+    if layers == "fast":
+        fast.enable(model)
+    add_fused_lm_head(model.get_base_model(), temperature=0.7, outputs=FIELDS)
+    theirs, expected = ask(model)
+    head = put_head(model, temperature=0.7, fields=FIELDS)
+    assert isinstance(head, PolicyForward) and head.padding_free
+    head.padding_free = padding_free
+    no_trl_head()
+    ours, gradients = ask(model)
+    # TRL's head computes in float32: a sum of 32 products and a logarithm, some units in its last place.
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    seen = ours.label_mask
+    for field in ("log_probs", "entropy", "mean_logits"):
+        torch.testing.assert_close(getattr(ours, field)[seen].float(), getattr(theirs, field)[seen].float(), **near)
+        assert not getattr(ours, field)[~seen].any()
+    assert torch.equal(ours.is_top1, theirs.is_top1 & seen)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.loss.float(), theirs.loss.float(), **near)
+
+
+def test_packed_and_padded_are_one(tiny_model: Path) -> None:
+    model = make(tiny_model)
+    add_fused_lm_head(model.get_base_model(), outputs=FIELDS)
+    head = put_head(model, fields=FIELDS)
+    assert head is not None
+    results = []
+    for head.padding_free in (True, False):
+        out, gradients = ask(model)
+        results.append([out.log_probs, out.entropy, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_frozen_copy_is_the_reference(tiny_model: Path) -> None:
+    model = make(tiny_model)
+    frozen, _ = ft.load(str(tiny_model), dtype="float32")
+    frozen = frozen.double()
+    for one in (model.get_base_model(), frozen):
+        add_fused_lm_head(one)
+    put_head(model)
+    given = batch(model.config.vocab_size)
+    with torch.no_grad(), adapter_off(model) as known:
+        shared = model(**given, fused_lm_head=True).log_probs
+    assert known
+    separate = frozen(**given, fused_lm_head=True).log_probs.masked_fill(~(given["labels"][:, 1:] != -100), 0)
+    seen = (given["labels"][:, 1:] != -100) & given["attention_mask"][:, :-1].bool()
+    torch.testing.assert_close(shared[seen].float(), separate[seen].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_reference_is_rounded_as_the_policy_is(tiny_model: Path) -> None:
+    """Where training begins the two are equal bit for bit, by the fast layers too, in whatever type."""
+    model, _ = ft.load(str(tiny_model), dtype="bfloat16")
+    adapted: Any = ft.add_lora(model, r=8).train()
+    fast.enable(adapted)
+    add_fused_lm_head(adapted.get_base_model())
+    put_head(adapted)
+    given = batch(adapted.config.vocab_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = adapted(**given, fused_lm_head=True).log_probs
+        with torch.no_grad(), adapter_off(adapted):
+            reference = adapted(**given, fused_lm_head=True).log_probs
+    assert torch.equal(policy.detach(), reference)
+    assert all(not layer.disable_adapters for layer in adapted.modules() if hasattr(layer, "lora_A"))
+
+
+def test_other_calls_are_the_models_own(tiny_model: Path) -> None:
+    model = make(tiny_model)
+    given = batch(model.config.vocab_size)
+    plain = model(**given).loss
+    add_fused_lm_head(model.get_base_model())
+    put_head(model)
+    assert torch.equal(model(**given).loss, plain)
+    ids = given["input_ids"][:1]
+    assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
+    with pytest.raises(ValueError, match=r"unknown fields \['logits'\]; allowed are log_probs, entropy, mean_logits"):
+        put_head(model, fields=("logits",))
