@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ from ft_core.training.prepare import (
 from ft_core.training.ranks import Ranks
 from ft_core.training.speed import check_first_step, foresee, leave_disk, plan_ahead, recomputes, speed_up
 from ft_core.training.trainer import last_whole_checkpoint, storage_error
+from ft_core.training.wrapped import as_loaded
 
 __all__ = ["TrainResult", "train"]
 
@@ -257,7 +257,7 @@ class _Session:
         total = len(job.eval_rows or [])
         cut = f"the first {len(rows)} of {total} held-out rows (ft eval measures all)"
         job.say(f"measuring {what} training on {cut if len(rows) < total else counted(total, 'held-out row')}")
-        with _as_loaded(model):
+        with as_loaded(model):
             measured: Evaluation = resolve(self.spec.evaluate)(
                 EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)
             )
@@ -341,20 +341,6 @@ class _Session:
             "memory": {phase: self.memory[phase] for phase in PHASES if phase in self.memory},
         }
         write_json(self.run.path / self.run.SUMMARY, summary)
-
-
-@contextlib.contextmanager
-def _as_loaded(model: Any) -> Iterator[None]:
-    """Within it the model computes as one that was loaded does: a trainer has wrapped its forward in autocast."""
-    plain, wrapped = vars(model).get("_original_forward"), vars(model).get("forward")
-    if plain is None or wrapped is None:
-        yield
-        return
-    model.forward = plain
-    try:
-        yield
-    finally:
-        model.forward = wrapped
 
 
 def _silent(line: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ft_core.fast.decoding import Decoder, decoder_of
 from ft_core.fast.find import unwrapped
+from ft_core.training.wrapped import as_loaded
 from ft_rl.rollouts.drawing import draw
 from ft_rl.rollouts.protocol import Completion, EngineJob, Sampling
 
@@ -39,7 +40,7 @@ class OwnModel:
     ) -> list[list[Completion]]:
         """See :class:`ft_rl.rollouts.protocol.Engine`; draws from torch's random numbers."""
         made: list[list[Completion]] = [[] for _ in prompts]
-        with _answering(self._model):
+        with _answering(self._model), as_loaded(self._model):
             for batch in self._batches([len(prompt) for prompt in prompts], copies, sampling.max_new_tokens):
                 for number, written in zip(
                     batch, self._write([prompts[i] for i in batch], copies, sampling), strict=True
