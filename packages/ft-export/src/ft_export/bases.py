@@ -26,6 +26,7 @@ __all__ = [
     "find_base",
     "load_model",
     "load_tokenizer",
+    "local_base",
     "name_stops",
     "quantization_of",
     "read_config",
@@ -78,6 +79,23 @@ def find_base(reference: str) -> Path:
         raise ExportError(
             f"the base model {reference} cannot be fetched: {reason}; name its folder with ft merge --base"
         ) from error
+
+
+def local_base(reference: str) -> Path | None:
+    """The folder of a base model as far as it is on this machine: its own, or the Hub's cache. Nothing is fetched."""
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path if (path / "config.json").is_file() else None
+    if not HUB_NAME.fullmatch(reference):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(reference, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return cached if (cached / "config.json").is_file() else None
 
 
 def quantization_of(folder: Path) -> str | None:

@@ -11,9 +11,9 @@ from typing import Any
 from ft_export.bases import TOKENIZER_FILES, find_base
 from ft_export.errors import ExportError
 from ft_export.folders import refuse_existing_folder
-from ft_export.merging import is_current, merge
-from ft_export.merging.adapter import Adapter
-from ft_export.merging.merger import MARKER, fingerprint
+from ft_export.merging import merge
+from ft_export.merging.adapter import base_of
+from ft_export.merging.record import MARKER, UNPROVEN, Standing, again, standing
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 
@@ -64,7 +64,7 @@ def check_target(folder: Path, source: Source, marker: str, overwrite: bool) -> 
         ExportError: see above.
     """
     there = folder.resolve()
-    reference = Adapter(source.adapter).base or source.base if source.adapter is not None else None
+    reference = base_of(source)
     base = Path(reference).expanduser() if reference else None
     for taken in (source.path, source.adapter, source.model, base):
         if taken is not None and there in (taken.resolve(), *taken.resolve().parents):
@@ -88,7 +88,9 @@ def whole_model(
 ) -> Path:
     """The folder of the whole model in 16 bits, merged if need be, into ``merged/`` beside the adapter.
 
-    A merge of the same adapter that is there already is used.
+    A merge that is there already is used if adapter and base are what they were when it was made. One that was made as
+    no exporter would make it (of several adapters, on a base that was named for it) is used as well, which is said, and
+    is never replaced by a plain one.
 
     Args:
         lines: gets what was done and found.
@@ -97,35 +99,56 @@ def whole_model(
         skip_proof: of the merge; one that was not proven is used only then.
 
     Raises:
-        ExportError: what ``check`` and :func:`ft_export.merge` raise.
+        ExportError: what ``check`` and :func:`ft_export.merge` raise; or a merge there is neither current nor one that
+            may be replaced.
     """
     if source.adapter is None:
         assert source.model is not None
         return source.model
     merged = source.path / "merged"
-    if is_current(merged, source.adapter, proven=not skip_proof):
-        lines.append(f"used the merge in {merged}, made from this adapter")
+    reference = base_of(source)
+    found = standing(merged, source.adapter, reference, proven=not skip_proof)
+    if found is not None and found.current:
+        lines.append(
+            f"used the merge in {merged}, made from {_made_from(merged)}" + f" ({found.why})" * bool(found.why)
+        )
         return merged
-    reference = Adapter(source.adapter).base or source.base
     if reference:
         base = find_base(reference)
         brings = (source.adapter / "tokenizer_config.json").is_file()
         check(base, source.adapter if brings else base)
     kept: dict[str, Any] = {}
-    if (merged / MARKER).is_file():
-        kept = _replaceable(merged, source.adapter, lines)
+    if found is not None:
+        kept = _replaceable(merged, found, source, lines)
     # anything else in its place is refused by merge
     made = merge(source.path, overwrite=True, skip_proof=skip_proof, progress=progress, **kept)
     lines.extend(made.lines)
     return merged
 
 
-def _replaceable(merged: Path, adapter: Path, lines: list[str]) -> dict[str, Any]:
+def _made_from(merged: Path) -> str:
+    """The adapters of a merge, with their weights where there are several or one has a weight of its own."""
+    said = read_json(merged / MARKER)
+    how, parts = said.get("combination"), said.get("adapters")
+    if not isinstance(how, dict) or not isinstance(parts, list):
+        return "this adapter"
+    others = [f"{part['path']} (weight {part['weight']:g})" for part in parts[1:]]
+    return " and ".join([f"this adapter (weight {parts[0]['weight']:g})", *others]) + f" by {how['type']}"
+
+
+def _replaceable(merged: Path, found: Standing, source: Source, lines: list[str]) -> dict[str, Any]:
     """Whether a merge may be replaced by one of the adapter as it is now; what is kept of how it was made.
 
     Raises:
-        ExportError: something that a merge does not write lies in its folder, and would be lost.
+        ExportError: something that a merge does not write lies in its folder and would be lost; or the merge is one
+            that was asked for as it is, and what it was made of has changed.
     """
+    said = read_json(merged / MARKER)
+    if found.asked and found.why != UNPROVEN:
+        raise ExportError(
+            f"{merged} was {found.why}, and an export would put a plain merge of {source.adapter} in its place: make "
+            f"it again with ft merge --overwrite, name {merged} itself to export it as it is, or remove it"
+        )
     known = {MARKER, "config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
     for path in sorted(merged.iterdir()):
         if path.name not in known and path.suffix != ".safetensors" and path.name != "additional_chat_templates":
@@ -133,9 +156,5 @@ def _replaceable(merged: Path, adapter: Path, lines: list[str]) -> dict[str, Any
                 f"{merged} is to be merged anew, and {path.name} in it would be lost: move that, or name "
                 f"{merged} itself to export it as it is"
             )
-    said = read_json(merged / MARKER)
-    if said.get("adapter_sha256") != fingerprint(adapter):
-        lines.append(f"the merge in {merged} was of an earlier adapter: merged anew")
-        return {}
-    lines.append(f"the merge in {merged} was not proven: merged anew")
-    return {"dtype": said["dtype"], "base": said["base"]} if {"dtype", "base"} <= set(said) else {}
+    lines.append(f"the merge in {merged} was {found.why}: merged anew")
+    return again(said) if found.why == UNPROVEN else {}

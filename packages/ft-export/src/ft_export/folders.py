@@ -15,8 +15,8 @@ from pathlib import Path
 from ft_export.errors import ExportError
 
 __all__ = [
-    "KEY", "check_inside", "clear_unfinished", "new_file", "new_folder", "refuse_existing_folder", "require_space",
-    "scratch_folder", "sha256_of", "unfinished_bytes",
+    "KEY", "check_inside", "clear_unfinished", "made_for", "new_file", "new_folder", "refuse_existing_folder",
+    "require_space", "scratch_folder", "sha256_of", "unfinished_bytes",
 ]  # fmt: skip
 
 RANDOM = "[a-z0-9_]{8}"
@@ -85,6 +85,20 @@ def refuse_existing_folder(out: Path, marker: str, overwrite: bool) -> None:
 
 
 @contextmanager
+def made_for(out: Path) -> Iterator[None]:
+    """Make the folders that ``out`` is to lie in; those that were made go where the block fails and left them empty."""
+    made = [parent for parent in out.parents if not parent.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty: an interrupted merge is kept, or something else came in
+            for parent in made:
+                parent.rmdir()
+        raise
+
+
+@contextmanager
 def new_folder(out: Path, key: str | None = None) -> Iterator[Path]:
     """Yield a folder beside ``out`` that takes its place when the block ends well and vanishes when it does not.
 
@@ -94,7 +108,12 @@ def new_folder(out: Path, key: str | None = None) -> Iterator[Path]:
         key: what the folder is to be made from. What a killed or interrupted process has left of one with the same key
             is gone on with: the folder that is yielded holds it. Without a key it is empty.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with made_for(out), _new_folder(out, key) as partial:
+        yield partial
+
+
+@contextmanager
+def _new_folder(out: Path, key: str | None) -> Iterator[Path]:
     clear_unfinished(out, key)
     partial, lock = _left_of(out, key) or _begin(
         lambda: Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -135,7 +154,12 @@ def new_folder(out: Path, key: str | None = None) -> Iterator[Path]:
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
     """As :func:`new_folder`, for one file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with made_for(out), _new_file(out) as partial:
+        yield partial
+
+
+@contextmanager
+def _new_file(out: Path) -> Iterator[Path]:
     clear_unfinished(out)
 
     def make() -> Path:
@@ -159,12 +183,15 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
     It is called as an unfinished ``out`` is, so that what a killed process leaves of it goes in the same way.
     """
-    partial, lock = _begin(lambda: Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _end(lock)
+    with made_for(out):
+        partial, lock = _begin(
+            lambda: Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        )
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            _end(lock)
 
 
 def clear_unfinished(out: Path, key: str | None = None) -> None:

@@ -29,7 +29,7 @@ from ft_export.gguf.checking import check_in_llama_cpp
 from ft_export.gguf.converter import Converted, check_convertible, convert
 from ft_export.gguf.rules import Operation, plan, same
 from ft_export.logprobs import Difference, difference, token_logprobs
-from ft_export.merging.adapter import Adapter, LowRank
+from ft_export.merging.adapter import Adapter, LowRank, base_of
 from ft_export.merging.merger import fingerprint
 from ft_export.merging.weights_check import half_ulp
 from ft_export.runs import Source
@@ -77,7 +77,7 @@ def read_lora(source: Source, pre: str | None = None) -> LoraFile:
     if source.adapter is None:
         raise ExportError(f"{source.path} holds no adapter but a whole model: leave adapter=yes out")
     adapter = Adapter(source.adapter)
-    reference = adapter.base or source.base
+    reference = base_of(source, adapter)
     if not reference:
         raise ExportError(
             f"{adapter.folder / 'adapter_config.json'} names no base model (base_model_name_or_path): name its folder"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def export(
     found: dict[str, Any]
     if alone == "yes":
         lora = read_lora(source, said.get("pre"))
-        with _in_place(folder), new_file(file) as partial:
+        with new_file(file) as partial:
             made, found = write_and_check(lora, source, partial, file, type, said.get("pre"), lines)
             proof = write_proof(folder, file, made, found, lines)
         return Exported(file, proof, tuple(lines), serve(lora, folder, file))
@@ -95,7 +94,7 @@ def export(
         lambda base, words: check_convertible(base, words, said.get("pre"), source.rope, type),
         skip_proof,
     )
-    with _in_place(folder), new_file(file) as partial:
+    with new_file(file) as partial:
         made = convert(model, partial, type=type, pre=said.get("pre"), name=name)
         if skip_proof:
             lines.append(
@@ -110,16 +109,3 @@ def export(
             )  # fmt: skip
         proof = write_proof(folder, file, made, {"type": type, **found, "tensors": made.tensors}, lines)
     return Exported(file, proof, tuple(lines), f"llama-server -m {shlex.quote(str(file))} --jinja")
-
-
-@contextmanager
-def _in_place(folder: Path) -> Iterator[None]:
-    """Remove the folders that were made for ``folder`` where the block fails and leaves them empty."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # not empty: something else came in
-            for parent in made:
-                parent.rmdir()
-        raise

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
-from ft_export.runs import read_json
+from ft_export.runs import Source, read_json
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapter", "LowRank", "Replacement"]
+__all__ = ["Adapter", "LowRank", "Replacement", "base_of"]
 
 UNIT = 2.0**-24
 """Half the distance of 1 to the next fp32 number: the relative error of one fp32 operation."""
@@ -241,6 +241,19 @@ class Adapter:
         if flat[0] != flat[1]:
             return shape != flat
         return "lora_embedding_A" in change.parts["A"] or bool(self.config.get("fan_in_fan_out"))
+
+
+def base_of(source: Source, adapter: Adapter | None = None) -> str | None:
+    """The folder or Hub name of the base that a source's adapter belongs to: the adapter's word, else its run's.
+
+    None where neither says it, or where the source has no adapter.
+
+    Args:
+        adapter: the source's, where it was read already.
+    """
+    if source.adapter is None:
+        return None
+    return (adapter or Adapter(source.adapter)).base or source.base
 
 
 def _by_pattern(pattern: Any, module: str, default: Any) -> Any:

@@ -7,23 +7,57 @@ arithmetic by ``ft_export.merging.logprobs_check``. The formulas are those of ``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ft_export.errors import ExportError
 from ft_export.merging.adapter import Adapter, LowRank
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Blocks", "merged_bias", "merged_weight"]
+__all__ = ["DEVICES", "Blocks", "device_of", "exact_products", "merged_bias", "merged_weight"]
 
+DEVICES = ("cpu", "cuda", "auto")
 Blocks = Callable[[], Iterable["torch.Tensor"]]
 """Makes a tensor's blocks of rows, in order; it may be called several times."""
+
+
+def device_of(name: str) -> str:
+    """Where ``--device`` says that products are computed: ``cpu`` or ``cuda``.
+
+    Raises:
+        ExportError: it is not known, or no CUDA device is there.
+    """
+    import torch
+
+    if name not in DEVICES:
+        raise ExportError(f"--device {name!r} is not known (allowed: {', '.join(DEVICES)})")
+    there = name != "cpu" and torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ExportError("--device cuda: torch finds no CUDA device here; leave it out, or pass --device auto")
+    return "cuda" if there else "cpu"
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Let a GPU multiply fp32 numbers as such, whatever the process asked for: TF32 has three digits."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def merged_weight(
     adapter: Adapter, change: LowRank, base: Blocks, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
     """The base's weight with its low-rank product, and DoRA's norm, in blocks of the rows as they are stored.
+
+    It is computed where the base's blocks are; on a GPU within :func:`exact_products`.
 
     Args:
         base: the weight, of this ``shape``: ``(out, in)``, or ``(in, out)`` where it is stored turned (embeddings,
@@ -36,12 +70,14 @@ def merged_weight(
     turned = adapter.is_turned(change, shape)
     rows, columns = (low.T, high.T) if turned else (high, low)
     if "base" in change.parts:
-        key, wide = change.parts["base"], next(iter(base())).dtype
-        base = lambda: (block.to(wide) for block in adapter.files.blocks(key))  # noqa: E731
+        key, like = change.parts["base"], next(iter(base()))
+        base = lambda: (block.to(like.device, like.dtype) for block in adapter.files.blocks(key))  # noqa: E731
 
     def sums() -> Iterator[tuple[slice, torch.Tensor]]:
+        nonlocal rows, columns
         start = 0
         for block in base():
+            rows, columns = rows.to(block.device), columns.to(block.device)  # once: then they are there
             place = slice(start, start + len(block))
             yield place, torch.addmm(block.float(), rows[place], columns, alpha=change.scale)
             start = place.stop
@@ -53,10 +89,11 @@ def merged_weight(
     magnitude = adapter.files.tensor(change.parts["magnitude"]).float().reshape(-1)
     if not turned:
         for place, value in sums():
+            magnitude = magnitude.to(value.device)
             yield (value * (magnitude[place] / value.norm(dim=1)).unsqueeze(1)).to(dtype)
         return
     squares = sum(value.double().square().sum(0) for _, value in sums())  # an output's norm goes over all blocks
-    factor = (magnitude.double() / squares.sqrt()).float()  # type: ignore[union-attr]
+    factor = (magnitude.to(squares.device).double() / squares.sqrt()).float()  # type: ignore[union-attr]
     for _, value in sums():
         yield (value * factor).to(dtype)
 

@@ -11,7 +11,7 @@ configuration, a lost tensor tie, a tensor under the wrong name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,6 +73,7 @@ def check_logprobs(
     labels: int | None,
     rope: Rope | None = None,
     progress: Progress = silent,
+    put: Callable[[Any], Any] | None = None,
 ) -> LogprobsCheck:
     """Measure both models in fp32 on ``samples`` and compare.
 
@@ -81,6 +82,7 @@ def check_logprobs(
         rounded: the parameters that were rounded; None for all.
         rope: the rotary scaling that the adapter's base has; the merged model's must be in its own configuration.
         progress: see :data:`ft_export.progress.Progress`.
+        put: puts onto the base what the merged model is compared with; ``adapter`` by default.
 
     Raises:
         ExportError: the difference is past its bound.
@@ -89,8 +91,10 @@ def check_logprobs(
 
     progress(0, 0, "loading the adapter's base in fp32")
     model = load_model(base, torch.float32, labels=labels, rope=rope)
-    expected = _with_adapter(model, adapter, samples, progress, "texts read by the adapter on its base")
-    del model
+    adapted = attach(model, adapter.folder) if put is None else put(model)
+    count = counting(progress, len(samples), "texts read by the adapter on its base")
+    expected = token_logprobs(adapted, samples, count)
+    del model, adapted
     progress(0, 0, "loading the merged model in fp32")
     model = load_model(merged, torch.float32, labels=labels)
     values = token_logprobs(model, samples, counting(progress, len(samples), "texts read by the merged model"))
@@ -162,17 +166,11 @@ def gap_to_quantized(
     progress(0, 0, f"loading the base in {quantization}, as it was trained on")
     try:
         model = load_model(base, torch.float32, labels=labels, rope=rope, quantization_config=config)
-        values = _with_adapter(model, adapter, samples, progress, f"texts read by the {quantization} run")
+        count = counting(progress, len(samples), f"texts read by the {quantization} run")
+        values = token_logprobs(attach(model, adapter.folder), samples, count)
     except (ExportError, RuntimeError, NotImplementedError, ImportError) as error:
         return {"not_measured": f"not measured: bitsandbytes cannot run here ({' '.join(str(error).split())[:200]})"}
     return difference(list(merged.values), values).as_dict()
-
-
-def _with_adapter(
-    model: Any, adapter: Adapter, samples: Sequence[Sequence[int]], progress: Progress, what: str
-) -> list[torch.Tensor]:
-    adapted = attach(model, adapter.folder)
-    return token_logprobs(adapted, samples, counting(progress, len(samples), what))
 
 
 def _noise(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,6 @@ from ft_export import __version__
 from ft_export.bases import (
     copy_tokenizer,
     find_base,
-    load_model,
     load_tokenizer,
     name_stops,
     quantization_of,
@@ -31,10 +32,14 @@ from ft_export.folders import (
     require_space,
     unfinished_bytes,
 )
-from ft_export.merging.adapter import Adapter, Replacement
-from ft_export.merging.logprobs_check import LogprobsCheck, as_trained, check_logprobs, gap_to_quantized
+from ft_export.merging.adapter import Adapter, Replacement, base_of
+from ft_export.merging.arithmetic import DEVICES, device_of, exact_products
+from ft_export.merging.combination import Combination, Part, combination_of, parts_of
+from ft_export.merging.combining import Combined, combined_adapter, put_together
+from ft_export.merging.dequantizing import write_dequantized
+from ft_export.merging.logprobs_check import LogprobsCheck, check_logprobs, gap_to_quantized
 from ft_export.merging.outline import Outline
-from ft_export.merging.record import MARKER, check_unchanged, fingerprint, is_current, sums
+from ft_export.merging.record import MARKER, base_files, check_unchanged, fingerprint, is_current, sums
 from ft_export.merging.tensors import merged_tensors
 from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.progress import Progress, silent
@@ -45,7 +50,7 @@ from ft_export.writing import write_model
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "MARKER", "MergeResult", "check_unchanged", "fingerprint", "is_current", "merge"]
+__all__ = ["DEVICES", "DTYPES", "MARKER", "MergeResult", "check_unchanged", "fingerprint", "is_current", "merge"]
 
 DTYPES = ("bfloat16", "float16")
 GENERATION = "generation_config.json"
@@ -73,8 +78,16 @@ def merge(
     path: Path | str,
     out: Path | str | None = None,
     *,
+    adapters: Sequence[tuple[Path | str, float]] = (),
+    weight: float = 1.0,
+    combination: str | None = None,
+    density: float | None = None,
+    majority_sign: str | None = None,
+    rank: int | None = None,
+    seed: int = 0,
     base: str | None = None,
     dtype: str | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     skip_proof: bool = False,
     say: Callable[[str], None] | None = None,
@@ -90,8 +103,19 @@ def merge(
     Args:
         path: a run folder or a PEFT adapter folder.
         out: the folder to write; ``path/merged`` by default.
+        adapters: further adapters for the same base, each a run folder or an adapter folder and its weight. PEFT makes
+            one of them and the first, and that is merged.
+        weight: of the first adapter's change.
+        combination: how they are combined, in PEFT's words (:data:`~ft_export.merging.combination.COMBINATIONS`).
+            ``cat``, the default, is the weighted sum of the adapters' changes; PEFT's ``linear`` is not.
+        density: the share of values in (0, 1] that TIES, DARE or pruning by magnitude keeps.
+        majority_sign: how TIES elects a sign: ``total`` (the default) or ``frequency``.
+        rank: of the result where the combination ends in ``svd``; by default the largest of the adapters'.
+        seed: of DARE's random masks.
         base: a folder or Hub name to use in place of the one that the adapter names.
         dtype: ``bfloat16`` or ``float16``; by default the base's own, bfloat16 for an fp32 base.
+        device: where the products are computed: ``cpu``, ``cuda``, or ``auto`` for cuda where there is one. The same
+            checks hold all of them; their last bits may differ.
         overwrite: whether an earlier merge in ``out`` may be replaced.
         skip_proof: leave out the log-probabilities, for which both models are held in memory in fp32. It is said, and
             exporters merge again where they want the proof.
@@ -106,17 +130,32 @@ def merge(
         raise ExportError(f"nothing is to be merged: {source.path} was trained in full, its model is {source.model}")
     if dtype not in (None, *DTYPES):
         raise ExportError(f"--dtype {dtype!r} is not known (allowed: {', '.join(DTYPES)})")
+    where = device_of(device)
     target = Path(out).expanduser() if out is not None else source.path / "merged"
     refuse_existing_folder(target, MARKER, overwrite)
-    adapter = Adapter(source.adapter)
-    reference = base or adapter.base or source.base
+    parts: list[Part] = []
+    how = Combination("cat")
+    if adapters or weight != 1:
+        how = combination_of(combination, density, majority_sign, rank, seed)
+        parts = parts_of(source, weight, adapters, how, base)
+    elif any(setting is not None for setting in (combination, density, majority_sign, rank)):
+        raise ExportError("how adapters are combined is said for one alone: name the others with --adapter PATH:WEIGHT")
+    adapter = parts[0].adapter if parts else Adapter(source.adapter)
+    named = (base_of(part.source, part.adapter) for part in parts)
+    reference = base or base_of(source, adapter) or next((name for name in named if name), None)
     if not reference:
         raise ExportError(f"{adapter.folder / 'adapter_config.json'} names no base model: name it with ft merge --base")
     folder = find_base(reference)
-    for taken in (source.path, source.adapter, folder):
+    sources = [taken for part in parts for taken in (part.source.path, part.adapter.folder)]
+    for taken in (source.path, source.adapter, folder, *sources):
         if same_folder(target, taken):
             raise ExportError(f"the merged model cannot be written over its own source {taken}: choose another --out")
-    return _Merge(source, adapter, folder, reference, dtype, target, skip_proof, say, progress).run()
+    with ExitStack() as stack:
+        combined: Combined | None = None
+        if parts:
+            adapter, combined = stack.enter_context(combined_adapter(parts, how, folder, reference, target, progress))
+        given = _Merge(source, adapter, folder, reference, dtype, where, target, skip_proof, combined, say, progress)
+        return given.run()
 
 
 class _Merge:
@@ -129,15 +168,18 @@ class _Merge:
         base: Path,
         reference: str,
         dtype: str | None,
+        device: str,
         out: Path,
         skip_proof: bool,
+        combined: Combined | None,
         say: Callable[[str], None] | None,
         progress: Progress,
     ) -> None:
         self.source, self.adapter, self.base, self.reference = source, adapter, base, reference
         self.trained_on, self.rope = base, source.rope
         self.out = out
-        self.asked, self.skip_proof = dtype, skip_proof
+        self.asked, self.device, self.skip_proof = dtype, device, skip_proof
+        self.combined, self.read = combined, base_files(base)
         self.lines: list[str] = []
         self._say = say
         self.progress = progress
@@ -149,6 +191,8 @@ class _Merge:
             self._say(line)
 
     def run(self) -> MergeResult:
+        for line in self.combined.lines() if self.combined is not None else ():
+            self.say(line)
         method = quantization_of(self.base)
         as_run = self.source.quantization if method is None and self.source.on_quantized else None
         stored = Checkpoint(self.base)  # checks the files before anything is loaded
@@ -166,7 +210,16 @@ class _Merge:
             if whole := len(list(folder.glob("*.safetensors"))):
                 self.say(f"going on with a merge that was interrupted, of which {whole} files are there")
             if method is not None or as_run is not None:
-                self._dequantize(folder / "base", method, as_run)
+                self.base = write_dequantized(
+                    self.base, folder / "base", method, as_run, self.source.dtype or "bfloat16",
+                    self.asked or "bfloat16", self.labels, self.rope, self.progress,
+                )  # fmt: skip
+                why = (
+                    f"is itself quantized ({method})"
+                    if as_run is None
+                    else f"was held in {as_run}, where the adapter began"
+                )
+                self.say(f"the base {self.reference} {why}: merged into its dequantized weights")
                 stored = Checkpoint(self.base)
             report = self._into(folder, stored)
             if folder in self.base.parents:
@@ -179,43 +232,9 @@ class _Merge:
         """What the merged files are made from; two merges with the same key write the same bytes."""
         files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in stored.files]
         rope = None if self.rope is None else asdict(self.rope)
-        said = [__version__, fingerprint(self.adapter.folder), str(self.base.resolve()), files, self.asked, rope]
+        made_from = [fingerprint(self.adapter.folder), str(self.base.resolve()), files]
+        said = [__version__, *made_from, self.asked, self.device, rope]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-    def _dequantize(self, to: Path, method: str | None, as_run: str | None) -> None:
-        """Write the base without its quantization (its own, or that of the run) and go on with that."""
-        import torch
-
-        if method is not None and method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
-            raise ExportError(
-                f"the base {self.base} is quantized by {method}: name an unquantized base with ft merge --base"
-            )
-        if not _importable("bitsandbytes"):
-            what = "is quantized" if method is not None else "was quantized in the run, with loftq"
-            raise ExportError(f"the base {self.base} {what}: pip install bitsandbytes")
-        dtype = torch.float16 if self.asked == "float16" else torch.bfloat16
-        self.progress(0, 0, "loading the base, to write it without its quantization")
-        if as_run is None:
-            model = load_model(self.base, dtype, labels=self.labels, rope=self.rope)
-        else:  # from weights of the format that the run quantized
-            was = getattr(torch, self.source.dtype or "bfloat16", torch.bfloat16)
-            held = as_trained(as_run, was)
-            model = load_model(self.base, was, labels=self.labels, rope=self.rope, quantization_config=held)
-        model = model.dequantize(dtype=dtype).to(dtype)
-        # a model that was loaded quantized cannot be saved as what it now is; a plain one of its class can
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        with torch.device("meta"):
-            plain = type(model)(model.config)
-        plain.load_state_dict(model.state_dict(), assign=True)
-        plain.tie_weights()
-        plain.save_pretrained(to)
-        for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
-            if (self.base / name).is_file():
-                (to / name).write_bytes((self.base / name).read_bytes())
-        why = f"is itself quantized ({method})" if as_run is None else f"was held in {as_run}, where the adapter began"
-        self.say(f"the base {self.reference} {why}: merged into its dequantized weights")
-        self.base = to
 
     def _into(self, folder: Path, stored: Checkpoint) -> dict[str, Any]:
         import torch
@@ -226,8 +245,10 @@ class _Merge:
             raise ExportError(f"the base {self.base} has weights of type {was}: only 32- and 16-bit bases are merged")
         outline = Outline(self.base, stored, self.labels, self.rope)
         self.adapter.check_shapes(outline.shapes)
-        tensors = merged_tensors(stored, self.adapter, outline, outline.loosen(self.adapter), dtype)
-        write_model(folder, tensors, progress=self.progress)
+        loosened = outline.loosen(self.adapter)
+        tensors = merged_tensors(stored, self.adapter, outline, loosened, dtype, self.device)
+        with exact_products():
+            write_model(folder, tensors, progress=self.progress)
         outline.save_config(folder, dtype)
         if (self.base / GENERATION).is_file():
             (folder / GENERATION).write_bytes((self.base / GENERATION).read_bytes())
@@ -261,11 +282,16 @@ class _Merge:
             "ft_export": __version__,
             "libraries": _versions(),
             "base": self.reference,
+            "base_folder": str(self.trained_on.resolve()),
+            "base_files": self.read,
             "base_dtype": _name(was),
             "dtype": _name(dtype),
             "dequantized_base": folder in self.base.parents,
-            "adapter": str(self.adapter.folder),
-            "adapter_sha256": fingerprint(self.adapter.folder),
+            "adapter": str(self.source.adapter),
+            "adapter_sha256": fingerprint(self.source.adapter),
+            "combination": None if self.combined is None else self.combined.as_dict(),
+            "adapters": None if self.combined is None else [part.as_dict() for part in self.combined.parts],
+            "device": self.device,
             "files_sha256": sums(folder),
             "tokenizer_from": "adapter" if tokenizer_from == self.adapter.folder else "base",
             "samples": "held_out.jsonl" if self.source.held_out else "built in",
@@ -284,8 +310,9 @@ class _Merge:
         samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
         logprobs = check_logprobs(
-            folder, self.base, self.adapter, samples, dtype, rounded, self.labels, self.rope, self.progress
-        )
+            folder, self.base, self.adapter, samples, dtype, rounded, self.labels, self.rope, self.progress,
+            None if self.combined is None else partial(put_together, parts=self.combined.parts, how=self.combined.how),
+        )  # fmt: skip
         unit = "scores" if self.labels is not None else "log-probabilities"
         self.say(
             f"{unit} of {logprobs.merged.tokens} tokens, merged against adapter on its base: largest difference "
@@ -340,12 +367,6 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
-
-
-def _importable(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None
 
 
 def _remove(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ft_export.runs import Rope
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Outline"]
+__all__ = ["Outline", "built"]
 
 
 class Outline:
@@ -36,7 +36,7 @@ class Outline:
     """
 
     def __init__(self, folder: Path, stored: Checkpoint, labels: int | None, rope: Rope | None) -> None:
-        self._model = _built(folder, labels, rope)
+        self._model = built(folder, labels, rope)
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         self._buffers = {name for name, _ in self._model.named_buffers()}
         self.shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -88,7 +88,12 @@ class Outline:
         self.config.save_pretrained(folder)
 
 
-def _built(folder: Path, labels: int | None, rope: Rope | None) -> Any:
+def built(folder: Path, labels: int | None, rope: Rope | None) -> Any:
+    """A folder's transformers model on no device; the arguments are those of :class:`Outline`.
+
+    Raises:
+        ExportError: transformers does not know it.
+    """
     import torch
     import transformers
 

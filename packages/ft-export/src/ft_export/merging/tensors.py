@@ -19,17 +19,23 @@ __all__ = ["merged_tensors"]
 
 
 def merged_tensors(
-    stored: Checkpoint, adapter: Adapter, outline: Outline, loosened: list[str], dtype: torch.dtype
+    stored: Checkpoint,
+    adapter: Adapter,
+    outline: Outline,
+    loosened: list[str],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> list[Tensor]:
     """The tensors of the merged model in the order of the base's files, then those that these do not have.
 
     Args:
         loosened: parameters that were tied and get a tensor of their own.
+        device: where low-rank products are computed.
     """
     biases = adapter.biases()
     places = [(name, name) for name in stored if outline.has(name)]
     places += [(outline.aliases[name], name) for name in loosened]
-    tensors = [_merged(stored, source, name, adapter, biases.get(name), dtype) for source, name in places]
+    tensors = [_merged(stored, source, name, adapter, biases.get(name), dtype, device) for source, name in places]
     known = {*stored, *outline.aliases}
     for name, change in adapter.changes.items():
         if name not in known and isinstance(change, Replacement):
@@ -38,7 +44,13 @@ def merged_tensors(
 
 
 def _merged(
-    stored: Checkpoint, source: str, name: str, adapter: Adapter, bias: LowRank | None, dtype: torch.dtype
+    stored: Checkpoint,
+    source: str,
+    name: str,
+    adapter: Adapter,
+    bias: LowRank | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> Tensor:
     """A tensor of the base, ``source``, as what the adapter makes of the parameter ``name``."""
     change, key = adapter.changes.get(name), stored.key(name) if name == source else name
@@ -48,7 +60,7 @@ def _merged(
     if isinstance(change, Replacement):
         return _replaced(key, change, adapter, to)
     if isinstance(change, LowRank):
-        blocks = partial(merged_weight, adapter, change, partial(stored.blocks, source), shape, to)
+        blocks = partial(merged_weight, adapter, change, partial(_on, device, stored, source), shape, to)
     elif bias is not None:
         blocks = partial(merged_bias, adapter, bias, partial(stored.blocks, source), to)
     else:
@@ -59,6 +71,11 @@ def _merged(
 def _replaced(key: str, change: Replacement, adapter: Adapter, dtype: torch.dtype) -> Tensor:
     blocks = partial(_cast, partial(adapter.files.blocks, change.key), dtype)
     return Tensor(key, code_of(dtype), adapter.files.shape(change.key), blocks)
+
+
+def _on(device: torch.device | str, stored: Checkpoint, name: str) -> Iterator[torch.Tensor]:
+    for block in stored.blocks(name):
+        yield block.to(device)
 
 
 def _cast(blocks: Blocks, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -16,7 +16,7 @@ from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name
 from ft_export.folders import new_folder, require_space, sha256_of
-from ft_export.merging.adapter import Adapter, LowRank
+from ft_export.merging.adapter import Adapter, LowRank, base_of
 from ft_export.merging.names import parameter_names
 from ft_export.runs import Source
 from ft_export.serving.export import check_stops, write_proof
@@ -97,7 +97,7 @@ def export_lora(
     adapter = Adapter(source.adapter)
     rank = check_servable(source, adapter)
     limit = next(allowed for allowed in RANKS if allowed >= rank)
-    reference = adapter.base or source.base
+    reference = base_of(source, adapter)
     if not reference:
         raise ExportError(f"{adapter.folder / FILES[0]} names no base model: use --type 16bit")
     base = find_base(reference)
