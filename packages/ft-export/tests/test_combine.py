@@ -95,8 +95,8 @@ def test_the_weighted_sum_in_float64(base: Path, pair: tuple[Path, Path], tmp_pa
     for name in Adapter(one).changes:
         wanted = stored.tensor(name).double() + 2.0 * _delta(one, name) + 0.5 * _delta(two, name)
         off = (written.tensor(name).double() - wanted).abs()
-        # bfloat16 has 8 binary digits, so half of its last place is 2^-9 of a value and less; fp32 adds 2^-20 of the sum
-        assert bool((off <= 2.0**-9 * wanted.abs() + 2.0**-20).all()), name
+        # half of the last of bfloat16's 8 binary digits is at most 2^-8 of a value; what fp32 adds is far below 2^-20
+        assert bool((off <= 2.0**-8 * wanted.abs() + 2.0**-20).all()), name
         away.append(((rough.tensor(name).double() - wanted).norm() / wanted.norm()).item())
     assert min(away) > 20 * BF16
     assert "in float64 the weighted sum of their changes, in 14 weights" in exact.lines[0]
@@ -108,7 +108,7 @@ def test_a_weight_for_one_adapter_alone(base: Path, pair: tuple[Path, Path], tmp
     name = "model.layers.1.mlp.up_proj.weight"
     wanted = Checkpoint(base).tensor(name).double() - 0.5 * _delta(pair[0], name)
     off = (Checkpoint(result.folder).tensor(name).double() - wanted).abs()
-    assert bool((off <= 2.0**-9 * wanted.abs() + 2.0**-20).all())
+    assert bool((off <= 2.0**-8 * wanted.abs() + 2.0**-20).all())
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -117,7 +117,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "rsLoRA": {"use_rslora": True},
     "patterns": {"rank_pattern": {"layers.0.self_attn.q_proj": 6}, "alpha_pattern": {"v_proj": 3}},
     "the embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
-    "some layers": {"layers_to_transform": [1]},
+    "some layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
 }
 
 
@@ -135,7 +135,7 @@ def test_adapters_that_differ(
         change = _delta(parts[0], name) + 0.5 * _delta(parts[1], name)
         wanted = stored.tensor(name).double() + (change.T if "embed" in name else change)
         off = (written.tensor(name).double() - wanted).abs()
-        assert bool((off <= 2.0**-9 * wanted.abs() + 2.0**-20).all()), name
+        assert bool((off <= 2.0**-8 * wanted.abs() + 2.0**-20).all()), name
 
 
 @pytest.mark.parametrize("kind", ["linear", "svd", "ties", "dare_linear"])
@@ -165,7 +165,7 @@ def test_turned_weights(tmp_path: Path, make_adapter: Any, base: Path) -> None:
     name = "transformer.h.0.attn.c_proj.weight"  # square: its shape does not tell which way it lies
     wanted = Checkpoint(tmp_path / "gpt2").tensor(name).double() + (_delta(one, name) + 0.5 * _delta(two, name)).T
     off = (Checkpoint(tmp_path / "cat").tensor(name).double() - wanted).abs()
-    assert bool((off <= 2.0**-9 * wanted.abs() + 2.0**-20).all())
+    assert bool((off <= 2.0**-8 * wanted.abs() + 2.0**-20).all())
 
 
 def test_masks_are_the_seed_s(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_wrong_combination_is_caught(
         layers = dict(combining._layers(peft))
         layer = layers["model.layers.1.mlp.up_proj"]
         if fault == "a weight lost":
-            layer.lora_A[combining.RESULT].weight.data[4:] *= 2
+            layer.lora_A[combining.RESULT].weight.data[2:] *= 2
         elif fault == "scaled by alpha again":
             layer.lora_B[combining.RESULT].weight.data *= 2
         else:
