@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hub_server import TOKEN, HubServer, hub_server
 
+from ft_export import merge
 from ft_export.hub.licence import find_licence
 
 REPO = "me/dates"
@@ -174,6 +175,20 @@ def same_as_here(folder: str, hub: HubServer, repo: str = REPO) -> None:
     assert proof == sent
     assert here == there
     assert {entry["name"] for entry in pushed["files"]} == set(there) | {"proof.json", ".gitattributes"}
+
+
+def test_a_card_says_that_several_adapters_were_merged(
+    push: Pusher, make_trained: Any, make_adapter: Any, base: Path, tmp_path: Path
+) -> None:
+    run, other = make_trained(), make_adapter(tmp_path / "other", base, seed=2)
+    merge(run, adapters=[(other, 0.5)])
+    made = push(run)
+    assert any(line.endswith(f"this adapter (weight 1) and {other} (weight 0.5) by cat") for line in made["lines"])
+    card = push.hub.files(REPO)["README.md"].decode()
+    assert "The weights are those of 2 adapters, combined by PEFT (cat) with the weights 1 and 0.5" in card
+    assert json.loads(push.hub.files(REPO)["proof.json"])["figures"]["merge"]["combination"]["type"] == "cat"
+    check_nothing_private(push.hub, run)
+    assert not any(str(other).encode() in content for content in push.hub.files(REPO).values())
 
 
 def test_a_merged_run_comes_back_bit_for_bit_with_a_true_card(

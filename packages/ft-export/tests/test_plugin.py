@@ -53,6 +53,25 @@ def test_merge_command(base: Path, make_run: Any, make_adapter: Any, capsys: pyt
         _merge(str(run))
 
 
+def test_several_adapters_on_the_command_line(
+    base: Path, make_run: Any, make_adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    make_adapter(run / "adapter", base)
+    others = [make_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate(("two", "three"), 2)]
+    words = ["--adapter", f"{others[0]}:0.5", "--adapter", str(others[1]), "--weight", "2"]
+    assert _merge(str(run), *words, "--combination", "dare_linear", "--density", "0.5", "--seed", "4") == 0
+    captured = capsys.readouterr()
+    assert f"2 x {run}, 0.5 x {others[0]}, 1 x {others[1]}, combined by PEFT (dare_linear)" in captured.out
+    assert "combining 3 adapters by dare_linear" in captured.err
+    said = json.loads((run / "merged" / "merge.json").read_text())["combination"]
+    assert (said["type"], said["density"], said["seed"]) == ("dare_linear", 0.5, 4)
+    with pytest.raises(FtError, match="--adapter :1 names no folder"):
+        _merge(str(run), "--adapter", ":1", "--overwrite")
+    with pytest.raises(FtError, match="combination ties needs a density"):
+        _merge(str(run), "--adapter", str(others[0]), "--combination", "ties", "--overwrite")
+
+
 def test_exporter(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason='pip install "ft-export[gguf]"')
     pytest.importorskip("xllamacpp", reason='pip install "ft-export[gguf]"')

@@ -207,9 +207,13 @@ def test_folders_made_for_what_failed_go(kind: Callable[[Path], Any], tmp_path: 
 
 
 def test_folders_that_hold_something_stay(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), made_for(tmp_path / "a" / "b" / "out"):
-        (tmp_path / "a" / "mine").touch()
-        raise ZeroDivisionError
+    def fail() -> None:
+        with made_for(tmp_path / "a" / "b" / "out"):
+            (tmp_path / "a" / "mine").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"]
 
 

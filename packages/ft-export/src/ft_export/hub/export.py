@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ft_export.errors import ExportError, one_line
@@ -12,7 +12,7 @@ from ft_export.exporting import PROOF, Exported, check_target, whole_model
 from ft_export.folders import new_folder
 from ft_export.hub.card import Subject, write_card
 from ft_export.hub.licence import Licence, find_licence, licence_files, read_front_matter
-from ft_export.hub.proof import FORMAT, Proof, of_gguf, of_weights, write_proof, write_pushed
+from ft_export.hub.proof import FORMAT, Proof, of_combination, of_gguf, of_weights, write_proof, write_pushed
 from ft_export.hub.record import Record, is_local, read_record
 from ft_export.hub.repository import Repository, base_card, data_sets, token_of
 from ft_export.hub.staging import File, check_clean, listed, place, place_model
@@ -152,6 +152,8 @@ def _lay_out(layout: _Layout, lines: list[str]) -> list[File]:
     for text in licence_files(layout.record.base_folder) if layout.record.base_folder is not None else []:
         place(text, folder / text.name)
     task = _task(source, model)
+    if source.adapter is not None and wanted.type != "adapter":
+        proof = replace(proof, lines=(*of_combination(source.path / "merged"), *proof.lines))
     about = Subject(
         wanted,
         task,

@@ -16,12 +16,12 @@ from ft_export.hub.staging import File
 from ft_export.merging.merger import MARKER, check_unchanged
 from ft_export.runs import read_json
 
-__all__ = ["FORMAT", "Proof", "of_gguf", "of_weights", "write_proof", "write_pushed"]
+__all__ = ["FORMAT", "Proof", "of_combination", "of_gguf", "of_weights", "write_proof", "write_pushed"]
 
 FORMAT = "hub_format"
 MERGE = (
     "libraries", "base_dtype", "dtype", "dequantized_base", "adapter_sha256", "tokenizer_from", "samples", "weights",
-    "logprobs",
+    "logprobs", "combination",
 )  # fmt: skip
 """What is taken from ``merge.json``: figures and versions, no paths."""
 GGUF = (
@@ -80,6 +80,26 @@ def of_weights(folder: Path, made_from: Path, adapter: bool) -> Proof:
             f"{logprobs['bound_mean']:.2e})."
         )
     return Proof(tuple(lines), figures)
+
+
+def of_combination(merged: Path) -> list[str]:
+    """A line on a merge of several adapters or with a weight, since a card tells of one run; paths are left out.
+
+    Args:
+        merged: the folder that a run's adapter is merged in, which may not be there.
+    """
+    said = read_json(merged / MARKER) if (merged / MARKER).is_file() else {}
+    how, parts = said.get("combination"), said.get("adapters")
+    if not isinstance(how, dict) or not isinstance(parts, list):
+        return []
+    weights = [f"{part['weight']:g}" for part in parts]
+    if len(weights) == 1:
+        return [f"The adapter was merged with the weight {weights[0]}, not 1."]
+    return [
+        f"The weights are those of {len(weights)} adapters, combined by PEFT ({how['type']}) with the weights "
+        f"{', '.join(weights[:-1])} and {weights[-1]}: what this card says of data, training and evaluation is of the "
+        "first alone."
+    ]
 
 
 def of_gguf(said: dict[str, Any]) -> Proof:

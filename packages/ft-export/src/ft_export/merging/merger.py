@@ -277,6 +277,7 @@ class _Merge:
             )
         else:
             logprobs, gap = self._prove(folder, tokenizer, dtype, was)
+        first = self.adapter.folder if self.combined is None else self.combined.parts[0].adapter.folder
         report = {
             "merge_format": 1,
             "ft_export": __version__,
@@ -287,8 +288,8 @@ class _Merge:
             "base_dtype": _name(was),
             "dtype": _name(dtype),
             "dequantized_base": folder in self.base.parents,
-            "adapter": str(self.source.adapter),
-            "adapter_sha256": fingerprint(self.source.adapter),
+            "adapter": str(first),
+            "adapter_sha256": fingerprint(first),
             "combination": None if self.combined is None else self.combined.as_dict(),
             "adapters": None if self.combined is None else [part.as_dict() for part in self.combined.parts],
             "device": self.device,
