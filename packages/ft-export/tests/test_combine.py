@@ -334,3 +334,34 @@ def test_words_of_the_command_line(tmp_path: Path) -> None:
     assert weighted(f"{tmp_path}/run:2") == (f"{tmp_path}/run:2", 1.0)
     with pytest.raises(ExportError, match="--adapter :2 names no folder"):
         weighted(":2")
+
+
+# --- what no low-rank product on the base's weights can say
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_adapter_that_began_as_a_part_of_its_base(
+    several: bool, base: Path, pair: tuple[Path, Path], make_adapter: Any, tmp_path: Path
+) -> None:
+    """PEFT takes that part from the base again when it loads the adapter; a merge into the whole base has it twice."""
+    pissa = make_adapter(tmp_path / "pissa", base, init_lora_weights="pissa")
+    others = [(pissa, 1.0)] if several else []
+    with pytest.raises(ExportError, match=r"began as a part of its base's weights.*\(init_lora_weights: pissa\)"):
+        merge(pair[0] if several else pissa, tmp_path / "out", adapters=others, skip_proof=True)
+    assert not (tmp_path / "out").exists()
+    if not several:  # as the message says: its base, saved without that part
+        peft_s = PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), pissa
+        )
+        rest = peft_s.unload()
+        rest.save_pretrained(tmp_path / "rest")
+        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "rest")
+        config = json.loads((pissa / "adapter_config.json").read_text())
+        (pissa / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": True}))
+        assert merge(pissa, tmp_path / "out", base=str(tmp_path / "rest")).weights.merged == 14
+
+
+def test_an_adapter_that_acts_on_some_tokens_only(base: Path, make_adapter: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base, alora_invocation_tokens=[3, 4])
+    with pytest.raises(ExportError, match="uses alora_invocation_tokens, which cannot be merged here"):
+        merge(adapter, skip_proof=True)

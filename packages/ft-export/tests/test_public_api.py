@@ -52,7 +52,7 @@ API = {
     "ft_export.open_webui.model_json": ["model_json", "unescaped"],
     "ft_export.conversations": ["SAMPLING", "Serving", "all_rows", "conversation", "serving", "whole_number"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
-    "ft_export.merging.adapter": ["Adapter", "LowRank", "Replacement", "base_of"],
+    "ft_export.merging.adapter": ["Adapter", "LowRank", "PLAIN_STARTS", "Replacement", "base_of"],
     "ft_export.merging.arithmetic": [
         "Blocks",
         "DEVICES",

@@ -25,13 +25,22 @@ from ft_export.runs import Source, read_json
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapter", "LowRank", "Replacement", "base_of"]
+__all__ = ["PLAIN_STARTS", "Adapter", "LowRank", "Replacement", "base_of"]
 
 UNIT = 2.0**-24
 """Half the distance of 1 to the next fp32 number: the relative error of one fp32 operation."""
 
 BLOCK = 1 << 24
 """How many values are computed at a time in float64 (128 MiB)."""
+
+
+OTHER_FORMS = (
+    "target_parameters", "trainable_token_indices", "layer_replication", "megatron_config", "alora_invocation_tokens",
+    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+"""Settings of PEFT's with which an adapter is more, or something else, than a low-rank product on each weight."""
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+"""Ways to begin an adapter (``init_lora_weights``) that leave its base as it is; others with a name change it."""
 
 
 @dataclass
@@ -84,7 +93,7 @@ class Adapter:
         kind = self.config.get("peft_type")
         if kind != "LORA":
             raise ExportError(f"{folder} is a {kind} adapter: only LORA (with rsLoRA and DoRA) can be merged")
-        for key in ("target_parameters", "trainable_token_indices", "layer_replication", "megatron_config"):
+        for key in OTHER_FORMS:
             if self.config.get(key):
                 raise ExportError(f"{folder} uses {key}, which cannot be merged here: merge it with PEFT itself")
         self.files = Checkpoint(folder, "adapter_model")
@@ -102,6 +111,12 @@ class Adapter:
         """The base model's folder or Hub name."""
         base = self.config.get("base_model_name_or_path")
         return str(base) if base else None
+
+    @property
+    def changed_base(self) -> str | None:
+        """How PEFT began it, where that changed the base's weights first (PiSSA and the like); None elsewhere."""
+        begins = self.config.get("init_lora_weights")
+        return begins if isinstance(begins, str) and begins.lower() not in PLAIN_STARTS else None
 
     @property
     def path(self) -> Path:
@@ -188,6 +203,18 @@ class Adapter:
         for name, change in self.biases().items():
             if name not in shapes:
                 raise ExportError(f"{self.path} trains a bias of {change.module} (lora_bias), which the base has not")
+
+    def check_start(self) -> None:
+        """
+        Raises:
+            ExportError: its base is one that PEFT changed when training began, which the files of neither hold.
+        """
+        if self.changed_base is not None:
+            raise ExportError(
+                f"{self.folder} began as a part of its base's weights, which these lost (init_lora_weights: "
+                f"{self.changed_base}): save it with PEFT's path_initial_model_for_weight_conversion; or, if the base "
+                "that it names was saved without that part, set init_lora_weights to true in adapter_config.json"
+            )
 
     def biases(self) -> dict[str, LowRank]:
         """The changes that come with a bias (``lora_bias``), by the bias's tensor name."""

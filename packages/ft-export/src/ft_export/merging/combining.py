@@ -7,7 +7,7 @@ otherwise than an adapter's own configuration would:
 - it gives the result the configuration of the first adapter, with alpha equal to the rank: with rsLoRA that scales the
   result by the root of the rank (seen with PEFT 0.21.2). So each adapter gets a configuration that names its modules
   one by one and nothing else that matters here, and rsLoRA is taken out of it once its scale is known.
-- it begins new layers as the first adapter began (PiSSA and the like change the base then): here as LoRA does.
+- it begins new layers as the first adapter began, which may change a base: here as LoRA does.
 """
 
 from __future__ import annotations

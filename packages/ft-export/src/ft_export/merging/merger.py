@@ -141,6 +141,8 @@ def merge(
     elif any(setting is not None for setting in (combination, density, majority_sign, rank)):
         raise ExportError("how adapters are combined is said for one alone: name the others with --adapter PATH:WEIGHT")
     adapter = parts[0].adapter if parts else Adapter(source.adapter)
+    for one in (part.adapter for part in parts) if parts else (adapter,):
+        one.check_start()
     named = (base_of(part.source, part.adapter) for part in parts)
     reference = base or base_of(source, adapter) or next((name for name in named if name), None)
     if not reference:

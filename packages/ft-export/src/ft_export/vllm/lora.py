@@ -27,8 +27,6 @@ __all__ = ["RANKS", "check_servable", "export_lora"]
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be."""
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Ways to begin an adapter that leave its base as it is; the other ones that have a name change it."""
 ADAPTER, TOKENIZER = "adapter", "tokenizer"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -40,7 +38,6 @@ def check_servable(source: Source, adapter: Adapter) -> int:
         ExportError: vLLM cannot; says why, and that the merged model can be served.
     """
     config = adapter.config
-    begins = config.get("init_lora_weights")
     reason = None
     if config.get("use_dora"):
         reason = "is a DoRA adapter"
@@ -48,8 +45,8 @@ def check_servable(source: Source, adapter: Adapter) -> int:
         reason = f"holds whole modules ({', '.join(map(str, config['modules_to_save']))})"
     elif config.get("lora_bias") or config.get("bias", "none") != "none":
         reason = "has trained biases"
-    elif source.on_quantized or (isinstance(begins, str) and begins.lower() not in PLAIN_STARTS):
-        reason = f"belongs to a base with other weights (init_lora_weights: {begins})"
+    elif source.on_quantized or adapter.changed_base is not None:
+        reason = f"belongs to a base with other weights (init_lora_weights: {config.get('init_lora_weights')})"
     elif source.rope is not None:
         reason = "was trained with a rotary scaling that its base does not have"
     elif config.get("task_type") not in (None, "CAUSAL_LM"):
