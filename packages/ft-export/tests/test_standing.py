@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from ft_export.checkpoints import Checkpoint
 from ft_export.exporting import whole_model
 from ft_export.folders import made_for, new_file, new_folder, scratch_folder
 from ft_export.merging import is_current
-from ft_export.merging.arithmetic import exact_products
 from ft_export.merging.record import MARKER
 from ft_export.runs import open_source
 
@@ -150,16 +151,35 @@ def test_a_device_that_is_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads((run / "merged" / MARKER).read_text())["device"] == "cpu"
 
 
-def test_products_are_exact_whatever_the_process_asked_for() -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+PRECISION = """
+import torch
+{asked}
+from ft_export.merging.arithmetic import exact_products
+def state():
     try:
-        with exact_products():
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cuda.matmul.allow_tf32
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = None
+    return older, torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision
+before = state()
+with exact_products():
+    assert not torch.backends.cuda.matmul.allow_tf32  # which raises where torch would refuse to multiply
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+        a, b = torch.randn(256, 256).cuda(), torch.randn(256, 256).cuda()
+        assert (a @ b - a.double() @ b.double()).abs().max() < 1e-4
+assert state() == before, (state(), before)
+"""
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["", "torch.set_float32_matmul_precision('high')", "torch.backends.cuda.matmul.allow_tf32 = True",
+     "torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'"],
+)  # fmt: skip
+def test_products_are_exact_whatever_the_process_asked_for(asked: str) -> None:
+    """In a process of its own, since torch's settings are the process's."""
+    subprocess.run([sys.executable, "-c", PRECISION.format(asked=asked)], check=True)
 
 
 @pytest.mark.gpu

@@ -7,8 +7,8 @@ arithmetic by ``ft_export.merging.logprobs_check``. The formulas are those of ``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
 from ft_export.merging.adapter import Adapter, LowRank
@@ -41,15 +41,26 @@ def device_of(name: str) -> str:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Let a GPU multiply fp32 numbers as such, whatever the process asked for: TF32 has three digits."""
+    """Let a GPU multiply fp32 numbers as such, whatever the process asked for: TF32 has three digits.
+
+    torch has two ways to say it and refuses to multiply where they differ, or to tell the older one where the newer was
+    used. Both are as they were when the block ends.
+    """
     import torch
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    products: Any = torch.backends.cuda.matmul
+    newer, older = products.fp32_precision, None
+    with suppress(RuntimeError):
+        older = torch.get_float32_matmul_precision()
+    if older is not None:
+        torch.set_float32_matmul_precision("highest")
+    products.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        products.fp32_precision = newer
 
 
 def merged_weight(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_export.bases import find_base, load_tokenizer, same_folder
+from ft_export.bases import load_tokenizer, local_base, same_folder
 from ft_export.errors import ExportError
 from ft_export.merging.adapter import Adapter, LowRank, base_of
 from ft_export.merging.record import fingerprint
@@ -218,8 +218,8 @@ def _check_bases(one: Part, other: Part) -> None:
     names = [base_of(part.source, part.adapter) for part in (one, other)]
     if names[0] == names[1] or None in names:  # one that names none is taken to belong to what the others belong to
         return
-    folders = [find_base(str(name)) for name in names]
-    if not same_folder(*folders):
+    folders = [local_base(str(name)) for name in names]  # nothing is fetched for a base that is then refused
+    if folders[0] is None or folders[1] is None or not same_folder(folders[0], folders[1]):
         raise ExportError(
             f"{other.source.path} was trained on {names[1]}, {one.source.path} on {names[0]}: adapters of different "
             "bases cannot be combined; if both are the same model, name it with ft merge --base"

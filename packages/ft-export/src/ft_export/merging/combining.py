@@ -52,7 +52,7 @@ class Combined:
         return [
             f"{shares}, combined by PEFT ({self.how.type})"
             + (f": in float64 {checked}, in {self.found['tensors']} weights" if self.found["checked"] else "")
-            + (f"; its distance from the weighted sum of their changes is {away:.2g} of that" if away > 1e-6 else ""),
+            + (f"; off the weighted sum of their changes by {100 * away:.3g} % of its size" if away > 1e-6 else ""),
             *other_templates(self.parts),
         ]
 

@@ -98,7 +98,7 @@ def standing(merged: Path, adapter: Path, base: str | None, proven: bool = True)
         return Standing(False, "of an earlier adapter", asked)
     for part in parts[1:]:
         folder = Path(part["path"])
-        if folder.is_dir() and part["sha256"] != fingerprint(folder):
+        if _is_adapter(folder) and part["sha256"] != fingerprint(folder):
             return Standing(False, f"made with an earlier {folder}", asked)
     told, other = _base_standing(said, base)
     if not told.current:
@@ -108,9 +108,13 @@ def standing(merged: Path, adapter: Path, base: str | None, proven: bool = True)
     if proven and said.get("logprobs") is None:
         return Standing(False, UNPROVEN, asked)
     check_unchanged(merged)
-    gone = [part["path"] for part in parts[1:] if not Path(part["path"]).is_dir()]
+    gone = [part["path"] for part in parts[1:] if not _is_adapter(Path(part["path"]))]
     notes = [f"{path} is not here to be compared" for path in gone] + [told.why] * bool(told.why)
     return Standing(True, "; ".join(notes), asked)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
 def _base_standing(said: dict[str, Any], base: str | None) -> tuple[Standing, bool]:
