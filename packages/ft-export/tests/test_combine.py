@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,56 @@ def test_from_runs(base: Path, make_run: Any, make_adapter: Any) -> None:
     assert sorted(path.name for path in runs[0].iterdir()) == [
         "adapter", "config.yaml", "environment.json", "held_out.jsonl", "merged",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+@pytest.mark.parametrize("which", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"], ["q_proj"]])
+def test_tied_embeddings(which: list[str], kind: str, make_model: Any, make_adapter: Any, tmp_path: Path) -> None:
+    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    parts = [make_adapter(tmp_path / name, tied, seed=seed, target_modules=which) for seed, name in enumerate("ab")]
+    result = merge(parts[0], tmp_path / "out", adapters=[(parts[1], 0.5)], combination=kind, rank=None)
+    theirs = _of_peft(tied, [(parts[0], 1.0), (parts[1], 0.5)], kind, **({} if kind == "cat" else {"svd_rank": 4}))
+    assert (_logits(result.folder) - theirs).norm() / theirs.norm() < 10 * BF16
+
+
+def test_on_a_quantized_base(base: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason='pip install "ft-export[bitsandbytes]"')
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16)
+    packed.save_pretrained(tmp_path / "packed")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "packed")
+    result = merge(pair[0], tmp_path / "out", adapters=[(pair[1], 0.5)], base=str(tmp_path / "packed"))
+    assert any("merged into its dequantized weights" in line for line in result.lines)
+    assert result.weights.merged == 14
+    assert result.logprobs is not None
+
+
+KILLED = """
+import os, signal, sys
+from ft_export import merge, writing
+writing.SHARD = 20_000
+def show(done, total, what):
+    if what == "tensors written" and done == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+merge(sys.argv[1], sys.argv[3], adapters=[(sys.argv[2], 0.5)], combination="dare_ties", density=0.5, progress=show)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
+def test_a_killed_one_goes_on_and_nothing_stays(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Any
+) -> None:
+    """The same seed draws the same masks: what was written is gone on with."""
+    from ft_export import writing
+
+    monkeypatch.setattr(writing, "SHARD", 20_000)
+    out = tmp_path / "deep" / "out"
+    words = [sys.executable, "-c", KILLED, str(pair[0]), str(pair[1]), str(out)]
+    assert subprocess.run(words, capture_output=True, check=False).returncode != 0
+    assert len(list(out.parent.glob(".out.*.partial"))) == 2  # the combined adapter's too
+    result = merge(pair[0], out, adapters=[(pair[1], 0.5)], combination="dare_ties", density=0.5)
+    assert any("going on with a merge that was interrupted" in line for line in result.lines)
+    assert contents(out.parent) == ["out"]
 
 
 # --- planted faults

@@ -12,6 +12,7 @@ otherwise than an adapter's own configuration would:
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from ft_export.merging.combined_check import check_combined
 from ft_export.merging.names import parameter_names
 from ft_export.merging.outline import built
 from ft_export.progress import Progress, silent
+from ft_export.runs import read_json
 
 __all__ = ["Combined", "combine", "combined_adapter", "put_together"]
 
@@ -117,6 +119,9 @@ def combine(parts: Sequence[Part], how: Combination, base: Path, reference: str,
         base_model_name_or_path=reference, task_type=first.adapter.config.get("task_type"),
     )  # fmt: skip
     config.save_pretrained(str(to))
+    path = to / "adapter_config.json"  # PEFT writes the modules in another order each time, and an interrupted merge
+    said = {**read_json(path), "target_modules": sorted(ranks)}  # is gone on with where its adapter is the same
+    path.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
     if (first.adapter.folder / "tokenizer_config.json").is_file():
         copy_tokenizer(first.adapter.folder, base, to)
@@ -247,9 +252,11 @@ def _check_embeddings(parts: Sequence[Part], base: Path, model: Any) -> None:
         return
     stored = Checkpoint(base)
     stored.rename(parameter_names(stored, model))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for part, name, key in held:
         mine = part.adapter.files.tensor(key)
-        theirs = stored.tensor(name) if name in stored else None
+        tied = [other for other, p in parameters.items() if p is parameters[name] and other in stored]
+        theirs = stored.tensor(tied[0]) if tied else None
         if theirs is None or mine.shape != theirs.shape or not torch.equal(mine.to(theirs.dtype), theirs):
             raise ExportError(
                 f"{part.adapter.path} holds {name} whole and not as the base has it: it cannot be combined with others"
