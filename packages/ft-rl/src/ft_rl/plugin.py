@@ -34,6 +34,7 @@ REWARD = MethodSpec(
     evaluate="ft_rl.reward:evaluate",
     formats=("preference",),
     head="score",
+    load="ft_rl.loads:pairs",
 )
 
 DPO = MethodSpec(
@@ -43,6 +44,7 @@ DPO = MethodSpec(
     trainer="ft_rl.dpo:build",
     evaluate="ft_rl.dpo:evaluate",
     formats=("preference",),
+    load="ft_rl.loads:pairs_with_reference",
 )
 
 ORPO = MethodSpec(
@@ -52,6 +54,7 @@ ORPO = MethodSpec(
     trainer="ft_rl.orpo:build",
     evaluate="ft_rl.orpo:evaluate",
     formats=("preference",),
+    load="ft_rl.loads:pairs",
 )
 
 KTO = MethodSpec(
@@ -61,6 +64,7 @@ KTO = MethodSpec(
     trainer="ft_rl.kto:build",
     evaluate="ft_rl.kto:evaluate",
     formats=("labelled", "preference"),
+    load="ft_rl.loads:answers",
 )
 
 GRPO = MethodSpec(
@@ -71,6 +75,7 @@ GRPO = MethodSpec(
     evaluate="ft_rl.grpo:evaluate",
     formats=("prompt",),
     rewards=True,
+    load="ft_rl.loads:completions",
 )
 
 GSPO = MethodSpec(
@@ -81,6 +86,7 @@ GSPO = MethodSpec(
     evaluate="ft_rl.grpo:evaluate",
     formats=("prompt",),
     rewards=True,
+    load="ft_rl.loads:completions",
 )
 
 PPO = MethodSpec(
@@ -91,6 +97,7 @@ PPO = MethodSpec(
     evaluate="ft_rl.ppo:evaluate",
     formats=("prompt",),
     rewards=True,
+    load="ft_rl.loads:with_values",
 )
 
 TRANSFORMERS = RolloutSpec(

@@ -104,19 +104,9 @@ class PpoTrainer(GrpoTrainer):
 
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """Equations 7 and 9 of the paper. The values' part is differentiated at once, by their own adapter."""
-        self._batch = batch = dict(inputs)
-        try:
-            logprobs, entropies, _ = self._get_per_token_logps_and_entropies(
-                model, *_asked(batch), compute_entropy=True
-            )
-        finally:
-            self._batch = None
+        batch = dict(inputs)
         mask, items = batch["completion_mask"].bool(), batch["num_items_in_batch"]
-        new, old, advantages = (
-            flatten(x, mask)[0] for x in (logprobs, batch["old_per_token_logps"], batch["advantages"])
-        )
-        loss, measured = ppo_policy(new, old, advantages, clip_range=self._ppo.cliprange, num_items=items)
-        with self.value_model.active():
+        with self.value_model.active():  # first, so that the two passes' activations do not wait side by side
             known, returns = (flatten(batch[name], mask)[0] for name in ("values", "returns"))
             value_loss, of_values = ppo_value(
                 self._values(batch), known, returns, clip_range=self._ppo.cliprange_value, num_items=items
@@ -124,6 +114,17 @@ class PpoTrainer(GrpoTrainer):
             value_loss = self._ppo.vf_coef * value_loss
             if torch.is_grad_enabled():
                 self.accelerator.backward(value_loss)
+        self._batch = batch
+        try:
+            logprobs, entropies, _ = self._get_per_token_logps_and_entropies(
+                model, *_asked(batch), compute_entropy=True
+            )
+        finally:
+            self._batch = None
+        new, old, advantages = (
+            flatten(x, mask)[0] for x in (logprobs, batch["old_per_token_logps"], batch["advantages"])
+        )
+        loss, measured = ppo_policy(new, old, advantages, clip_range=self._ppo.cliprange, num_items=items)
         mode = self._metrics["train" if self.model.training else "eval"]
         for name, value in (*measured.items(), *((f"value/{k}", v) for k, v in of_values.items())):
             mode[name].append(float(value))

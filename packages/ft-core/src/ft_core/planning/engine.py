@@ -15,6 +15,7 @@ from ft_core.models.positions import positions
 from ft_core.models.source import ModelSource
 from ft_core.planning.blueprint import Blueprint
 from ft_core.planning.cards import Card
+from ft_core.planning.load import load_of
 from ft_core.planning.peak import ALONE, TILE, Peak, Step, peak_of
 from ft_core.planning.rows import count_rows, steps_of
 from ft_core.planning.speed import LAUNCHES, Times, times_of
@@ -160,7 +161,7 @@ class Planner:
             return peak_of(self.blueprint, outline, self._step(config, card, tile, choice, optimizer))
 
         whole = peak(None)
-        tokens = config.training.batch_size * config.max_length
+        tokens = config.training.batch_size * load_of(config).sequences * config.max_length
         if not outline.able or tokens <= TILE or wanted == "keep" or _easily(whole, int(WHOLE * limit)):
             return whole
         # What `auto` chooses fills the memory; whether that was easy, the leanest says.
@@ -222,16 +223,20 @@ class Planner:
         return peak_of(self.blueprint, outline, filled).step
 
     def _step(self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None, optimizer: str) -> Step:
+        load = load_of(config)
         return Step(
-            rows=config.training.batch_size,
+            rows=config.training.batch_size * load.sequences,
             length=config.max_length,
+            load=load,
             quantization=config.quantization,
             optimizer=optimizer,
             accumulates=config.training.gradient_accumulation > 1,
             wanted=wanted or config.activations,
             limit=limit_of(config, card),
             # Activations have what the optimizer's state leaves of it.
-            host=max(self.host - states_of(self.blueprint.outline(config.lora).trained, optimizer).host, 0),
+            host=max(
+                self.host - load.adapters * states_of(self.blueprint.outline(config.lora).trained, optimizer).host, 0
+            ),
             disk=self.disk,
             tile=tile,
             dense=card.capability >= (9, 0),
@@ -350,8 +355,9 @@ def _notes(
         notes.append("rough: full fine-tuning, fp32 weights under autocast; its memory was not measured")
     elif not blueprint.outline(config.lora).able:
         notes.append("rough: this adapter is computed by single operations, whose memory was not measured")
-    if config.method != "sft":
-        notes.append(f"rough: counted as sft; {config.method} may compute more than one pass")
+    load = load_of(config)
+    if load.reference or load.written or load.adapters > 1:
+        notes.append(f"times are those of one pass with gradients; a step of {config.method} has more")
     if config.packing:
         notes.append(f"rows are assumed full: {config.max_length} tokens each, one document (shorter ones are faster)")
     else:

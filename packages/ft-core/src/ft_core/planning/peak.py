@@ -15,6 +15,7 @@ import torch
 from ft_core.fast.again import Choice
 from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, TILE, Sizes, fit_on_disk
 from ft_core.planning.blueprint import Blueprint, Outline
+from ft_core.planning.load import Load
 from ft_core.planning.weights import room_bytes, states_of, weight_bytes
 from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
 
@@ -41,6 +42,7 @@ class Step:
         limit: bytes that torch may have; None for no limit. host: bytes of pinned host memory that can be had.
         tile: tokens of a sequence tile, or None.
         disk: bytes on the disk that can be had where that is not enough.
+        load: what the method makes of a micro-batch; ``rows`` are its sequences already.
         dense: whether attention is cuDNN's (Hopper and later), for times.
     """
 
@@ -54,6 +56,7 @@ class Step:
     host: int = 2**62
     disk: int = 0
     tile: int | None = None
+    load: Load = Load()
     dense: bool = True
 
     @property
@@ -70,7 +73,7 @@ class Peak:
         parts: on the GPU, as torch counts them; their sum is ``total``. host: pinned host memory. paged: the
             optimizer's state that the system moves between host and GPU.
         choices: of the layers, first layer first. head_rows: of logits at a time. moment: ``forward`` (of the last
-            layer), ``head``, ``layer`` or ``update``. exact: whether the family is known and only an adapter is
+            layer), ``head``, ``layer``, ``update``, ``reference`` or ``rollout``. exact: whether the family is known and only an adapter is
             trained, which is what was measured.
         tile: tokens of a sequence tile. refused: the host cannot hold what is to be offloaded.
         optimizer: as transformers calls it. disk: bytes that the host's memory cannot hold.
@@ -99,8 +102,10 @@ class Peak:
         return sum(self.parts.values())
 
 
-PASSING = ("batch", "gradients", "activations kept", "head", "one layer", "update")
+PASSING = ("batch", "gradients", "activations kept", "head", "one layer", "update", "reference", "rollout")
 """Parts of a peak that come and go with each step."""
+WORK = {"forward": "one layer", "layer": "one layer"}
+"""What is worked with at a moment, where it is not called as the moment is."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,8 @@ def peak_of(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
 
 def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
     itemsize = 4 if outline.full else 2
-    states = states_of(outline.trained, step.optimizer)
-    trained = sum(outline.trained)
+    counts = [*outline.trained] * step.load.adapters
+    states, trained = states_of(counts, step.optimizer), sum(counts)
     tokens = step.tokens
     fixed = {
         "weights": weight_bytes(blueprint, step.quantization, itemsize),
@@ -171,12 +176,17 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
     if outline.able and blueprint.layout is not None:
         ahead = _forward(blueprint, step, layer, choices)
         moments["forward"] = (sum(kept), gradients if step.accumulates else 0, ahead)
+    if step.load.reference:  # the gradient that the head has made waits beside the activations
+        waiting = sum(kept) + 2 * layer.hidden * tokens
+        moments["reference"] = (waiting, moments["head"][1], _without_gradients(blueprint, step, layer, head))
+    if step.load.written:
+        moments["rollout"] = (0, 0, _written(blueprint, step))
     name = max(moments, key=lambda moment: sum(moments[moment]))
     waits, sums, work = moments[name]
     parts = fixed | {
         "gradients": sums,
         "activations kept": waits,
-        {"forward": "one layer", "head": "head", "layer": "one layer", "update": "update"}[name]: work,
+        WORK.get(name, name): work,
     }
     moved = tokens * sum(sizes.host.get(choice, 0) for choice in choices)
     return Peak(
@@ -328,3 +338,21 @@ def _head(
     held = tokens * layer.hidden * 4 if held_dtype(shape, most) != shape.dtype else 0
     work: Any = rows * (2 * row_stride(shape) + 4 * layer.hidden) + 48 * tokens + held
     return states + (most if outline.full else min(int(work), most)), rows
+
+
+def _without_gradients(blueprint: Blueprint, step: Step, layer: Layer, head: int) -> int:
+    """Bytes that a pass without gradients takes: of a layer, or of the head, whose states' gradient nobody wants."""
+    tokens, (down, _) = step.tokens, _expanded(blueprint, step, layer)
+    tiled = step.tile is not None and tokens > step.tile
+    inner = step.tile if tiled and step.tile is not None else tokens
+    one = 2 * (3 * layer.inner * inner + down + 3 * layer.hidden * tokens)
+    return max(one, head - 2 * layer.hidden * tokens)
+
+
+def _written(blueprint: Blueprint, step: Step) -> int:
+    """Bytes that completions take while they are written: keys and values of all, and logits of a step in fp32."""
+    layout = blueprint.layout
+    rows = 1 << (step.load.written - 1).bit_length() if step.load.written <= 8 else -(-step.load.written // 8) * 8
+    width = Layer.of(blueprint).keys
+    cache = 2 * blueprint.layers * rows * step.length * width * 2
+    return cache + rows * blueprint.head.out * (2 + 4 * 4) + (0 if layout is not None else cache)

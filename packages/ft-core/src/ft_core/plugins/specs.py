@@ -90,6 +90,8 @@ class MethodSpec(Spec):
         evaluate: reference to ``evaluate(job: ft_core.evaluation.EvaluationJob) -> ft_core.evaluation.Evaluation``.
         rewards: whether the method scores what its model writes, by the configuration's ``rewards``. Without it the
             key is refused.
+        load: reference to ``load(config: TrainConfig) -> ft_core.planning.Load``, what a micro-batch of the method is
+            to the memory; None where it is that of ``sft``.
     """
 
     group: ClassVar[str] = "ft.methods"
@@ -99,6 +101,7 @@ class MethodSpec(Spec):
     evaluate: str
     head: Literal["language-model", "score"] = "language-model"
     rewards: bool = False
+    load: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
