@@ -136,7 +136,10 @@ def run_python(
     output, told, result = read.values()
     said: dict[str, Any] = json.loads(told.splitlines()[0]) if told.strip() else {}
     if "refused" in said:
-        raise NoIsolation(f"this machine doesn't allow the isolation that code is run in ({said['refused']})")
+        raise NoIsolation(
+            f"this machine doesn't allow the isolation that code is run in ({said['refused']}): it takes user "
+            "namespaces, which the sysctl user.max_user_namespaces or a container's profile may forbid"
+        )
     if stopped is None and not said:
         raise NoIsolation(f"the sandbox ended before the code began: {output[-200:].decode(errors='replace')}")
     if stopped is not None:

@@ -199,7 +199,8 @@ def main() -> None:
         tell(status, {"signal": os.WTERMSIG(how)} if os.WIFSIGNALED(how) else {"exit": os.WEXITSTATUS(how)})
         os._exit(0)
     except BaseException as error:
-        tell(status, {"refused": str(error) or type(error).__name__})
+        said = error.strerror if isinstance(error, OSError) else None
+        tell(status, {"refused": said or str(error) or type(error).__name__})
         os._exit(1)
 
 

@@ -1,0 +1,344 @@
+"""What code can and cannot do in the sandbox, tried for real; and that nothing is run where it cannot be had."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from ft_rl.rewards.sandbox import Limits, NoIsolation, check_isolation, run_python
+
+SANDBOX = Path(check_isolation.__wrapped__.__code__.co_filename)
+
+
+def isolation() -> str | None:
+    """Why this machine has none, or None."""
+    try:
+        check_isolation()
+    except NoIsolation as error:
+        return str(error)
+    return None
+
+
+reason = isolation()
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+SHORT = Limits(seconds=20, cpu_seconds=20)
+
+
+def said(program: str, limits: Limits = SHORT, **more: object) -> str:
+    outcome = run_python(program, limits, **more)  # type: ignore[arg-type]
+    assert (outcome.status, outcome.code) == ("exit", 0), outcome
+    return outcome.output.decode().strip()
+
+
+def processes_with(word: str) -> list[int]:
+    """Living processes in a sandbox whose program has a word."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (folder / "root/ft-work/program.py").read_text()
+        except OSError:
+            continue
+        if word in text:
+            found.append(int(folder.name))
+    return found
+
+
+def test_it_runs() -> None:
+    outcome = run_python(
+        "import sys; print(input(), flush=True); print('so', file=sys.stderr); sys.exit(3)", stdin="hello\n"
+    )
+    assert (outcome.status, outcome.code, outcome.output) == ("exit", 3, b"hello\nso\n")
+    assert said("print(open('other.txt').read())", files={"other.txt": "käse"}) == "käse"
+    assert said("import os; os.write(int(os.environ['RESULT']), b'x'); print(1)") == "1"
+    assert run_python("import os; os.write(int(os.environ['RESULT']), b'x')").result == b"x"
+
+
+def test_a_socket_leads_nowhere() -> None:
+    program = """
+import socket, sys
+for family, address in ((socket.AF_INET, ("127.0.0.1", PORT)), (socket.AF_INET, ("192.0.2.1", 80)), (socket.AF_UNIX, NAME)):
+    with socket.socket(family) as s:
+        s.settimeout(2)
+        try:
+            s.connect(address)
+            print("connected", address)
+        except OSError as error:
+            print(type(error).__name__, file=sys.stderr)
+try:
+    socket.getaddrinfo("localhost.example.org", 80)
+    print("resolved")
+except OSError:
+    pass
+"""
+    with socket.socket() as listener, socket.socket(socket.AF_UNIX) as abstract:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        name = f"\0ft-test-{os.getpid()}"  # of the network namespace, not of the file system
+        abstract.bind(name)
+        abstract.listen()
+        port = listener.getsockname()[1]
+        filled = program.replace("PORT", str(port)).replace("NAME", repr(name))
+        outside = subprocess.run([sys.executable, "-c", filled], capture_output=True, text=True, check=True)
+        assert outside.stdout.count("connected") >= 2  # the program is right: from here it does connect
+        output = said(filled)
+        assert "connected" not in output
+        assert "resolved" not in output
+        listener.settimeout(0.2)
+        listener.accept()  # the one from outside
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def test_the_machines_files_are_not_there(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    program = f"""
+import os
+print([p for p in ({str(secret)!r}, {str(Path.home())!r} + "/.bashrc", "/etc/passwd", "/var", "/home", "/tmp", "/sys", {os.getcwd()!r})
+       if os.path.exists(p)])
+print(sorted(os.environ))
+print(os.getuid(), os.getgid(), os.getgroups() in ([], [65534]), os.listdir())
+"""
+    there, environment, who = said(program).splitlines()
+    assert there == "[]"
+    assert "PATH" in environment
+    assert not [name for name in ("PYTHONPATH", "USER", "HF_HUB_OFFLINE", "PYTEST_CURRENT_TEST") if name in environment]
+    assert who.startswith("65534 65534")
+    assert who.endswith("['program.py']")
+
+
+def test_nothing_outside_can_be_written() -> None:
+    program = """
+import os, sys
+for path in (os.__file__, "/usr/new", "/lib/new", "/proc/sys/kernel/hostname", "/dev/new"):
+    try:
+        open(path, "a").close()
+        print(path)
+    except OSError:
+        pass
+for call in (lambda: os.chmod(os.__file__, 0o777), lambda: os.setuid(0)):
+    try:
+        call()
+    except OSError:
+        continue
+    print("allowed")
+"""
+    assert said(program) == ""
+
+
+def test_it_has_no_rights_and_gets_none() -> None:
+    program = """
+import ctypes
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("Cap")])
+libc = ctypes.CDLL(None, use_errno=True)
+print([libc.unshare(flag) for flag in (0x10000000, 0x40000000, 0x00020000)])
+print(libc.mount(b"none", b"/ft-work", b"tmpfs", 0, None))
+"""
+    if "/proc" not in said(
+        "print(open('/proc/mounts').read() if __import__('os').path.exists('/proc/mounts') else '')"
+    ):
+        pytest.skip("this machine lets no /proc be mounted in the sandbox")
+    rights, spaces, mounted = said(program).splitlines()
+    assert rights == str(["0" * 16] * 5)
+    assert spaces == "[-1, -1, -1]"
+    assert mounted == "-1"
+
+
+def test_an_endless_loop_is_ended_by_the_clock_and_by_the_processor() -> None:
+    start = time.monotonic()
+    outcome = run_python("print('begun', flush=True)\nwhile True: pass", Limits(seconds=1))
+    assert (outcome.status, outcome.output) == ("time", b"begun\n")
+    assert time.monotonic() - start < 5
+    assert run_python("import time; time.sleep(60)", Limits(seconds=0.5)).status == "time"
+    outcome = run_python("while True: pass", Limits(seconds=30, cpu_seconds=1))
+    assert (outcome.status, outcome.code) in (("signal", signal.SIGXCPU), ("signal", signal.SIGKILL))
+
+
+def test_a_memory_hog() -> None:
+    outcome = run_python("x = bytearray(2 * 2**30)", SHORT)
+    assert outcome.code == 1
+    assert b"MemoryError" in outcome.output
+    outcome = run_python("x = []\nwhile True: x.append(bytearray(2**20))", SHORT)
+    assert outcome.code == 1
+    assert said("x = bytearray(2 * 2**30); print(len(x))", Limits(seconds=20, memory=3 * 2**30)) == str(2 * 2**30)
+
+
+def test_a_fork_bomb_is_bounded_and_leaves_nobody_behind() -> None:
+    program = """
+import os, time
+started = 0
+try:
+    while started < 1000:
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        started += 1
+except OSError:
+    pass
+print(started)
+"""
+    start = time.monotonic()
+    assert int(said(program, Limits(seconds=30, processes=4))) == 3
+    bomb = "word = 'ft-bomb'\nimport os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
+    assert run_python(bomb, Limits(seconds=1, processes=4)).status == "time"
+    assert time.monotonic() - start < 25
+    time.sleep(0.2)
+    assert processes_with("ft-bomb") == []
+
+
+def test_threads_count_as_processes() -> None:
+    program = """
+import threading, time
+try:
+    for _ in range(100):
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+except RuntimeError as error:
+    print(error)
+"""
+    assert "can't start new thread" in said(program)
+
+
+def test_who_hides_in_a_session_of_his_own_is_ended_too() -> None:
+    program = """
+import os, time
+word = "ft-hidden"
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for d in range(3): os.close(d)
+        time.sleep(60)
+    os._exit(0)
+"""
+    said(program)
+    time.sleep(0.2)
+    assert processes_with("ft-hidden") == []
+
+
+def test_a_huge_output_and_a_huge_file() -> None:
+    start = time.monotonic()
+    outcome = run_python("while True: print('x' * 1000)", Limits(seconds=20, output=10_000))
+    assert (outcome.status, outcome.output) == ("output", (b"x" * 1000 + b"\n") * 9 + b"x" * 991)
+    assert time.monotonic() - start < 10
+    program = """
+import os
+written = 0
+try:
+    for number in range(100):
+        with open(f"file{number}", "wb", buffering=0) as file:
+            for _ in range(4):
+                written += file.write(bytes(2**20))
+except OSError as error:
+    print(type(error).__name__, written <= 10 * 2**20, written >= 7 * 2**20)
+"""
+    assert said(program, Limits(seconds=20, disk=8 * 2**20)) == "OSError True True"
+    assert run_python("open('f', 'wb').write(bytes(2**25))", SHORT).code == 1
+
+
+def test_when_its_parent_is_killed_it_ends(tmp_path: Path) -> None:
+    """SIGKILL, so that nothing can be tidied up: what runs must notice by itself."""
+    word = f"ft-orphan-{os.getpid()}"
+    source = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from ft_rl.rewards.sandbox import Limits, run_python
+run_python("import time\\nword = {word!r}\\nprint(1)\\ntime.sleep(120)", Limits(seconds=120))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", source], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not processes_with(word):
+            assert time.monotonic() < deadline, "it never began"
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+        parent.wait()
+        while processes_with(word):
+            assert time.monotonic() < deadline, "it lives on"
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_a_crash_is_a_signal() -> None:
+    outcome = run_python("import ctypes; ctypes.string_at(0)", SHORT)
+    assert (outcome.status, outcome.code) == ("signal", signal.SIGSEGV)
+
+
+def test_packages_only_where_they_are_asked_for() -> None:
+    program = "import numpy; print(numpy.arange(3).sum())"
+    assert b"ModuleNotFoundError" in run_python(program, SHORT).output
+    assert said(program, Limits(seconds=60, memory=2 * 2**30), packages=True) == "3"
+
+
+def test_nothing_is_left_in_the_temporary_folder() -> None:
+    before = set(os.listdir(tempfile.gettempdir()))
+    run_python("open('x', 'w').write('x')")
+    run_python("while True: pass", Limits(seconds=0.3))
+    left = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("ft-sandbox-")} - before
+    assert left == set()
+
+
+def as_somebody(program: str, tmp_path: Path, *before: str) -> subprocess.CompletedProcess[str]:
+    """A program that has the sandbox in a module beside it, run by the system's Python with words before it."""
+    folder = tmp_path / "alone"
+    folder.mkdir(exist_ok=True)
+    for file in (SANDBOX, SANDBOX.with_name("sandbox_child.py")):
+        shutil.copy(file, folder)
+    (folder / "ft_core").mkdir(exist_ok=True)
+    (folder / "ft_core" / "__init__.py").touch()
+    (folder / "ft_core" / "errors.py").write_text("class FtError(Exception):\n    pass\n")
+    (folder / "program.py").write_text(program)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755)
+    python = "/usr/bin/python3"
+    found = subprocess.run(
+        [python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True
+    )
+    if found.stdout.strip() != "True":
+        pytest.skip("no /usr/bin/python3 of 3.11 or newer")
+    words = [*before, "env", "-i", "PATH=/usr/bin:/bin", python, str(folder / "program.py")]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+
+REFUSED = """
+from sandbox import NoIsolation, run_python
+try:
+    print("ran", run_python("print(1)"))
+except NoIsolation as error:
+    print("refused:", error)
+"""
+
+
+def test_where_no_namespace_can_be_had_it_refuses(tmp_path: Path) -> None:
+    """In a user namespace in which no further one may be made, as where an administrator has forbidden them."""
+    forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    result = as_somebody(REFUSED, tmp_path, "unshare", "-r", "sh", "-c", forbid, "sh")
+    assert result.stdout.startswith("refused: this machine doesn't allow the isolation that code is run in (unshare: ")
+    assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_somebody_without_rights_gets_the_same_isolation() -> None:
+    program = """
+from sandbox import Limits, check_isolation, run_python
+check_isolation()
+print(run_python("import os; print(os.getuid(), os.path.exists('/tmp'))").output)
+bomb = "import os, time\\nn = 0\\ntry:\\n  while n < 99:\\n    if os.fork() == 0: time.sleep(9); os._exit(0)\\n    n += 1\\nexcept OSError: pass\\nprint(n)"
+print(run_python(bomb, Limits(seconds=30)).output)
+"""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        words = ("setpriv", "--reuid=1234", "--regid=1234", "--clear-groups")
+        result = as_somebody(program, Path(folder), *words)
+    assert result.stdout.splitlines() == ["b'65534 False\\n'", "b'3\\n'"], result.stderr
