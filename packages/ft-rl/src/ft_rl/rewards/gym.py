@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ft_core.errors import ConfigError
+from ft_core.errors import ConfigError, RunError
 from ft_rl.rewards.extraction import Part, PartName, extract
 from ft_rl.rewards.samples import Text, column_of, score_each, start_of, text_of
 from ft_rl.rewards.sandbox import Limits, check_isolation, run_python
@@ -128,7 +128,7 @@ def verified(answers: Sequence[tuple[str, str, Mapping[str, Any]]], seconds: flo
 
     Raises:
         NoIsolation: as :func:`ft_rl.rewards.sandbox.run_python`.
-        ValueError: reasoning-gym itself does not start.
+        RunError: reasoning-gym itself does not start.
     """
     import secrets
 
@@ -142,7 +142,7 @@ def verified(answers: Sequence[tuple[str, str, Mapping[str, Any]]], seconds: flo
     outcome = run_python(PROGRAM, limits, stdin=told, packages=True)
     if outcome.status == "exit" and outcome.code != 0:
         lines = outcome.output.decode(errors="replace").strip().splitlines()
-        raise ValueError(f"reasoning-gym fails: {lines[-1] if lines else 'it says nothing'}")
+        raise RunError(f"reasoning-gym fails in the sandbox: {lines[-1] if lines else 'it says nothing'}")
     found: list[float | str] = [0.0] * len(answers)
     for line in outcome.result.decode(errors="replace").splitlines():
         said, _, rest = line.partition(" ")

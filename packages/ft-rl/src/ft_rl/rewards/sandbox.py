@@ -158,7 +158,9 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
 def _job(
     program: str, limits: Limits, stdin: str, files: Mapping[str, str], packages: bool, root: str, keep: int
 ) -> dict[str, Any]:
-    prefixes = [sys.base_prefix, *([sys.prefix] if packages else [])]
+    prefixes = [sys.base_prefix]
+    if packages:  # a file *.pth may have added those of another environment
+        prefixes += [sys.prefix, *(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))]
     # The longest of them need not be bound where a shorter one holds it.
     paths = [path for path in (*SYSTEM, *map(os.path.realpath, prefixes)) if os.path.lexists(path)]
     paths = [p for p in dict.fromkeys(paths) if not any(p != q and p.startswith(f"{q}/") for q in paths)]
