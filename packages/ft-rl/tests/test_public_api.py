@@ -44,8 +44,39 @@ EXPECTED = {
     "ft_rl.objectives.sampler": ["sampler_weights"],
     "ft_rl.objectives.tokens": ["check_tokens", "flatten", "sequence_lengths", "sequence_sums", "unflatten"],
     "ft_rl.pairs": ["Pairs", "show", "tokenize_pairs"],
-    "ft_rl.plugin": ["REWARD"],
+    "ft_rl.plugin": [
+        "CODE",
+        "EXACT_MATCH",
+        "FORMAT",
+        "HTTP",
+        "JSON_SCHEMA",
+        "LENGTH",
+        "MATH",
+        "NUMERIC",
+        "REASONING_GYM",
+        "REGEX",
+        "REWARD",
+        "REWARD_MODEL",
+    ],
     "ft_rl.reward": ["RewardSettings", "build", "evaluate"],
+    "ft_rl.rewards": ["Reward", "Rewards", "resolve_rewards"],
+    "ft_rl.rewards.code": ["CodeSettings", "code", "code_in", "share_passed"],
+    "ft_rl.rewards.exact": ["ExactMatchSettings", "Gold", "exact_match", "normalise"],
+    "ft_rl.rewards.extraction": ["Part", "PartName", "boxed", "extract", "in_tag"],
+    "ft_rl.rewards.faults": ["OnError", "Reward"],
+    "ft_rl.rewards.gym": ["ReasoningGymSettings", "reasoning_gym", "verified"],
+    "ft_rl.rewards.json_schema": ["JsonSchemaSettings", "json_in", "json_schema"],
+    "ft_rl.rewards.judge": ["HttpSettings", "http"],
+    "ft_rl.rewards.length": ["LengthSettings", "length", "near_target", "soft_overlong"],
+    "ft_rl.rewards.math_worker": ["compare", "is_formula", "main", "read"],
+    "ft_rl.rewards.numeric": ["NumericSettings", "last_number", "numeric"],
+    "ft_rl.rewards.patterns": ["FormatSettings", "RegexSettings", "format_reward", "regex", "tags_kept"],
+    "ft_rl.rewards.resolving": ["Rewards", "load_attribute", "resolve_rewards"],
+    "ft_rl.rewards.reward_model": ["RewardModelSettings", "Scorer", "reward_model"],
+    "ft_rl.rewards.samples": ["SampleErrors", "Text", "column_of", "score_each", "start_of", "text_of"],
+    "ft_rl.rewards.sandbox": ["Limits", "NoIsolation", "Outcome", "check_isolation", "run_python"],
+    "ft_rl.rewards.sandbox_child": ["main"],
+    "ft_rl.rewards.symbolic": ["Comparer", "MathSettings", "math_reward"],
 }
 
 
@@ -63,7 +94,11 @@ def test_every_public_name_is_there() -> None:
 def test_checking_a_configuration_imports_nothing_heavy() -> None:
     code = (
         "import sys, ft_rl, ft_rl.plugin, ft_rl.reward, ft_rl.pairs\n"
-        "print({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules))"
+        "from ft_core.plugins import RewardSpec, registry, resolve\n"
+        "specs = [registry().get(RewardSpec, e.name) for e in registry().entries('ft.rewards') if e.own]\n"
+        "assert len([resolve(reference) for spec in specs for reference in (spec.reward, spec.settings)]) >= 22\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'numpy', 'sympy', 'jsonschema', 'reasoning_gym'}\n"
+        "print(heavy & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

@@ -19,10 +19,25 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})  # noqa: S102
-    said = re.findall(r"print\(.*\)  # (.*)", example)
-    assert capsys.readouterr().out.splitlines() == said
+    examples = blocks("python")
+    assert len(examples) == 3
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})  # noqa: S102
+        said = re.findall(r"print\(.*\)  # (.*)", example)
+        assert capsys.readouterr().out.splitlines() == said
+
+
+def test_every_reward_and_its_settings_are_in_the_table() -> None:
+    from ft_core.plugins import EXTRAS, RewardSpec, registry, resolve
+
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| (.*) \|$", README, re.MULTILINE))
+    for name in EXTRAS["ft.rewards"]:
+        model = resolve(str(registry().get(RewardSpec, name).settings))
+        keys = {field.alias or key for key, field in model.model_fields.items()} - {"tag", "marker"}
+        row = rows[name]
+        if "the same columns and parts" in row:
+            keys -= {"column", "column_part", "part"}
+        assert [key for key in sorted(keys) if f"`{key}`" not in row] == []
 
 
 def test_the_configuration(toy: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,9 @@ def test_the_first_tests_count_where_a_later_one_hangs() -> None:
 
 @pytest.mark.parametrize("tests", [None, "", [], [""], [{"input": "1"}], 3])
 def test_a_row_without_tests(tests: Any) -> None:
-    with pytest.raises(RunError, match="sample 1 of 1 .* holds no tests: give Python as text, a list of it, or a list"):
+    with pytest.raises(
+        RunError, match=r"sample 1 of 1 .* holds no tests: give Python as text, a list of it, or a list"
+    ):
         scores([fenced(ADD)], [tests])
 
 

@@ -50,8 +50,8 @@ def test_none_is_no_fault() -> None:
     [
         (
             raises_on_bad,
-            "reward 'r': sample 3 of 4 (prompt 'third question'): raises ValueError: could not convert string to float: "
-            "'bad' (test_faults.py, line ",
+            "reward 'r': sample 3 of 4 (prompt 'third question'): raises ValueError: could not convert string to "
+            "float: 'bad' (test_faults.py, line ",
         ),
         (per_sample, "reward 'r': sample 3 of 4 (prompt 'third question'): ValueError: could not convert string to"),
         (fixed(0, float("nan"), 0, 0), "reward 'r': sample 2 of 4 (prompt 'second question'): returns nan; on_error: "),
@@ -107,7 +107,7 @@ def test_one_that_fails_on_the_batch_alone() -> None:
         return [1.0]
 
     with pytest.raises(
-        RunError, match="raises RuntimeError: too many .*, on the whole batch but on no sample of it alone"
+        RunError, match=r"raises RuntimeError: too many .*, on the whole batch but on no sample of it alone"
     ):
         Reward(whole, name="r")(prompts=PROMPTS, completions=COMPLETIONS)
 

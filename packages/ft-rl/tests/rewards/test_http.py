@@ -103,7 +103,7 @@ def test_a_token_goes_along_and_stays_out_of_the_configuration(judge: Judge, tmp
     file.write_text("word\n")
     ask(reward_of(judge, token_file=str(file)))
     assert judge.headers[0]["Authorization"] == "Bearer word"
-    with pytest.raises(ConfigError, match="token_file .* cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"token_file .* cannot be read: No such file"):
         reward_of(judge, token_file=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="an address without a password"):
         reward_of("http://me:word@127.0.0.1/")

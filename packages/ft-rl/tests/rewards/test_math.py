@@ -72,7 +72,7 @@ def test_an_answer_is_no_program(reward: Any, tmp_path: Any) -> None:
 
 def test_a_right_answer_that_cannot_be_read(reward: Any) -> None:
     with pytest.raises(
-        RunError, match="sample 2 of 2 .* the right answer 'hello world' is no formula that math-verify"
+        RunError, match=r"sample 2 of 2 .* the right answer 'hello world' is no formula that math-verify"
     ):
         reward(prompts=["p", "q"], completions=["1", "1"], answer=["1", "hello world"])
 

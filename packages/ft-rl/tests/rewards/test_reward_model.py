@@ -121,7 +121,7 @@ def test_it_disturbs_no_random_number_and_no_gradient(run: Path, folder: Path) -
 def test_what_is_no_reward_model(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    with pytest.raises(FtError, match="no run or model folder .*nowhere"):
+    with pytest.raises(FtError, match=r"no run or model folder .*nowhere"):
         reward_of(tmp_path / "nowhere")
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2, dtype=torch.float32)
     model.save_pretrained(tmp_path / "two")

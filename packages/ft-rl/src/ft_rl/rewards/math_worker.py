@@ -12,6 +12,8 @@ import signal
 import sys
 from typing import Any
 
+__all__ = ["compare", "is_formula", "main", "read"]
+
 MARKS = ("$", "\\[", "\\(", "\\boxed")
 """Where math-verify looks for LaTeX. Of LaTeX elsewhere it reads the first number that it finds."""
 
