@@ -1,4 +1,4 @@
-"""The rewards that compare text: exact-match, numeric, regex, format, length; and what part of a completion they judge."""
+"""The rewards that compare text (exact-match, numeric, regex, format, length), and the parts that they judge."""
 
 from __future__ import annotations
 

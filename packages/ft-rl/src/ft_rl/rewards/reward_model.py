@@ -148,11 +148,18 @@ def _load(reference: str) -> tuple[Any, Any]:
 
     source, device = find_model(reference), pick_device()
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source.path, dtype=getattr(torch, device.dtype), trust_remote_code=False, use_safetensors=True
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source.path,
+            dtype=getattr(torch, device.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{reference} cannot be loaded as a reward model: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"]:  # they would be random
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(f"{reference} is no reward model: it lacks {missing}, such as method: reward trains")
     if model.config.num_labels != 1:
         raise ConfigError(f"{reference} gives {model.config.num_labels} scores a sequence: a reward model gives one")
     return model.to(device.type), load_tokenizer(source)
