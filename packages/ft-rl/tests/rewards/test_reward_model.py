@@ -41,14 +41,14 @@ def run(toy: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sequence classifier with one score, its weights random."""
+    """A sequence classifier with one score, its weights random, and such as 16 bits hold."""
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("judge") / "classifier"
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=0.5)
-    model.save_pretrained(path)
+    model.bfloat16().float().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
