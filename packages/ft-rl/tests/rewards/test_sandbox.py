@@ -155,6 +155,38 @@ print(libc.mount(b"none", b"/ft-work", b"tmpfs", 0, None))
     assert mounted == "-1"
 
 
+def test_what_is_around_it_is_out_of_reach_and_so_is_memory_that_no_limit_counts() -> None:
+    program = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+allowed = []
+for name in ("/proc/1/mem", "/proc/1/environ", *(f"/proc/1/fd/{n}" for n in range(10))):
+    try:
+        open(name, "r+b", buffering=0).close()
+        allowed.append(name)
+    except OSError:
+        pass
+calls = {
+    "shmget": lambda: libc.shmget(0, 2**20, 0o1600),
+    "msgget": lambda: libc.msgget(0, 0o1600),
+    "semget": lambda: libc.semget(0, 1, 0o1600),
+    "memfd_create": lambda: libc.memfd_create(b"x", 0),
+    "ptrace": lambda: libc.ptrace(16, 1, 0, 0),
+    "unshare": lambda: libc.unshare(0x10000000),
+}
+for name, call in calls.items():
+    ctypes.set_errno(0)
+    if call() >= 0 or ctypes.get_errno() != 1:  # EPERM
+        allowed.append(name)
+try:
+    os.kill(1, 9)  # which has no effect where it is not refused
+except PermissionError:
+    pass
+print(allowed)
+"""
+    assert said(program) == "[]"
+
+
 def test_an_endless_loop_is_ended_by_the_clock_and_by_the_processor() -> None:
     start = time.monotonic()
     outcome = run_python("print('begun', flush=True)\nwhile True: pass", Limits(seconds=1))
