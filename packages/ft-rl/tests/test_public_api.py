@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 EXPECTED = {
+    "ft_rl.environments": ["Environment", "EnvironmentClass", "Episode", "play", "resolve_environment"],
     "ft_rl": ["__version__"],
     "ft_rl.objectives": [
         "AdaptiveKL",

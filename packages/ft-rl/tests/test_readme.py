@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python(capsys: pytest.CaptureFixture[str]) -> None:
     examples = blocks("python")
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})  # noqa: S102
         said = re.findall(r"print\(.*\)  # (.*)", example)

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         print(group)
         for entry in entries:
             summary = "cannot be used, see below" if entry in broken else found.load(group, entry.name).summary
-            print(f"  {entry.name:<12} {entry.source:<18} {summary}")
+            print(f"  {entry.name:<13} {entry.source:<18} {summary}")
     if problems:
         print("\ncannot be used:")
         for problem in problems:

@@ -1,0 +1,257 @@
+"""Environments of several turns: found, checked, and played to their end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_core.errors import ConfigError, RunError
+from ft_rl.environments import EnvironmentClass, Episode, play, resolve_environment
+
+FILE = '''
+class Guess:
+    """A number to be found in few turns."""
+
+    def reset(self, low, high, number, **row):
+        self.number = number
+        return f"It is from {low} to {high}."
+
+    def step(self, completion):
+        guess = int(completion)
+        if guess == self.number:
+            return "right", 1.0, True
+        return ("higher" if guess < self.number else "lower"), -0.1, False
+
+
+class Tools:
+    """TRL's kind."""
+
+    def reset(self, **row):
+        self.found = 0
+
+    def look(self, place: str) -> str:
+        """Look somewhere.
+
+        Args:
+            place: where to look.
+        """
+        return place
+
+    def get_reward(self):
+        return 1.0
+
+
+class Silent(Tools):
+    def hear(self, place: str) -> str:
+        return place
+
+class Untyped(Tools):
+    def look(self, place):
+        """Look somewhere.
+
+        Args:
+            place: where to look.
+        """
+
+class NoReset:
+    def step(self, completion):
+        return None, 0.0, True
+
+class Narrow(Guess):
+    def reset(self, low):
+        return None
+
+class Deaf(Guess):
+    def step(self):
+        return None, 0.0, True
+
+class Late(Guess):
+    async def step(self, completion):
+        return None, 0.0, True
+
+class Empty:
+    def reset(self, **row):
+        return None
+
+class Needy(Guess):
+    def __init__(self, size):
+        pass
+
+class Broken(Guess):
+    answers = None
+    def reset(self, what, **row):
+        self.what = what
+        return 3 if what == "reset" else None
+    def step(self, completion):
+        return {"two": (None, 1.0), "text": (3, 1.0, True), "nan": (None, float("nan"), True), "raise": None}[
+            self.what if self.what != "raise" else completion
+        ]
+
+def function():
+    pass
+'''
+
+
+@pytest.fixture(autouse=True)
+def _file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("worlds.py").write_text(FILE)
+
+
+def search(conversations: list[list[dict[str, Any]]]) -> list[str]:
+    """Halves the interval, as the messages tell it: no state of its own."""
+    answers = []
+    for messages in conversations:
+        low, high = (int(word.strip(".")) for word in messages[0]["content"].split()[-3::2])
+        guess = (low + high) // 2
+        for message in messages[1:]:
+            if message["role"] == "assistant":
+                guess = int(message["content"])
+            elif message["content"] == "higher":
+                low = guess + 1
+            else:
+                high = guess - 1
+            if message["role"] == "user":
+                guess = (low + high) // 2
+        answers.append(str(guess))
+    return answers
+
+
+def rows(*numbers: int) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    made = [{"low": 1, "high": 100, "number": number, "other": "x"} for number in numbers]
+    return [[{"role": "user", "content": "Find it. "}] for _ in numbers], made
+
+
+def test_episodes_are_played_side_by_side_to_their_own_end() -> None:
+    guess = resolve_environment("worlds.py:Guess")
+    assert (guess.kind, guess.owns_reward) == ("turns", True)
+    asked: list[int] = []
+
+    def answer(conversations: list[list[dict[str, Any]]]) -> list[str]:
+        asked.append(len(conversations))
+        return search(conversations)
+
+    prompts, made = rows(50, 25, 1, 100)
+    episodes = play(guess, prompts, made, answer, max_turns=7)
+    assert [len(episode.rewards) for episode in episodes] == [1, 2, 6, 7]
+    assert asked == [4, 3, 2, 2, 2, 2, 1]
+    assert all(episode.done for episode in episodes)
+    assert [episode.reward for episode in episodes] == pytest.approx([1.0, 0.9, 0.5, 0.4])
+    assert episodes[0].prompt == [{"role": "user", "content": "Find it. It is from 1 to 100."}]
+    assert prompts[0] == [{"role": "user", "content": "Find it. "}]  # as it was
+    assert episodes[1].completion == [
+        {"role": "assistant", "content": "50"},
+        {"role": "user", "content": "lower"},
+        {"role": "assistant", "content": "25"},
+    ]
+
+
+def test_one_that_runs_out_of_turns_ends_with_the_models_word() -> None:
+    prompts, made = rows(100)
+    (episode,) = play(resolve_environment("worlds.py:Guess"), prompts, made, search, max_turns=3)
+    assert not episode.done
+    assert [message["role"] for message in episode.completion] == [
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert episode.reward == pytest.approx(-0.3)
+
+
+def test_every_rows_object_is_its_own() -> None:
+    made = [Episode([]) for _ in range(2)]
+    made[0].completion.append({})
+    assert made[1].completion == []
+    prompts, values = rows(10, 90)
+    one, other = play(resolve_environment("worlds.py:Guess"), prompts, values, lambda c: ["50"] * len(c), max_turns=2)
+    assert one.completion[1]["content"] == "lower"
+    assert other.completion[1]["content"] == "higher"
+
+
+def test_trls_kind() -> None:
+    tools = resolve_environment("worlds.py:Tools")
+    assert (tools.kind, tools.owns_reward) == ("tools", True)
+    assert tools.make().look("here") == "here"
+    with pytest.raises(ValueError, match="has no step"):
+        play(tools, [], [], search, max_turns=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("worlds", "grpo.environment: 'worlds' is not allowed (allowed: file.py:Class)"),
+        ("nowhere.py:Guess", "grpo.environment: no file nowhere.py, looked for from "),
+        ("worlds.py:Gues", "grpo.environment: worlds.py has no 'Gues'; did you mean 'Guess'? (it has: "),
+        (
+            "worlds.py:function",
+            "grpo.environment: worlds.py:function is of type function: give a class with reset and ",
+        ),
+        ("worlds.py:NoReset", "grpo.environment: worlds.py:NoReset has no method reset(self, **row), with which "),
+        (
+            "worlds.py:Narrow",
+            "grpo.environment: worlds.py:Narrow.reset must take any keyword, since it is handed the row",
+        ),
+        (
+            "worlds.py:Deaf",
+            "grpo.environment: worlds.py:Deaf.step must take what the model said: step(self, completion)",
+        ),
+        ("worlds.py:Late", "grpo.environment: worlds.py:Late.step is a coroutine function: give a plain one"),
+        ("worlds.py:Empty", "grpo.environment: worlds.py:Empty has neither a method step(self, completion) nor one "),
+        ("worlds.py:Needy", "grpo.environment: worlds.py:Needy() fails: TypeError: "),
+        ("worlds.py:Silent", "grpo.environment: worlds.py:Silent.hear has no docstring, by which the model is told "),
+        ("worlds.py:Untyped", "grpo.environment: worlds.py:Untyped.look cannot be described to the model: "),
+    ],
+)
+def test_a_class_that_is_no_environment(name: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_environment(name, "grpo.environment")
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("reset", "reset of row 2 (prompt 'again'): returns 3 (int): text, or None"),
+        ("two", "turn 1 of row 2 (prompt 'again'): returns (None, 1.0) (tuple): (text or None, reward, whether"),
+        ("text", "turn 1 of row 2 (prompt 'again'): tells 3 (int): text, or None"),
+        ("nan", "turn 1 of row 2 (prompt 'again'): gives the reward nan (float): a finite number"),
+        ("raise", "turn 1 of row 2 (prompt 'again'): raises KeyError: 'hello'"),
+    ],
+)
+def test_what_an_environment_must_not_do(what: str, said: str) -> None:
+    broken = resolve_environment("worlds.py:Broken")
+    prompts = [[{"role": "user", "content": "once"}], [{"role": "user", "content": "again"}]]
+    fine = EnvironmentClass(lambda: _First(broken.make()), "turns", "worlds.py:Broken", True)
+    with pytest.raises(RunError) as caught:
+        play(fine, prompts, [{"what": "fine"}, {"what": what}], lambda c: ["hello"] * len(c), max_turns=2)
+    assert str(caught.value).startswith(f"environment worlds.py:Broken, {said}")
+
+
+class _First:
+    """Lets the row `fine` pass, so that it is the second that goes wrong."""
+
+    def __init__(self, world: Any) -> None:
+        self.world, self.fine = world, False
+
+    def reset(self, what: str, **row: Any) -> Any:
+        self.fine = what == "fine"
+        return None if self.fine else self.world.reset(what=what, **row)
+
+    def step(self, completion: str) -> Any:
+        return (None, 0.0, True) if self.fine else self.world.step(completion)
+
+
+def test_numbers_that_differ() -> None:
+    guess = resolve_environment("worlds.py:Guess")
+    prompts, made = rows(1, 2)
+    with pytest.raises(ValueError, match="1 prompts, 2 rows"):
+        play(guess, prompts[:1], made, search, max_turns=1)
+    with pytest.raises(ValueError, match="0 turns"):
+        play(guess, prompts, made, search, max_turns=0)
+    with pytest.raises(ValueError, match="1 answers to 2 conversations"):
+        play(guess, prompts, made, lambda conversations: ["1"], max_turns=1)
