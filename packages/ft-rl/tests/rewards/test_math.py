@@ -91,6 +91,15 @@ def test_a_comparison_that_takes_too_long_ends_and_the_next_one_works() -> None:
     assert process.poll() is not None
 
 
+def test_the_ones_that_took_too_long_are_logged() -> None:
+    (reward,) = resolve_rewards([{"name": "math", "seconds": 1}]).functions
+    logged: list[tuple[str, float]] = []
+    arguments = {"answer": ["5", HANGS, "5"], "log_metric": lambda name, value: logged.append((name, value))}
+    assert reward(prompts=["p"] * 3, completions=["5", "5", "6"], **arguments) == [1.0, 0.0, 0.0]
+    assert logged == [("rewards/math/timeouts", 1)]
+    reward.function.comparer.close()
+
+
 def test_it_works_from_many_threads() -> None:
     comparer = Comparer(seconds=20.0)
     with ThreadPoolExecutor(4) as pool:

@@ -20,7 +20,7 @@ DIGITS = 400
 
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
-    rf"""(?<![\w.])(?P<sign>[-+]?)\s?[$€£]?\s?
+    rf"""(?<![\w.])(?P<sign>[-+]?)(?:[$€£]\s?)?
     (?:(?P<whole>\d+)\s+(?P<above>\d+)/(?P<below>\d+)      # 2 1/2
      |(?P<top>{_UNSIGNED})\s?/\s?(?P<bottom>{_UNSIGNED})   # 1/2
      |(?P<plain>{_UNSIGNED})(?:[eE](?P<power>[-+]?\d+))?   # 1,234.5, 1e-3

@@ -177,9 +177,8 @@ def load_attribute(path: str, attribute: str, where: str, modules: dict[Path, Mo
         loaded[file] = _run(file, path, where)
     module = loaded[file]
     if not hasattr(module, attribute):
-        names = [
-            name for name, value in vars(module).items() if callable(value) and value.__module__ == module.__name__
-        ]
+        own = {name: value for name, value in vars(module).items() if callable(value)}
+        names = [name for name, value in own.items() if getattr(value, "__module__", None) == module.__name__]
         close = difflib.get_close_matches(attribute, names, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"{where}: {path} has no {attribute!r}{hint} (it has: {', '.join(names) or 'no function'})")

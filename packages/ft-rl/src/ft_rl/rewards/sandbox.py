@@ -107,19 +107,21 @@ def run_python(
         status_in, status_out = _pipe(stack)
         result_in, result_out = _pipe(stack)
         job = json.dumps(_job(program, limits, stdin, files or {}, packages, root, result_out))
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(CHILD), str(status_out), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(status_out, result_out),
-            env={},
-            cwd="/",
-            start_new_session=True,
-        )
         try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(CHILD), str(status_out), str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(status_out, result_out),
+                env={},
+                cwd="/",
+                start_new_session=True,
+            )
+        finally:  # as long as this process holds them too, their ends are never seen
             os.close(status_out)
             os.close(result_out)
+        try:
             assert process.stdin is not None
             assert process.stdout is not None
             with contextlib.suppress(BrokenPipeError):

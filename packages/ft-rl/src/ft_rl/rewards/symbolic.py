@@ -144,7 +144,13 @@ def math_reward(settings: MathSettings) -> Any:
             answer = extract(text_of(completions[i]), settings)
             return float(bool(answer) and comparer.equal(accepted, str(answer)))
 
-        return score_each(len(completions), score)
+        before = comparer.timeouts
+        try:
+            return score_each(len(completions), score)
+        finally:
+            log_metric = columns.get("log_metric")
+            if callable(log_metric):
+                log_metric("rewards/math/timeouts", comparer.timeouts - before)
 
     reward.columns = settings.needed  # type: ignore[attr-defined]
     reward.comparer = comparer  # type: ignore[attr-defined]
