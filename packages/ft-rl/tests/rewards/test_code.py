@@ -12,12 +12,7 @@ from ft_rl.rewards import resolve_rewards
 from ft_rl.rewards.code import CodeSettings, code_in
 from ft_rl.rewards.sandbox import NoIsolation, check_isolation
 
-try:
-    check_isolation()
-    reason = None
-except NoIsolation as error:
-    reason = str(error)
-pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+pytestmark = pytest.mark.usefixtures("isolation")
 
 ADD = "def add(a, b):\n    return a + b\n"
 

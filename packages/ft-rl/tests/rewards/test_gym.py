@@ -12,7 +12,6 @@ import pytest
 from ft_core.errors import ConfigError, RunError
 from ft_rl.rewards import resolve_rewards
 from ft_rl.rewards.gym import verified
-from ft_rl.rewards.sandbox import NoIsolation, check_isolation
 
 
 def test_without_reasoning_gym_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,10 +23,7 @@ def test_without_reasoning_gym_it_says_what_to_install(monkeypatch: pytest.Monke
 
 
 gym = pytest.importorskip("reasoning_gym", reason='reasoning-gym is not installed: pip install "ft-rl[gym]"')
-try:
-    check_isolation()
-except NoIsolation as error:
-    pytest.skip(str(error), allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("isolation")
 
 
 def rows(name: str, count: int, **settings: Any) -> list[dict[str, Any]]:

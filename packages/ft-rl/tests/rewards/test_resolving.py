@@ -175,6 +175,38 @@ def test_settings_are_checked(entry: dict[str, Any], said: str) -> None:
     assert refused([entry]).startswith(said)
 
 
+def test_a_reward_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With settings of its own the spec names what makes the function, without it names the function."""
+    info = tmp_path / "toy_judges-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-judges\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[ft.rewards]\ntoy = toy_judges:TOY\ntoy-made = toy_judges:MADE\n")
+    (tmp_path / "toy_judges.py").write_text(
+        "from ft_core.plugins import RewardSpec\n"
+        "from pydantic import BaseModel\n"
+        "class Settings(BaseModel):\n"
+        "    least: int = 2\n"
+        "def toy(prompts, completions, **columns):\n"
+        "    return [1.0 for _ in completions]\n"
+        "def make(settings):\n"
+        "    if settings.least > 9:\n"
+        "        raise ValueError('least is above 9')\n"
+        "    return lambda prompts, completions, **columns: [float(len(c) >= settings.least) for c in completions]\n"
+        "TOY = RewardSpec(name='toy', summary='', reward='toy_judges:toy')\n"
+        "MADE = RewardSpec(name='toy-made', summary='', reward='toy_judges:make', settings='toy_judges:Settings')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.cache_clear()
+    try:
+        rewards = resolve_rewards(["toy", "toy-made", {"name": "toy-made", "least": 4}])
+        assert rewards.names == ["toy", "toy-made", "toy-made-2"]
+        assert rewards.score(["p", "p"], ["a", "abc"])[0] == [[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]
+        assert refused([{"name": "toy-made", "least": 10}]) == "rewards.0 (toy-made): least is above 9"
+    finally:
+        registry.cache_clear()
+        sys.modules.pop("toy_judges", None)
+
+
 def test_a_method_that_takes_none_refuses_them() -> None:
     with pytest.raises(ConfigError, match=r"^rewards: the method 'reward' takes none; remove the key$"):
         check_config({"model": "m", "data": "d", "method": "reward", "rewards": ["exact-match"]})

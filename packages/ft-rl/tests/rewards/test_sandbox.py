@@ -14,22 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from ft_rl.rewards.sandbox import Limits, NoIsolation, check_isolation, run_python
+from ft_rl.rewards.sandbox import Limits, check_isolation, run_python
 
 SANDBOX = Path(check_isolation.__wrapped__.__code__.co_filename)
 
 
-def isolation() -> str | None:
-    """Why this machine has none, or None."""
-    try:
-        check_isolation()
-    except NoIsolation as error:
-        return str(error)
-    return None
-
-
-reason = isolation()
-pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+pytestmark = pytest.mark.usefixtures("isolation")
 
 SHORT = Limits(seconds=20, cpu_seconds=20)
 
@@ -51,6 +41,10 @@ def processes_with(word: str) -> list[int]:
         if word in text:
             found.append(int(folder.name))
     return found
+
+
+def test_the_isolation_holds() -> None:
+    check_isolation()
 
 
 def test_it_runs() -> None:
