@@ -93,13 +93,13 @@ def test_a_test_that_opens_a_socket_fails() -> None:
 def test_endless_loops_run_side_by_side_and_end() -> None:
     start = time.monotonic()
     completions = [fenced("while True: pass")] * 4 + [fenced(ADD)]
-    assert scores(completions, ["assert add(1, 2) == 3"] * 5, seconds=2, workers=5) == [0.0] * 4 + [1.0]
-    assert time.monotonic() - start < 8
+    assert scores(completions, ["assert add(1, 2) == 3"] * 5, seconds=5, workers=5) == [0.0] * 4 + [1.0]
+    assert time.monotonic() - start < 19  # one after another they take 20
 
 
 def test_the_first_tests_count_where_a_later_one_hangs() -> None:
     tests = ["assert add(1, 1) == 2", "while True: pass", "assert add(1, 1) == 2"]
-    assert scores([fenced(ADD)], [tests], seconds=2, partial=True) == [pytest.approx(1 / 3)]
+    assert scores([fenced(ADD)], [tests], seconds=5, partial=True) == [pytest.approx(1 / 3)]
 
 
 @pytest.mark.parametrize("tests", [None, "", [], [""], [{"input": "1"}], 3])

@@ -80,7 +80,7 @@ def test_one_that_hangs_or_crashes_gets_nothing_and_the_others_their_due() -> No
     crashes = ("countdown", "__import__('os').abort()", row)
     leaves = ("countdown", "__import__('os')._exit(0)", row)
     start = time.monotonic()
-    assert verified([right, hangs, crashes, leaves, right], 2.0) == [1.0, 0.0, 0.0, 0.0, 1.0]
+    assert verified([right, hangs, crashes, leaves, right], 4.0) == [1.0, 0.0, 0.0, 0.0, 1.0]
     assert time.monotonic() - start < 60
 
 

@@ -78,11 +78,11 @@ def test_a_right_answer_that_cannot_be_read(reward: Any) -> None:
 
 
 def test_a_comparison_that_takes_too_long_ends_and_the_next_one_works() -> None:
-    comparer = Comparer(seconds=1.0)
+    comparer = Comparer(seconds=3.0)
     assert comparer.equal(["1/2"], "0.5")  # the process has started
     start = time.monotonic()
     assert comparer.equal([HANGS], "5") is False
-    assert 0.9 < time.monotonic() - start < 5
+    assert 2.9 < time.monotonic() - start < 20
     assert comparer.timeouts == 1
     assert comparer.equal(["1/2"], "0.5")
     process = comparer._process
@@ -92,7 +92,7 @@ def test_a_comparison_that_takes_too_long_ends_and_the_next_one_works() -> None:
 
 
 def test_the_ones_that_took_too_long_are_logged() -> None:
-    (reward,) = resolve_rewards([{"name": "math", "seconds": 1}]).functions
+    (reward,) = resolve_rewards([{"name": "math", "seconds": 3}]).functions
     logged: list[tuple[str, float]] = []
     arguments = {"answer": ["5", HANGS, "5"], "log_metric": lambda name, value: logged.append((name, value))}
     assert reward(prompts=["p"] * 3, completions=["5", "5", "6"], **arguments) == [1.0, 0.0, 0.0]
@@ -110,7 +110,7 @@ def test_it_works_from_many_threads() -> None:
 
 
 def test_its_process_is_gone_when_nobody_needs_it() -> None:
-    comparer = Comparer(seconds=5.0)
+    comparer = Comparer(seconds=20.0)
     assert comparer.equal(["1"], "1")
     process = comparer._process
     assert process is not None
@@ -119,7 +119,7 @@ def test_its_process_is_gone_when_nobody_needs_it() -> None:
 
 
 def test_a_process_that_was_killed_is_started_anew() -> None:
-    comparer = Comparer(seconds=5.0)
+    comparer = Comparer(seconds=20.0)
     assert comparer.equal(["1"], "1")
     assert comparer._process is not None
     comparer._process.kill()
