@@ -94,3 +94,31 @@ def test_killed_between_two_renames(tmp_path: Path) -> None:
     clear_unfinished(out)
     assert (out / "file").read_text() == ".merged.abcdefgh.old"
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_proof_is_on_the_disk_before_it_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written beside, flushed to the disk, renamed; in that order, and nothing else is left."""
+    from ft_export.exporting import save_proof
+
+    did: list[str] = []
+    flush, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (did.append("flushed"), flush(handle)))
+    monkeypatch.setattr(os, "replace", lambda one, other: (did.append(Path(other).name), rename(one, other)))
+    path = save_proof(tmp_path, {"a": "ö"})
+    assert did == ["flushed", "proof.json"]
+    assert path.read_text(encoding="utf-8") == '{\n "a": "ö"\n}\n'
+    save_proof(tmp_path, {"a": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["proof.json"]
+
+
+def test_one_place_writes_proofs() -> None:
+    """Every exporter's ``proof.json`` comes from :func:`save_proof`."""
+    import ft_export
+
+    folder = Path(ft_export.__file__).parent
+    writes = [
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*.py")
+        if "indent=1" in path.read_text(encoding="utf-8")
+    ]
+    assert writes == ["exporting.py"]

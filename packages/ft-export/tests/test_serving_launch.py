@@ -82,6 +82,18 @@ def test_limits(llama8b: Path) -> None:
         limits_of(llama8b, weights, None, None)
 
 
+def test_a_smaller_card_is_named_where_it_would_do(llama8b: Path) -> None:
+    """An 8B asks for 38.8 GiB with all its tokens; a card of 32 GiB serves it with fewer."""
+    said = "export again with memory=32GiB"
+    assert said in limits_of(llama8b, 8_030_261_248 * 2, None, None).told()[-1]
+    assert limits_of(llama8b, 8_030_261_248 * 2, 32 * GIB, None).context >= 1024  # the advice can be followed
+    # with the context asked for a smaller card is refused, and to a small model every card is large enough
+    assert not any("export again" in line for line in limits_of(llama8b, 8_030_261_248 * 2, None, "131072").told())
+    config = json.loads((llama8b / "config.json").read_text())
+    (llama8b / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    assert not any("export again" in line for line in limits_of(llama8b, 100_000, None, None).told())
+
+
 def test_memory() -> None:
     assert memory_of(None) is None
     assert memory_of("24GiB") == memory_of("24 gib") == 24 * GIB == memory_of(str(24 * GIB))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,14 @@ from typing import Any
 
 from ft_export.bases import TOKENIZER_FILES, find_base
 from ft_export.errors import ExportError
-from ft_export.folders import refuse_existing_folder
+from ft_export.folders import new_file, refuse_existing_folder
 from ft_export.merging import merge
 from ft_export.merging.adapter import base_of
 from ft_export.merging.record import MARKER, UNPROVEN, Standing, again, standing
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 
-__all__ = ["PROOF", "Exported", "check_options", "check_target", "file_name", "whole_model"]
+__all__ = ["PROOF", "Exported", "check_options", "check_target", "file_name", "save_proof", "whole_model"]
 
 PROOF = "proof.json"
 """The file in an export's folder that says what was checked."""
@@ -72,6 +73,14 @@ def check_target(folder: Path, source: Source, marker: str, overwrite: bool) -> 
     refuse_existing_folder(folder, marker, overwrite)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PROOF).is_file():
         raise ExportError(f"{folder} holds something else (it has no {PROOF}): choose another folder with --out")
+
+
+def save_proof(folder: Path, said: Mapping[str, Any]) -> Path:
+    """Write a folder's :data:`PROOF`, beside its place and renamed: at any moment it is the old one or the new one."""
+    path = folder / PROOF
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
 
 
 def file_name(source: Source) -> str:

@@ -171,6 +171,7 @@ def _new_file(out: Path) -> Iterator[Path]:
     try:
         partial.chmod(0o666 & ~_umask())
         yield partial
+        _to_disk(partial)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
@@ -317,6 +318,12 @@ def _end(lock: int | None) -> None:
     if lock is not None:
         with suppress(OSError):
             os.close(lock)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's bytes are on the disk, so that no name leads to bytes that a power cut has lost."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ft_export import __version__
-from ft_export.exporting import PROOF
-from ft_export.folders import new_file
+from ft_export.exporting import PROOF, save_proof
 from ft_export.gguf.converter import Converted
 from ft_export.gguf.engine import llama_cpp
 from ft_export.gguf.proof import FINE, Comparison, Prompt, compare
@@ -164,7 +162,4 @@ def write_proof(folder: Path, file: Path, made: Converted, found: Mapping[str, A
         **found,
         "checks": lines,
     }
-    text = json.dumps({"proof_format": 1, "files": files}, indent=1, ensure_ascii=False) + "\n"
-    with new_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path
+    return save_proof(folder, {"proof_format": 1, "files": files})

@@ -83,7 +83,7 @@ def export(
     commit = repository.push(send, gone, f"{wanted.type} model by ft-export")
     arrived = repository.check_arrived(files, commit)
     url = f"{repository.api.endpoint}/{wanted.repo}"
-    write_pushed(proof, {"repo": wanted.repo, "revision": wanted.revision, "commit": commit, "files": arrived})
+    write_pushed(folder, {"repo": wanted.repo, "revision": wanted.revision, "commit": commit, "files": arrived})
     lines += plan
     lines.append(
         f"sent {len(send)} of {len(files)} files, {_size(sum(file.size for file in send))}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Any
 
 from ft_export import __version__
 from ft_export.checkpoints import Checkpoint
-from ft_export.exporting import PROOF
-from ft_export.folders import new_file
+from ft_export.exporting import PROOF, save_proof
 from ft_export.hub.staging import File
 from ft_export.merging.merger import MARKER, check_unchanged
 from ft_export.runs import read_json
@@ -134,16 +132,9 @@ def write_proof(folder: Path, proof: Proof, type: str, files: Sequence[File]) ->
         "figures": proof.figures,
         "files": {file.name: {"size": file.size, "sha256": file.sha256} for file in files},
     }
-    path = folder / PROOF
-    path.write_text(_text(said), encoding="utf-8")
-    return path
+    return save_proof(folder, said)
 
 
-def write_pushed(path: Path, pushed: dict[str, Any]) -> None:
+def write_pushed(folder: Path, pushed: dict[str, Any]) -> None:
     """Add to the ``proof.json`` on this machine what the Hub has said that it holds."""
-    with new_file(path) as partial:
-        partial.write_text(_text({**read_json(path), "pushed": pushed}), encoding="utf-8")
-
-
-def _text(said: dict[str, Any]) -> str:
-    return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+    save_proof(folder, {**read_json(folder / PROOF), "pushed": pushed})

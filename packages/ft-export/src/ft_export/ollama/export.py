@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from ft_export.bases import load_tokenizer
 from ft_export.conversations import Serving, all_rows, conversation, serving, whole_number
 from ft_export.errors import ExportError, one_line
-from ft_export.exporting import PROOF, Exported, check_options, check_target, whole_model
+from ft_export.exporting import PROOF, Exported, check_options, check_target, save_proof, whole_model
 from ft_export.folders import new_folder
 from ft_export.gguf.converter import check_convertible, check_type, require_gguf
 from ft_export.gguf.engine import require_llama_cpp
@@ -140,7 +139,7 @@ def fill(folder: Path, source: Source, type: str, options: Mapping[str, str], pr
         f"the Modelfile has num_ctx {settings.context} ({settings.context_from}), stops {', '.join(stops)}, "
         + ("a system prompt" if system is not None else "no system prompt")
     )
-    _write_proof(folder / PROOF, proven, settings, commands, text, told)
+    _write_proof(folder, proven, settings, commands, text, told)
     return Filled(made.file.name, settings, tuple(told))
 
 
@@ -234,10 +233,10 @@ def _begins(tokenizer: Any) -> bool:
 
 
 def _write_proof(
-    path: Path, proven: Proven, settings: Serving, commands: Sequence[Command], text: str, lines: Sequence[str]
+    folder: Path, proven: Proven, settings: Serving, commands: Sequence[Command], text: str, lines: Sequence[str]
 ) -> None:
     """Add ``ollama`` to the GGUF exporter's ``proof.json``."""
-    proof = read_json(path)
+    proof = read_json(folder / PROOF)
     proof["ollama"] = {
         "modelfile_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "template": {**proven.as_dict(), "rendered_by": "ft-export's reader of Go templates"},
@@ -247,4 +246,4 @@ def _write_proof(
         "checks": list(lines),
         "run_in_ollama": False,
     }
-    path.write_text(json.dumps(proof, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_proof(folder, proof)

@@ -13,7 +13,7 @@ from typing import Any
 from ft_export.bases import load_tokenizer
 from ft_export.conversations import Serving, serving, whole_number
 from ft_export.errors import ExportError, one_line
-from ft_export.exporting import PROOF, Exported, check_options, check_target, whole_model
+from ft_export.exporting import PROOF, Exported, check_options, check_target, save_proof, whole_model
 from ft_export.folders import new_folder
 from ft_export.gguf.converter import check_convertible, check_type, require_gguf
 from ft_export.gguf.engine import llama_cpp, require_llama_cpp
@@ -223,4 +223,4 @@ def _write_proof(folder: Path, content: dict[str, Any], engine: str, settings: S
         "asked_over_http": engine == "llama-server",
         "checks": lines,
     }
-    path.write_text(json.dumps(proof, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_proof(folder, proof)

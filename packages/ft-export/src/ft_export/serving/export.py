@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from ft_export import __version__
 from ft_export.bases import TOKENIZER_FILES, load_tokenizer, name_stops, stop_tokens
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
-from ft_export.exporting import PROOF, file_name, whole_model
-from ft_export.folders import new_folder, sha256_of
+from ft_export.exporting import PROOF, file_name, save_proof, whole_model
+from ft_export.folders import KEY, new_folder, sha256_of
 from ft_export.merging.merger import MARKER as MERGED
 from ft_export.merging.merger import check_unchanged
 from ft_export.progress import Progress, silent
@@ -148,7 +147,7 @@ def write_proof(folder: Path, target: str, report: dict[str, Any], lines: list[s
     """``proof.json``: what was found, and the SHA-256 of each file beside it."""
     from importlib.metadata import version
 
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != KEY)
     proof = {
         "proof_format": 1,
         "target": target,
@@ -158,7 +157,7 @@ def write_proof(folder: Path, target: str, report: dict[str, Any], lines: list[s
         "checks": lines,
         "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
     }
-    (folder / PROOF).write_text(json.dumps(proof, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_proof(folder, proof)
 
 
 def _told(gap: Gap, form: Form) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ft_export.errors import ExportError
 from ft_export.runs import read_json
 
-__all__ = ["ALLOWANCE", "UTILIZATION", "Limits", "limits_of", "memory_of"]
+__all__ = ["ALLOWANCE", "CARDS", "UTILIZATION", "Limits", "limits_of", "memory_of"]
 
 UTILIZATION = 0.9
 """The share of the card that the server may take; the rest is for the driver and for what else runs on it."""
@@ -22,6 +22,8 @@ LEAST = 1024
 BLOCK = 16
 """Servers hand out the cache in blocks of this many tokens."""
 GIB = 1 << 30
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)
+"""GiB that cards have."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -34,12 +36,14 @@ class Limits:
         token: bytes of keys and values for one token, in 16 bits.
         context: the tokens that a conversation may have.
         memory: bytes of the card, or None where that is not known.
+        asked: whether that context was asked for, so that a card with room for less would not do.
     """
 
     weights: int
     token: int
     context: int
     memory: int | None
+    asked: bool = False
 
     @property
     def room(self) -> int:
@@ -53,6 +57,14 @@ class Limits:
         """The smallest card for one conversation of ``context`` tokens, in bytes."""
         return (self.weights + ALLOWANCE + self.token * self.context) / UTILIZATION
 
+    @property
+    def smaller_card(self) -> int | None:
+        """The largest card, in GiB, that has not room for ``context`` tokens and can serve the model with fewer."""
+        if self.asked:
+            return None
+        least = replace(self, context=min(self.context, LEAST)).needed
+        return max((size for size in CARDS if least <= size * GIB < self.needed), default=None)
+
     def told(self) -> list[str]:
         """The arithmetic, line by line, for a comment."""
         lines = [
@@ -63,8 +75,10 @@ class Limits:
             lines += [
                 f"With an allowance of {_gib(ALLOWANCE)} for activations and CUDA graphs that asks for a card of at "
                 f"least {_gib(self.needed)},",
-                f"of which the server takes {UTILIZATION:.0%}. For a smaller one export again with memory=24GiB (say).",
+                f"of which the server takes {UTILIZATION:.0%}.",
             ]
+            if self.smaller_card is not None:
+                lines[-1] += f" For a smaller one, and fewer tokens, export again with memory={self.smaller_card}GiB."
         else:
             tokens = self.room // self.token if self.token else 0
             lines += [
@@ -115,7 +129,7 @@ def limits_of(folder: Path, weights: int, memory: int | None, context: str | Non
             raise ExportError(f"context={context} is not allowed (1 to {longest}, the positions that the model has)")
         longest = int(context)
     token = _bytes_a_token(config, folder)
-    limits = Limits(weights, token, longest, memory)
+    limits = Limits(weights, token, longest, memory, context is not None)
     if memory is None or limits.room >= token * longest:
         return limits
     fitting = max(0, limits.room // token) // BLOCK * BLOCK
