@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 import struct
+import subprocess
 import sys
+import tarfile
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +34,13 @@ CORPUS = [
 
 SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+
+SOURCE = (
+    "https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca773a59fe7cf3/"
+    "llama_cpp_python-0.3.36.tar.gz"
+)
+DIGEST = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+SENTENCEPIECE = "sentencepiece==0.2.3"
 
 ModelMaker = Callable[..., Path]
 AdapterMaker = Callable[..., Path]
@@ -279,6 +293,46 @@ def _make_adapter(folder: Path, base: Path, *, seed: int = 1, tokenizer: bool = 
     wrapped.save_pretrained(folder)
     if tokenizer:
         transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def upstream(request: pytest.FixtureRequest) -> Path:
+    """A folder with llama.cpp's converter (MIT) and, in ``site``, what it imports.
+
+    It is the one that the environment's ``FT_LLAMA_CPP`` names; else it is fetched once and kept in pytest's cache.
+    """
+    if named := os.environ.get("FT_LLAMA_CPP"):
+        return Path(named)
+    folder = Path(request.config.cache.mkdir("llama.cpp-converter"))
+    if (folder / "done").is_file():
+        return folder
+    shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    archive, digest = folder / "source.tar.gz", hashlib.sha256()
+    try:
+        with urllib.request.urlopen(SOURCE, timeout=60) as answer, archive.open("wb") as file:
+            while block := answer.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+    except (urllib.error.URLError, OSError) as error:
+        pytest.skip(f"needs {SOURCE}: {error}")
+    assert digest.hexdigest() == DIGEST
+    with tarfile.open(archive) as members:
+        for member in members:
+            name = member.name.partition("/vendor/llama.cpp/")[2]
+            if member.isfile() and (name.startswith(("conversion/", "gguf-py/")) or name == "convert_hf_to_gguf.py"):
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source = members.extractfile(member)
+                assert source is not None
+                target.write_bytes(source.read())
+    archive.unlink()
+    words = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "site", SENTENCEPIECE]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs {SENTENCEPIECE}: {done.stderr[-300:]}")
+    (folder / "done").touch()
     return folder
 
 

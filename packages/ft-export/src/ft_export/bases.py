@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "DOWNLOADED",
     "TOKENIZER_FILES",
     "attach",
     "check_complete",
@@ -37,6 +38,7 @@ __all__ = [
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+"""What is read of a model's folder: weights, configurations, tokenizers; no code."""
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, ArithmeticError)
 """What transformers raises of files that are not what it takes them for."""
 NOT_DOWNLOADED = ("consolidated*", "*/*")  # the same weights in another layout, and what lies in subfolders

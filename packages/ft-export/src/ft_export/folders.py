@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from ft_export import __version__
 from ft_export.errors import ExportError
 
 __all__ = [
-    "KEY", "check_inside", "clear_unfinished", "made_for", "new_file", "new_folder", "refuse_existing_folder",
-    "require_space", "scratch_folder", "sha256_of", "unfinished_bytes",
+    "KEY", "check_inside", "clear_inside", "clear_unfinished", "files_in", "key_of", "made_for", "new_file", "new_folder",
+    "refuse_existing_folder", "require_space", "scratch_folder", "sha256_of", "unfinished_bytes",
 ]  # fmt: skip
 
 RANDOM = "[a-z0-9_]{8}"
@@ -108,21 +111,7 @@ def new_folder(out: Path, key: str | None = None) -> Iterator[Path]:
         key: what the folder is to be made from. What a killed or interrupted process has left of one with the same key
             is gone on with: the folder that is yielded holds it. Without a key it is empty.
     """
-    with made_for(out), _new_folder(out, key) as partial:
-        yield partial
-
-
-@contextmanager
-def _new_folder(out: Path, key: str | None) -> Iterator[Path]:
-    clear_unfinished(out, key)
-    partial, lock = _left_of(out, key) or _begin(
-        lambda: Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    )
-    kept = False
-    try:
-        partial.chmod(0o777 & ~_umask())
-        if key is not None:
-            (partial / KEY).write_text(key, encoding="utf-8")
+    with made_for(out), _unfinished(out, key) as partial:
         yield partial
         (partial / KEY).unlink(missing_ok=True)
         for file in partial.rglob("*"):  # safetensors writes files that only their owner can read
@@ -142,6 +131,21 @@ def _new_folder(out: Path, key: str | None) -> Iterator[Path]:
         for old in _beside(out, f".{out.name}.", ".old"):  # of a process that was killed while it replaced it
             if not old.with_suffix(".partial").exists():
                 shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _unfinished(out: Path, key: str | None) -> Iterator[Path]:
+    """The folder beside ``out`` of :func:`new_folder`. It goes when the block ends, but for an interrupted one's."""
+    clear_unfinished(out, key)
+    partial, lock = _left_of(out, key) or _begin(
+        lambda: Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    )
+    kept = False
+    try:
+        partial.chmod(0o777 & ~_umask())
+        if key is not None:
+            (partial / KEY).write_text(key, encoding="utf-8")
+        yield partial
     except KeyboardInterrupt:
         kept = key is not None
         raise
@@ -152,8 +156,17 @@ def _new_folder(out: Path, key: str | None) -> Iterator[Path]:
 
 
 @contextmanager
-def new_file(out: Path) -> Iterator[Path]:
-    """As :func:`new_folder`, for one file."""
+def new_file(out: Path, key: str | None = None) -> Iterator[Path]:
+    """As :func:`new_folder`, for one file.
+
+    With a key it lies in a folder of its own until it is whole, where what says how far it is may lie beside it.
+    """
+    if key is not None:
+        with made_for(out), _unfinished(out, key) as folder:
+            yield folder / out.name
+            _to_disk(folder / out.name)
+            os.replace(folder / out.name, out)
+        return
     with made_for(out), _new_file(out) as partial:
         yield partial
 
@@ -176,6 +189,34 @@ def _new_file(out: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
         _end(lock)
+
+
+def key_of(model: Path, files: Iterable[Path], *said: Any) -> str:
+    """What something is made from, for :func:`new_folder`: with the same key the same bytes are made.
+
+    Args:
+        model: the folder of the model. files: those of it that are read; their sizes and times of change count.
+        said: all else that what is made depends on; to be said as JSON.
+    """
+    stats = [(path.name, path.stat()) for path in sorted(files)]
+    about = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    text = json.dumps([__version__, str(model.resolve()), about, *said])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files of a folder, finished or not, in the order of their paths; :data:`KEY` is none of them."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != KEY)
+
+
+def clear_inside(folder: Path, keep: Callable[[Path], bool]) -> None:
+    """Remove what an unfinished folder holds that is not gone on with."""
+    for path in folder.iterdir():
+        if path.name != KEY and not keep(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 @contextmanager

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to; unset means RUN/export/TARGET")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--skip-proof", action="store_true", help="do not check the result in its engine")
+    parser.add_argument(
+        "--converter", metavar="PATH", help="as converter=PATH: llama.cpp's own converter, for gguf (it is run)"
+    )
     parser.add_argument("options", nargs="*", default=[], metavar="key=value", help="further settings of the target")
 
 
@@ -47,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
         if not equals or not key:
             raise ConfigError(f"{word!r} is no setting: write key=value")
         options[key] = value
+    if args.converter is not None:
+        if "converter" in options:
+            raise ConfigError("converter= and --converter are the same setting: leave one out")
+        options["converter"] = args.converter
     from ft_core.console import quiet
 
     quiet()

@@ -18,7 +18,7 @@ from ft_export.gguf.rules import Architecture, Rule
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ARCHITECTURES", "find_architecture", "known"]
+__all__ = ["ARCHITECTURES", "find_architecture", "is_known", "known"]
 
 
 def permute_queries(tensors: Sequence[torch.Tensor], config: Any) -> torch.Tensor:
@@ -170,6 +170,12 @@ def known() -> str:
     return ", ".join(name for row in ARCHITECTURES for name in row.classes)
 
 
+def is_known(config: Any) -> bool:
+    """Whether a transformers configuration's architecture is in the table."""
+    names = set(getattr(config, "architectures", None) or [])
+    return any(names & set(row.classes) for row in ARCHITECTURES)
+
+
 def find_architecture(config: Any) -> Architecture:
     """The row for a transformers configuration.
 
@@ -187,5 +193,6 @@ def find_architecture(config: Any) -> Architecture:
             row.check(config)
             return row
     raise ExportError(
-        f"architecture {', '.join(names) or '(none named)'} cannot be converted to GGUF (known: {known()})"
+        f"architecture {', '.join(names) or '(none named)'} cannot be converted to GGUF (known: {known()}); what "
+        "llama.cpp's own converter knows, --to gguf has it convert with converter=PATH, a llama.cpp folder"
     )

@@ -17,7 +17,7 @@ from ft_export.gguf.vocabulary import Vocabulary
 from ft_export.runs import read_json
 from ft_export.samples import Row, prompt_text, read_rows
 
-__all__ = ["check_in_llama_cpp", "write_proof"]
+__all__ = ["check_in_llama_cpp", "versions", "write_proof"]
 
 NEW_TOKENS = 24
 LONGEST_PROMPT = 256
@@ -142,23 +142,28 @@ def _conversations(rows: list[Row]) -> list[list[dict[str, Any]]]:
     return found[:3]
 
 
-def write_proof(folder: Path, file: Path, made: Converted, found: Mapping[str, Any], lines: list[str]) -> Path:
-    """Add the file's entry to ``proof.json``; entries of other files in the folder stay."""
+def versions() -> dict[str, str]:
+    """Of the libraries that make and check a file, as far as they are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
+    found: dict[str, str] = {}
+    for name in ("gguf", "xllamacpp", "transformers", "torch"):
+        with suppress(PackageNotFoundError):  # without its proof a file is written without llama.cpp
+            found[name] = version(name)
+    return found
+
+
+def write_proof(folder: Path, file: Path, made: Converted, found: Mapping[str, Any], lines: list[str]) -> Path:
+    """Add the file's entry to ``proof.json``; entries of other files in the folder stay."""
     path = folder / PROOF
     proof = read_json(path) if path.is_file() else {}
     said = proof.get("files")
     files: dict[str, Any] = said if isinstance(said, dict) else {}
-    versions: dict[str, str] = {}
-    for name in ("gguf", "xllamacpp", "transformers", "torch"):
-        with suppress(PackageNotFoundError):  # without its proof a file is written without llama.cpp
-            versions[name] = version(name)
     files[file.name] = {
         "architecture": made.architecture,
         "pre_tokenizer": made.vocabulary.pre,
         "ft_export": __version__,
-        "libraries": versions,
+        "libraries": versions(),
         **found,
         "checks": lines,
     }

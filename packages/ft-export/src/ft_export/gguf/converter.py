@@ -13,11 +13,13 @@ from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import require_space
 from ft_export.gguf.architectures import find_architecture
+from ft_export.gguf.growing import Growing
 from ft_export.gguf.kernels import quantize
 from ft_export.gguf.mixes import FILE_TYPES, WHOLE, Shape, kind_of
 from ft_export.gguf.rules import Architecture, Output, plan, same
 from ft_export.gguf.streaming import Stream, is_finite, rows_of
 from ft_export.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
+from ft_export.progress import Progress, counting, silent
 from ft_export.runs import Rope
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Converted:
         vocabulary: the tokenizer's keys.
         tensors: by GGUF name: type, shape and SHA-256 of the bytes in the file.
         kinds: by the name of the parameter in transformers' model: the type in the file.
+        whole: how many tensors an interrupted conversion had left, and were not made anew.
     """
 
     file: Path
@@ -46,6 +49,7 @@ class Converted:
     vocabulary: Vocabulary
     tensors: dict[str, dict[str, Any]]
     kinds: dict[str, str]
+    whole: int = 0
 
 
 def require_gguf() -> None:
@@ -105,8 +109,9 @@ def _safe_name(name: str, vocabulary: Vocabulary) -> str:
 
 @one_line
 def convert(
-    model: Path | str, out: Path | str, *, type: str = "f16", pre: str | None = None, name: str | None = None
-) -> Converted:
+    model: Path | str, out: Path | str, *, type: str = "f16", pre: str | None = None, name: str | None = None,
+    journal: Path | None = None, progress: Progress = silent,
+) -> Converted:  # fmt: skip
     """Write ``model`` as the GGUF file ``out``. Nothing is checked in an engine; :func:`ft_export.export_gguf` does.
 
     Matrices are written in ``type``, some in another where it is a mix (:mod:`ft_export.gguf.mixes`), norms and other
@@ -119,6 +124,9 @@ def convert(
         type: one of :data:`TYPES`.
         pre: llama.cpp's name of the tokenizer's splitting rules, where it is not recognised.
         name: the model's name in the file; the folder's by default.
+        journal: a file beside ``out`` to keep account of whole tensors in; where there is one already, of the same
+            model, the conversion goes on after the last of them (:mod:`ft_export.gguf.growing`).
+        progress: see :data:`ft_export.progress.Progress`; a part is a tensor.
 
     Raises:
         ExportError: an unknown architecture, tensor or tokenizer, broken weights, a value out of F16's range, or no
@@ -142,9 +150,12 @@ def convert(
     named = [(_gguf_name(names, output, folder), output) for output in outputs]
     shape = _shape(config, "output.weight" not in dict(named))
     jobs = [_Job(output, name, weights, config, type, shape, architecture.float32) for name, output in named]
-    require_space(target.parent, sum(job.bytes for job in jobs) + 50_000_000, "the GGUF file")
+    there = target.stat().st_size if target.is_file() else 0
+    require_space(target.parent, sum(job.bytes for job in jobs) + 50_000_000 - there, "the GGUF file")
 
-    writer = gguf.GGUFWriter(target, architecture.name)
+    # apart from the tensors, since the writer would begin the file anew
+    beginning = target.with_name(f".{target.name}.beginning")
+    writer = gguf.GGUFWriter(beginning, architecture.name)
     try:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(_safe_name(name or folder.absolute().name, vocabulary))
@@ -162,15 +173,20 @@ def convert(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        written: dict[str, dict[str, Any]] = {}
-        for job in writes:
-            stream = job.stream()
-            writer.write_tensor_data(stream)
-            written[job.name] = {"type": job.type.name, "shape": list(job.shape), "sha256": stream.sha256}
+        writer.close()
+        head = beginning.read_bytes()
     finally:
         writer.close()
+        beginning.unlink(missing_ok=True)
+    written: dict[str, dict[str, Any]] = {}
+    count = counting(progress, len(writes), "tensors written")
+    with Growing(target, head, {job.name: job.bytes for job in writes}, writer.data_alignment, journal) as file:
+        for job in writes:
+            digest = file.whole.get(job.name) or file.add(job.name, job.stream())
+            written[job.name] = {"type": job.type.name, "shape": list(job.shape), "sha256": digest}
+            count()
     kinds = {architecture.parameter(source): job.type.name for job in jobs for source in job.output.sources}
-    return Converted(target, architecture.name, vocabulary, written, kinds)
+    return Converted(target, architecture.name, vocabulary, written, kinds, len(file.whole))
 
 
 def check_type(type: str) -> None:
@@ -203,7 +219,7 @@ class _Made:
         import gguf
 
         self.name, self._value, self.shape = name, value, tuple(value.shape)
-        self.type = gguf.GGMLQuantizationType.F32
+        self.type, self.bytes = gguf.GGMLQuantizationType.F32, value.nbytes
 
     def announce(self, writer: Any) -> None:
         """Say what will be written."""

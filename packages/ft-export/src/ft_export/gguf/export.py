@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ft_export.bases import load_model, load_tokenizer, stop_tokens
+from ft_export.bases import load_model, load_tokenizer, read_config, stop_tokens
 from ft_export.errors import ExportError, one_line
 from ft_export.exporting import Exported, check_options, file_name, whole_model
-from ft_export.folders import new_file
+from ft_export.folders import clear_inside, key_of, new_file, new_folder, scratch_folder, sha256_of
 from ft_export.gguf.adapter import ADAPTER_TYPES, read_lora, serve, write_and_check
-from ft_export.gguf.checking import check_in_llama_cpp, write_proof
+from ft_export.gguf.architectures import is_known
+from ft_export.gguf.checking import check_in_llama_cpp, versions, write_proof
 from ft_export.gguf.converter import check_convertible, check_type, convert, require_gguf
 from ft_export.gguf.engine import require_llama_cpp
+from ft_export.gguf.upstream import convert_upstream, find_script
 from ft_export.progress import Progress, silent
-from ft_export.runs import open_source
+from ft_export.runs import Source, open_source
 
-__all__ = ["export"]
+__all__ = ["export", "new_folder_with_gguf"]
 
-OPTIONS = ("pre", "adapter")
+OPTIONS = ("pre", "adapter", "converter")
+JOURNAL = "journal"
+"""Beside an unfinished file: which of its tensors are whole."""
 
 
 @one_line
@@ -37,6 +42,7 @@ def export(
     """Write ``OUT/<name>-<type>.gguf`` (of an adapter alone ``OUT/<name>-adapter-<type>.gguf``) and ``OUT/proof.json``.
 
     An adapter is merged first, into ``merged/`` beside it; a merge of the same adapter that is there already is used.
+    A conversion that was interrupted or killed goes on after its last whole tensor.
 
     Args:
         path: a run folder, a PEFT adapter folder or a transformers model folder.
@@ -45,10 +51,11 @@ def export(
         overwrite: whether an earlier file of the same name may be replaced.
         options: ``pre``: llama.cpp's name of the tokenizer's splitting rules, where it is not recognised. ``adapter``:
             ``yes`` writes a LoRA adapter as it is, for llama.cpp to put on the file of its base; ``type`` is then
-            ``f16`` or ``f32``.
+            ``f16`` or ``f32``. ``converter``: a llama.cpp folder, or the ``convert_hf_to_gguf.py`` in it, which is run
+            for an architecture that is not in our table.
         skip_proof: leave out what is checked in llama.cpp, and the merge's log-probabilities, for which the model is
             held in memory in fp32. It is said loudly, in ``proof.json`` too.
-        progress: of a merge; see :func:`ft_export.merge`.
+        progress: see :data:`ft_export.progress.Progress`.
 
     Raises:
         ExportError: bad input, a missing extra, no space, or a check that failed; no file is left then.
@@ -67,6 +74,9 @@ def export(
         raise ExportError(
             f"--type {type!r} is not known for gguf with adapter=yes (allowed: {', '.join(ADAPTER_TYPES)})"
         )
+    if alone == "yes" and "converter" in said:
+        raise ExportError("converter= is for whole models: leave adapter=yes out, and the merged model is exported")
+    script = find_script(said["converter"]) if "converter" in said else None
     if skip_proof and alone == "yes":
         raise ExportError("--skip-proof is not for an adapter alone: leave it out")
     require_gguf()
@@ -87,15 +97,29 @@ def export(
             made, found = write_and_check(lora, source, partial, file, type, said.get("pre"), lines)
             proof = write_proof(folder, file, made, found, lines)
         return Exported(file, proof, tuple(lines), serve(lora, folder, file))
-    model = whole_model(
-        source,
-        lines,
-        progress,
-        lambda base, words: check_convertible(base, words, said.get("pre"), source.rope, type),
-        skip_proof,
-    )
-    with new_file(file) as partial:
-        made = convert(model, partial, type=type, pre=said.get("pre"), name=name)
+    pre = said.get("pre")
+
+    def check(base: Path, words: Path) -> None:
+        if _script_for(base, script, pre) is None:
+            check_convertible(base, words, pre, source.rope, type)
+
+    model = whole_model(source, lines, progress, check, skip_proof)
+    used = _script_for(model, script, pre)
+    with new_file(file, None if used else _key(model, type, pre, name)) as partial:
+        if used is not None:
+            with scratch_folder(file) as scratch:
+                progress(0, 0, f"converting by {used}")
+                made = convert_upstream(used, model, partial, scratch, type=type, name=name)
+            lines.append(f"converted by {used}, whose {made.architecture} is not in ft-export's own table")
+        else:
+            journal = partial.with_name(JOURNAL)
+            made = convert(model, partial, type=type, pre=pre, name=name, journal=journal, progress=progress)
+            if script is not None:
+                lines.append(f"converter= was not needed: {made.architecture} is in ft-export's own table")
+        if made.whole:
+            lines.append(
+                f"went on with an interrupted conversion: {made.whole} of {len(made.tensors)} tensors were there"
+            )
         if skip_proof:
             lines.append(
                 "NOT PROVEN: the file was not loaded in llama.cpp and nothing it says was checked (--skip-proof)"
@@ -107,5 +131,38 @@ def export(
                 made, lambda: load_model(model, torch.float32), tokenizer, stop_tokens(tokenizer, model),
                 source.held_out, type, made.kinds, lines,
             )  # fmt: skip
-        proof = write_proof(folder, file, made, {"type": type, **found, "tensors": made.tensors}, lines)
+        by = {} if used is None else {"converter": {"script": str(used), "sha256": sha256_of(used)}}
+        proof = write_proof(folder, file, made, {"type": type, **by, **found, "tensors": made.tensors}, lines)
     return Exported(file, proof, tuple(lines), f"llama-server -m {shlex.quote(str(file))} --jinja")
+
+
+@contextmanager
+def new_folder_with_gguf(out: Path, source: Source, type: str) -> Iterator[Path]:
+    """:func:`ft_export.folders.new_folder` for what holds a GGUF file, which :func:`export` is to write there.
+
+    Of what a killed or interrupted process has left the unfinished GGUF file alone is kept, and ``export`` goes on with
+    it, if it is of the same model.
+    """
+    name = f"{file_name(source)}-{type}.gguf"
+    with new_folder(out, f"for {name}") as partial:
+        clear_inside(partial, lambda path: path.is_dir() and path.name.startswith(f".{name}."))
+        yield partial
+
+
+def _script_for(model: Path, script: Path | None, pre: str | None) -> Path | None:
+    """The script, if it is what has to convert this model.
+
+    Raises:
+        ExportError: it is, and ``pre`` is given, which it does not take.
+    """
+    if script is None or is_known(read_config(model)):
+        return None
+    if pre is not None:
+        raise ExportError(f"pre={pre} is not for {script}, which knows the tokenizers by itself: leave it out")
+    return script
+
+
+def _key(model: Path, type: str, pre: str | None, name: str) -> str:
+    """What the file is made from: with the same key an interrupted conversion is gone on with."""
+    files = [path for path in model.iterdir() if path.is_file()]
+    return key_of(model, files, type, pre, name, versions())

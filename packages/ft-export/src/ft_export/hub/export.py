@@ -10,6 +10,8 @@ from pathlib import Path
 from ft_export.errors import ExportError, one_line
 from ft_export.exporting import PROOF, Exported, check_target, whole_model
 from ft_export.folders import new_folder
+from ft_export.gguf.export import export as export_gguf
+from ft_export.gguf.export import new_folder_with_gguf
 from ft_export.hub.card import Subject, write_card
 from ft_export.hub.licence import Licence, find_licence, licence_files, read_front_matter
 from ft_export.hub.proof import FORMAT, Proof, of_combination, of_gguf, of_weights, write_proof, write_pushed
@@ -68,7 +70,7 @@ def export(
     if repository is not None:
         lines += repository.check()
     licence, sets = _look_up(wanted, record, token, progress)
-    with new_folder(folder) as partial:
+    with new_folder_with_gguf(folder, source, type) if wanted.is_gguf else new_folder(folder) as partial:
         laid = listed(partial, _lay_out(_Layout(source, wanted, record, licence, sets, partial, progress), lines))
         check_clean(laid, token)
     files = listed(folder, laid)
@@ -173,8 +175,6 @@ def _lay_out(layout: _Layout, lines: list[str]) -> list[File]:
 
 def _gguf(layout: _Layout, lines: list[str]) -> tuple[str, Proof, Path]:
     """Make the GGUF file by its own exporter, with all its checks; its texts and paths stay out of the proof."""
-    from ft_export.gguf.export import export as export_gguf
-
     made = export_gguf(
         layout.source.path,
         layout.folder,

@@ -15,7 +15,7 @@ from typing import Any
 
 from ft_export.bases import TOKENIZER_FILES
 from ft_export.errors import ExportError
-from ft_export.folders import check_inside, require_space, sha256_of
+from ft_export.folders import check_inside, files_in, require_space, sha256_of
 from ft_export.hub.record import is_local
 from ft_export.runs import read_json
 
@@ -112,7 +112,7 @@ def listed(folder: Path, known: Sequence[File] = ()) -> list[File]:
     """
     taken = {file.name: file.sha256 for file in known}
     found = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in files_in(folder):
         name = path.relative_to(folder).as_posix()
         found.append(File(name, path, path.stat().st_size, taken.get(name) or sha256_of(path)))
     return found

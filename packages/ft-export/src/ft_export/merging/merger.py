@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,8 +24,9 @@ from ft_export.bases import (
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
 from ft_export.folders import (
-    KEY,
+    clear_inside,
     clear_unfinished,
+    key_of,
     new_folder,
     refuse_existing_folder,
     require_space,
@@ -206,9 +206,7 @@ class _Merge:
         there = 0 if key is None else unfinished_bytes(self.out, key)
         require_space(self.out.parent, int(size * 1.02) + 50_000_000 - there, "the merged model")
         with new_folder(self.out, key) as folder:
-            for path in folder.iterdir():  # all but whole files of weights is made anew
-                if path.suffix != ".safetensors" and path.name != KEY:
-                    _remove(path) if path.is_dir() else path.unlink()
+            clear_inside(folder, lambda path: path.suffix == ".safetensors")  # whole files of weights
             if whole := len(list(folder.glob("*.safetensors"))):
                 self.say(f"going on with a merge that was interrupted, of which {whole} files are there")
             if method is not None or as_run is not None:
@@ -232,11 +230,8 @@ class _Merge:
 
     def _key(self, stored: Checkpoint) -> str:
         """What the merged files are made from; two merges with the same key write the same bytes."""
-        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in stored.files]
         rope = None if self.rope is None else asdict(self.rope)
-        made_from = [fingerprint(self.adapter.folder), str(self.base.resolve()), files]
-        said = [__version__, *made_from, self.asked, self.device, rope]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        return key_of(self.base, stored.files, fingerprint(self.adapter.folder), self.asked, self.device, rope)
 
     def _into(self, folder: Path, stored: Checkpoint) -> dict[str, Any]:
         import torch

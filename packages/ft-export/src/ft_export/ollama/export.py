@@ -13,10 +13,10 @@ from ft_export.bases import load_tokenizer
 from ft_export.conversations import Serving, all_rows, conversation, serving, whole_number
 from ft_export.errors import ExportError, one_line
 from ft_export.exporting import PROOF, Exported, check_options, check_target, save_proof, whole_model
-from ft_export.folders import new_folder
 from ft_export.gguf.converter import check_convertible, check_type, require_gguf
 from ft_export.gguf.engine import require_llama_cpp
 from ft_export.gguf.export import export as export_gguf
+from ft_export.gguf.export import new_folder_with_gguf
 from ft_export.ollama.deriving import Candidate, Chat, candidates
 from ft_export.ollama.equality import Proven, adds_bos, chat_of, prove, prove_any
 from ft_export.ollama.modelfile import Command, write_modelfile
@@ -84,7 +84,7 @@ def export(
     if names:
         require_ollama()
     check_target(folder, source, MODELFILE, overwrite)
-    with new_folder(folder) as partial:
+    with new_folder_with_gguf(folder, source, type) as partial:
         filled = fill(partial, source, type, said, progress)
     lines = list(filled.lines)
     for name in dict.fromkeys(names.values()):

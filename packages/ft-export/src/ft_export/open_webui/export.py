@@ -18,6 +18,7 @@ from ft_export.folders import new_folder
 from ft_export.gguf.converter import check_convertible, check_type, require_gguf
 from ft_export.gguf.engine import llama_cpp, require_llama_cpp
 from ft_export.gguf.export import export as export_gguf
+from ft_export.gguf.export import new_folder_with_gguf
 from ft_export.merging.merger import MARKER
 from ft_export.ollama.export import fill
 from ft_export.ollama.program import run_name
@@ -83,7 +84,7 @@ def export(
     check_target(folder, source, MODEL, overwrite)
     name = run_name(source.name)
     called = f"{name}:latest" if engine == "ollama" else name
-    with new_folder(folder) as partial:
+    with new_folder(folder) if engine == "vllm" else new_folder_with_gguf(folder, source, type) as partial:
         served = _serve(partial, source, engine, type, said, progress)
         system = said.get("system", served.settings.system) or None
         content = model_json(

@@ -11,14 +11,14 @@ from ft_export.bases import TOKENIZER_FILES, load_tokenizer, name_stops, stop_to
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name, save_proof, whole_model
-from ft_export.folders import KEY, new_folder, sha256_of
+from ft_export.folders import clear_inside, files_in, key_of, new_folder, sha256_of
 from ft_export.merging.merger import MARKER as MERGED
 from ft_export.merging.merger import check_unchanged
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 from ft_export.samples import read_rows, token_ids
 from ft_export.serving.checks import Gap, check_gap, check_stored
-from ft_export.serving.folder import plan_whole, write_whole
+from ft_export.serving.folder import Plan, plan_whole, write_whole
 from ft_export.serving.forms import Form
 from ft_export.serving.launch import Service, write_launch
 from ft_export.serving.limits import limits_of, memory_of
@@ -64,7 +64,10 @@ def export_whole(
     plan = plan_whole(model, form)
     limits = limits_of(model, plan.bytes(), memory, said.get("context"))
     name = file_name(source)
-    with new_folder(folder) as partial:
+    with new_folder(folder, _key(plan)) as partial:
+        clear_inside(partial, lambda path: path.suffix == ".safetensors")
+        if there := len(list(partial.glob("*.safetensors"))):
+            lines.append(f"went on with an export that was interrupted, of which {there} files were whole")
         whole = write_whole(plan, partial, progress)
         tensors = check_stored(plan, partial, progress)
         lines.append(
@@ -97,6 +100,13 @@ def export_whole(
         }
         write_proof(partial, target, report, lines)
     return folder / PROOF, lines
+
+
+def _key(plan: Plan) -> str | None:
+    """What weights that are made anew are made from; files that are linked or copied are not worth going on with."""
+    if not plan.compressed and not plan.cast:
+        return None
+    return key_of(plan.model, plan.stored.files, plan.form.name, _plain(plan.dtype), sorted(plan.compressed))
 
 
 def _merge_of(model: Path) -> dict[str, Any] | None:
@@ -147,7 +157,6 @@ def write_proof(folder: Path, target: str, report: dict[str, Any], lines: list[s
     """``proof.json``: what was found, and the SHA-256 of each file beside it."""
     from importlib.metadata import version
 
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != KEY)
     proof = {
         "proof_format": 1,
         "target": target,
@@ -155,7 +164,7 @@ def write_proof(folder: Path, target: str, report: dict[str, Any], lines: list[s
         "libraries": {name: version(name) for name in ("torch", "transformers", "safetensors")},
         **report,
         "checks": lines,
-        "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
+        "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files_in(folder)},
     }
     save_proof(folder, proof)
 

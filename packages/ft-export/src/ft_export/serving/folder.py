@@ -155,7 +155,9 @@ def _linear(model: Path, stored: Checkpoint) -> tuple[set[str], list[str]]:
 
 
 def write_whole(plan: Plan, to: Path, progress: Progress = silent) -> Whole:
-    """Write weights, configuration and tokenizer into an empty folder.
+    """Write weights, configuration and tokenizer into a folder that is empty.
+
+    Where tensors are made anew it may hold files of them, whole ones, that an interrupted process has left: they stay.
 
     Raises:
         ExportError: no space, weights that are no numbers or do not fit into the type, or no tokenizer.
@@ -166,10 +168,17 @@ def write_whole(plan: Plan, to: Path, progress: Progress = silent) -> Whole:
     linked = False
     count = counting(progress, len(plan.stored.entries), "tensors written")
     if plan.cast or plan.compressed:
-        require_space(to, int(plan.bytes() * 1.01) + 50_000_000, "the model to serve")
+        there = sum(path.stat().st_size for path in to.glob("*.safetensors"))
+        require_space(to, int(plan.bytes() * 1.01) + 50_000_000 - there, "the model to serve")
         for path, names in files.items():
+            if (to / path.name).is_file():
+                for _ in names:
+                    count()
+                continue
             planned = {key: value for name in names for key, value in plan.written(name).items()}
-            write_tensors(to / path.name, planned, (_piece(plan, name, count) for name in names))
+            beside = to / f"{path.stem}.unfinished"
+            write_tensors(beside, planned, (_piece(plan, name, count) for name in names))
+            os.replace(beside, to / path.name)
         if (plan.model / INDEX).is_file():
             _write_index(plan, to / INDEX)
     else:
