@@ -179,6 +179,8 @@ def convert(
         writer.close()
         beginning.unlink(missing_ok=True)
     written: dict[str, dict[str, Any]] = {}
+    if journal is not None and journal.is_file():
+        progress(0, 0, "reading what an interrupted conversion has left")
     count = counting(progress, len(writes), "tensors written")
     with Growing(target, head, {job.name: job.bytes for job in writes}, writer.data_alignment, journal) as file:
         for job in writes:
