@@ -18,8 +18,8 @@ from ft_export import __version__
 from ft_export.errors import ExportError
 
 __all__ = [
-    "KEY", "check_inside", "clear_inside", "clear_unfinished", "files_in", "key_of", "made_for", "new_file", "new_folder",
-    "refuse_existing_folder", "require_space", "scratch_folder", "sha256_of", "unfinished_bytes",
+    "KEY", "check_inside", "clear_inside", "clear_unfinished", "files_in", "key_of", "made_for", "new_file",
+    "new_folder", "refuse_existing_folder", "require_space", "scratch_folder", "sha256_of", "unfinished_bytes",
 ]  # fmt: skip
 
 RANDOM = "[a-z0-9_]{8}"

@@ -193,6 +193,6 @@ def find_architecture(config: Any) -> Architecture:
             row.check(config)
             return row
     raise ExportError(
-        f"architecture {', '.join(names) or '(none named)'} cannot be converted to GGUF (known: {known()}); what "
-        "llama.cpp's own converter knows, --to gguf has it convert with converter=PATH, a llama.cpp folder"
+        f"architecture {', '.join(names) or '(none named)'} cannot be converted to GGUF (known: {known()}): if "
+        "llama.cpp's own converter knows it, export it to gguf with converter=PATH, a llama.cpp folder"
     )

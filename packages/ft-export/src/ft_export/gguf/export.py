@@ -15,7 +15,7 @@ from ft_export.folders import clear_inside, key_of, new_file, new_folder, scratc
 from ft_export.gguf.adapter import ADAPTER_TYPES, read_lora, serve, write_and_check
 from ft_export.gguf.architectures import is_known
 from ft_export.gguf.checking import check_in_llama_cpp, versions, write_proof
-from ft_export.gguf.converter import check_convertible, check_type, convert, require_gguf
+from ft_export.gguf.converter import Converted, check_convertible, check_type, convert, require_gguf
 from ft_export.gguf.engine import require_llama_cpp
 from ft_export.gguf.upstream import convert_upstream, find_script
 from ft_export.progress import Progress, silent
@@ -105,21 +105,18 @@ def export(
 
     model = whole_model(source, lines, progress, check, skip_proof)
     used = _script_for(model, script, pre)
-    with new_file(file, None if used else _key(model, type, pre, name)) as partial:
-        if used is not None:
-            with scratch_folder(file) as scratch:
-                progress(0, 0, f"converting by {used}")
-                made = convert_upstream(used, model, partial, scratch, type=type, name=name)
-            lines.append(f"converted by {used}, whose {made.architecture} is not in ft-export's own table")
-        else:
-            journal = partial.with_name(JOURNAL)
-            made = convert(model, partial, type=type, pre=pre, name=name, journal=journal, progress=progress)
+    by: dict[str, Any] = {}
+    with new_file(file, _key(model, type, pre, name) if used is None else None) as partial:
+        if used is None:
+            made = _converted(model, partial, type, pre, name, lines, progress)
             if script is not None:
                 lines.append(f"converter= was not needed: {made.architecture} is in ft-export's own table")
-        if made.whole:
-            lines.append(
-                f"went on with an interrupted conversion: {made.whole} of {len(made.tensors)} tensors were there"
-            )
+        else:
+            by = {"converter": {"script": str(used), "sha256": sha256_of(used)}}
+            progress(0, 0, f"converting by {used}")
+            with scratch_folder(file) as scratch:
+                made = convert_upstream(used, model, partial, scratch, type=type, name=name)
+            lines.append(f"converted by {used}, whose {made.architecture} is not in ft-export's own table")
         if skip_proof:
             lines.append(
                 "NOT PROVEN: the file was not loaded in llama.cpp and nothing it says was checked (--skip-proof)"
@@ -131,7 +128,6 @@ def export(
                 made, lambda: load_model(model, torch.float32), tokenizer, stop_tokens(tokenizer, model),
                 source.held_out, type, made.kinds, lines,
             )  # fmt: skip
-        by = {} if used is None else {"converter": {"script": str(used), "sha256": sha256_of(used)}}
         proof = write_proof(folder, file, made, {"type": type, **by, **found, "tensors": made.tensors}, lines)
     return Exported(file, proof, tuple(lines), f"llama-server -m {shlex.quote(str(file))} --jinja")
 
@@ -147,6 +143,17 @@ def new_folder_with_gguf(out: Path, source: Source, type: str) -> Iterator[Path]
     with new_folder(out, f"for {name}") as partial:
         clear_inside(partial, lambda path: path.is_dir() and path.name.startswith(f".{name}."))
         yield partial
+
+
+def _converted(
+    model: Path, partial: Path, type: str, pre: str | None, name: str, lines: list[str], progress: Progress
+) -> Converted:
+    """Convert by our table; what an interrupted conversion has left in the folder is gone on with, and that is said."""
+    journal = partial.with_name(JOURNAL)
+    made = convert(model, partial, type=type, pre=pre, name=name, journal=journal, progress=progress)
+    if made.whole:
+        lines.append(f"went on with an interrupted conversion: {made.whole} of {len(made.tensors)} tensors were there")
+    return made
 
 
 def _script_for(model: Path, script: Path | None, pre: str | None) -> Path | None:

@@ -114,9 +114,8 @@ def _kinds(reader: Any, model: Path, type: str) -> dict[str, str]:
     written = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     architecture = _value(reader, "general.architecture")
     known = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}.get(architecture)
-    names = (
-        None if known is None else gguf.get_tensor_name_map(known, int(_value(reader, f"{architecture}.block_count")))
-    )
+    layers = int(_value(reader, f"{architecture}.block_count", 0))
+    names = None if known is None else gguf.get_tensor_name_map(known, layers)
     weights = Checkpoint(model)
     kinds: dict[str, str] = {}
     for name in weights:
@@ -142,12 +141,12 @@ def check_rounded(made: Converted, type: str) -> None:
         )
 
 
-def rewrite(source: Path, target: Path, model: Path, type: str) -> None:
+def rewrite(source: Path, target: Path, model: Path, type: str, was: str) -> None:
     """Write a file once more, with the tokenizer's doings in it and its F32 matrices in the types of a mix.
 
     Args:
         model: the transformers folder that it was made from.
-        type: what it is to have; where ``source`` has it already its tensors stay as they are.
+        type: what it is to be of. was: what ``source`` is of; where that is the same, all tensors stay as they are.
 
     Raises:
         ExportError: a matrix holds values that are not finite.
@@ -174,7 +173,10 @@ def rewrite(source: Path, target: Path, model: Path, type: str) -> None:
             getattr(writer, f"add_{role}_token_id")(index)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[type].code])
-        kinds = {tensor.name: _kind(tensor, type, shape) for tensor in reader.tensors}
+        kinds = {tensor.name: str(tensor.tensor_type.name) for tensor in reader.tensors}
+        for tensor in reader.tensors if type != was else ():
+            if kinds[tensor.name] == "F32" and ROUNDED.fullmatch(tensor.name):
+                kinds[tensor.name] = kind_of(tensor.name, tuple(tensor.data.shape), type, shape)
         for tensor in reader.tensors:
             kind = gguf.GGMLQuantizationType[kinds[tensor.name]]
             if kind == tensor.tensor_type:
@@ -203,13 +205,6 @@ def _shape(reader: Any, architecture: str) -> Shape:
     keys = max(1, largest("attention.head_count_kv", heads))
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     return Shape(largest("block_count"), heads // keys, tied)
-
-
-def _kind(tensor: Any, type: str, shape: Shape) -> str:
-    own = str(tensor.tensor_type.name)
-    if own != "F32" or type == "f32" or not ROUNDED.fullmatch(tensor.name):
-        return own
-    return kind_of(tensor.name, tuple(tensor.data.shape), type, shape)
 
 
 def _blocks(tensor: Any, kind: str) -> Iterator[np.ndarray[Any, Any]]:

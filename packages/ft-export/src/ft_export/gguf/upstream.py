@@ -75,7 +75,7 @@ def convert_upstream(script: Path, model: Path, out: Path, scratch: Path, *, typ
     found = read_foreign(made, model, first, str(script))
     if first != type:
         check_rounded(found, type)
-    rewrite(made, out, model, type)
+    rewrite(made, out, model, type, first)
     return read_foreign(out, model, type, str(script))
 
 
