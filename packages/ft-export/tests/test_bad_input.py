@@ -21,6 +21,7 @@ pytest.importorskip("xllamacpp", reason='pip install "ft-export[gguf]"')
 
 from ft_export import ExportError, export_gguf, merge
 from ft_export.gguf import convert, converter
+from ft_export.vllm.export import export as export_vllm
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -359,4 +360,5 @@ def test_a_disk_with_too_little_room(small_disk: Path, base: Path, an_adapter: P
     _refused(lambda: merge(an_adapter, small_disk / "out"), message)
     _refused(lambda: convert(base, small_disk / "x.gguf"), message)
     _refused(lambda: export_gguf(base, small_disk / "out"), message)
+    _refused(lambda: export_vllm(base, small_disk / "out", type="w8a8"), message)
     assert contents(small_disk) == ["filler"]

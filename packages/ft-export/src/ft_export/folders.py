@@ -144,7 +144,8 @@ def _unfinished(out: Path, key: str | None) -> Iterator[Path]:
     try:
         partial.chmod(0o777 & ~_umask())
         if key is not None:
-            (partial / KEY).write_text(key, encoding="utf-8")
+            with suppress(OSError):  # a full disk, of which the block says what it wants; it is not gone on with then
+                (partial / KEY).write_text(key, encoding="utf-8")
         yield partial
     except KeyboardInterrupt:
         kept = key is not None
