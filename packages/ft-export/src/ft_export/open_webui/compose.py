@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_export.errors import ExportError
+from ft_export.serving.launch import mounts_of
 
 __all__ = ["ENGINES", "IMAGES", "Wiring", "check_compose", "compose"]
 
@@ -32,6 +33,7 @@ class Wiring:
         source: the file or folder that the engine mounts: ``./FILE`` beside the compose file, or a whole path.
         context: tokens that a prompt and its answer may have.
         port: Open WebUI's on this machine.
+        project: what Docker Compose calls the services together; tells them from those of another run.
     """
 
     engine: str
@@ -39,6 +41,7 @@ class Wiring:
     source: str
     context: int
     port: int
+    project: str
 
 
 def compose(wiring: Wiring) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def compose(wiring: Wiring) -> dict[str, Any]:
     if wiring.engine == "ollama":
         services["create"] = _create(wiring)
         volumes["ollama"] = {}
-    return {"services": services, "volumes": volumes}
+    return {"name": wiring.project, "services": services, "volumes": volumes}
 
 
 def _connection(engine: str) -> dict[str, str]:
@@ -78,14 +81,14 @@ def _engine(wiring: Wiring) -> dict[str, Any]:
     if wiring.engine == "llama-server":
         place = f"/model/{Path(wiring.source).name}"
         words = ["-m", place, "--alias", wiring.name, "--ctx-size", str(wiring.context), "--jinja"]
-        return {**service, "command": [*words, "--host", "0.0.0.0", "--port", port], "volumes": [_mount(wiring, place)]}
+        return {**service, "command": [*words, "--host", "0.0.0.0", "--port", port], "volumes": _mounts(wiring, place)}
     words = ["/model", "--served-model-name", wiring.name, "--max-model-len", str(wiring.context)]
     gpu = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     return {
         **service,
         "entrypoint": ["vllm", "serve"],  # what the image begins with has changed over its versions
         "command": [*words, "--port", port],
-        "volumes": [_mount(wiring, "/model")],
+        "volumes": _mounts(wiring, "/model"),
         "ipc": "host",
         "deploy": {"resources": {"reservations": {"devices": [gpu]}}},
     }
@@ -98,14 +101,19 @@ def _create(wiring: Wiring) -> dict[str, Any]:
         "restart": "on-failure",
         "depends_on": ["ollama"],
         "environment": {"OLLAMA_HOST": f"http://ollama:{PORTS['ollama']}"},
-        "volumes": [_mount(wiring, "/model")],
+        "volumes": _mounts(wiring, "/model"),
         "command": ["create", wiring.name, "-f", "/model/Modelfile"],
     }
 
 
-def _mount(wiring: Wiring, target: str) -> dict[str, Any]:
+def _mounts(wiring: Wiring, target: str) -> list[dict[str, Any]]:
+    whole = Path(wiring.source).is_absolute()  # else it lies beside the compose file, and has no links
+    mounts = mounts_of(Path(wiring.source), target) if whole else {target: wiring.source}
     # a $ begins a variable in a compose file
-    return {"type": "bind", "source": wiring.source.replace("$", "$$"), "target": target, "read_only": True}
+    return [
+        {"type": "bind", "source": here.replace("$", "$$"), "target": there, "read_only": True}
+        for there, here in mounts.items()
+    ]
 
 
 def check_compose(content: Mapping[str, Any], folder: Path) -> None:

@@ -26,6 +26,7 @@ from ft_export.open_webui.compose import ENGINES, IMAGES, Wiring, check_compose,
 from ft_export.open_webui.model_json import model_json, unescaped
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
+from ft_export.serving.launch import project_name
 
 __all__ = ["COMPOSE", "MODEL", "export"]
 
@@ -94,7 +95,8 @@ def export(
         if engine == "llama-server":
             lines.append(_check_served(partial / served.source, name, system, served.settings))
         _check_model(content, served.settings)
-        _write(partial, content, Wiring(engine, name, served.source, served.settings.context, port))
+        project = project_name(source.name, "open-webui", source.path)
+        _write(partial, content, Wiring(engine, name, served.source, served.settings.context, port, project))
         lines += _told(content["models"][0], engine, port)
         _write_proof(partial, content, engine, served.settings, lines)
     return Exported(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_export import __version__
 from ft_export.bases import TOKENIZER_FILES, load_tokenizer, name_stops, stop_tokens
@@ -17,15 +17,21 @@ from ft_export.merging.merger import check_unchanged
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 from ft_export.samples import read_rows, token_ids
-from ft_export.serving.checks import Gap, check_gap, check_stored
+from ft_export.serving.checks import Gap, check_gap, check_stored, served_model
+from ft_export.serving.engine import OPTIONS as ENGINE_OPTIONS
+from ft_export.serving.engine import Engine, engine_of
 from ft_export.serving.folder import Plan, plan_whole, write_whole
 from ft_export.serving.forms import Form
-from ft_export.serving.launch import Service, write_launch
+from ft_export.serving.launch import Service, project_name, write_launch
 from ft_export.serving.limits import limits_of, memory_of
+from ft_export.serving.served import NOT_RUN, check_served, questions
 
-__all__ = ["OPTIONS", "check_stops", "export_whole", "write_proof"]
+if TYPE_CHECKING:
+    import torch
 
-OPTIONS = ("memory", "context")
+__all__ = ["OPTIONS", "check_stops", "export_whole", "prove", "write_proof"]
+
+OPTIONS = ("memory", "context", *ENGINE_OPTIONS)
 """What ``key=value`` may be for a server."""
 
 
@@ -53,6 +59,7 @@ def export_whole(
         ExportError: bad input, no space, or a check that failed; nothing is left behind.
     """
     memory = memory_of(said.get("memory"))
+    engine = engine_of(said, target)
     lines: list[str] = []
 
     def fits(base: Path, _: Path) -> None:
@@ -85,8 +92,13 @@ def export_whole(
             gap = check_gap(plan, partial, samples, progress)
             lines.extend(_told(gap, form))
         share = None if memory is None else int(100 * (limits.weights + limits.room) / memory) / 100
-        write_launch(partial, service(name, _plain(plan.dtype), limits.context, share), limits)
+        project = project_name(source.name, target, source.path)
+        write_launch(partial, service(name, _plain(plan.dtype), limits.context, share), limits, project)
         lines.append(f"{limits.context} tokens of context: {' '.join(limits.told())}")
+        served = prove(
+            engine, target, partial, partial, name, source, stops, limits.context, plan.dtype,
+            lambda: served_model(plan, partial), lines, progress,
+        )  # fmt: skip
         report = {
             "type": form.name,
             "dtype": _plain(plan.dtype),
@@ -97,6 +109,7 @@ def export_whole(
             "samples": len(samples),
             "gap": None if gap is None else gap.as_dict(),
             "context": limits.context,
+            "served": served,
         }
         write_proof(partial, target, report, lines)
     return folder / PROOF, lines
@@ -107,6 +120,42 @@ def _key(plan: Plan) -> str | None:
     if not plan.compressed and not plan.cast:
         return None
     return key_of(plan.model, plan.stored.files, plan.form.name, _plain(plan.dtype), sorted(plan.compressed))
+
+
+def prove(
+    engine: Engine | None,
+    target: str,
+    folder: Path,
+    words: Path,
+    name: str,
+    source: Source,
+    stops: list[int],
+    context: int,
+    dtype: torch.dtype,
+    reference: Callable[[], Any],
+    lines: list[str],
+    progress: Progress,
+) -> dict[str, Any] | str:
+    """Start the server on the finished folder, if there is one, and compare; see :mod:`ft_export.serving.served`.
+
+    Args:
+        words: the tokenizer's folder.
+        name: what the server calls the model.
+        lines: gets what was found, or that no server was run.
+
+    Returns:
+        What ``proof.json`` says of it.
+
+    Raises:
+        ExportError: the server does not come up, or does not say what the model says.
+    """
+    if engine is None:
+        lines.append(NOT_RUN.format(target))
+        return lines[-1]
+    asked = questions(source.held_out, load_tokenizer(words), context)
+    served = check_served(engine, folder, name, asked, stops, context, dtype, reference, progress)
+    lines.append(served.told(target))
+    return served.as_dict(engine)
 
 
 def _merge_of(model: Path) -> dict[str, Any] | None:

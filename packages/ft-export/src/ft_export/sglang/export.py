@@ -38,7 +38,8 @@ def export(
         out: the folder to write; ``path/export/sglang`` by default.
         type: ``16bit`` (the merge's own type), ``bf16`` or ``f16``.
         overwrite: whether an earlier export in ``out`` may be replaced.
-        options: ``memory``: of the card, as ``24GiB``; ``context``: the longest conversation in tokens.
+        options: ``memory``, ``context``, ``engine`` (a Python or an environment's folder), ``engine_args`` and
+            ``engine_wait``: as for vLLM.
         progress: see :data:`ft_export.progress.Progress`.
 
     Raises:
@@ -67,5 +68,5 @@ def _service(name: str, dtype: str, context: int, share: float | None) -> Servic
         contained=["--model-path", "/model", *shared],
         port=PORT,
         environment={"HF_HUB_OFFLINE": "1"},
-        mounts={".": "/model"},
+        mounts={"/model": "."},
     )

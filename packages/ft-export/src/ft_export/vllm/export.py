@@ -42,7 +42,9 @@ def export(
         type: ``16bit`` (the merge's own type), ``bf16``, ``f16``, ``fp8`` or ``w8a8`` (compressed-tensors), or
             ``lora``: the adapter as it is, to be served on its base.
         overwrite: whether an earlier export in ``out`` may be replaced.
-        options: ``memory``: of the card, as ``24GiB``; ``context``: the longest conversation in tokens.
+        options: ``memory``: of the card, as ``24GiB``; ``context``: the longest conversation in tokens. ``engine``: a
+            ``vllm`` program, a Python or an environment's folder, to start the server on the files and compare what it
+            says; ``engine_args``: further words for it; ``engine_wait``: seconds for its start and for each answer.
         progress: see :data:`ft_export.progress.Progress`.
 
     Raises:
@@ -55,7 +57,7 @@ def export(
         raise ExportError(f"--type {type!r} is not known for vllm (allowed: {', '.join(TYPES)})")
     check_target(folder, source, MARKER, overwrite)
     if type == "lora":
-        proof, lines = export_lora(source, folder, said, service)
+        proof, lines = export_lora(source, folder, said, service, progress)
     else:
         proof, lines = export_whole(
             source,
@@ -63,7 +65,7 @@ def export(
             form_of(type, TYPES, "vllm"),
             said,
             "vllm",
-            lambda name, dtype, context, _: service(".", "/model", name, dtype, context, [], {".": "/model"}),
+            lambda name, dtype, context, _: service(".", "/model", name, dtype, context, [], {"/model": "."}),
             progress,
         )
     return Exported(folder, proof, tuple(lines), f"sh {shlex.quote(str(folder / MARKER))}")
@@ -86,7 +88,7 @@ def service(
         dtype: what it computes in.
         context: tokens of the longest conversation.
         more: further words: a flag, and what follows it on this machine and in the container (None: nothing).
-        mounts: host paths and where they lie in the container.
+        mounts: paths in the container and what of this machine lies there.
     """
     shared = ["--served-model-name", name, "--dtype", dtype, "--max-model-len", str(context)]
     shared += ["--gpu-memory-utilization", f"{UTILIZATION:.2f}"]

@@ -11,16 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ft_export.bases import copy_tokenizer, find_base, load_tokenizer, quantization_of
+from ft_export.bases import copy_tokenizer, find_base, load_model, load_tokenizer, quantization_of
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name
 from ft_export.folders import new_folder, require_space, sha256_of
 from ft_export.merging.adapter import Adapter, LowRank, base_of
 from ft_export.merging.names import parameter_names
+from ft_export.progress import Progress, silent
 from ft_export.runs import Source
-from ft_export.serving.export import check_stops, write_proof
-from ft_export.serving.launch import Service, write_launch
+from ft_export.serving.engine import engine_of
+from ft_export.serving.export import check_stops, prove, write_proof
+from ft_export.serving.launch import Service, mounts_of, project_name, write_launch
 from ft_export.serving.limits import limits_of, memory_of
 
 __all__ = ["RANKS", "check_servable", "export_lora"]
@@ -72,7 +74,11 @@ def check_servable(source: Source, adapter: Adapter) -> int:
 
 
 def export_lora(
-    source: Source, folder: Path, said: dict[str, str], service: Callable[..., Service]
+    source: Source,
+    folder: Path,
+    said: dict[str, str],
+    service: Callable[..., Service],
+    progress: Progress = silent,
 ) -> tuple[Path, list[str]]:
     """Write the adapter, its tokenizer and stop tokens, launch files and proof into ``folder``.
 
@@ -91,6 +97,7 @@ def export_lora(
     if source.adapter is None:
         raise ExportError(f"{source.path} has no adapter (it was trained in full): use --type 16bit")
     memory = memory_of(said.get("memory"))
+    engine = engine_of(said, "vllm")
     adapter = Adapter(source.adapter)
     rank = check_servable(source, adapter)
     limit = next(allowed for allowed in RANKS if allowed >= rank)
@@ -137,9 +144,20 @@ def export_lora(
                 shutil.copyfile(base / file, partial / file)
         stops = check_stops(tokenizer, partial, lines)
         (partial / "config.json").unlink()  # was there to be asked for its stop tokens
-        write_launch(partial, _service(service, base, reference, name, dtype, limits.context, limit), limits)
+        project = project_name(source.name, "vllm", source.path)
+        write_launch(partial, _service(service, base, reference, name, dtype, limits.context, limit), limits, project)
         lines.append(f"tokenizer and chat template are the {'adapter' if brings else 'base'}'s byte for byte")
         lines.append(f"{limits.context} tokens of context: {' '.join(limits.told())}")
+
+        def served_model() -> Any:
+            from peft import PeftModel
+
+            return PeftModel.from_pretrained(load_model(base, torch.float32), partial / ADAPTER).eval()
+
+        served = prove(
+            engine, "vllm", partial, partial / TOKENIZER, name, source, stops, limits.context, getattr(torch, dtype),
+            served_model, lines, progress,
+        )  # fmt: skip
         report: dict[str, Any] = {
             "type": "lora",
             "dtype": dtype,
@@ -147,6 +165,7 @@ def export_lora(
             "rank": rank,
             "stop_tokens": stops,
             "context": limits.context,
+            "served": served,
         }
         write_proof(partial, "vllm", report, lines)
     return folder / PROOF, lines
@@ -162,9 +181,9 @@ def _service(
     service: Callable[..., Service], base: Path, reference: str, name: str, dtype: str, context: int, limit: int
 ) -> Service:
     local = Path(reference).expanduser().is_dir()
-    mounts = {".": "/export"}
+    mounts = {"/export": "."}
     if local:
-        mounts[str(base.absolute())] = "/base"
+        mounts |= mounts_of(base, "/base")
     more = [
         ("--tokenizer", TOKENIZER, f"/export/{TOKENIZER}"),
         ("--generation-config", ".", "/export"),
