@@ -1,4 +1,4 @@
-"""A small task for SmolLM2-135M-Instruct, whose package carries it: dates written otherwise, learned in twelve steps."""
+"""A small task for SmolLM2-135M-Instruct, which a package carries: dates written otherwise, learned in twelve steps."""
 
 from __future__ import annotations
 

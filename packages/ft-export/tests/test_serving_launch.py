@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import pytest
 import yaml
 
 from ft_export import ExportError
+from ft_export.open_webui.export import export as export_open_webui
+from ft_export.serving.launch import mounts_of, project_name
 from ft_export.serving.limits import ALLOWANCE, GIB, limits_of, memory_of
 from ft_export.sglang.export import export as export_sglang
 from ft_export.vllm.export import export as export_vllm
@@ -102,3 +106,58 @@ def test_memory() -> None:
     for wrong in ("", "24", "24G", "GiB", "-24GiB", "rtx4090", "1e9"):
         with pytest.raises(ExportError, match=r"is not the memory of a card .allowed: bytes, or as in 24GiB"):
             memory_of(wrong)
+
+
+def test_a_base_in_the_hub_s_cache(base: Path, make_run: Any, make_adapter: Any, tmp_path: Path) -> None:
+    """Its files are links, which lead nowhere in a container: each is mounted as what it is a link to."""
+    cache = tmp_path / "hub/models--me--base"
+    snapshot = cache / "snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(base.iterdir())):
+        shutil.copy(file, cache / f"blobs/{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    run = make_run()
+    make_adapter(run / "adapter", snapshot, tokenizer=True)
+    volumes = _compose(export_vllm(run, type="lora").file)["services"]["vllm"]["volumes"]
+    mounts = {volume["target"]: Path(volume["source"]) for volume in volumes}
+    assert mounts.pop("/export") == Path(".")
+    assert set(mounts) == {f"/base/{file.name}" for file in base.iterdir()}
+    for there, here in mounts.items():
+        assert here.parent == cache / "blobs"
+        assert not here.is_symlink()
+        assert here.read_bytes() == (base / Path(there).name).read_bytes()
+
+    made = export_open_webui(snapshot, tmp_path / "out", options={"engine": "vllm"})
+    mounts = {v["target"]: Path(v["source"]) for v in _compose(made.file)["services"]["vllm"]["volumes"]}
+    assert set(mounts) == {f"/model/{file.name}" for file in base.iterdir()}
+    assert all(here.parent == cache / "blobs" for here in mounts.values())
+
+    (cache / "blobs/0").unlink()
+    with pytest.raises(ExportError, match=r"is a link to ../../blobs/0, which is not there"):
+        mounts_of(snapshot, "/base")
+
+
+def test_links_inside_a_folder_are_mounted_with_it(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/a").write_text("1")
+    (tmp_path / "model/b").symlink_to("a")
+    assert mounts_of(tmp_path / "model", "/base") == {"/base": str(tmp_path / "model")}
+    (tmp_path / "link").symlink_to("model")  # the folder itself may be one: it is looked up on this machine
+    assert mounts_of(tmp_path / "link", "/base") == {"/base": str(tmp_path / "link")}
+
+
+def test_compose_files_of_two_runs_have_two_names(base: Path, tmp_path: Path) -> None:
+    """Without a name it is that of the folder, which every run has: the second would replace the first's services."""
+    names = []
+    for folder in ("one", "two"):
+        shutil.copytree(base, tmp_path / folder / "My Run é")
+        for export in (export_vllm, export_sglang):
+            names.append(_compose(export(tmp_path / folder / "My Run é").file)["name"])
+            assert re.fullmatch(r"my-run-(vllm|sglang)-[0-9a-f]{6}", names[-1])
+    assert len(set(names)) == 4
+    assert project_name("__é__", "vllm", tmp_path).startswith("model-vllm-")  # Docker Compose wants a letter or digit
+
+
+def _compose(folder: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((folder / "compose.yaml").read_text(encoding="utf-8")))
