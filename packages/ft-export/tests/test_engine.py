@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -112,6 +114,25 @@ def test_an_earlier_export_outlives_a_server_that_does_wrong(run: Path, environm
     with pytest.raises(ExportError, match="ended with code 3"):
         export(run, overwrite=True, options={"engine": str(environment), "engine_args": "--fault dies"})
     assert made.proof.read_bytes() == before
+
+
+def test_an_export_that_is_told_to_end_ends_its_server(run: Path, environment: Path, contents: Any) -> None:
+    export(run)  # so that there is a merge
+    options = {"engine": str(environment), "engine_args": f"--fault silent --pid '{run / 'pid'}'"}
+    code = f"from ft_export.vllm.export import export; export({str(run)!r}, {str(run / 'out')!r}, options={options!r})"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        for _ in range(600):
+            if (run / "pid").is_file() and (run / "pid").read_text():
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert _is_gone(int((run / "pid").read_text()))
+    assert not [name for name in contents(run) if name == "out" or name.startswith(".")]
 
 
 def test_an_engine_that_is_none(run: Path, environment: Path, tmp_path: Path) -> None:

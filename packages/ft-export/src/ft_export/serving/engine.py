@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -213,7 +214,7 @@ def running(engine: Engine, folder: Path) -> Iterator[Server]:
     with tempfile.NamedTemporaryFile("wb", prefix=f"{engine.target}-", suffix=".log", delete=False) as file:
         log = Path(file.name)
         try:
-            with tempfile.TemporaryDirectory() as programs:
+            with _ends_when_told(), tempfile.TemporaryDirectory() as programs:
                 process = _start(engine, folder, Path(programs), port, file)
                 try:
                     _wait_for(server, process, log)
@@ -223,6 +224,23 @@ def running(engine: Engine, folder: Path) -> Iterator[Server]:
         except ExportError as error:
             raise ExportError(f"{error}; what the server said is in {log}") from error
     log.unlink()
+
+
+@contextmanager
+def _ends_when_told() -> Iterator[None]:
+    """Let SIGTERM leave the block as Ctrl-C does: the server is in a session of its own, and would stay behind."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(engine: Engine, folder: Path, programs: Path, port: int, log: Any) -> subprocess.Popen[bytes]:
