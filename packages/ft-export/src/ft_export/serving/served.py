@@ -66,11 +66,12 @@ class Served:
     seconds_to_answer: float
 
     def told(self, target: str) -> str:
+        others = "" if self.equal == self.tokens else f", the others as likely within {self.largest_gap:.2g} nats"
         return (
             f"{target} was started by launch.sh and answered {self.prompts} prompts and {self.chats} chats as "
-            f"transformers would: {self.equal} of {self.tokens} greedy tokens equal, the others as likely within "
-            f"{self.largest_gap:.2g} nats; log-probabilities off by {self.mean:.2e} on average (bound "
-            f"{self.bound_mean:.2e}), {self.largest:.2e} at most (bound {self.bound_largest:.2e}); {self.ended} "
+            f"transformers would: {self.equal} of {self.tokens} greedy tokens equal{others}; log-probabilities off by "
+            f"{self.mean:.2e} on average (bound {self.bound_mean:.2e}), {self.largest:.2e} at most (bound "
+            f"{self.bound_largest:.2e}); {self.ended} "
             "answers ended at a stop token"
         )
 
