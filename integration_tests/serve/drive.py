@@ -21,6 +21,7 @@ from dates import write_config
 from webui import chat_through_open_webui
 
 CONTEXT = 512
+SYSTEM = 'Write "dates" in\nnumbers.'
 PARTS = ("vllm/16bit", "vllm/lora", "vllm/w8a8", "sglang/16bit", "open-webui")
 # of these machines' processors, not of the export: no graphs, and little room for keys and values
 ON_CPU = {
@@ -103,7 +104,7 @@ def serve(run: Path, work: Path, target: str, kind: str, programs: Path) -> dict
     folder = work / f"{target}-{kind}".strip("-")
     words = ["export", run, "--to", target, "--out", folder, "--overwrite"]
     if target == "open-webui":
-        ft(*words, f"num_ctx={CONTEXT}")
+        ft(*words, f"num_ctx={CONTEXT}", f"system={SYSTEM}")
         return chat_through_open_webui(folder, run, programs, work)
     ft(*words, "--type", kind, f"context={CONTEXT}", f"engine={programs}", f"engine_args={ON_CPU[target]}")
     served: dict[str, Any] = json.loads((folder / "proof.json").read_text(encoding="utf-8"))["served"]

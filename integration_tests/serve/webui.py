@@ -28,7 +28,7 @@ def chat_through_open_webui(folder: Path, run: Path, programs: Path, work: Path)
     """Import ``folder/model.json`` and ask the first held-out questions.
 
     Args:
-        folder: what ``ft export RUN --to open-webui`` wrote.
+        folder: what ``ft export RUN --to open-webui system=TEXT`` wrote.
         programs: of Open WebUI's environment.
 
     Returns:
@@ -59,8 +59,7 @@ def chat_through_open_webui(folder: Path, run: Path, programs: Path, work: Path)
             answer = ask("/api/chat/completions", {**body, "max_tokens": NEW_TOKENS, "temperature": 0}, token)
             assert answer["model"] == model["base_model_id"], f"{answer['model']} answered"
             # the engine got the system prompt before the question, in the chat template
-            system = model["params"].get("system")
-            whole = [{"role": "system", "content": system}, *question] if system else question
+            whole = [{"role": "system", "content": model["params"]["system"]}, *question]
             text = tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)
             wanted = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             assert answer["usage"]["prompt_tokens"] == wanted, f"{answer['usage']} for a prompt of {wanted} tokens"
