@@ -33,7 +33,8 @@ def _ft(*words: object, **environment: str) -> str:
         env={**kept, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True, text=True, timeout=1200, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    print("$ ft", *words, done.stdout, sep="\n")
+    print("\n$ ft", *words)
+    print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
