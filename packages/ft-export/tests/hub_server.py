@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -99,6 +99,10 @@ class HubServer:
         self.hold.set()
         self.lost: set[str] = set()
         """Names of files that the tree tells wrong checksums of."""
+        self.before_commit: Callable[[Repo], Any] = lambda repo: None
+        """Called with the repository before each commit to it: what others push in the meantime."""
+        self.swallow = 0
+        """Commits that are made and whose answer is lost."""
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -324,6 +328,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name: str, repo: Repo, branch: str, files: dict[str, Blob], body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
+        self.hub.before_commit(repo)
+        parent = lines[0]["value"].get("parentCommit")
+        if parent is not None and parent != repo.branches[branch]:
+            self._json(412, {"error": "A commit has happened since. Please refresh and try again."})
+            return
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
@@ -336,6 +345,11 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         oid = repo.commit(branch, files, lines[0]["value"]["summary"])
+        if self.hub.swallow > 0:
+            self.hub.swallow -= 1
+            self.close_connection = True
+            self.connection.close()
+            return
         self._json(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, HubServer, hub_server
+from hub_server import LARGE, TOKEN, Blob, HubServer, Repo, hub_server
 
 from ft_export import merge
-from ft_export.hub.licence import find_licence
+from ft_export.hub.licence import find_licence, said_licence
 
 REPO = "me/dates"
 SCRIPT = """
@@ -314,7 +314,7 @@ def test_a_dry_run_shows_everything_and_sends_nothing(push: Pusher, shards: Path
     )
     assert shown == {p.name: f"{p.stat().st_size:,}" for p in folder.iterdir()}
     assert made["next"] == f"ft export '{shards}' --to hub --type merged repo={REPO}"
-    assert [what for _, _, what in made["shown"] if what in made["lines"]] == made["lines"][:-1]
+    assert not {what for _, _, what in made["shown"]} & set(made["lines"])  # a terminal shows both: the list once
 
 
 def test_the_list_is_shown_before_anything_is_sent(push: Pusher, shards: Path) -> None:
@@ -476,6 +476,55 @@ def test_another_model_in_the_repository_is_replaced_only_when_asked(push: Pushe
     assert any("removed adapter_config.json, model.safetensors" in line for line in made["lines"])
 
 
+def test_a_licence_of_one_s_own(push: Pusher, shards: Path) -> None:
+    options = {"license": "other", "license_name": "house-rules", "license_link": "https://example.org/rules"}
+    push(shards, options=options)
+    data, text = card_of(push.hub)
+    assert {key: data[key] for key in options} == options
+    assert "Published under [`house-rules`](https://example.org/rules), as its publisher says." in text
+
+
+def test_two_pushes_at_once_do_not_mix(push: Pusher, shards: Path) -> None:
+    """Somebody else's commit comes between this push's look and its own commit: theirs stays as it is."""
+    theirs = {".gitattributes": b"", "config.json": b"{}", "model.safetensors": b"theirs"}
+    pushed: list[str] = []
+
+    def intrude(repo: Repo) -> None:
+        if not pushed:
+            blobs = {name: Blob(content, name.endswith(LARGE)) for name, content in theirs.items()}
+            pushed.append(repo.commit("main", blobs, "theirs"))
+
+    push.hub.before_commit = intrude
+    said = push(shards)["error"]
+    assert said.startswith(f"{REPO} was changed by another push while this one was sending (its branch main is at ")
+    assert pushed[0][:8] in said
+    assert push.hub.files(REPO) == theirs
+    assert "pushed" not in json.loads((shards / "export" / "hub" / "proof.json").read_text())
+    assert "pass --overwrite" in push(shards)["error"]  # asked again, it sees what is there
+    same_as_here(push(shards, overwrite=True)["file"], push.hub)
+
+
+def test_a_commit_whose_answer_was_lost_is_known_for_one_s_own(push: Pusher, shards: Path) -> None:
+    push.hub.swallow = 1
+    same_as_here(push(shards)["file"], push.hub)
+    assert push.hub.swallow == 0
+    assert push.hub.repos[REPO].messages.count("merged model by ft-export") == 1
+
+
+def test_a_base_s_relative_path_is_no_name_on_the_hub(push: Pusher, make_trained: Any) -> None:
+    """The training named its base `models/base`, from its own folder; the export runs in another one."""
+    run = make_trained()
+    environment = json.loads((run / "environment.json").read_text())
+    environment["base_model"] |= {"reference": "models/base"}  # its path is whole, as ft train writes it
+    (run / "environment.json").write_text(json.dumps(environment))
+    push(run)
+    data, text = card_of(push.hub)
+    assert "base_model" not in data
+    assert "models/base" not in text
+    said = push(run, type="adapter")["error"]
+    assert "which nobody else has: add base=USER/NAME with the name that these weights have" in said
+
+
 def test_a_branch(push: Pusher, shards: Path) -> None:
     made = push(shards, options={"revision": "v2"})
     assert "config.json" in push.hub.files(REPO, "v2")
@@ -532,7 +581,17 @@ def test_the_folder_is_refused_where_it_is_something_else(push: Pusher, shards: 
         ({"repo": "me/a--b"}, "repo=me/a--b is no name that the Hub allows"),
         ({"private": "maybe"}, "private=maybe is not allowed (allowed: yes, no)"),
         ({"licence": "mit"}, "option 'licence' is not known for hub (allowed: repo, private, dry, license"),
-        ({"license": "My Own"}, "license=My Own is not allowed"),
+        (
+            {"license": "My Own"},
+            "license=My Own is not allowed (allowed: the identifiers in https://huggingface.co/docs",
+        ),
+        ({"license": "apache2"}, "license=apache2 is not allowed, did you mean apache-2.0?"),
+        ({"license": "MIT"}, "license=MIT is not allowed, did you mean mit?"),
+        ({"license": "other"}, "license=other needs the licence's name: add license_name=NAME"),
+        ({"license": "other", "license_name": "a b"}, "license_name=a b is not allowed"),
+        ({"license": "other", "license_name": "a", "license_link": "LICENSE"}, "license_link=LICENSE is not allowed"),
+        ({"license_name": "mine"}, "license_name=mine is for license=other"),
+        ({"license": "mit", "license_link": "https://a.b"}, "license_link=https://a.b is for license=other"),
         ({"revision": "../x"}, "revision=../x is not allowed"),
         ({"base": "/home/me/model"}, "base=/home/me/model is not allowed"),
         ({"pre": "qwen2"}, "pre= names a GGUF file's tokenizer rules"),
@@ -607,7 +666,7 @@ def test_the_licence_is_the_base_model_s(
     found = find_licence(None, tmp_path, "ft/base", card)
     assert (found.id, found.name, found.link) == expected
     assert ("is not known" in found.sentence) == (expected == ("other", None, None))
-    assert find_licence("mit", tmp_path, "ft/base", card).id == "mit"
+    assert find_licence(said_licence("mit"), tmp_path, "ft/base", card) == said_licence("mit")
 
 
 def test_the_licence_s_text_travels(push: Pusher, make_model: Any, tmp_path: Path) -> None:

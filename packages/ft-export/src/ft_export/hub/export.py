@@ -48,9 +48,11 @@ def export(
         type: ``merged`` (the whole model in 16 bits), ``adapter``, or a GGUF type such as ``q8_0``.
         overwrite: whether other files of the same names in the repository, and other weights, may be replaced.
         options: ``repo``: ``USER/NAME``. ``private``: ``yes`` (the default) or ``no``. ``dry``: ``yes`` shows what
-            would be sent and sends nothing. ``license``, ``revision`` (the branch), ``base`` (the base model's name on
-            the Hub, where the run knows only a folder), ``pre`` (for GGUF).
-        progress: see :func:`ft_export.merge`. The list of files goes through it before anything is sent.
+            would be sent and sends nothing. ``license``: an identifier of the Hub's, or ``other`` with
+            ``license_name`` and ``license_link``. ``revision``: the branch. ``base``: the base model's name on the Hub,
+            where the run knows only a folder. ``pre``: as for GGUF.
+        progress: see :func:`ft_export.merge`. The list of files goes through it before anything is sent; that of a dry
+            run is in the result's lines.
 
     Raises:
         ExportError: bad input, no token or right, a check that failed, or a Hub that refuses or is not reached.
@@ -75,18 +77,17 @@ def export(
         check_clean(laid, token)
     files = listed(folder, laid)
     plan = _plan(files, wanted)
-    for line in plan:
-        progress(0, 0, line)
     proof, again = folder / PROOF, _command(path, out, type, options)
     if repository is None:
         return Exported(folder, proof, (*lines, *plan, "a dry run: nothing was sent"), again)
+    for line in plan:  # now, since a push of gigabytes can be stopped while it is young
+        progress(0, 0, line)
     repository.create()
     send, gone = repository.differing(files, overwrite)
     commit = repository.push(send, gone, f"{wanted.type} model by ft-export")
     arrived = repository.check_arrived(files, commit)
     url = f"{repository.api.endpoint}/{wanted.repo}"
     write_pushed(folder, {"repo": wanted.repo, "revision": wanted.revision, "commit": commit, "files": arrived})
-    lines += plan
     lines.append(
         f"sent {len(send)} of {len(files)} files, {_size(sum(file.size for file in send))}"
         + (f", {len(files) - len(send)} were there already" if len(send) < len(files) else "")
@@ -128,12 +129,12 @@ def _look_up(wanted: Wanted, record: Record, token: str | None, progress: Progre
     """The licence and the data sets on the Hub; asks the Hub only for what the files here do not say."""
     folder, card = record.base_folder, None
     known = folder is not None and (read_front_matter(folder / "README.md").get("license") or licence_files(folder))
-    if record.base is not None and (wanted.base is not None or (wanted.license is None and not known)):
+    if record.base is not None and (wanted.base is not None or (wanted.licence is None and not known)):
         card = base_card(record.base, token, wanted.repo, progress, strict=not wanted.dry)
         if card is None and wanted.base is not None and not wanted.dry:
             raise ExportError(f"the Hub shows no model {wanted.base} with this token: look at base={wanted.base}")
     sets = data_sets(record.data_sets, token, wanted.repo, progress, strict=not wanted.dry)
-    return find_licence(wanted.license, folder, record.base, card), sets
+    return find_licence(wanted.licence, folder, record.base, card), sets
 
 
 def _lay_out(layout: _Layout, lines: list[str]) -> list[File]:

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Licence", "find_licence", "licence_files", "read_front_matter"]
+from ft_export.errors import ExportError
+
+__all__ = [
+    "IDENTIFIERS",
+    "Licence",
+    "check_licence",
+    "find_licence",
+    "licence_files",
+    "read_front_matter",
+    "said_licence",
+]
+
+IDENTIFIERS = frozenset(
+    {
+        "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
+        "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause",
+        "bsd-3-clause-clear", "bsl-1.0", "c-uda", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+        "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0",
+        "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0",
+        "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "creativeml-openrail-m",
+        "deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2",
+        "fair-noncommercial-research-license", "gemma", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "grok2-community",
+        "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "llama2", "llama3",
+        "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl",
+        "odc-by", "ofl-1.1", "openmdw-1.0", "openmdw-1.1", "openrail", "openrail++", "osl-3.0", "pddl",
+        "postgresql", "unknown", "unlicense", "wtfpl", "zlib", "other",
+    }
+)  # fmt: skip
+"""What the Hub takes for ``license`` in a card (November 2026); huggingface_hub has no list of them. Any other licence
+is ``other`` with a name."""
+LIST = "https://huggingface.co/docs/hub/repositories-licenses"
+OWN_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
+LINK = re.compile(r"https://[^\s<>()\"'`]+")
 
 TEXTS = (
     ("apache-2.0", re.compile(r"\s*Apache License\s+Version 2\.0, January 2004\b")),
@@ -34,19 +67,47 @@ class Licence:
     link: str | None = None
 
 
+def check_licence(said: str | None, name: str | None, link: str | None) -> None:
+    """Refuse what the Hub would not take for a card's licence: its own check comes after the weights were sent.
+
+    Args:
+        said: ``license=``, an identifier.
+        name, link: ``license_name=`` and ``license_link=``, of a licence that has none.
+
+    Raises:
+        ExportError: no identifier of the Hub's, ``other`` without a name, or a name or link that does not belong.
+    """
+    if said is not None and said not in IDENTIFIERS:
+        close = difflib.get_close_matches(said.lower().replace(" ", "-"), sorted(IDENTIFIERS), 1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise ExportError(
+            f"license={said} is not allowed{hint} (allowed: the identifiers in {LIST}, such as apache-2.0; for any "
+            "other licence license=other license_name=NAME)"
+        )
+    if said == "other" and name is None:
+        raise ExportError("license=other needs the licence's name: add license_name=NAME (and license_link=https://…)")
+    for key, value in (("license_name", name), ("license_link", link)):
+        if value is not None and said != "other":
+            raise ExportError(f"{key}={value} is for license=other, of the others the Hub knows it: leave it out")
+    if name is not None and not OWN_NAME.fullmatch(name):
+        raise ExportError(f"license_name={name} is not allowed (allowed: letters, digits, '.', '-', '_' and '+')")
+    if link is not None and not LINK.fullmatch(link):
+        raise ExportError(f"license_link={link} is not allowed (allowed: an address that begins with https://)")
+
+
 def find_licence(
-    said: str | None, folder: Path | None, base: str | None, base_card: Mapping[str, Any] | None
+    said: Licence | None, folder: Path | None, base: str | None, base_card: Mapping[str, Any] | None
 ) -> Licence:
     """The licence, from the first of these that tells one.
 
     Args:
-        said: the person's own word.
+        said: the person's own word, see :func:`said_licence`.
         folder: the base model's folder: the metadata of its ``README.md``, then its ``LICENSE``.
         base: the base model's name on the Hub.
         base_card: the metadata of its card there, or None where that is not known.
     """
     if said is not None:
-        return Licence(said, f"Published under `{said}`, as its publisher says.")
+        return said
     if folder is not None:
         card = read_front_matter(folder / "README.md")
         found = _from_card(card, base, "the base model's card")
@@ -64,6 +125,14 @@ def find_licence(
     return Licence(
         "other", "The licence of the base model is not known here. It holds for this model too: look it up before use."
     )
+
+
+def said_licence(said: str | None, name: str | None = None, link: str | None = None) -> Licence | None:
+    """The licence that the options name, which :func:`check_licence` has let pass; None where they name none."""
+    if said is None:
+        return None
+    shown = f"[`{name or said}`]({link})" if link else f"`{name or said}`"
+    return Licence(said, f"Published under {shown}, as its publisher says.", name, link)
 
 
 def licence_files(folder: Path) -> list[Path]:

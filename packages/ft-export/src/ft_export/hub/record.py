@@ -58,6 +58,9 @@ def read_record(source: Source, base: str | None) -> Record:
     known = known if isinstance(known, dict) else {}
     named = read_json(source.adapter / "adapter_config.json") if source.adapter is not None else {}
     references = [known.get("reference"), known.get("name"), known.get("path"), named.get("base_model_name_or_path")]
+    path = known.get("path")
+    if isinstance(path, str) and is_local(path):
+        references = [path]  # the others may be relative to the folder of the training, and look like a Hub name here
     said = [reference for reference in references if isinstance(reference, str) and reference]
     on_hub = [reference for reference in said if HUB_NAME.fullmatch(reference) and not is_local(reference)]
     folders = [Path(reference).expanduser() for reference in said if is_local(reference)]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Repository", "base_card", "data_sets", "token_of"]
 
+MOVED = 412
+"""What the Hub answers to a commit whose parent is no longer the branch's newest."""
 SHOWN = 3
 """Names that a message lists at most."""
 
@@ -36,6 +38,7 @@ class Repository:
     Attributes:
         repo: ``USER/NAME``.
         exists: whether it was there when :meth:`check` looked.
+        parent: the branch's commit that :meth:`differing` looked at, and that a push builds on.
     """
 
     def __init__(self, wanted: Wanted, token: str | None, progress: Progress) -> None:
@@ -47,6 +50,7 @@ class Repository:
         self.api: HfApi = HfApi(token=token, library_name="ft-export", library_version=__version__)
         self.progress = progress
         self.exists = False
+        self.parent: str | None = None
 
     def check(self) -> list[str]:
         """Refuse what the Hub would refuse, before anything is made or sent; say what is of note.
@@ -106,7 +110,8 @@ class Repository:
         Raises:
             ExportError: the repository holds other files of those names, or other weights, and ``overwrite`` is false.
         """
-        there = self._tree(self.wanted.revision)
+        self.parent = self._head()
+        there = self._tree(self.parent)
         send = [file for file in files if not _same(file, there.get(file.name))]
         ours = {file.name for file in files}
         gone = [] if self.wanted.is_gguf else sorted(name for name in there if name not in ours and _of_a_model(name))
@@ -125,12 +130,36 @@ class Repository:
         What arrived before an interruption is known to the Hub by its checksum and not sent again; until the commit
         nobody sees any of it.
 
+        The commit is made only on top of the one that :meth:`differing` looked at: what somebody else has pushed since
+        then is not overwritten.
+
         Raises:
-            ExportError: the Hub refuses, stays busy, or is not reached.
+            ExportError: the Hub refuses, stays busy, or is not reached; or the branch has moved since it was looked at.
         """
         if not files and not gone:
-            return self._head()
-        return str(self._ask(lambda: self._send(files, gone, message), "sending the files"))
+            return str(self.parent)
+        try:
+            return str(self._ask(lambda: self._send(files, gone, message), "sending the files"))
+        except ExportError as error:
+            if error.__cause__ is None or status_of(error.__cause__) != MOVED:
+                raise
+            return self._moved(files, gone)
+
+    def _moved(self, files: Sequence[File], gone: Sequence[str]) -> str:
+        """The branch's commit, if it is this push's own: its answer was lost, and it was asked for again.
+
+        Raises:
+            ExportError: it is somebody else's.
+        """
+        head = self._head()
+        there = self._tree(head)
+        if all(_same(file, there.get(file.name)) for file in files) and not any(name in there for name in gone):
+            return head
+        raise ExportError(
+            f"{self.repo} was changed by another push while this one was sending (its branch {self.wanted.revision} "
+            f"is at {head[:8]}, was at {str(self.parent)[:8]}): nothing of this one appears there; look at what came, "
+            "and run the same command again, what has arrived is not sent again"
+        )
 
     def check_arrived(self, files: Sequence[File], commit: str) -> list[dict[str, Any]]:
         """Compare what the Hub says it holds with the files here; return the Hub's list.
@@ -174,6 +203,7 @@ class Repository:
             [*additions, *(CommitOperationDelete(name) for name in gone)],
             commit_message=message,
             revision=self.wanted.revision,
+            parent_commit=self.parent,
         )
         return str(made.oid)
 

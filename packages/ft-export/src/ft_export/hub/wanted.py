@@ -9,16 +9,27 @@ from dataclasses import dataclass
 from ft_export.errors import ExportError
 from ft_export.exporting import check_options
 from ft_export.gguf.mixes import FILE_TYPES
+from ft_export.hub.licence import Licence, check_licence, said_licence
 from ft_export.runs import Source
 
-__all__ = ["HUB_NAME", "TYPES", "Wanted", "check_type", "read_options"]
+__all__ = ["HUB_NAME", "OPTIONS", "TYPES", "Wanted", "check_type", "read_options"]
 
 TYPES = ("merged", "adapter", *FILE_TYPES)
 """What ``--type`` may be: the whole model in 16 bits, the adapter alone, or a GGUF file of one of its types."""
-OPTIONS = ("repo", "private", "dry", "license", "revision", "base", "pre")
+OPTIONS = {
+    "repo": "USER/NAME, where to push; made if it is not there",
+    "private": "yes (the default) or no",
+    "dry": "yes lays everything out, shows it and sends nothing",
+    "license": "one of the Hub's identifiers, in place of the base model's; or other",
+    "license_name": "the name of a licence that is license=other",
+    "license_link": "its address",
+    "revision": "a branch, made if it is not there",
+    "base": "USER/NAME of the base model on the Hub, where the run was trained from a folder",
+    "pre": "the tokenizer's splitting rules, for a GGUF type",
+}
+"""The ``key=value`` options, and what each is."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 """A repository with its owner, ``USER/NAME``."""
-LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 BRANCH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 ANSWERS = {"yes": True, "true": True, "no": False, "false": False}
 MAIN = "main"
@@ -33,7 +44,7 @@ class Wanted:
         type: one of :data:`TYPES`.
         private: whether only its owner may see it.
         dry: whether nothing is to be sent.
-        license: the licence's identifier on the Hub, or None to take the base model's.
+        licence: the one that the person named, or None to take the base model's.
         revision: the branch.
         base: the base model's name on the Hub, or None to take the one that the run knows.
         pre: for GGUF, see :func:`ft_export.export_gguf`.
@@ -43,7 +54,7 @@ class Wanted:
     type: str = "merged"
     private: bool = True
     dry: bool = False
-    license: str | None = None
+    licence: Licence | None = None
     revision: str = MAIN
     base: str | None = None
     pre: str | None = None
@@ -66,7 +77,7 @@ def read_options(options: Mapping[str, str] | None, type: str) -> Wanted:
         raise ExportError("where to push is not said: add repo=USER/NAME")
     if said.get("pre") and type not in FILE_TYPES:
         raise ExportError(f"pre= names a GGUF file's tokenizer rules, and the type is {type}: leave it out")
-    _check(said, "license", LICENCE, "an identifier of the Hub's, such as apache-2.0")
+    check_licence(said.get("license"), said.get("license_name"), said.get("license_link"))
     _check(said, "revision", BRANCH, "a branch, such as main")
     for key in ("repo", "base"):
         _check(said, key, HUB_NAME, "USER/NAME, of letters, digits, '-', '_' and '.'")
@@ -78,7 +89,7 @@ def read_options(options: Mapping[str, str] | None, type: str) -> Wanted:
         type=type,
         private=_answer(said, "private", True),
         dry=_answer(said, "dry", False),
-        license=said.get("license"),
+        licence=said_licence(said.get("license"), said.get("license_name"), said.get("license_link")),
         revision=said.get("revision", MAIN),
         base=said.get("base"),
         pre=said.get("pre"),
