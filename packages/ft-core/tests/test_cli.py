@@ -210,3 +210,47 @@ def test_a_setting_written_as_an_option(ft: Any, configure: Any, words: list[str
     assert done.code == 2
     assert len(done.err.splitlines()) == 1
     assert said in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "x", "--to", "gguf", "--typ", "q8_0"], "unrecognized arguments: --typ q8_0; did you mean --type?"),
+        (["export", "x", "--to", "gguf", "--o=y"], "unrecognized arguments: --o=y; did you mean --out or --overwrite?"),
+        (["train", "x", "--overwrit"], "unrecognized arguments: --overwrit; did you mean --overwrite?"),
+        (["plan", "x", "--memroy", "3GiB"], "unrecognized arguments: --memroy 3GiB; did you mean --memory?"),
+        (["chat", "x", "--zzz"], "unrecognized arguments: --zzz (see ft chat --help)"),
+    ],
+)
+def test_an_option_is_written_in_full(ft: Any, words: list[str], said: str) -> None:
+    """A later option might begin with the same letters: what a script says would change its meaning."""
+    done = ft(*words)
+    assert done.code == 2
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_the_help_of_export_names_targets_types_and_settings(ft: Any) -> None:
+    pytest.importorskip("ft_export")
+    from ft_core.plugins import ExporterSpec, registry
+
+    out = ft("export", "--help").out
+    for name in registry().names("ft.exporters"):
+        spec = registry().get(ExporterSpec, name)
+        assert f"  {name}: {spec.summary}\n" in out
+        part = out.partition(f"  {name}: ")[2].partition("\n\n")[0]
+        for word in (*spec.types, *(f"{key}=" for key in spec.options)):
+            assert word in part, (name, word)
+
+
+def test_the_help_of_export_without_any(ft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    from ft_core import plugins
+    from ft_core.plugins import Registry
+
+    monkeypatch.setattr(plugins, "registry", lambda: Registry([]))
+    assert "none of ft's own is installed: pip install" in ft("export", "--help").out
+    point = EntryPoint("mine", "mine_is_not_imported:SPEC", "ft.exporters")
+    monkeypatch.setattr(plugins, "registry", lambda: Registry([point]))
+    assert ft("export", "--help").out.endswith("  mine: of unknown ?\n")

@@ -7,11 +7,12 @@ traceback.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ft_core import __version__
@@ -31,6 +32,13 @@ class _Parser(argparse.ArgumentParser):
     """Errors in one line, where argparse prints the usage too; and options may stand between ``key=value`` words."""
 
     takes_settings = False
+    more_help: Callable[[], str] | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)  # an option that comes later would change what --typ means
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{self.more_help()}\n" if self.more_help is not None else "")
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
         self.takes_settings |= settings.get("metavar") == "key=value"
@@ -44,9 +52,20 @@ class _Parser(argparse.ArgumentParser):
             return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
-        if self.takes_settings and message.startswith("unrecognized arguments: -"):
-            message += "; a setting is written without dashes, as key=value"
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        if unknown.startswith("-"):
+            message += self._nearest(unknown.partition("=")[0])
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def _nearest(self, word: str) -> str:
+        """What may have been meant by an option that there is not."""
+        bare = word.lstrip("-")
+        options = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        begun = [option for option in options if bare and option.startswith(bare)]
+        close = begun or difflib.get_close_matches(bare, options, 1)
+        if close:
+            return f"; did you mean {' or '.join(f'--{option}' for option in close)}?"
+        return "; a setting is written without dashes, as key=value" if self.takes_settings else ""
 
 
 def _joined(words: list[str]) -> list[str]:
@@ -104,6 +123,7 @@ def _run(name: str, words: list[str]) -> int:
         module = importlib.import_module(spec.module)
         parser = _Parser(prog=f"ft {name}", description=spec.summary)
         module.add_arguments(parser)
+        parser.more_help = getattr(module, "more_help", None)
     except FtError:
         raise
     except (Exception, SystemExit) as error:  # a third party's module may raise anything

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Exported:
     next_command: str
 
 
-def check_options(options: Mapping[str, str] | None, known: Sequence[str], target: str) -> dict[str, str]:
+def check_options(options: Mapping[str, str] | None, known: Collection[str], target: str) -> dict[str, str]:
     """The options, all of which the target knows.
 
     Raises:

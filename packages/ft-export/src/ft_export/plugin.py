@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from ft_core.errors import FtError
 from ft_core.plugins import CommandSpec, ExporterSpec, ExportRequest, ExportResult
 from ft_export.errors import ExportError
+from ft_export.gguf.export import OPTIONS as GGUF_OPTIONS
 from ft_export.gguf.mixes import FILE_TYPES
 from ft_export.hub import TYPES
+from ft_export.hub.wanted import OPTIONS as HUB_OPTIONS
+from ft_export.ollama.export import OPTIONS as OLLAMA_OPTIONS
+from ft_export.open_webui.export import OPTIONS as OPEN_WEBUI_OPTIONS
 from ft_export.progress import Progress
+from ft_export.serving.export import OPTIONS as SERVER_OPTIONS
 from ft_export.sglang.export import TYPES as SGLANG_TYPES
 from ft_export.vllm.export import TYPES as VLLM_TYPES
 
@@ -51,6 +56,7 @@ GGUF = ExporterSpec(
     summary="a GGUF file for llama.cpp, checked in llama.cpp",
     export="ft_export.plugin:export_gguf",
     types=tuple(FILE_TYPES),
+    options=GGUF_OPTIONS,
 )
 
 HUB = ExporterSpec(
@@ -58,6 +64,7 @@ HUB = ExporterSpec(
     summary="a private repository on the Hugging Face Hub, with a card made from the run's files",
     export="ft_export.plugin:export_hub",
     types=TYPES,
+    options=HUB_OPTIONS,
 )
 
 VLLM = ExporterSpec(
@@ -65,6 +72,7 @@ VLLM = ExporterSpec(
     summary="a folder for vLLM, in 16 or 8 bits or as an adapter, with the files that start it",
     export="ft_export.plugin:export_vllm",
     types=VLLM_TYPES,
+    options=SERVER_OPTIONS,
 )
 
 SGLANG = ExporterSpec(
@@ -72,6 +80,7 @@ SGLANG = ExporterSpec(
     summary="a 16-bit folder for SGLang, with the files that start it",
     export="ft_export.plugin:export_sglang",
     types=SGLANG_TYPES,
+    options=SERVER_OPTIONS,
 )
 
 OLLAMA = ExporterSpec(
@@ -79,6 +88,7 @@ OLLAMA = ExporterSpec(
     summary="a GGUF file and a Modelfile for Ollama, its template proven equal to the chat template",
     export="ft_export.plugin:export_ollama",
     types=tuple(FILE_TYPES),
+    options=OLLAMA_OPTIONS,
 )
 
 OPEN_WEBUI = ExporterSpec(
@@ -86,6 +96,7 @@ OPEN_WEBUI = ExporterSpec(
     summary="a model to import into Open WebUI, and a compose file that wires it to an engine",
     export="ft_export.plugin:export_open_webui",
     types=tuple(FILE_TYPES),
+    options=OPEN_WEBUI_OPTIONS,
 )
 
 

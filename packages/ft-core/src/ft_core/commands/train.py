@@ -7,6 +7,8 @@ import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ft_core.config import TrainConfig
 
 __all__ = ["add_arguments", "run"]
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
     quiet()
     from ft_core.evaluation import table
+    from ft_core.installing import how_to_install
+    from ft_core.plugins import registry
     from ft_core.training import train
     from ft_core.training.ranks import Ranks
 
@@ -61,19 +65,24 @@ def run(args: argparse.Namespace) -> int:
     if result.evaluation:
         print(table(result.evaluation))
     print(f"report: {result.run / 'report.html'}")
-    words = _next(config, evaluated=result.evaluation is not None)
-    if words:
-        print("next: " + "  |  ".join(shlex.join(["ft", word, str(result.run)]) for word in words))
+    commands = _next(config, result.run, evaluated=result.evaluation is not None)
+    if commands:
+        print("next: " + "  |  ".join(shlex.join(["ft", *words]) for words in commands))
+    if not registry().names("ft.exporters"):
+        print(f"to merge it, or export it to GGUF, Ollama and others: {how_to_install('export')}")
     return 0
 
 
-def _next(config: TrainConfig, *, evaluated: bool) -> list[str]:
+def _next(config: TrainConfig, run: Path, *, evaluated: bool) -> list[list[str]]:
     """The commands that this run can be handed to as it is."""
     from ft_core.plugins import MethodSpec, registry
 
-    words = ["eval"] if evaluated else []  # where no rows were held out it has nothing to measure
-    if registry().get(MethodSpec, config.method).head == "language-model":  # a score is no answer
-        words.append("chat")
+    words = [["eval", str(run)]] if evaluated else []  # where no rows were held out it has nothing to measure
+    speaks = registry().get(MethodSpec, config.method).head == "language-model"  # a score is no answer
+    if speaks:
+        words.append(["chat", str(run)])
     if config.lora is not None and "merge" in registry().names("ft.commands"):
-        words.append("merge")
+        words.append(["merge", str(run)])
+    if speaks and "gguf" in registry().names("ft.exporters"):
+        words.append(["export", str(run), "--to", "gguf"])
     return words

@@ -68,8 +68,9 @@ class CommandSpec(Spec):
 
     Attributes:
         module: a module with ``add_arguments(parser: argparse.ArgumentParser) -> None`` and
-            ``run(args: argparse.Namespace) -> int | None`` (the exit code; None is 0). It is imported when the command
-            is called, so it may import what it likes, but ``ft NAME --help`` is quicker when ``run`` imports late.
+            ``run(args: argparse.Namespace) -> int | None`` (the exit code; None is 0). It may have
+            ``more_help() -> str``, what ``ft NAME --help`` shows below the options. It is imported when the command is
+            called, so it may import what it likes, but ``ft NAME --help`` is quicker when ``run`` imports late.
     """
 
     group: ClassVar[str] = "ft.commands"
@@ -177,11 +178,14 @@ class ExporterSpec(Spec):
     Attributes:
         export: reference to ``export(request: ExportRequest) -> ExportResult``.
         types: what ``--type`` may be, the default first; empty where there is nothing to choose.
+        options: what the ``key=value`` words may be, each with a line on what it is, for ``ft export --help``. The
+            exporter itself refuses others.
     """
 
     group: ClassVar[str] = "ft.exporters"
     export: str
     types: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

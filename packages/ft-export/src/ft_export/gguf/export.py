@@ -21,9 +21,14 @@ from ft_export.gguf.upstream import convert_upstream, find_script
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source
 
-__all__ = ["export", "new_folder_with_gguf"]
+__all__ = ["OPTIONS", "export", "new_folder_with_gguf"]
 
-OPTIONS = ("pre", "adapter", "converter")
+OPTIONS = {
+    "adapter": "yes writes a LoRA adapter as it is, in f16 or f32, for llama.cpp to put on its base",
+    "converter": "llama.cpp's own converter, its script or folder, for what is not in the table; it is run",
+    "pre": "llama.cpp's name of the tokenizer's splitting rules, where it is not recognised",
+}
+"""The ``key=value`` options, and what each is."""
 JOURNAL = "journal"
 """Beside an unfinished file: which of its tensors are whole."""
 

@@ -26,7 +26,15 @@ from ft_export.runs import Source, open_source, read_json
 
 __all__ = ["MODELFILE", "OPTIONS", "Filled", "export", "fill"]
 
-OPTIONS = ("template", "system", "num_ctx", "create", "push", "pre")
+OPTIONS = {
+    "template": "a file with a Go template, proven in place of the one derived from the chat template",
+    "system": "a system prompt in place of the data's; empty for none",
+    "num_ctx": "tokens of context",
+    "create": "a name: runs `ollama create` with it",
+    "push": "a name: runs `ollama push` after that",
+    "pre": "as for gguf",
+}
+"""The ``key=value`` options, and what each is."""
 MODELFILE = "Modelfile"
 SAMPLING = {"repetition_penalty": "repeat_penalty"}
 """Ollama's names of samplings where they are not transformers'."""

@@ -28,9 +28,18 @@ from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
 from ft_export.serving.launch import project_name
 
-__all__ = ["COMPOSE", "MODEL", "export"]
+__all__ = ["COMPOSE", "MODEL", "OPTIONS", "export"]
 
-OPTIONS = ("engine", "system", "num_ctx", "suggestions", "port", "pre", "template")
+OPTIONS = {
+    "engine": "llama-server (the default), ollama or vllm",
+    "system": "a system prompt in place of the data's; empty for none",
+    "num_ctx": "tokens of context",
+    "suggestions": "no keeps questions of the held-out rows out of the model's page",
+    "port": "of Open WebUI on this machine, 3000 by default",
+    "pre": "as for gguf",
+    "template": "as for ollama",
+}
+"""The ``key=value`` options, and what each is."""
 MODEL, COMPOSE = "model.json", "compose.yaml"
 ASKED = 64
 """Tokens of context with which the engine is asked whether it serves the model under its name, beyond the question."""

@@ -27,8 +27,12 @@ from ft_export.serving.launch import MARKER
 
 __all__ = ["OPTIONS", "Answer", "Engine", "Server", "engine_of", "running"]
 
-OPTIONS = ("engine", "engine_args", "engine_wait")
-"""What ``key=value`` may be for a server that is started to prove an export."""
+OPTIONS = {
+    "engine": "the server's program, its Python or its environment's folder: it is started on the export and compared",
+    "engine_args": "further words for its command line",
+    "engine_wait": "seconds that it may take to start, and again for one answer (900)",
+}
+"""What ``key=value`` may be for a server that is started to prove an export, and what each is."""
 WAIT = 900
 """Seconds that a server may take to start, and again for one answer, unless ``engine_wait`` says otherwise."""
 MODULES = {"vllm": "vllm.entrypoints.cli.main"}
@@ -74,7 +78,7 @@ def engine_of(said: Mapping[str, str], target: str) -> Engine | None:
         ExportError: it is none of these, or ``engine_args`` or ``engine_wait`` cannot be read.
     """
     if "engine" not in said:
-        for key in OPTIONS[1:]:
+        for key in ("engine_args", "engine_wait"):
             if key in said:
                 raise ExportError(f"{key}= is for the server that engine= names: name it, or leave {key}= out")
         return None

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONS", "check_stops", "export_whole", "prove", "write_proof"]
 
-OPTIONS = ("memory", "context", *ENGINE_OPTIONS)
-"""What ``key=value`` may be for a server."""
+OPTIONS = {
+    "memory": "of the card that serves it, such as 24GiB: the context and the server's share are made to fit",
+    "context": "tokens that a conversation may have; the model's positions by default",
+    **ENGINE_OPTIONS,
+}
+"""What ``key=value`` may be for a server, and what each is."""
 
 
 def export_whole(

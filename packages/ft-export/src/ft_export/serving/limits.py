@@ -85,7 +85,7 @@ class Limits:
                 f"Of the card's {_gib(self.memory)} the server takes {UTILIZATION:.0%}; without the weights and an "
                 f"allowance of {_gib(ALLOWANCE)}",
                 f"for activations and CUDA graphs {_gib(self.room)} are left: {tokens:,} tokens at a time, "
-                f"{tokens / self.context:.1f} such conversations.",
+                f"{_counted(tokens // self.context)}.",
             ]
         return lines
 
@@ -156,6 +156,10 @@ def _bytes_a_token(config: dict[str, Any], folder: Path) -> int:
         return 2 * layers * (int(config["kv_lora_rank"]) + int(config.get("qk_rope_head_dim") or 0))
     size = config.get("head_dim") or hidden // heads
     return 2 * 2 * layers * int(config.get("num_key_value_heads") or heads) * int(size)
+
+
+def _counted(conversations: int) -> str:
+    return "one such conversation" if conversations == 1 else f"{conversations:,} such conversations"
 
 
 def _gib(size: float) -> str:
