@@ -834,7 +834,7 @@ def test_tiles_change_the_order_of_sums_alone(device, half, form, dtype, dropout
         return problem.run(problem.block(weights=weights, attention=attend, dropout=dropout, **settings))
 
     untiled = run()
-    for tile in (8, 13, 39):
+    for tile in (13, 39):
         assert_as_untiled(run(tile=tile), untiled)
     first, *others = (run(tile=16, keep=keep) for keep in KEEP)
     assert_as_untiled(first, untiled)
@@ -987,19 +987,19 @@ def test_the_peaks_of_tiles_at_real_sizes():
 def test_a_head_in_three_copies_of_the_hidden_states(device):
     """The last norm and a chunked head: beside what the head may use there are x, the normed x or x's gradient, and the
     gradient that waits for backward."""
-    rows, vocabulary, most = 1024, 512, 2**20
-    x = torch.randn(rows, H, device=device, dtype=HALF).requires_grad_()
-    weight, scale = torch.randn(vocabulary, H, device=device, dtype=HALF), torch.ones(H, device=device, dtype=HALF)
+    rows, width, vocabulary, most = 128, 8 * H, 512, 2**20  # wide, since the interpreter takes its time by the row
+    x = torch.randn(rows, width, device=device, dtype=HALF).requires_grad_()
+    weight, scale = torch.randn(vocabulary, width, device=device, dtype=HALF), torch.ones(width, device=device, dtype=HALF)
     labels = torch.randint(vocabulary, (rows,), device=device)
 
-    def loss():
+    def loss(x, labels):
         return ft.linear_cross_entropy(ft.rms_norm(x, scale, 1e-5), weight, labels, max_memory=most)
 
-    torch.autograd.grad(loss(), x)
+    torch.autograd.grad(loss(x[:8], labels[:8]), x)
     gc.collect()
     mode = Peak()
     with mode:
-        torch.autograd.grad(loss(), x)
+        torch.autograd.grad(loss(x, labels), x)
     assert mode.peak <= 2 * x.nbytes + most + 2**16
 
 

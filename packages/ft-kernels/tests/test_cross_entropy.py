@@ -70,9 +70,9 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=14)
+@settings(max_examples=12)
 @given(
-    vocabulary=st.integers(1, 3000), dtype=st.sampled_from(DTYPES), options=OPTIONS,
+    vocabulary=st.integers(1, 1500), dtype=st.sampled_from(DTYPES), options=OPTIONS,
     layout=st.sampled_from(["contiguous", "shifted", "transposed"]), spread=st.sampled_from([0.1, 3.0, 20.0]),
     ignored=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 2**31),
 )  # fmt: skip
