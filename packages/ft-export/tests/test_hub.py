@@ -79,13 +79,24 @@ class Pusher:
         assert process.returncode == 0, err
         return dict(json.loads(out.splitlines()[-1]))
 
-    def run(self, code: str, *words: str) -> str:
+    def read(self, kind: str, to: Path, *snippets: str) -> None:
+        """Load the repository's model, keep its weights, and run snippets, each as a program of its own.
+
+        In one process, since what they import takes seconds.
+        """
+        code = READ + "".join(f"exec({snippet!r}, {{'__name__': '__main__'}})\n" for snippet in snippets)
         done = subprocess.run(
-            [sys.executable, "-c", code, *words],
+            [sys.executable, "-c", code, REPO, kind, str(to)],
             capture_output=True, text=True, env=self.environment(), timeout=240, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return done.stdout
+
+
+def code_in(card: str) -> str:
+    """The Python that a card tells people to run."""
+    found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 @pytest.fixture
@@ -209,13 +220,13 @@ def test_a_merged_run_comes_back_bit_for_bit_with_a_true_card(
     check_nothing_private(push.hub, run)
     same_as_here(made["file"], push.hub)
 
-    push.run(READ, REPO, "model", str(tmp_path / "read.pt"))
+    data, text = card_of(push.hub)
+    push.read("model", tmp_path / "read.pt", code_in(text))  # what the card tells people to do works, from the server
     read = torch.load(tmp_path / "read.pt", weights_only=True)
     local = transformers.AutoModelForCausalLM.from_pretrained(run / "merged", dtype="auto").state_dict()
     assert set(read) == set(local)
     assert all(torch.equal(read[name], local[name]) and read[name].dtype == local[name].dtype for name in local)
 
-    data, text = card_of(push.hub)
     assert data == {
         "library_name": "transformers", "license": "other", "pipeline_tag": "text-generation",
         "tags": ["ft", "lora", "sft"], "datasets": ["ft/numbers"],
@@ -229,9 +240,6 @@ def test_a_merged_run_comes_back_bit_for_bit_with_a_true_card(
     ):  # fmt: skip
         assert said in text, said
     assert "max_steps" not in text
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert code is not None
-    push.run(code[1])  # what the card tells people to do works, from the server alone
 
     asked = len(push.hub.asked)
     again = push(run)
@@ -263,23 +271,17 @@ def test_an_adapter_names_a_base_that_others_have(push: Pusher, make_trained: An
     assert data["base_model"] == "me/base"
     assert data["base_model_relation"] == "adapter"
     assert data["library_name"] == "peft"
-    push.run(READ, REPO, "adapter", str(tmp_path / "read.pt"))
-    read = torch.load(tmp_path / "read.pt", weights_only=True)
-    local = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype="auto").state_dict()
-    assert set(read) == set(local)
-    assert all(torch.equal(read[name], local[name]) for name in local)
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert code is not None
-    push.run(code[1])
-
     for file in run.glob("adapter/*"):  # an adapter without a tokenizer is used with its base's
         if "token" in file.name or file.name.startswith("chat"):
             file.unlink()
     push(run, type="adapter", options={"base": "me/base", "repo": "me/bare"})
-    code = re.search(r"```python\n(.*?)```", card_of(push.hub, "me/bare")[1], re.DOTALL)
-    assert code is not None
-    assert 'AutoTokenizer.from_pretrained("me/base")' in code[1]
-    push.run(code[1])
+    bare = code_in(card_of(push.hub, "me/bare")[1])
+    assert 'AutoTokenizer.from_pretrained("me/base")' in bare
+    push.read("adapter", tmp_path / "read.pt", code_in(text), bare)
+    read = torch.load(tmp_path / "read.pt", weights_only=True)
+    local = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype="auto").state_dict()
+    assert set(read) == set(local)
+    assert all(torch.equal(read[name], local[name]) for name in local)
     said = push(run, type="adapter", options={"base": "me/misspelt", "repo": "me/bare"})["error"]
     assert said == "the Hub shows no model me/misspelt with this token: look at base=me/misspelt"
 
@@ -330,7 +332,7 @@ def test_a_model_taken_as_it_is_claims_no_training(push: Pusher, shards: Path, t
     assert "fine-tuned" not in text
     assert "## Training" not in text
     assert "## Evaluation" not in text
-    push.run(READ, REPO, "model", str(tmp_path / "read.pt"))
+    push.read("model", tmp_path / "read.pt")
 
 
 def test_a_model_trained_in_full(push: Pusher, shards: Path, make_run: Any, tmp_path: Path) -> None:
@@ -428,7 +430,7 @@ def test_what_passes_is_waited_for(push: Pusher, shards: Path, method: str, path
     assert push.hub.repos[REPO].messages.count("merged model by ft-export") == 1
 
 
-def test_an_upload_that_was_cut_off_is_not_begun_anew(push: Pusher, shards: Path, tmp_path: Path) -> None:
+def test_an_upload_that_was_cut_off_is_not_begun_anew(push: Pusher, shards: Path) -> None:
     """The process dies after the first file; the next one sends the others only. Nobody saw half a model."""
     push.hub.hold.clear()
     process = push.start(shards)
@@ -445,7 +447,6 @@ def test_an_upload_that_was_cut_off_is_not_begun_anew(push: Pusher, shards: Path
     assert sent
     assert not there & set(sent)
     same_as_here(made["file"], push.hub)
-    push.run(READ, REPO, "model", str(tmp_path / "read.pt"))
 
 
 def test_a_connection_that_breaks_within_a_file(push: Pusher, shards: Path) -> None:

@@ -113,13 +113,17 @@ def test_files_are_llama_cpp_s_own(
     same_files(make_model(tmp_path / "model", kind, **settings), types, oracle, tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "keys"), [("Llama", 2), ("Llama", 4), ("Qwen2", 2)])
+@pytest.mark.parametrize(
+    ("kind", "keys", "types"),
+    [("Llama", 2, ["q4_k_m", "q3_k_s"]), ("Llama", 4, ["q4_k_m"]), ("Qwen2", 2, ["q4_k_m"])],
+    ids=["large", "not grouped", "no Llama"],
+)
 def test_eighty_layers_are_taken_for_a_large_model(
-    kind: str, keys: int, make_model: Any, oracle: Path, tmp_path: Path
+    kind: str, keys: int, types: list[str], make_model: Any, oracle: Path, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
     model = make_model(tmp_path / "model", kind, num_hidden_layers=80, num_key_value_heads=keys, **sizes)
-    same_files(model, ["q4_k_m", "q3_k_s"], oracle, tmp_path)
+    same_files(model, types, oracle, tmp_path)
 
 
 @pytest.mark.parametrize("kind", FILE_TYPES)

@@ -38,7 +38,10 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("type", "least"), [("f16", 0.98), ("q8_0", 0.9), ("q4_k_m", 0.9)])
+# Between the two lies q8_0, which the tiny models of the other tests are proven in.
+@pytest.mark.parametrize(
+    ("type", "least"), [("f16", 0.98), pytest.param("q8_0", 0.9, marks=pytest.mark.slow), ("q4_k_m", 0.9)]
+)
 def test_smollm2_in_llama_cpp(smollm2: Path, type: str, least: float, tmp_path: Path) -> None:
     from ft_export import export_gguf
 
@@ -51,6 +54,7 @@ def test_smollm2_in_llama_cpp(smollm2: Path, type: str, least: float, tmp_path: 
     assert found["perplexity"]["after"] <= found["perplexity"]["before"] * (1.05 if type == "q4_k_m" else 1.02)
 
 
+@pytest.mark.slow  # test_lora_gguf.py has the same checks on tiny models
 def test_an_adapter_on_smollm2_in_llama_cpp(smollm2: Path, make_adapter: Any, tmp_path: Path) -> None:
     from ft_export import export_gguf
 
