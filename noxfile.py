@@ -165,9 +165,9 @@ def tests(session: nox.Session, package: str) -> None:
     if package == "ft-kernels":
         # Triton's interpreter is one thread of Python, which measuring coverage makes three times as slow.
         measure = ["-n", "2"]
-    if package == "ft-core":
+    if package in ("ft-core", "ft-export"):
         measure += ["-n", "2", "--dist", "loadfile"]  # fixtures of a file share the models that they make
-    if package in ("ft-kernels", "ft-core"):
+    if package in ("ft-kernels", "ft-core", "ft-export"):
         env["OMP_NUM_THREADS"] = "1"  # a thread for each of the two processes
     dev_python(session, "-m", "pytest", f"packages/{package}/tests", *measure, *session.posargs, env=env)
 

@@ -129,8 +129,18 @@ def test_a_model_s_folder_on_the_command_line(
         return right(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert main(["export", str(base), "--to", "gguf", "--out", str(tmp_path / "out"), "--skip-proof"]) == 0
-    assert "NOT PROVEN: " in capsys.readouterr().out
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["export", str(base), "--to", "gguf", "--out", str(tmp_path / "out"), "--skip-proof"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "NOT PROVEN: " in out
+    assert out.endswith(
+        "--jinja  # llama-server comes with llama.cpp: https://github.com/ggml-org/llama.cpp/releases\n"
+    )
+    (tmp_path / "llama-server").write_text("#!/bin/sh\n")
+    (tmp_path / "llama-server").chmod(0o755)
+    assert main([*words, "--overwrite"]) == 0
+    assert capsys.readouterr().out.endswith("--jinja\n")
     assert list((tmp_path / "out").glob("*.gguf"))
     assert main(["export", str(tmp_path), "--to", "gguf"]) == 2
     assert "is no run folder" in capsys.readouterr().err

@@ -989,7 +989,10 @@ def test_a_head_in_three_copies_of_the_hidden_states(device):
     gradient that waits for backward."""
     rows, width, vocabulary, most = 128, 8 * H, 512, 2**20  # wide, since the interpreter takes its time by the row
     x = torch.randn(rows, width, device=device, dtype=HALF).requires_grad_()
-    weight, scale = torch.randn(vocabulary, width, device=device, dtype=HALF), torch.ones(width, device=device, dtype=HALF)
+    weight, scale = (
+        torch.randn(vocabulary, width, device=device, dtype=HALF),
+        torch.ones(width, device=device, dtype=HALF),
+    )
     labels = torch.randint(vocabulary, (rows,), device=device)
 
     def loss(x, labels):

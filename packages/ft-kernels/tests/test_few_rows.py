@@ -36,11 +36,12 @@ def draw(sizes, k, blocksize, nested, device, seed):
 def expanded(weight, dtype):
     """By the plain reference, whose bits test_nf4.py holds the kernel to: that takes the interpreter seconds."""
     nested = weight.nested
-    tables = (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
-    numbers = reference.dequantize(
-        weight.packed.contiguous().view(-1).view(torch.uint8), weight.absmax, *tables, weight.shape,
-        torch.float32 if dtype == torch.float64 else dtype, weight.blocksize, 256 if nested is None else nested.blocksize,
+    tables, groups = ((None, None, None), 256) if nested is None else (
+        (nested.absmax, nested.code, nested.offset), nested.blocksize
     )  # fmt: skip
+    kind = torch.float32 if dtype == torch.float64 else dtype
+    packed = weight.packed.contiguous().view(-1).view(torch.uint8)
+    numbers = reference.dequantize(packed, weight.absmax, *tables, weight.shape, kind, weight.blocksize, groups)
     return numbers.to(dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
@@ -41,6 +42,10 @@ __all__ = [
     "export_vllm",
     "shown",
 ]
+
+LLAMA_SERVER = "llama-server"
+RELEASES = "https://github.com/ggml-org/llama.cpp/releases"
+"""Where that program is; xllamacpp, in which files are checked, brings the library alone."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -207,4 +212,7 @@ def _result(export: Callable[..., Exported], request: ExportRequest, default: st
         options=request.options,
         progress=shown(),
     )
-    return ExportResult(files=(made.file, made.proof), checks=made.lines, next_command=made.next_command)
+    then = made.next_command
+    if f" {LLAMA_SERVER} " in f" {then}" and shutil.which(LLAMA_SERVER) is None:
+        then += f"  # {LLAMA_SERVER} comes with llama.cpp: {RELEASES}"  # a comment to the shell that it is pasted into
+    return ExportResult(files=(made.file, made.proof), checks=made.lines, next_command=then)

@@ -20,7 +20,8 @@ LONGEST_WAIT = 300
 """Seconds that the Hub may ask to wait; it counts requests in windows of five minutes."""
 BUSY = (429, 500, 502, 503, 504)
 # huggingface_hub itself asks these (and each PUT) again, five times: asking further would only multiply that
-RETRIED = ("/preupload/", "/info/lfs/", "/tree/")
+RETRIED = ("/preupload/", "/info/lfs/")
+RETRIED_SINCE_2_1 = ("/tree/",)
 
 
 def answered(call: Callable[[], T], doing: str, repo: str, progress: Progress, tries: int = len(WAITS) + 1) -> T:
@@ -79,7 +80,7 @@ def _wait(error: BaseException, attempt: int) -> float | None:
     if type(error).__name__ == "OfflineModeIsEnabled" or attempt >= len(WAITS):
         return None
     method, path = _asked(error)
-    if method == "PUT" or any(part in path for part in RETRIED):
+    if method == "PUT" or any(part in path for part in _asked_again_by_itself()):
         return None
     status = status_of(error)
     if status is None:
@@ -90,6 +91,13 @@ def _wait(error: BaseException, attempt: int) -> float | None:
     if said.isdigit():
         return float(said) if int(said) <= LONGEST_WAIT else None
     return WAITS[attempt]
+
+
+def _asked_again_by_itself() -> tuple[str, ...]:
+    from huggingface_hub import __version__
+
+    major, minor, *_ = __version__.split(".")
+    return RETRIED + (RETRIED_SINCE_2_1 if (int(major), int(minor)) >= (2, 1) else ())
 
 
 def _asked(error: BaseException) -> tuple[str, str]:

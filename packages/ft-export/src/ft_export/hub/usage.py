@@ -8,6 +8,7 @@ __all__ = ["usage"]
 
 TASKS = {"text-generation": "CausalLM", "text-classification": "SequenceClassification"}
 QUESTION = "What can you do?"
+LLAMA_CPP = "With `llama-server` of [llama.cpp](https://github.com/ggml-org/llama.cpp/releases):"
 
 
 def usage(wanted: Wanted, task: str | None, template: bool, tokenizer: str | None, file: str | None) -> str:
@@ -63,9 +64,9 @@ def usage(wanted: Wanted, task: str | None, template: bool, tokenizer: str | Non
 
 def _llama_cpp(wanted: Wanted, file: str) -> str:
     if wanted.revision == MAIN:
-        return f"```\nllama-server --hf-repo {wanted.repo} --hf-file {file} --jinja\n```"
+        return f"{LLAMA_CPP}\n\n```\nllama-server --hf-repo {wanted.repo} --hf-file {file} --jinja\n```"
     fetch = f"hf download {wanted.repo} {file} --revision {wanted.revision} --local-dir ."
-    return f"```\n{fetch}\nllama-server -m {file} --jinja\n```"
+    return f"{LLAMA_CPP}\n\n```\n{fetch}\nllama-server -m {file} --jinja\n```"
 
 
 def _python(lines: list[str]) -> str:
