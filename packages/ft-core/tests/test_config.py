@@ -456,12 +456,17 @@ def test_no_such_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: a\ndata: [", "is no valid YAML: while parsing"),
-        ("model: a\nmodel: b\n", "is no valid YAML: the key 'model' is given twice"),
-        ("lora:\n  r: 8\n  alpha: 2\n  r: 16\n", "is no valid YAML: the key 'r' is given twice"),
+        (
+            "model: a\ndata: [",
+            ":2:8: no valid YAML: expected the node content, but found '<stream end>', while parsing a",
+        ),
+        ("model: a\n method: b\n", ":2:8: no valid YAML: mapping values are not allowed here"),
+        ("model: a\nmodel: b\n", ":2:1: no valid YAML: the key 'model' is given twice"),
+        ("lora:\n  r: 8\n  alpha: 2\n  r: 16\n", ":4:3: no valid YAML: the key 'r' is given twice"),
+        ("model: a\ndata: x\x00y\n", ":2:8: no valid YAML: unacceptable character #x0000"),
         (
             "model: !!python/object/apply:os.system ['touch HERE']\n",
-            "is no valid YAML: could not determine a constructor",
+            ":1:8: no valid YAML: could not determine a constructor",
         ),
         ("- a\n", "must hold keys with values, such as 'model: …', not a list"),
         ("", "must hold keys with values, such as 'model: …', not nothing"),

@@ -47,7 +47,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     try:
         values = yaml.load(text, _UniqueKeys)  # noqa: S506  # a SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        line, column, what = _problem(text, error)
+        raise ConfigError(f"{path}:{line}:{column}: no valid YAML: {what}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys with values, such as 'model: …', not {_kind(values)}")
     return check_config(_merge(values, parse_overrides(overrides)))
@@ -169,7 +170,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {key} is no valid YAML: {text!r} ({error})") from error
+            raise ConfigError(f"the value of {key} is no valid YAML: {text!r} ({_problem(text, error)[2]})") from error
         below = values
         for part in parts[:-1]:
             if not isinstance(below.get(part), dict):
@@ -192,6 +193,19 @@ def to_yaml(config: TrainConfig, *, header: bool = True) -> str:
         return text
     words = shlex.join(["ft", "train", "config.yaml", f"output={config.output}"])
     return f"# {' '.join(words.split())}\n{text}"
+
+
+def _problem(text: str, error: yaml.YAMLError) -> tuple[int, int, str]:
+    """The line and column, from 1, as editors count, and what is wrong there."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        what = ", ".join(part for part in (error.problem, error.context) if part)
+        line, column = (mark.line, mark.column) if mark is not None else (0, 0)
+    else:  # a character that YAML does not allow
+        before = text[: getattr(error, "position", 0)]
+        line, column = before.count("\n"), len(before) - (before.rfind("\n") + 1)
+        what = str(error).splitlines()[0]
+    return line + 1, column + 1, what
 
 
 class _UniqueKeys(yaml.SafeLoader):
