@@ -14,8 +14,24 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+LONGEST_FIRST = (
+    "test_replanning.py",
+    "test_choices.py",
+    "test_resume.py",
+    "test_in_training.py",
+    "test_sharded.py",
+    "test_models.py",
+    "test_faults.py",
+    "test_predictions.py",
+    "test_ahead.py",
+    "test_other_trainers.py",
+)
+"""Files that take longest: begun first, so that of two processes none is left alone with one of them at the end."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

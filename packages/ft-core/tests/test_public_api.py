@@ -19,7 +19,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.commands.chat": ["add_arguments", "run"],
     "ft_core.commands.doctor": ["add_arguments", "run"],
     "ft_core.commands.eval": ["add_arguments", "run"],
-    "ft_core.commands.export": ["add_arguments", "run"],
+    "ft_core.commands.export": ["add_arguments", "more_help", "run"],
     "ft_core.commands.generate": ["add_arguments", "read_prompts", "run"],
     "ft_core.commands.models": ["add_arguments", "run"],
     "ft_core.commands.plan": ["add_arguments", "run"],

@@ -168,7 +168,7 @@ def test_at_every_micro_batch(kind, number, train, metrics, tmp_path, monkeypatc
     whole = Limit()
     kept = run("whole", whole)
     assert len(set(kept)) == STEPS
-    for share in (0.2, 0.7, 0.98):
+    for share in (0.2, 0.7, 0.98) if number == 5 else (0.7,):  # forward, and twice backward
         limit = Limit(fails_at=int(share * whole.operations))
         assert run(f"at-{share}", limit) == kept
         assert limit.failures == 1

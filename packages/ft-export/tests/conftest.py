@@ -41,6 +41,21 @@ SOURCE = (
 )
 DIGEST = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SENTENCEPIECE = "sentencepiece==0.2.3"
+LONGEST_FIRST = (
+    "test_hub.py",
+    "test_quantization.py",
+    "test_smollm2.py",
+    "test_gguf.py",
+    "test_gguf_families.py",
+    "test_merge.py",
+)
+"""Files that take longest: begun first, so that of two processes none is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
 
 ModelMaker = Callable[..., Path]
 AdapterMaker = Callable[..., Path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -35,12 +36,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "peft", "accelerate", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.disable_progress_bars()
+    else:  # what a plan has no use for takes a second to import; it reads this when it is
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def progress(unit: str) -> Callable[[int, int], None]:

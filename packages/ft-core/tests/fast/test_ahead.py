@@ -89,7 +89,7 @@ assert not later - ahead, later - ahead
 """
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_what_several_layers_launch_was_compiled(quantization: str) -> None:
     """Kernel, options and what is compiled in of each argument: the first layer wants no gradient for its input, the
     others do."""

@@ -250,7 +250,7 @@ def test_the_optimizer_is_paged_only_where_nothing_else_makes_it_fit(planned: An
         return planned("H200", 1, 512, gib=gib, lora=None, training={"optimizer": optimizer}, host=2**40, **keys)
 
     chosen = []
-    for gib in range(60, 140, 4):
+    for gib in range(60, 140, 8):
         auto, paged = (whole(gib, name) for name in ("adamw_8bit", "paged_adamw_8bit"))
         plain = auto.planner._peak(auto.config, auto.card, None, "adamw_8bit")
         fits = plain.total <= auto.limit and not plain.refused
@@ -263,7 +263,7 @@ def test_the_optimizer_is_paged_only_where_nothing_else_makes_it_fit(planned: An
             assert auto.times.update > whole(200, "adamw_8bit").times.update
         chosen.append((auto.fits, auto.peak.optimizer))
     assert set(chosen) == {(False, "adamw_8bit"), (True, "paged_adamw_8bit"), (True, "adamw_8bit")}
-    gib = 60 + 4 * chosen.index((True, "paged_adamw_8bit"))
+    gib = 60 + 8 * chosen.index((True, "paged_adamw_8bit"))
     from ft_core.planning import ways
     from ft_core.planning.show import line, table
 
