@@ -22,7 +22,7 @@ if not CUDA:
 def patch_once() -> None:
     """Let triton's interpreter replace the language's functions once for a launch and module.
 
-    It does so again at each call of a function inside of a kernel, with the same result, which is a fifth of its time.
+    It does so again at each call of a function inside of a kernel, with the same result, which is a sixth of its time.
     """
     try:
         from triton.runtime import interpreter

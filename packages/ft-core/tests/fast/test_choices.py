@@ -352,13 +352,19 @@ def test_switched_off_the_trainers_checkpointing_is_on():
 
 
 @pytest.mark.skipif(Version(version("triton")) < Version("3.7"), reason="its interpreter wants an older numpy")
-def test_tiles_within_every_choice():
+@pytest.mark.parametrize(
+    "choices",
+    [["recompute", "offload"], pytest.param(["keep", "offload-input"], marks=pytest.mark.slow)],
+    ids=["computed again and offloaded", "kept, and inputs offloaded"],
+)
+def test_tiles_within_every_choice(choices):
     """With dropout, over documents; layers that are computed again compute gate and up once more, not twice."""
-    script = Path(__file__).with_name("tiled.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, check=False)
+    words = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("tiled.py")), *choices]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("a tile of all tokens")[0] == 0
+    assert list(found) == choices
     for choice, (distance, count) in found.items():
         assert distance <= 2e-3, choice  # in fp16: a rounding or two
         assert count == 2 * 2 * 3, choice  # there and back, of two layers, in three tiles

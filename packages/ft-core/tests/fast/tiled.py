@@ -1,13 +1,14 @@
 """Gradients of a tiny model with its layers in tiles, by the kernels: on a CPU under triton's interpreter.
 
 A process of its own: the interpreter has to be on before triton is imported. It prints, in JSON, the largest distance
-of a gradient from the untiled one for each choice, and how many products of gate and up a step makes.
+of a gradient from the untiled one for each choice (its words), and how many products of gate and up a step makes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -50,7 +51,7 @@ def main() -> None:
         return [p.grad.clone() for p in model.parameters() if p.grad is not None] + [torch.rand(2)]
 
     untiled, found = gradients(), {}
-    for choice in ("keep", "recompute", "offload", "offload-input"):
+    for choice in sys.argv[1:]:
         path.choose(choice)
         path.tile, counts["count"] = 8, 0
         tiled = gradients()
