@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ft_core.quickstart", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ft_core.quickstart", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("quickstart-run"), help="a folder for all of it")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier quickstart in that folder")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps")

@@ -31,7 +31,9 @@ GROUPS = ("bandwidth", "quantization", "heads", "lora", "attention")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ft_kernels.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ft_kernels.bench", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
         "--ops", default="", help="comma-separated operations or groups; all by default: " + ", ".join(GROUPS)
     )
