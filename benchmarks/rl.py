@@ -2,8 +2,8 @@
 
 The model of benchmarks/fast_path.py (Llama 3.1 8B in shape, random weights, made once in DIR), nf4, LoRA of rank 32 on
 all linear layers, bitsandbytes' 8-bit AdamW. Each contestant runs in a process of its own, through its own trainer's
-``train``; a step is timed from its begin to its end, with the GPU waited for at both, and the most memory is torch's own
-count of what was allocated. Rows are added to benchmarks/results/rl.jsonl.
+``train``; a step is timed from its begin to its end, with the GPU waited for at both, and the most memory is torch's
+own count of what was allocated. Rows are added to benchmarks/results/rl.jsonl.
 
 Cases:
 - grpo-update: the update on one group of eight completions of 20,480 tokens (prompts of 64), a micro-batch each; the
@@ -89,7 +89,7 @@ def compete(args: argparse.Namespace) -> None:
             if not limit.allows(f"{case}, {contestant}", {"grpo-update": 150, "dpo": 80, "grpo": 150}[case]):
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--one", case, contestant]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
             if args.profile:
                 print("\n".join(line for line in done.stdout.splitlines() if not line.startswith("{")))
@@ -207,7 +207,9 @@ def _profiled(trainer: Any) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
                 self.profile.__exit__(None, None, None)
-                print(self.profile.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=70))
+                print(
+                    self.profile.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=70)
+                )
 
     trainer.add_callback(Profile())
 

@@ -2,9 +2,9 @@
 python benchmarks/rl_memory.py --work DIR [...]
 
 On one GPU: layers of the model of benchmarks/fast_path.py (Llama 3.1 8B in shape, random weights, made once in DIR),
-nf4, LoRA of rank 32 on all linear layers. Each method is trained by ``ft_core.train`` for a few steps on rows of exactly
-``max_length`` tokens; what was measured is the run's own figure, torch's count of the most memory allocated while it
-trained. Rows are added to benchmarks/results/rl_memory.jsonl.
+nf4, LoRA of rank 32 on all linear layers. Each method is trained by ``ft_core.train`` for a few steps on rows of
+exactly ``max_length`` tokens; what was measured is the run's own figure, torch's count of the most memory allocated
+while it trained. Rows are added to benchmarks/results/rl_memory.jsonl.
 """
 
 from __future__ import annotations

@@ -169,8 +169,11 @@ def test_a_detached_entropy_is_the_entropy_and_changes_nothing(device, dtype, ra
         return made, torch.autograd.grad(logprobs, leaves, problem.upstream[0].to(logprobs.dtype))
 
     (both, gradients), (alone, expected), (asked, _) = run("detached"), run(False), run(True)
-    assert not both.entropy.requires_grad and both.logprobs.requires_grad and asked.entropy.requires_grad
-    assert torch.equal(both.entropy, asked.entropy.detach()) and torch.equal(both.logprobs, alone)
+    assert not both.entropy.requires_grad
+    assert both.logprobs.requires_grad
+    assert asked.entropy.requires_grad
+    assert torch.equal(both.entropy, asked.entropy.detach())
+    assert torch.equal(both.logprobs, alone)
     assert all(map(torch.equal, gradients, expected))
 
 

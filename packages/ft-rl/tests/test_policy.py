@@ -73,7 +73,8 @@ def test_what_trl_reads_is_what_its_own_head_says(
     add_fused_lm_head(model.get_base_model(), temperature=0.7, outputs=FIELDS)
     theirs, expected = ask(model)
     head = put_head(model, temperature=0.7, fields=FIELDS)
-    assert isinstance(head, PolicyForward) and head.padding_free
+    assert isinstance(head, PolicyForward)
+    assert head.padding_free
     head.padding_free = padding_free
     no_trl_head()
     ours, gradients = ask(model)

@@ -257,7 +257,10 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"chosen": [ANSWER, ASK], "rejected": [ANSWER]},
         r"chosen must end with an assistant turn, not with 'us",
     ),
-    "label": ({"prompt": "a", "completion": "b", "label": "good"}, r"label must be true \(a wanted answer\) or false, no"),
+    "label": (
+        {"prompt": "a", "completion": "b", "label": "good"},
+        r"label must be true \(a wanted answer\) or false, no",
+    ),
     "empty prompt": ({"prompt": " "}, r"prompt is empty"),
     "asked by nobody": ({"prompt": []}, r"prompt is empty"),
 }

@@ -253,7 +253,8 @@ def test_a_step_of_training_has_the_memory_that_answers_kept() -> None:
     model.train()
     model(input_ids=ids, labels=ids).loss.backward()
     resting = vars(model.get_base_model())["_ft_decoder"]
-    assert resting.session is None and resting._layers is None  # weights that training moves are held by nobody
+    assert resting.session is None
+    assert resting._layers is None
     model.eval()
     assert by_ft(model, PROMPTS, 4) == expected
     fast.forget(model)

@@ -249,8 +249,8 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     from ft_rl.pairs import show
     from ft_rl.prompts import as_completion, prompt_ids
     from ft_rl.rewards import resolve_rewards
-    from ft_rl.rollouts.protocol import EngineJob, Sampling
     from ft_rl.rollouts.own_model import OwnModel
+    from ft_rl.rollouts.protocol import EngineJob, Sampling
     from ft_rl.stops import stops_of
 
     rewards = resolve_rewards(job.config.rewards)

@@ -87,7 +87,13 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, GRPOTrainer):
             self.engine.close()
 
     def _generate_single_turn(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kw: Any
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        *args: Any,
+        **kw: Any,
     ) -> Any:
         """Completions and their log-probabilities; TRL repeats each prompt as often as it wants completions."""
         if images is not None or multimodal_fields:

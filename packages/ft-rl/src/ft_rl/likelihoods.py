@@ -57,7 +57,9 @@ def likelihoods(
         if progress is not None:
             progress(done, len(sequences))
         made = padded([sequences[i] for i in batch], [prompts[i] for i in batch], pad)
-        ids, mask, answers = (made[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask"))
+        ids, mask, answers = (
+            made[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask")
+        )
         with torch.no_grad():
             scores = score(ids, mask, ids.masked_fill(answers == 0, -100))
         sums[batch] = scores.logprobs.double().sum(1).cpu()

@@ -5,7 +5,7 @@ The trainer is ours: TRL's is experimental, and makes whole logits. It needs no 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -70,8 +70,8 @@ def build(job: Job) -> Trainer:
 def evaluate(job: EvaluationJob) -> Evaluation:
     """How well the model tells held-out answers apart, without a reference.
 
-    ``accuracy`` is the share of pairs whose chosen answer has the higher mean log-probability, ``log_odds_ratio`` the mean
-    log odds ratio, ``log_likelihood`` the mean log-probability of a chosen answer's token.
+    ``accuracy`` is the share of pairs whose chosen answer has the higher mean log-probability, ``log_odds_ratio`` the
+    mean log odds ratio, ``log_likelihood`` the mean log-probability of a chosen answer's token.
 
     Raises:
         DataError: the rows cannot be tokenized, or none is short enough.

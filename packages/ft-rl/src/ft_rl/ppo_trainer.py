@@ -12,7 +12,15 @@ from torch import Tensor
 from ft_core.data.collating import IGNORE
 from ft_rl.grpo_trainer import GrpoTrainer
 from ft_rl.objectives import (
-    AdaptiveKL, FixedKL, flatten, gae, penalised_rewards, ppo_policy, ppo_value, unflatten, whiten,
+    AdaptiveKL,
+    FixedKL,
+    flatten,
+    gae,
+    penalised_rewards,
+    ppo_policy,
+    ppo_value,
+    unflatten,
+    whiten,
 )  # fmt: skip
 from ft_rl.ppo import PpoSettings
 from ft_rl.reference import adapter_off
@@ -64,9 +72,7 @@ class PpoTrainer(GrpoTrainer):
         if self._ppo.missing_eos_penalty is not None:
             scores = scores - self._ppo.missing_eos_penalty * (~self._ended(batch)).float()
         size = self.args.per_device_train_batch_size
-        parts = [
-            self._judged({name: batch[name][i : i + size] for name in INPUTS}) for i in range(0, len(mask), size)
-        ]
+        parts = [self._judged({name: batch[name][i : i + size] for name in INPUTS}) for i in range(0, len(mask), size)]
         old, reference, values = (torch.cat(each) for each in zip(*parts, strict=True))
         (logprobs, sequences), (ref, _), (known, _) = (flatten(x, mask) for x in (old, reference, values))
         rewards, measured = penalised_rewards(

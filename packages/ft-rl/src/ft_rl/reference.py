@@ -1,4 +1,4 @@
-"""The reference model of preference and reinforcement methods: the model as it was, of which there is no second copy."""
+"""The reference of preference and reinforcement methods: the model as it was, of which there is no second copy."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The data formats that are recognised by their columns, and the normal form that each row is brought to.
 
 The normal forms are those of the run folder's page: ``{"messages"}``, ``{"prompt", "completion"}`` (strings),
-``{"text"}``, ``{"prompt", "chosen", "rejected"}``, ``{"prompt", "completion", "label"}`` and ``{"prompt"}`` with all other
-columns of the row (the last three: strings, or lists of messages). Three optional keys ride along:
+``{"text"}``, ``{"prompt", "chosen", "rejected"}``, ``{"prompt", "completion", "label"}`` and ``{"prompt"}`` with all
+other columns of the row (the last three: strings, or lists of messages). Three optional keys ride along:
 
 * ``tools`` beside ``messages``: the functions offered to the model, passed to the chat template;
 * ``weight`` on an assistant message, as in OpenAI's format: 0 keeps the turn out of the loss. The assistant turns of a

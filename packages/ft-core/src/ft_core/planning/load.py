@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ft_core.config import TrainConfig
 from ft_core.plugins import MethodSpec, registry, resolve
 
-__all__ = ["Load", "load_of"]
+__all__ = ["ROW", "Load", "load_of"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,14 @@ class Load:
     written: int = 0
 
 
+ROW = Load()
+"""A row and its gradient, nothing else."""
+
+
 def load_of(config: TrainConfig) -> Load:
     """The load of a configuration's method."""
     spec = registry().get(MethodSpec, config.method)
     if spec.load is None:
-        return Load()
+        return ROW
     found: Load = resolve(spec.load)(config)
     return found

@@ -15,7 +15,7 @@ import torch
 from ft_core.fast.again import Choice
 from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, TILE, Sizes, fit_on_disk
 from ft_core.planning.blueprint import Blueprint, Outline
-from ft_core.planning.load import Load
+from ft_core.planning.load import ROW, Load
 from ft_core.planning.weights import room_bytes, states_of, weight_bytes
 from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
 
@@ -56,7 +56,7 @@ class Step:
     host: int = 2**62
     disk: int = 0
     tile: int | None = None
-    load: Load = Load()
+    load: Load = ROW
     dense: bool = True
 
     @property
@@ -73,8 +73,8 @@ class Peak:
         parts: on the GPU, as torch counts them; their sum is ``total``. host: pinned host memory. paged: the
             optimizer's state that the system moves between host and GPU.
         choices: of the layers, first layer first. head_rows: of logits at a time. moment: ``forward`` (of the last
-            layer), ``head``, ``layer``, ``update``, ``reference`` or ``rollout``. exact: whether the family is known and only an adapter is
-            trained, which is what was measured.
+            layer), ``head``, ``layer``, ``update``, ``reference`` or ``rollout``. exact: whether the family is known
+            and only an adapter is trained, which is what was measured.
         tile: tokens of a sequence tile. refused: the host cannot hold what is to be offloaded.
         optimizer: as transformers calls it. disk: bytes that the host's memory cannot hold.
     """

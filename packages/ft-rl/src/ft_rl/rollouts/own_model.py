@@ -74,7 +74,6 @@ class OwnModel:
             rows = [Completion(ids, logprobs) for ids, logprobs in zip(batch.ids, batch.logprobs, strict=True)]
         return [rows[i * copies : (i + 1) * copies] for i in range(len(prompts))]
 
-
     def _decoder(self, sampling: Sampling) -> Decoder | None:
         """What writes by the fast layers; None where transformers' own have to. A penalty needs what was written."""
         if sampling.repetition_penalty != 1:
@@ -115,9 +114,7 @@ class _Batch:
         ids, logprobs: of each completion so far.
     """
 
-    def __init__(
-        self, model: Any, prompts: list[Sequence[int]], copies: int, sampling: Sampling, pad: int
-    ) -> None:
+    def __init__(self, model: Any, prompts: list[Sequence[int]], copies: int, sampling: Sampling, pad: int) -> None:
         self._model, self._sampling = model, sampling
         self.ids: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
         self.logprobs: list[list[float]] = [[] for _ in self.ids]
@@ -127,9 +124,7 @@ class _Batch:
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **_last(model)
-        )
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **_last(model))
         self._cache = out.past_key_values
         if copies > 1:
             self._cache.batch_repeat_interleave(copies)
