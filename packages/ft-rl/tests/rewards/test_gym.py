@@ -13,15 +13,6 @@ from ft_core.errors import ConfigError, RunError
 from ft_rl.rewards import resolve_rewards
 from ft_rl.rewards.gym import verified
 
-
-def test_without_reasoning_gym_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'reasoning-gym is not installed: pip install "ft-rl\[gym\]"$'):
-        resolve_rewards(["reasoning-gym"])
-
-
 gym = pytest.importorskip("reasoning_gym", reason='reasoning-gym is not installed: pip install "ft-rl[gym]"')
 pytestmark = pytest.mark.usefixtures("isolation")
 

@@ -19,14 +19,6 @@ SCHEMA = {
 }
 
 
-def test_without_jsonschema_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'jsonschema is not installed: pip install "ft-rl\[json\]"$'):
-        resolve_rewards([{"name": "json-schema", "schema": {}}])
-
-
 pytest.importorskip("jsonschema", reason='jsonschema is not installed: pip install "ft-rl[json]"')
 
 

@@ -175,6 +175,28 @@ def test_settings_are_checked(entry: dict[str, Any], said: str) -> None:
     assert refused([entry]).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"name": "math"}, 'rewards.0 (math): math-verify is not installed: pip install "ft-rl[math]"'),
+        (
+            {"name": "json-schema", "schema": {}},
+            'rewards.0 (json-schema): jsonschema is not installed: pip install "ft-rl[json]"',
+        ),
+        (
+            {"name": "reasoning-gym"},
+            'rewards.0 (reasoning-gym): reasoning-gym is not installed: pip install "ft-rl[gym]"',
+        ),
+    ],
+    ids=str,
+)
+def test_a_package_that_is_missing(entry: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refused([entry]) == said
+
+
 def test_a_reward_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With settings of its own the spec names what makes the function, without it names the function."""
     info = tmp_path / "toy_judges-1.0.dist-info"

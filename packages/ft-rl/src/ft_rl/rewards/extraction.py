@@ -11,10 +11,8 @@ __all__ = ["Part", "PartName", "boxed", "extract", "in_tag"]
 
 PartName = Literal["whole", "last-line", "boxed", "tag", "marker"]
 
-BOXES = ("\\boxed{", "\\fbox{")
-
-_MARKS = re.compile(r"\\.|[{}]", re.DOTALL)
-"""Braces, and what a backslash makes another thing of: a brace that is shown, ``\\{``, groups nothing."""
+_MARKS = re.compile(r"\\(?:boxed|fbox)\{|\\.|[{}]", re.DOTALL)
+"""Where a box begins, braces, and what a backslash makes another thing of: ``\\{`` is shown and groups nothing."""
 
 
 class Part(BaseModel):
@@ -59,16 +57,16 @@ def extract(text: str, settings: Part, part: PartName | None = None) -> str | No
 
 def boxed(text: str) -> str | None:
     """What the last closed ``\\boxed{…}`` holds, braces inside it matched; None where there is none."""
-    start = max(text.rfind(box) for box in BOXES)
-    while start >= 0:
-        begin = text.index("{", start) + 1
-        depth = 1
-        for mark in _MARKS.finditer(text, begin):
-            depth += {"{": 1, "}": -1}.get(mark[0], 0)
-            if depth == 0:
-                return text[begin : mark.start()]
-        start = max(text.rfind(box, 0, start) for box in BOXES)
-    return None
+    opened: list[tuple[bool, int]] = []  # whether it is a box, and where what it holds begins
+    last: tuple[int, int] | None = None
+    for mark in _MARKS.finditer(text):
+        if mark[0] == "}":
+            is_box, begin = opened.pop() if opened else (False, 0)
+            if is_box and (last is None or begin > last[0]):
+                last = begin, mark.start()
+        elif mark[0].endswith("{") and mark[0] != "\\{":
+            opened.append((mark[0] != "{", mark.end()))
+    return text[last[0] : last[1]] if last else None
 
 
 def in_tag(text: str, tag: str) -> str | None:
