@@ -165,10 +165,10 @@ def tests(session: nox.Session, package: str) -> None:
     if package == "ft-kernels":
         # Triton's interpreter is one thread of Python, which measuring coverage makes three times as slow.
         measure = ["-n", "2"]
-    if package in ("ft-core", "ft-export"):
+    if package in ("ft-core", "ft-rl", "ft-export"):
         # Fixtures of a file share the models that they make; the order is that of the package's conftest.py.
         measure += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    if package in ("ft-kernels", "ft-core", "ft-export"):
+    if package in ("ft-kernels", "ft-core", "ft-rl", "ft-export"):
         env["OMP_NUM_THREADS"] = "1"  # a thread for each of the two processes
     dev_python(session, "-m", "pytest", f"packages/{package}/tests", *measure, *session.posargs, env=env)
 
