@@ -58,3 +58,49 @@ def test_it_earns_the_reward(toy: Any, steep_model: Path, tmp_path: Path, method
     assert all(row["tokens"] > 0 for row in rows)
     # The engine computes what the trainer does: in float32, differences of log-probabilities are rounding.
     assert all(row["sampling/gap"] < 1e-4 and row["sampling/corrected"] == 0 for row in rows)
+
+
+WORLD = """
+KIND = {"please", "gladly", "thanks", "welcome", "sure"}
+
+class Hints:
+    def reset(self, **row):
+        self.turn = 0
+        assert "number" in row
+        return " do"
+
+    def step(self, completion):
+        self.turn += 1
+        words = completion.split()
+        worth = sum(word in KIND for word in words) / max(len(words), 1)
+        return "tell me", worth / 2, self.turn == 2
+"""
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_it_takes_turns_with_an_environment(toy: Any, steep_model: Path, tmp_path: Path, method: str) -> None:
+    values = config(toy, steep_model, tmp_path, method, settings={"max_completion_length": 20})
+    (tmp_path / "world.py").write_text(WORLD)
+    for name in ("prompts", "held_out"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        toy.write_rows(tmp_path / f"{name}.jsonl", rows)
+    values[method]["environment"] = f"{tmp_path / 'world.py'}:Hints"
+    values["training"]["max_steps"] = 4
+    del values["rewards"]
+    result = train({**values, "max_length": 48}, say=lambda line: None)
+    rows = [row for row in steps(result.run) if "reward" in row]
+    assert all(0 <= row["reward"] <= 1 for row in rows)
+    assert all(row["sampling/gap"] < 1e-4 for row in rows)
+    # the environment's words are no part of what the model wrote; some episodes end in the first turn, for want of room
+    assert all(0 < row["completions/mean_length"] <= 20 for row in rows)
+    samples = json.loads((result.run / "evaluation.json").read_text())["samples"]
+    assert any("tell me" in sample["after"] for sample in samples)
+
+
+def test_what_stands_between_two_turns(tokenizer: Any) -> None:
+    from ft_rl.episodes import bridge
+
+    end = tokenizer.eos_token_id
+    between = bridge(tokenizer, "what do you know", frozenset({end}))
+    assert tokenizer.decode(between) == "<user> what do you know <eos> <assistant>"

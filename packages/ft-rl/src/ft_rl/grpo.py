@@ -6,7 +6,7 @@ of packed rows and the chunked head; the loss is TRL's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from ft_core.config import TrainConfig
     from ft_core.evaluation import Evaluation, EvaluationJob
     from ft_core.training import Job
+    from ft_rl.environments import EnvironmentClass
+    from ft_rl.rewards import Rewards
 
 __all__ = [
     "GrpoSettings", "GspoSettings", "WritingSettings", "build", "evaluate", "generations_of", "prompts_dataset",
+    "scored_by",
 ]  # fmt: skip
 
 GENERATIONS = 8
 """Completions of a prompt where nothing else is said."""
+AT_ONCE = 32
+"""Held-out prompts that are answered at a time."""
 
 
 class WritingSettings(BaseModel):
@@ -40,6 +45,9 @@ class WritingSettings(BaseModel):
         sampling_correction: ``auto`` corrects the gradient for the gap between the engine's log-probabilities and the
             trainer's where its mean is above ``sampling_bound``; ``always``, ``never``.
         sampling_bound: nats. sampling_clip_max: the largest factor of a token (truncated importance sampling).
+        environment: ``file.py:Class`` of yours, which takes turns with the model (``reset`` and ``step``), or has tools
+            that it calls, as TRL's ``environment_factory``; what an episode was worth is a reward beside ``rewards``.
+        max_turns: of the model in an episode; ``max_completion_length`` is that of all of it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,6 +64,8 @@ class WritingSettings(BaseModel):
     sampling_correction: Literal["auto", "always", "never"] = "auto"
     sampling_bound: float = Field(default=0.02, ge=0, allow_inf_nan=False)
     sampling_clip_max: float = Field(default=2.0, ge=1, allow_inf_nan=False)
+    environment: str | None = None
+    max_turns: int = Field(default=4, ge=1)
 
     @field_validator("rollouts")
     @classmethod
@@ -67,7 +77,7 @@ class WritingSettings(BaseModel):
     @property
     def given_to_trl(self) -> dict[str, Any]:
         """The values that go to TRL's configuration under the same names."""
-        ours = {"rollouts", "sampling_correction", "sampling_bound", "sampling_clip_max"}
+        ours = {"rollouts", "sampling_correction", "sampling_bound", "sampling_clip_max", "environment", "max_turns"}
         return self.model_dump(exclude=ours & set(type(self).model_fields))
 
 
@@ -162,14 +172,13 @@ def build(job: Job) -> Trainer:
     from ft_core.training.sft import check_head
     from ft_rl.grpo_trainer import GrpoTrainer
     from ft_rl.reference import check_reference
-    from ft_rl.rewards import resolve_rewards
 
     settings = job.settings
     assert isinstance(settings, GrpoSettings)
     check_head(job.model)
     if settings.beta:
         check_reference(job.config)
-    rewards = resolve_rewards(job.config.rewards, say=job.say)
+    world, rewards = scored_by(job.config, settings, job.say)
     generations = generations_of(job.config, settings, Ranks().count)
     train = prompts_dataset(job, job.train_rows, "train")
     held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
@@ -189,6 +198,7 @@ def build(job: Job) -> Trainer:
     return GrpoTrainer(
         job,
         settings,
+        world,
         model=job.model,
         reward_funcs=list(rewards.functions),
         args=arguments,
@@ -197,6 +207,25 @@ def build(job: Job) -> Trainer:
         processing_class=job.tokenizer,
         callbacks=job.callbacks,
     )
+
+
+def scored_by(
+    config: TrainConfig, settings: WritingSettings, say: Callable[[str], None]
+) -> tuple[EnvironmentClass | None, Rewards]:
+    """The environment that a configuration names, and its rewards, which may be none where the environment has its own.
+
+    Raises:
+        ConfigError: as :func:`ft_rl.environments.resolve_environment` and :func:`ft_rl.rewards.resolve_rewards`.
+    """
+    from ft_rl.environments import resolve_environment
+    from ft_rl.rewards import Rewards, resolve_rewards
+
+    if settings.environment is None:
+        return None, resolve_rewards(config.rewards, say=say)
+    world = resolve_environment(settings.environment, f"{config.method}.environment")
+    if world.owns_reward and not config.rewards:
+        return world, Rewards(())
+    return world, resolve_rewards(config.rewards, say=say)
 
 
 def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
@@ -237,7 +266,9 @@ def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
 
 
 def evaluate(job: EvaluationJob) -> Evaluation:
-    """The rewards of the model's likeliest completions (greedy) of held-out prompts.
+    """The rewards of the model's likeliest completions (greedy) of held-out prompts, or of episodes with its turns.
+
+    Tools of an environment are not called here.
 
     ``reward`` is the mean weighted sum; then each reward's mean, by its name, where there are several; ``length``, the
     mean number of a completion's tokens.
@@ -246,41 +277,54 @@ def evaluate(job: EvaluationJob) -> Evaluation:
         ConfigError, DataError: as :func:`build`.
     """
     from ft_core.evaluation import Evaluation, Sample
+    from ft_rl.episodes import REWARD, Episodes
     from ft_rl.pairs import show
     from ft_rl.prompts import as_completion, prompt_ids
-    from ft_rl.rewards import resolve_rewards
     from ft_rl.rollouts.own_model import OwnModel
     from ft_rl.rollouts.protocol import EngineJob, Sampling
     from ft_rl.stops import stops_of
 
-    rewards = resolve_rewards(job.config.rewards)
-    new = int(getattr(job.settings, "max_completion_length", job.max_new_tokens))
-    options = getattr(job.settings, "chat_template_kwargs", None)
-    ids = [prompt_ids(row["prompt"], job.tokenizer, options, f"row {i}") for i, row in enumerate(job.rows, 1)]
-    stops = stops_of(job.model, job.tokenizer)
+    assert isinstance(job.settings, WritingSettings)
+    world, rewards = scored_by(job.config, job.settings, print)
+    options, new = job.settings.chat_template_kwargs, job.settings.max_completion_length
+    sampling = Sampling(new, 0.0, stops=stops_of(job.model, job.tokenizer))
     engine = OwnModel(EngineJob(job.model, job.tokenizer, {}, None, print))
-    written, at_once = [], 32
-    for start in range(0, len(ids), at_once):
-        job.progress(start, len(ids), "completions")
-        given = ids[start : start + at_once]
-        written += [one[0] for one in engine.generate(given, 1, Sampling(new, 0.0, stops=stops), step=0)]
-    job.progress(len(ids), len(ids), "completions")
-    texts = [job.tokenizer.decode(one.ids, skip_special_tokens=True) for one in written]
     prompts = [row["prompt"] for row in job.rows]
-    columns = {name: [row.get(name) for row in job.rows] for name in job.rows[0] if name != "prompt"}
-    completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    each, totals = rewards.score(prompts, completions, completion_ids=[one.ids for one in written], **columns)
+    columns: dict[str, Any] = {name: [row.get(name) for row in job.rows] for name in job.rows[0] if name != "prompt"}
+    ids: list[list[int]] = []
+    completions: list[Any] = []
+    for start in range(0, len(prompts), AT_ONCE):
+        job.progress(start, len(prompts), "completions")
+        given = prompts[start : start + AT_ONCE]
+        if world is not None and world.kind == "turns":
+            rows = job.rows[start : start + AT_ONCE]
+            played = Episodes(world, engine, job.tokenizer, sampling, job.settings.max_turns, options)
+            for one in played.written(given, rows, step=0):
+                assert one.episode is not None
+                ids.append(one.ids)
+                completions.append(one.episode.completion)
+                columns.setdefault(REWARD, []).append(one.episode.reward)
+            continue
+        tokens = [prompt_ids(p, job.tokenizer, options, f"row {start + i}") for i, p in enumerate(given, 1)]
+        ids += [one[0].ids for one in engine.generate(tokens, 1, sampling, step=0)]
+        texts = [job.tokenizer.decode(one, skip_special_tokens=True) for one in ids[start:]]
+        completions += map(as_completion, given, texts)
+    job.progress(len(prompts), len(prompts), "completions")
+    each, totals = rewards.score(prompts, completions, completion_ids=ids, **columns)
+    if REWARD in columns:
+        own = columns[REWARD]
+        totals = [(total or 0.0) + worth for total, worth in zip(totals, own, strict=True)] if totals else own
     metrics: dict[str, float | None] = {"reward": _mean(totals)}
     if len(rewards.names) > 1:
         metrics |= {name: _mean(values) for name, values in zip(rewards.names, each, strict=True)}
-    metrics["length"] = _mean([float(len(one.ids)) for one in written])
+    metrics["length"] = _mean([float(len(one)) for one in ids])
     samples: list[Sample] = []
     for i, prompt in enumerate(prompts[: 16 if job.answers is None else job.answers]):
         asked = show(prompt)
         if any(sample.prompt == asked for sample in samples):
             asked = f"{asked} (row {i + 1})"
         score = "not scored" if totals[i] is None else f"reward {totals[i]:.3g}"
-        samples.append(Sample(asked, None, f"{texts[i]} [{score}]"))
+        samples.append(Sample(asked, None, f"{show(completions[i])} [{score}]"))
     return Evaluation(metrics, samples, len(job.rows))
 
 

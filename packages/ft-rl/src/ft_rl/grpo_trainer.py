@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 
 from ft_core.plugins import RolloutSpec, registry, resolve
 from ft_core.training.trainer import RunTrainerMixin
+from ft_rl.episodes import REWARD, Episodes, environment_reward
 from ft_rl.grpo import WritingSettings
 from ft_rl.prompts import prompt_ids
 from ft_rl.rollouts.protocol import Engine, EngineJob, Sampling
@@ -19,6 +20,7 @@ from ft_rl.trainers import PolicyTrainerMixin
 
 if TYPE_CHECKING:
     from ft_core.training import Job
+    from ft_rl.environments import EnvironmentClass
 
 __all__ = ["GrpoTrainer", "make_engine"]
 
@@ -47,10 +49,19 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, GRPOTrainer):
 
     fields = ("log_probs", "entropy")
 
-    def __init__(self, job: Job, settings: WritingSettings, **kwargs: Any) -> None:
+    def __init__(
+        self, job: Job, settings: WritingSettings, world: EnvironmentClass | None = None, **kwargs: Any
+    ) -> None:
         self.engine = make_engine(job, settings)
-        self._job, self._own = job, settings
+        self._job, self._own, self._world = job, settings, world
         self._batch: dict[str, Any] | None = None
+        self._rows: list[dict[str, Any]] = []
+        if world is not None and world.kind == "tools":
+            kwargs["environment_factory"] = world.make
+        elif world is not None:
+            kwargs["rollout_func"] = self._play
+            kwargs["reward_funcs"] = [*kwargs["reward_funcs"], environment_reward]
+            kwargs["args"].reward_weights = [*kwargs["args"].reward_weights, 1.0]
         super().__init__(**kwargs)
         stops = stops_of(self.model, job.tokenizer)
         self.eos_token_ids: list[int] = sorted(stops.union(self.eos_token_ids))
@@ -103,6 +114,28 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, GRPOTrainer):
             made = self.engine.generate(unique, copies, self._sampling, step=int(self.state.global_step))
         flat = [completion for group in made for completion in group]
         return [one.ids for one in flat], [one.logprobs for one in flat]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = inputs
+        made: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        return made
+
+    def _play(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """What TRL asks of a ``rollout_func``: one episode for each row of the batch."""
+        assert self._world is not None
+        player = Episodes(
+            self._world, self.engine, self.processing_class, self._sampling, self._own.max_turns,
+            self._own.chat_template_kwargs,
+        )  # fmt: skip
+        with self.accelerator.autocast():
+            made = player.written(prompts, self._rows, step=int(self.state.global_step))
+        return {
+            "prompt_ids": [one.prompt for one in made],
+            "completion_ids": [one.ids for one in made],
+            "logprobs": [one.logprobs for one in made],
+            "env_mask": [one.mask for one in made],
+            REWARD: [one.episode.reward for one in made if one.episode is not None],
+        }
 
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         self._batch = dict(inputs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ft_core.errors import ConfigError, DataError
-from ft_rl.grpo import WritingSettings, evaluate, prompts_dataset
+from ft_rl.grpo import WritingSettings, evaluate, prompts_dataset, scored_by
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -66,7 +66,6 @@ def build(job: Job) -> Trainer:
     from ft_core.training.sft import check_head
     from ft_rl.ppo_trainer import PpoTrainer
     from ft_rl.reference import check_reference
-    from ft_rl.rewards import resolve_rewards
 
     settings, config = job.settings, job.config
     assert isinstance(settings, PpoSettings)
@@ -80,7 +79,7 @@ def build(job: Job) -> Trainer:
         raise ConfigError(f"method: ppo does not know the family {job.model.config.model_type} (see ft models)")
     if settings.kl_target is not None and not settings.kl_coef:
         raise ConfigError("ppo.kl_target: needs a ppo.kl_coef above 0 to begin with")
-    rewards = resolve_rewards(config.rewards, say=job.say)
+    world, rewards = scored_by(config, settings, job.say)
     train = prompts_dataset(job, job.train_rows, "train")
     held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
     rewards.check_columns(train.column_names)
@@ -105,6 +104,7 @@ def build(job: Job) -> Trainer:
     return PpoTrainer(
         job,
         settings,
+        world,
         model=job.model,
         reward_funcs=list(rewards.functions),
         args=arguments,

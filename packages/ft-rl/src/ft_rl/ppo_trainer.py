@@ -28,6 +28,7 @@ from ft_rl.values import ValueModel
 
 if TYPE_CHECKING:
     from ft_core.training import Job
+    from ft_rl.environments import EnvironmentClass
 
 __all__ = ["PpoTrainer"]
 
@@ -39,8 +40,8 @@ class PpoTrainer(GrpoTrainer):
         value_model: the values. controller: of the divergence's weight.
     """
 
-    def __init__(self, job: Job, settings: PpoSettings, **kwargs: Any) -> None:
-        super().__init__(job, settings, **kwargs)
+    def __init__(self, job: Job, settings: PpoSettings, world: EnvironmentClass | None = None, **kwargs: Any) -> None:
+        super().__init__(job, settings, world, **kwargs)
         self._ppo = settings
         assert self.policy is not None  # the family is known
         self.value_model = ValueModel(self.model, self.policy)
@@ -68,7 +69,7 @@ class PpoTrainer(GrpoTrainer):
         """As TRL's; then values, rewards of tokens, and from them advantages and returns ``[B, T]``."""
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         assert self._scores is not None
-        scores, mask = self._scores, batch["completion_mask"].bool()
+        scores, mask = self._scores, _trained(batch)
         if self._ppo.missing_eos_penalty is not None:
             scores = scores - self._ppo.missing_eos_penalty * (~self._ended(batch)).float()
         size = self.args.per_device_train_batch_size
@@ -111,11 +112,12 @@ class PpoTrainer(GrpoTrainer):
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """Equations 7 and 9 of the paper. The values' part is differentiated at once, by their own adapter."""
         batch = dict(inputs)
-        mask, items = batch["completion_mask"].bool(), batch["num_items_in_batch"]
+        mask, items = _trained(batch), batch["num_items_in_batch"]
         with self.value_model.active():  # first, so that the two passes' activations do not wait side by side
             known, returns = (flatten(batch[name], mask)[0] for name in ("values", "returns"))
+            values = flatten(unflatten(self._values(batch), batch["completion_mask"]), mask)[0]
             value_loss, of_values = ppo_value(
-                self._values(batch), known, returns, clip_range=self._ppo.cliprange_value, num_items=items
+                values, known, returns, clip_range=self._ppo.cliprange_value, num_items=items
             )
             value_loss = self._ppo.vf_coef * value_loss
             if torch.is_grad_enabled():
@@ -155,6 +157,12 @@ class PpoTrainer(GrpoTrainer):
 
 
 INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+def _trained(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens of completions are the model's own, bool ``[B, T]``: an environment's words are not."""
+    mask = batch["completion_mask"].bool()
+    return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
 
 
 def _asked(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
