@@ -1,6 +1,7 @@
-"""Preference and reinforcement learning for ft: reward modelling, with more methods to follow.
+"""Preference and reinforcement learning for ft.
 
-Installed, it gives ``ft train`` the method ``reward``. Its objectives are plain functions of tensors:
+Installed, it gives ``ft train`` the methods ``reward``, ``dpo``, ``orpo``, ``kto``, ``grpo``, ``gspo`` and ``ppo``. Its
+objectives are plain functions of tensors:
 
 >>> from ft_rl.objectives import bradley_terry
 """

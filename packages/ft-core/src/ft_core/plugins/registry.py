@@ -21,7 +21,7 @@ S = TypeVar("S", bound=Spec)
 OWN = ("ft-core", "ft-kernels", "ft-rl", "ft-vision", "ft-speech", "ft-export")
 
 EXTRAS: dict[str, dict[str, str]] = {
-    "ft.methods": {"reward": "rl"},
+    "ft.methods": dict.fromkeys(("reward", "dpo", "orpo", "kto", "grpo", "gspo", "ppo"), "rl"),
     "ft.rewards": dict.fromkeys(
         (
             "exact-match",
@@ -39,7 +39,8 @@ EXTRAS: dict[str, dict[str, str]] = {
         "rl",
     ),
     "ft.modalities": {"vision": "vision", "stt": "speech"},
-    "ft.exporters": {"gguf": "export"},
+    "ft.rollouts": {"transformers": "rl"},
+    "ft.exporters": dict.fromkeys(("gguf", "ollama", "open-webui", "vllm", "sglang", "hub"), "export"),
     "ft.commands": {"merge": "export"},
 }
 """The extra of ft-core that brings a name that is known but not there."""
