@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,7 +63,9 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, GRPOTrainer):
             kwargs["rollout_func"] = self._play
             kwargs["reward_funcs"] = [*kwargs["reward_funcs"], environment_reward]
             kwargs["args"].reward_weights = [*kwargs["args"].reward_weights, 1.0]
-        super().__init__(**kwargs)
+        with warnings.catch_warnings():  # that TRL may change these is for us to follow, not for who trains
+            warnings.filterwarnings("ignore", message="You are using '(rollout_func|environment_factory)'")
+            super().__init__(**kwargs)
         stops = stops_of(self.model, job.tokenizer)
         self.eos_token_ids: list[int] = sorted(stops.union(self.eos_token_ids))
         self._sampling = Sampling(

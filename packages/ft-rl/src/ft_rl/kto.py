@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -170,5 +171,7 @@ def _dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
         job.counts |= {"overlong_rows": data.overlong}
         wanted = sum(data.labels)
         job.say(f"{wanted} wanted and {len(data.labels) - wanted} unwanted answers")
+    order = list(range(len(data.ids)))
+    random.Random(job.config.training.seed).shuffle(order)
     columns = {"completion_ids": data.ids, "prompt_length": data.prompt_lengths, "label": data.labels}
-    return Dataset.from_dict(columns).shuffle(seed=job.config.training.seed).flatten_indices()
+    return Dataset.from_dict({column: [values[i] for i in order] for column, values in columns.items()})
