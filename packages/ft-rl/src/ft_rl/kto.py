@@ -173,5 +173,9 @@ def _dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
         job.say(f"{wanted} wanted and {len(data.labels) - wanted} unwanted answers")
     order = list(range(len(data.ids)))
     random.Random(job.config.training.seed).shuffle(order)
-    columns = {"completion_ids": data.ids, "prompt_length": data.prompt_lengths, "label": data.labels}
+    columns: dict[str, list[Any]] = {
+        "completion_ids": data.ids,
+        "prompt_length": data.prompt_lengths,
+        "label": data.labels,
+    }
     return Dataset.from_dict({column: [values[i] for i in order] for column, values in columns.items()})
