@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from ft_core.training.trainer import RunTrainerMixin
 from ft_rl.episodes import REWARD, Episodes, environment_reward
 from ft_rl.grpo import WritingSettings
 from ft_rl.prompts import prompt_ids
+from ft_rl.rollouts.kept import load_kept, save_kept
 from ft_rl.rollouts.protocol import Engine, EngineJob, Sampling
 from ft_rl.stops import stops_of
 from ft_rl.trainers import PolicyTrainerMixin
@@ -176,6 +178,20 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, GRPOTrainer):
             ratio = difference.exp().clamp(max=self._own.sampling_clip_max)
             mode["sampling/ratio"].append(float((ratio * mask).sum() / count))
             batch["advantages"] = batch["advantages"].view(len(mask), -1) * ratio
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As transformers', in each process; then the completions that the next updates will use."""
+        super()._save_rng_state(output_dir)
+        due = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        kept = [] if due else self._buffered_inputs or []
+        save_kept(Path(output_dir), self.args.process_index, self._step, kept)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        found = load_kept(Path(resume_from_checkpoint), self.args.process_index, self.accelerator.device)
+        if found is not None:
+            self._step, kept = found
+            self._buffered_inputs = kept or None
 
 
 def _grouped(prompts: list[list[int]]) -> tuple[list[list[int]], int]:

@@ -76,9 +76,13 @@ class ValueModel:
         (folder / STATE).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Take over what :meth:`save` wrote."""
+        """Take over what :meth:`save` wrote, once the adapters have been loaded.
+
+        transformers loads every adapter but the one that is on as one that stays as it is.
+        """
         from safetensors.torch import load_file
 
+        self._all_trained()
         self.model.value_head.load_state_dict(load_file(folder / HEAD))
         found: dict[str, Any] = json.loads((folder / STATE).read_text())
         return found
