@@ -139,7 +139,8 @@ def test_killed_and_resumed(
     kill(processes, given, tmp_path, at, after=4)
     run = Path(given["output"])
     checkpoint = last_whole_checkpoint(run / "checkpoints")
-    assert checkpoint is not None and checkpoint.name == f"checkpoint-{SAVE_EVERY}"
+    assert checkpoint is not None
+    assert checkpoint.name == f"checkpoint-{SAVE_EVERY}"
     assert len(numbers(run)) == 4  # the fifth step is what was cut short
     said: list[str] = []
     assert train(given, resume=True, say=said.append).status == "finished"

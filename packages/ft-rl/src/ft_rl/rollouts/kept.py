@@ -1,8 +1,8 @@
 """Completions that serve several updates, in a checkpoint: without them a run that goes on would write others.
 
-TRL's GRPOTrainer keeps what it has generated for ``num_iterations`` × ``steps_per_generation`` micro-batches, and counts
-these; its checkpoints hold neither, so that a resumed run writes new completions, and goes on to renew them at other
-steps than before.
+TRL's GRPOTrainer keeps what it has generated for ``num_iterations`` × ``steps_per_generation`` micro-batches, and
+counts these; its checkpoints hold neither, so that a resumed run writes new completions, and goes on to renew them at
+other steps than before.
 """
 
 from __future__ import annotations
