@@ -53,6 +53,7 @@ class Run:
     CONFIG = "config.yaml"
     ENVIRONMENT = "environment.json"
     METRICS = "metrics.jsonl"
+    SAMPLES = "samples.jsonl"
     SUMMARY = "summary.json"
     HELD_OUT = "held_out.jsonl"
     EVALUATION = "evaluation.json"
@@ -276,25 +277,32 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``; a line that a crash cut short is passed over."""
-        path = self.path / self.METRICS
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-        return rows
+        return _rows(self.path / self.METRICS)
 
     def seconds_until(self, step: int) -> float:
         """How long the run had taken when it reached ``step``."""
         return max((row.get("seconds") or 0.0 for row in self.metrics() if row.get("step", 0) <= step), default=0.0)
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the metrics after ``step``, since a run that is resumed there writes them again."""
-        kept = [row for row in self.metrics() if row.get("step", 0) <= step]
-        write_text(self.path / self.METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+    def truncate(self, step: int) -> None:
+        """Drop metrics and samples after ``step``, since a run that is resumed there writes them again."""
+        for name in (self.METRICS, self.SAMPLES):
+            path = self.path / name
+            if name == self.SAMPLES and not path.is_file():
+                continue  # most methods write none
+            kept = [row for row in _rows(path) if row.get("step", 0) <= step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
 
 from ft_core.plugins import RolloutSpec, registry, resolve
 from ft_core.training.trainer import RunTrainerMixin
 from ft_rl.episodes import REWARD, Episodes, environment_reward
 from ft_rl.grpo import WritingSettings
 from ft_rl.prompts import prompt_ids
+from ft_rl.recording import RolloutRecords
 from ft_rl.rollouts.kept import load_kept, save_kept
 from ft_rl.rollouts.protocol import Engine, EngineJob, Sampling
 from ft_rl.stops import stops_of
@@ -43,7 +43,7 @@ def make_engine(job: Job, settings: WritingSettings) -> Engine:
     return made
 
 
-class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, GRPOTrainer):
+class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
     """TRL's trainer with whole checkpoints, no telemetry, the policy's head, and completions by an engine of ours.
 
     Attributes:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
-
+from ft_core.report.known import column, known_figures, metric_plot
 from ft_core.report.metrics import label
-from ft_core.report.numbers import memory, plain
+from ft_core.report.numbers import memory
 from ft_core.report.plots import Bar, Series, bar_plot, line_plot
 from ft_core.report.read import RunRecord, mapping, number
 from ft_core.report.series import smooth
@@ -25,22 +22,11 @@ _PHASES = {"load": "Load", "train": "Train", "evaluate": "Evaluate", "save": "Sa
 
 def figures(record: RunRecord) -> str:
     """All figures of a run, empty where nothing was recorded."""
-    own, left_out = _others(record)
-    plots = [_loss(record), _rate(record), _throughput(record), _memory(record), _phases(record), *own]
+    known, own, left_out = _others(record)
+    plots = [_loss(record), *known, _rate(record), _throughput(record), _memory(record), _phases(record), *own]
     plots = [plot for plot in plots if plot]
     note = f'<p class="note">{left_out} more metrics are in metrics.jsonl.</p>' if left_out else ""
     return f'<div class="figures">{"".join(plots)}</div>{note}' if plots else ""
-
-
-def _column(rows: Iterable[Mapping[str, Any]], key: str, scale: float = 1.0) -> tuple[list[float], list[float | None]]:
-    steps: list[float] = []
-    values: list[float | None] = []
-    for row in rows:
-        if key in row:
-            value = number(row[key])
-            steps.append(float(row["step"]))
-            values.append(None if value is None or not math.isfinite(value) else value / scale)
-    return steps, values
 
 
 def _loss(record: RunRecord) -> str:
@@ -52,19 +38,19 @@ def _loss(record: RunRecord) -> str:
         series.append(Series(f"smoothed over {span} steps", steps, smooth(values, span)))
     else:
         series.append(Series("training", steps, values))
-    at, held_out = _column(record.evals, "loss")
+    at, held_out = column(record.evals, "loss")
     series.append(Series("held-out data", at, held_out, "points"))
     return line_plot("loss", "Loss", series, marks=odd, marks_label="no finite loss", wide=True)
 
 
 def _rate(record: RunRecord) -> str:
     return line_plot(
-        "learning-rate", "Learning rate", [Series("learning rate", *_column(record.train, "learning_rate"))]
+        "learning-rate", "Learning rate", [Series("learning rate", *column(record.train, "learning_rate"))]
     )
 
 
 def _throughput(record: RunRecord) -> str:
-    steps, values = _column(record.train, "tokens_per_second")
+    steps, values = column(record.train, "tokens_per_second")
     series = [Series("each step", steps, values, "faint")]
     if len(steps) >= 24:
         span = smoothing_span(len(steps))
@@ -76,7 +62,7 @@ def _throughput(record: RunRecord) -> str:
 
 def _memory(record: RunRecord) -> str:
     return line_plot(
-        "memory", "Memory", [Series("peak so far", *_column(record.train, "memory", GIB))], unit="GiB, peak"
+        "memory", "Memory", [Series("peak so far", *column(record.train, "memory", GIB))], unit="GiB, peak"
     )
 
 
@@ -89,21 +75,18 @@ def _phases(record: RunRecord) -> str:
     return bar_plot("phases", "Peak memory", bars, unit="by the end of each phase")
 
 
-def _others(record: RunRecord) -> tuple[list[str], int]:
-    """A plot of every other number, the method's own first (training and held-out in one), and how many have none."""
+def _others(record: RunRecord) -> tuple[list[str], list[str], int]:
+    """Plots of the numbers that are known by name, of every other one, and how many have none.
+
+    Each shows training and held-out data in one; what every method has, the gradient's norm, comes last.
+    """
     keys: dict[str, None] = {}
     for row in (*record.train, *record.evals):
         keys.update((key, None) for key, value in row.items() if key not in _KNOWN and number(value) is not None)
-    order = sorted(keys, key=lambda key: key == "grad_norm")
-    plots = []
-    for i, key in enumerate(order[:MOST]):
-        steps, values = _column(record.train, key)
-        at, held_out = _column(record.evals, key)
-        long = len(steps) >= 24
-        series = [Series("each step" if long else "training", steps, values, "faint" if long else "line")]
-        if long:
-            span = smoothing_span(len(steps))
-            series.append(Series(f"smoothed over {span} steps", steps, smooth(values, span)))
-        series.append(Series("held-out data", at, held_out, "points"))
-        plots.append(line_plot(f"metric-{i}", label(key), series, zero=key == "grad_norm", show=plain))
-    return plots, max(0, len(order) - MOST)
+    known, taken = known_figures(record, list(keys))
+    order = sorted((key for key in keys if key not in taken), key=lambda key: key == "grad_norm")
+    plots = [
+        metric_plot(record, f"metric-{i}", label(key), [(key, label(key))], zero=key == "grad_norm")
+        for i, key in enumerate(order[:MOST])
+    ]
+    return known, plots, max(0, len(order) - MOST)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.resources import files as resources
 
 from ft_core.report import sections
+from ft_core.report.completions import completions
 from ft_core.report.figures import figures
 from ft_core.report.html import text
 from ft_core.report.read import RunRecord
@@ -54,6 +55,7 @@ def _body(record: RunRecord, run: str) -> Iterator[str]:
     yield _section("evaluation", "Before and after", sections.evaluation(record))
     drawn = figures(record)
     yield _section("training", "Training", drawn or '<p class="note">No step is recorded in metrics.jsonl yet.</p>')
+    yield _section("completions", "Best and worst completions", completions(record))
     yield _section("samples", "Sample answers", sections.samples(record))
     yield '<div class="columns"><div>'
     yield _section("configuration", "Configuration", sections.configuration(record))

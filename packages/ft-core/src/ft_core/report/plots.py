@@ -16,10 +16,14 @@ from typing import Literal
 from ft_core.report.numbers import MINUS, plain
 from ft_core.report.series import Axis, downsample, linear_axis, log_axis
 
-__all__ = ["Bar", "Series", "bar_plot", "line_plot"]
+__all__ = ["Bar", "Series", "Style", "bar_plot", "line_plot"]
 
 WIDTH, HEIGHT = 1000, 400
 """The stretched coordinate system, in units that mean nothing outside it."""
+
+
+Style = Literal["line", "second", "third", "fourth", "fifth", "faint", "points"]
+"""How a series is drawn: lines that colour and dashes tell apart, one that stays behind the others, or points."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Series:
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
-    style: Literal["line", "faint", "points"] = "line"
+    style: Style = "line"
 
 
 @dataclass(frozen=True)

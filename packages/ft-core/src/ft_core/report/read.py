@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class RunRecord:
         summary, evaluation: likewise, None where there is none.
         train, evals: the lines of ``metrics.jsonl`` of either kind, by rising step; of two lines for one step (a run
             that was resumed) the later counts.
+        samples: the lines of ``samples.jsonl``, by step and then by their rank, ``best`` or ``worst``.
         skipped_lines: lines of ``metrics.jsonl`` that did not parse.
         notes: a sentence for each file that is there but cannot be used.
     """
@@ -38,6 +39,7 @@ class RunRecord:
     evaluation: Mapping[str, Any] | None = None
     train: tuple[Mapping[str, Any], ...] = ()
     evals: tuple[Mapping[str, Any], ...] = ()
+    samples: Mapping[float, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     skipped_lines: int = 0
     notes: tuple[str, ...] = ()
 
@@ -86,6 +88,7 @@ def read_run(run: Path) -> RunRecord:
         evaluation=_read_json(run / "evaluation.json", notes),
         train=train,
         evals=evals,
+        samples=_read_samples(run / "samples.jsonl", notes),
         skipped_lines=skipped,
         notes=tuple(notes),
     )
@@ -131,11 +134,8 @@ def _read_config(path: Path, notes: list[str]) -> Mapping[str, Any]:
     return value
 
 
-def _read_metrics(
-    path: Path, notes: list[str]
-) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...], int]:
-    kinds: dict[str, dict[float, Mapping[str, Any]]] = {"train": {}, "eval": {}}
-    skipped = 0
+def _rows(path: Path, notes: list[str]) -> Iterator[tuple[float, Mapping[str, Any]] | None]:
+    """Each line's step and content; None for one that is no JSON object with a step."""
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
@@ -144,17 +144,33 @@ def _read_metrics(
                 try:
                     row = json.loads(line)
                     step = number(row["step"])
-                    if step is None or not math.isfinite(step):
-                        raise ValueError("no step")
-                    kind = kinds.get(row["kind"])
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    skipped += 1
-                    continue
-                if kind is not None:  # a kind of a later version is none of ours, and no damage
-                    kind[step] = row
+                    step = None
+                yield None if step is None or not math.isfinite(step) else (step, row)
     except FileNotFoundError:
-        pass
+        return
     except OSError as error:
         notes.append(f"{path.name} cannot be read ({error.strerror or error}).")
+
+
+def _read_metrics(
+    path: Path, notes: list[str]
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...], int]:
+    kinds: dict[str, dict[float, Mapping[str, Any]]] = {"train": {}, "eval": {}}
+    skipped = 0
+    for found in _rows(path, notes):
+        kind = None if found is None else found[1].get("kind")
+        if found is None or kind is None or isinstance(kind, dict | list):
+            skipped += 1
+        elif kind in kinds:  # a kind of a later version is none of ours, and no damage
+            kinds[kind][found[0]] = found[1]
     train, evals = (tuple(rows[step] for step in sorted(rows)) for rows in kinds.values())
     return train, evals, skipped
+
+
+def _read_samples(path: Path, notes: list[str]) -> dict[float, dict[str, Mapping[str, Any]]]:
+    steps: dict[float, dict[str, Mapping[str, Any]]] = {}
+    for found in _rows(path, notes):
+        if found is not None and found[1].get("rank") in ("best", "worst"):
+            steps.setdefault(found[0], {})[found[1]["rank"]] = found[1]
+    return steps

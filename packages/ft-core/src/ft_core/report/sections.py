@@ -261,6 +261,7 @@ def files(record: RunRecord) -> str:
         "evaluation.json": "before and after, with all samples",
         "evaluation-partial.json": "a later look at fewer rows or answers",
         "metrics.jsonl": "one line a step",
+        "samples.jsonl": "best and worst completions",
         "summary.json": "counts, times, memory",
         "config.yaml": "the configuration, resolved",
         "environment.json": "machine and versions",

@@ -213,7 +213,7 @@ class _Session:
             self.memory["measure"] = peak_memory()
             count_peak_anew()
         if self.ranks.is_main:
-            run.truncate_metrics(self.step)
+            run.truncate(self.step)
         # What was measured before training must not change the training.
         set_seed(job.config.training.seed)
         try:
