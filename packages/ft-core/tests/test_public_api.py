@@ -296,8 +296,10 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.quickstart": [],
     "ft_core.quickstart.dates": ["LOCALES", "SYSTEM", "make"],
     "ft_core.report": ["write_report"],
+    "ft_core.report.completions": ["completions"],
     "ft_core.report.figures": ["figures"],
     "ft_core.report.html": ["fold", "table", "text"],
+    "ft_core.report.known": ["Group", "column", "known_figures", "metric_plot"],
     "ft_core.report.metrics": ["Metric", "label", "metrics_of"],
     "ft_core.report.numbers": [
         "DASH",
@@ -312,7 +314,7 @@ EXPECTED: dict[str, list[str]] = {
         "plain",
     ],
     "ft_core.report.page": ["build_page"],
-    "ft_core.report.plots": ["Bar", "Series", "bar_plot", "line_plot"],
+    "ft_core.report.plots": ["Bar", "Series", "Style", "bar_plot", "line_plot"],
     "ft_core.report.read": ["RunRecord", "mapping", "number", "read_run"],
     "ft_core.report.sections": [
         "commands",

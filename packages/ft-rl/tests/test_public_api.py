@@ -115,6 +115,11 @@ EXPECTED = {
     "ft_rl.stops": ["stops_of"],
     "ft_rl.trainers": ["PolicyTrainerMixin"],
     "ft_rl.values": ["ADAPTER", "ValueModel"],
+    "ft_rl.pairs": ["Pairs", "show", "tokenize_pairs"],
+    "ft_rl.plugin": ["REWARD"],
+    "ft_rl.recording": ["RolloutRecords", "shares"],
+    "ft_rl.reward": ["RewardSettings", "build", "evaluate"],
+    "ft_rl.samples_log": ["SamplesLog", "best_and_worst", "readable"],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_a_long_run_is_recorded_now_and_then(tmp_path: Path) -> None:
     assert 400 <= len(steps) <= 500
     assert steps[0] == 1
     assert steps[-1] > 99_500
-    assert max(after - before for before, after in zip(steps, steps[1:], strict=False)) <= 204
+    assert max(after - before for before, after in itertools.pairwise(steps)) <= 204
 
 
 def test_messages_become_text() -> None:

@@ -12,7 +12,7 @@ import pytest
 from ft_core.errors import FtError
 from ft_core.training import train
 
-REWARDS = '''
+REWARDS = """
 import os, pathlib
 KIND = {"please", "gladly", "thanks", "welcome", "sure"}
 HERE = pathlib.Path(__file__).parent
@@ -28,7 +28,7 @@ def kindness(prompts, completions, **columns):
 
 def brevity(prompts, completions, **columns):
     return [-float(len(text.split())) for text in completions]
-'''
+"""
 STEPS = 5
 
 
@@ -65,8 +65,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def plots(page: str) -> dict[str, dict[str, list[float]]]:
     """The values of each plot on a page, by its id and the labels of its lines."""
-    found = re.findall(r'<figure id="([^"]+)".*?<script type="application/json">(.*?)</script>', page, re.DOTALL)
-    return {name: {s["label"]: s["y"] for s in json.loads(data)["series"]} for name, data in found}
+    shown = {}
+    for figure in re.findall(r"<figure .*?</figure>", page, re.DOTALL):
+        data = re.search(r'<script type="application/json">(.*?)</script>', figure)
+        if data:  # bars have none
+            name = re.match(r'<figure id="([^"]+)"', figure)[1]
+            shown[name] = {series["label"]: series["y"] for series in json.loads(data[1])["series"]}
+    return shown
 
 
 @pytest.fixture(scope="module")

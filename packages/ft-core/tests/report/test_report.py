@@ -166,11 +166,12 @@ def test_of_a_step_twice_the_later_line_counts(make_run: MakeRun) -> None:
 
 
 def test_a_methods_own_numbers_get_plots(make_run: MakeRun) -> None:
-    rows = train_rows(3, **{"rewards/margins": 0.5, "note": "text", "flag": True})
+    rows = train_rows(3, **{"rewards/margins": 0.5, "speech/rate": 3.0, "note": "text", "flag": True})
     rows.append({"kind": "eval", "step": 3, "loss": 1.0, "accuracy": 0.7})
     page = Page(write_report(make_run(metrics=rows)))
-    assert "Rewards margins" in page.text
+    assert "Margin chosen above rejected" in page.text
     assert "Accuracy" in page.text
+    assert "Speech rate" in page.text
     assert not {"Note", "Flag"} & set(page.text.split())
 
 

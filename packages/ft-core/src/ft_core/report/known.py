@@ -34,17 +34,19 @@ class Group:
         name: an id. title, unit: the heading.
         members: names of metrics, each with its label. ``*`` in a name stands for any words, which are ``*`` in the
             label.
+        unless: a metric; where this group has but one line, and that is the metric's, there is no second plot of it.
     """
 
     name: str
     title: str
     unit: str
     members: tuple[tuple[str, str], ...]
+    unless: str | None = None
 
 
 KNOWN = (
     Group("reward", "Reward", "mean of a step's completions", (("reward", "total"), ("rewards/*/share", "*"))),
-    Group("each-reward", "Each reward", "mean, before its weight", (("rewards/*/mean", "*"),)),
+    Group("each-reward", "Each reward", "mean, before its weight", (("rewards/*/mean", "*"),), unless="reward"),
     Group("reward-spread", "Spread of rewards", "standard deviation", (("reward_std", "all completions"),)),
     Group(
         "ties",
@@ -146,23 +148,27 @@ def metric_plot(
 
 
 def known_figures(record: RunRecord, keys: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Plots of those of a run's metrics that the table knows, in its order, and which metrics they show.
-
-    A group of which another plot shows every line already is left out: one reward alone is the total.
-    """
+    """Plots of those of a run's metrics that the table knows, in its order, and which metrics they show."""
     plots: list[str] = []
     taken: set[str] = set()
-    drawn: list[tuple[list[float], list[float | None]]] = []
     for group in KNOWN:
         found = [(key, label) for name, label in group.members for key, label in _matching(keys, name, label)]
         found = found[: len(STYLES)]
-        columns = [column(record.train, key) for key, _ in found]
         taken.update(key for key, _ in found)
-        if not found or all(one[0] and one in drawn for one in columns):
+        if group.unless and len(found) == 1 and _same(record, found[0][0], group.unless):
             continue
-        drawn += columns
-        plots.append(metric_plot(record, f"known-{group.name}", group.title, found, unit=group.unit))
+        if found:
+            plots.append(metric_plot(record, f"known-{group.name}", group.title, found, unit=group.unit))
     return [plot for plot in plots if plot], taken
+
+
+def _same(record: RunRecord, one: str, other: str) -> bool:
+    """Whether two metrics were recorded at the same steps with values that float32 could not tell apart."""
+    (steps, values), (at, others) = column(record.train, one), column(record.train, other)
+    return steps == at and all(
+        a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
+        for a, b in zip(values, others, strict=True)
+    )
 
 
 def _matching(keys: Iterable[str], name: str, label: str) -> list[tuple[str, str]]:
