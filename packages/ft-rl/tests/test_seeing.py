@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_the_samples_are_those_of_each_step(whole: Path) -> None:
 def test_the_report_of_a_rollout_method(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     shown = plots(page)
-    for name in ("reward", "each-reward", "entropy", "clipped", "length", "cut", "gap", "written", "rollouts"):
+    for name in ("reward", "each-reward", "ties", "step-time", "entropy", "clipped", "length", "cut", "gap", "written", "rollouts"):
         assert f"known-{name}" in shown, name
     assert not [name for name in shown if "margin" in name]
     metrics = [row for row in lines(whole / "metrics.jsonl") if row["kind"] == "train"]
@@ -126,7 +127,7 @@ def test_the_report_of_a_rollout_method(whole: Path) -> None:
     told = re.findall(r"(best|worst) of step (\d+)", section)
     assert told == [(rank, str(step)) for step in (1, 3, 4, 5) for rank in ("best", "worst")]
     for rank, step in told:
-        assert samples[int(step), rank]["completion"] in section
+        assert escape(samples[int(step), rank]["completion"]) in section
     assert "further step are in samples.jsonl" in section
     assert "samples.jsonl" in page.split('<section id="files"')[1]
 
@@ -146,6 +147,7 @@ def test_the_reports_of_other_methods(
     assert {f"known-{name}" for name in there} <= set(plots(page))
     assert (run / "samples.jsonl").exists() == (method == "ppo")
     assert ('<section id="completions"' in page) == (method == "ppo")
+    assert "known-ties" not in plots(page)  # there are no groups
     if method == "ppo":  # completions of step 1 serve four steps
         assert [row["step"] for row in lines(run / "samples.jsonl")] == [1, 1, 5, 5]
 

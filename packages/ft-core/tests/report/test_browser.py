@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,26 +29,40 @@ def page(make_run: MakeRun) -> Path:
             "memory": 70 * 2**30,
             "seconds": step,
             "rewards/chosen_and_rejected": step - 50.0,
+            "reward": step * 1e3,
+            **{f"rewards/{word}{i}/share": step * i * 1e3 for i in range(5)},
         }
         for step in range(1, 101)
     ]
     sample = {"prompt": word, "expected": word, "before": "<script>document.title='owned'</script>", "after": word * 3}
-    return write_report(
-        make_run(
-            name="a-run-with-a-rather-long-name-that-has-to-go-somewhere",
-            metrics=[*rows, {"kind": "eval", "step": 100, "loss": 0.5}],
-            evaluation={
-                "data": "held_out.jsonl",
-                "rows": 100,
-                "metrics": {
-                    "exact_match": {"before": 0.03, "after": 0.98},
-                    "perplexity": {"before": 1.2e9, "after": 1.0206},
-                    "mean_length_of_the_answers": {"before": 12345.6, "after": None},
-                },
-                "samples": [sample] * 12,
+    run = make_run(
+        name="a-run-with-a-rather-long-name-that-has-to-go-somewhere",
+        metrics=[*rows, {"kind": "eval", "step": 100, "loss": 0.5}],
+        evaluation={
+            "data": "held_out.jsonl",
+            "rows": 100,
+            "metrics": {
+                "exact_match": {"before": 0.03, "after": 0.98},
+                "perplexity": {"before": 1.2e9, "after": 1.0206},
+                "mean_length_of_the_answers": {"before": 12345.6, "after": None},
             },
-        )
+            "samples": [sample] * 12,
+        },
     )
+    written = [
+        {
+            "step": step,
+            "rank": rank,
+            "reward": -12345.678,
+            "rewards": {word: 1.0, "b": 2.0},
+            "prompt": word,
+            "completion": word * 9,
+        }
+        for step in (1, 2, 3, 100_000)
+        for rank in ("best", "worst")
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    return write_report(run)
 
 
 def requests(browser: Any) -> list[str]:

@@ -82,7 +82,7 @@ def write_samples(run: Path, rows: list[dict[str, Any]], rest: str = "") -> Path
 
 def test_a_rollout_method_has_its_plots(make_run: MakeRun) -> None:
     rows = rollout_rows(10)
-    rows.append({"kind": "eval", "step": 10, "loss": 0.0, "reward": 0.75})
+    rows.append({"kind": "eval", "step": 10, "loss": 0.0, "reward": 0.75, "clip_ratio/region_mean": 0.0})
     shown = plots(page_of(make_run(metrics=rows)))
     heads = {name: head for name, (head, _) in shown.items()}
     assert list(heads) == [
@@ -98,6 +98,7 @@ def test_a_rollout_method_has_its_plots(make_run: MakeRun) -> None:
         assert reward[label]["y"] == pytest.approx([row[key] for row in rows[:10]], rel=1e-4)
     assert reward["total, held-out data"]["y"] == [0.75]
     assert list(shown["each-reward"][1]) == ["right", "short"]
+    assert list(shown["clipped"][1]) == ["training"]  # of held-out rows nothing is clipped
 
 
 def test_a_preference_method_has_its_plots(make_run: MakeRun) -> None:
@@ -118,10 +119,9 @@ def test_one_reward_alone_is_drawn_once(make_run: MakeRun) -> None:
 
 
 def test_a_long_run_is_smoothed_and_its_steps_stay(make_run: MakeRun) -> None:
-    shown = plots(page_of(make_run(metrics=rollout_rows(60))))["reward"][1]
-    assert [re.sub(r" over \d+ steps", "", label) for label in shown] == [
-        "total, each step", "total, smoothed", "right, smoothed", "short, smoothed",
-    ]  # fmt: skip
+    head, shown = plots(page_of(make_run(metrics=rollout_rows(60))))["reward"]
+    assert list(shown) == ["total, each step", "total", "right", "short"]
+    assert re.fullmatch(r"Reward mean of a step&#x27;s completions, smoothed over \d+ steps", head)
     raw, smoothed = (shown[label]["y"] for label in list(shown)[:2])
     assert max(raw) - min(raw) > max(smoothed) - min(smoothed)
 

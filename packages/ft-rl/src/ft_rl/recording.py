@@ -57,6 +57,9 @@ class RolloutRecords(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        mode, groups = ("train", self.num_generations) if self.model.training else ("eval", self.num_generations_eval)
+        if groups == 1:  # alone, a completion differs from none
+            self._metrics[mode].pop("frac_reward_zero_std", None)
         # A rollout outside of train(), where a step is timed, or of held-out prompts, is no sample of the training.
         if self.is_in_train and self.model.training and self.accelerator.is_main_process:
             self._write_samples(len(inputs) * self.accelerator.num_processes)

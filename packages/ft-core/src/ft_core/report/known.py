@@ -35,6 +35,8 @@ class Group:
         members: names of metrics, each with its label. ``*`` in a name stands for any words, which are ``*`` in the
             label.
         unless: a metric; where this group has but one line, and that is the metric's, there is no second plot of it.
+        held_out: whether the numbers mean anything of held-out rows, of which each prompt has one completion.
+        wide: for the full width of the page.
     """
 
     name: str
@@ -42,20 +44,41 @@ class Group:
     unit: str
     members: tuple[tuple[str, str], ...]
     unless: str | None = None
+    held_out: bool = True
+    wide: bool = False
 
 
 KNOWN = (
-    Group("reward", "Reward", "mean of a step's completions", (("reward", "total"), ("rewards/*/share", "*"))),
+    Group(
+        "reward",
+        "Reward",
+        "mean of a step's completions",
+        (("reward", "total"), ("rewards/*/share", "*")),
+        wide=True,
+    ),
     Group("each-reward", "Each reward", "mean, before its weight", (("rewards/*/mean", "*"),), unless="reward"),
-    Group("reward-spread", "Spread of rewards", "standard deviation", (("reward_std", "all completions"),)),
+    Group(
+        "reward-spread",
+        "Spread of rewards",
+        "standard deviation; each before its weight",
+        (("reward_std", "total"), ("rewards/*/std", "*")),
+        held_out=False,
+    ),
     Group(
         "ties",
         "Prompts without a difference",
         "share whose completions all have one reward",
         (("frac_reward_zero_std", "prompts"),),
+        held_out=False,
     ),
     Group("kl", "KL divergence", "from the reference", (("kl", "KL divergence"),)),
-    Group("policy-kl", "Change within a step", "KL divergence from the policy that wrote", (("approx_kl", "KL"),)),
+    Group(
+        "policy-kl",
+        "Change since the rollout",
+        "KL divergence from the policy that wrote",
+        (("approx_kl", "KL divergence"),),
+        held_out=False,
+    ),
     Group("entropy", "Entropy", "nats a token", (("entropy", "entropy"),)),
     Group(
         "clipped",
@@ -69,6 +92,7 @@ KNOWN = (
             ("cispo_clip_ratio", "weights"),
             ("value/clip_fraction", "values"),
         ),
+        held_out=False,
     ),
     Group(
         "length",
@@ -80,6 +104,16 @@ KNOWN = (
             ("completions/max_length", "longest"),
         ),
     ),
+    Group(
+        "ended",
+        "Length of those that ended",
+        "tokens",
+        (
+            ("completions/mean_terminated_length", "mean"),
+            ("completions/min_terminated_length", "shortest"),
+            ("completions/max_terminated_length", "longest"),
+        ),
+    ),
     Group("cut", "Cut off", "share of completions that did not end", (("completions/clipped_ratio", "cut off"),)),
     Group(
         "gap",
@@ -87,8 +121,22 @@ KNOWN = (
         "nats a token, between sampler and trainer",
         (("sampling/gap", "mean"), ("sampling/sampling_logp_difference/mean", "TRL's mean")),
     ),
+    Group("largest-gap", "Largest sampler gap", "nats, of a token", (("sampling/gap_max", "largest"),)),
+    Group(
+        "corrected",
+        "Corrected for the gap",
+        "share of micro-batches",
+        (("sampling/corrected", "corrected"),),
+        held_out=False,
+    ),
     Group("written", "Completions", "a step", (("completions/count", "completions"),)),
     Group("rollouts", "Rollout rate", "completions per second", (("completions/per_second", "written"),)),
+    Group(
+        "step-time",
+        "Time of a step",
+        "seconds",
+        (("step_time", "all of it"), ("completions/seconds", "writing completions")),
+    ),
     Group("margin", "Margin", "chosen above rejected", (("rewards/margins", "reward"), ("margin", "score"))),
     Group("accuracy", "Accuracy", "share", (("rewards/accuracies", "pairs"), ("accuracy", "accuracy"))),
     Group("odds", "Log odds ratio", "chosen to rejected", (("log_odds_ratio", "log odds ratio"),)),
@@ -99,6 +147,7 @@ KNOWN = (
         "of all answers",
         (("mean_reward", "mean"), ("min_reward", "lowest"), ("max_reward", "highest")),
     ),
+    Group("logits", "Mean logits", "of answers", (("logits/chosen", "chosen"), ("logits/rejected", "rejected"))),
     Group("likelihood", "Log-likelihood", "of answers", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
 )
 
@@ -116,15 +165,24 @@ def column(rows: Iterable[Mapping[str, Any]], key: str, scale: float = 1.0) -> t
 
 
 def metric_plot(
-    record: RunRecord, name: str, title: str, keys: Sequence[tuple[str, str]], *, unit: str = "", zero: bool = True
+    record: RunRecord,
+    name: str,
+    title: str,
+    keys: Sequence[tuple[str, str]],
+    *,
+    unit: str = "",
+    zero: bool = True,
+    held_out: bool = True,
+    wide: bool = False,
 ) -> str:
     """A plot of one or several metrics: lines over the training's steps, points for held-out data.
 
     Args:
         name: an id, unique on the page. title, unit: the heading.
         keys: up to five metrics, each with its label. Of a long run the lines are smoothed, and the first one's steps
-            shown too.
-        zero: begin the axis at zero where no value is negative.
+            shown too; the points are the first one's.
+        zero: begin the axis at zero where no value is negative. held_out: show the points.
+        wide: for the full width of the page.
     """
     several = len(keys) > 1
     behind: list[Series] = []
@@ -135,16 +193,18 @@ def metric_plot(
         said = f"{label}, " if several else ""
         if len(steps) >= LONG:
             span = smoothing_span(len(steps))
+            if several and not lines:
+                unit = f"{unit}, smoothed over {span} steps".removeprefix(", ")
             if not lines:
                 behind.append(Series(f"{said}each step", steps, values, "faint"))
-            lines.append(Series(f"{said}smoothed over {span} steps", steps, smooth(values, span), style))
+            words = label if several else f"smoothed over {span} steps"
+            lines.append(Series(words, steps, smooth(values, span), style))
         else:
             lines.append(Series(label if several else "training", steps, values, style))
-        if not points:
-            at, held_out = column(record.evals, key)
-            if at:
-                points.append(Series(f"{said}held-out data", at, held_out, "points"))
-    return line_plot(name, title, [*behind, *lines, *points], unit=unit, zero=zero, show=plain)
+        if held_out and not points:
+            at, measured = column(record.evals, key)
+            points += [Series(f"{said}held-out data", at, measured, "points")] if at else []
+    return line_plot(name, title, [*behind, *lines, *points], unit=unit, zero=zero, show=plain, wide=wide)
 
 
 def known_figures(record: RunRecord, keys: Sequence[str]) -> tuple[list[str], set[str]]:
@@ -158,7 +218,8 @@ def known_figures(record: RunRecord, keys: Sequence[str]) -> tuple[list[str], se
         if group.unless and len(found) == 1 and _same(record, found[0][0], group.unless):
             continue
         if found:
-            plots.append(metric_plot(record, f"known-{group.name}", group.title, found, unit=group.unit))
+            name, held_out, wide = f"known-{group.name}", group.held_out, group.wide
+            plots.append(metric_plot(record, name, group.title, found, unit=group.unit, held_out=held_out, wide=wide))
     return [plot for plot in plots if plot], taken
 
 
