@@ -87,7 +87,7 @@ def best_and_worst(totals: Sequence[float | None]) -> list[tuple[str, int]]:
 
 
 def readable(value: Any) -> str:
-    """A prompt or a completion as text of bounded length: of one message its content, of several each after its role."""
+    """A prompt or a completion as bounded text: of one message its content, of several each after its role."""
     if isinstance(value, str):
         said = value
     elif len(value) == 1:
