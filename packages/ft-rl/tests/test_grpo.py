@@ -98,9 +98,52 @@ def test_it_takes_turns_with_an_environment(toy: Any, steep_model: Path, tmp_pat
     assert any("tell me" in sample["after"] for sample in samples)
 
 
+def test_rewards_see_an_episodes_turns(toy: Any, steep_model: Path, tmp_path: Path) -> None:
+    values = config(toy, steep_model, tmp_path, settings={"max_completion_length": 20, "max_turns": 2})
+    (tmp_path / "world.py").write_text(WORLD.replace('"tell me"', "None"))  # says nothing between turns
+    (tmp_path / "kind.py").write_text(
+        "def turns(prompts, completions, **columns):\n"
+        "    assert all(turn['role'] == 'assistant' for talk in completions for turn in talk), completions\n"
+        "    return [float(len(talk)) for talk in completions]\n"
+    )
+    for name in ("prompts", "held_out"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        toy.write_rows(tmp_path / f"{name}.jsonl", rows)
+    values["grpo"]["environment"] = f"{tmp_path / 'world.py'}:Hints"
+    values["rewards"] = [f"{tmp_path / 'kind.py'}:turns"]
+    values["training"]["max_steps"] = 1
+    result = train({**values, "max_length": 48}, say=lambda line: None)
+    assert steps(result.run)[0]["rewards/turns/mean"] == 2
+
+
+def test_completions_that_do_not_fit_together_are_written_one_after_the_other(steep_model: Path) -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    import ft_core as ft
+    from ft_rl.rollouts import Sampling
+    from ft_rl.rollouts.own_model import OwnModel
+
+    model, tokenizer = ft.load(str(steep_model), dtype="float32")
+    engine = OwnModel(SimpleNamespace(model=model, tokenizer=tokenizer, settings={"tokens_at_once": 24}))  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    made = engine.generate([[5, 6, 7], [8]], 5, Sampling(8), step=0)
+    assert [len(group) for group in made] == [5, 5]
+    for prompt, group in zip(([5, 6, 7], [8]), made, strict=True):
+        for one in group:
+            ids = torch.tensor([[*prompt, *one.ids]])
+            with torch.no_grad():
+                own = torch.log_softmax(model(ids).logits[0].float(), -1)[len(prompt) - 1 : -1]
+            picked = own.gather(-1, torch.tensor(one.ids)[:, None])[:, 0]
+            torch.testing.assert_close(picked, torch.tensor(one.logprobs), rtol=1e-4, atol=1e-5)
+
+
 def test_what_stands_between_two_turns(tokenizer: Any) -> None:
     from ft_rl.episodes import bridge
 
     end = tokenizer.eos_token_id
     between = bridge(tokenizer, "what do you know", frozenset({end}))
     assert tokenizer.decode(between) == "<user> what do you know <eos> <assistant>"
+    assert tokenizer.decode(bridge(tokenizer, None, frozenset({end}))) == "<assistant>"

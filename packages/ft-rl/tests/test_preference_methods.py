@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from ft_core.errors import ConfigError
+from ft_core.errors import ConfigError, DataError
 from ft_core.training import train
+from ft_rl.collating import LabelledCollator
 
 METHODS = ("dpo", "kto", "orpo")
 
@@ -78,6 +79,33 @@ def test_biases_have_no_reference(toy: Any, steep_model: Path, tmp_path: Path, m
     values = config(toy, steep_model, tmp_path, method, lora={"bias": "all"})
     with pytest.raises(ConfigError, match=f"lora.bias: all is not allowed with {method}"):
         train(values, say=lambda line: None)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_an_adapter_that_begins_as_something_has_no_reference(
+    toy: Any, steep_model: Path, tmp_path: Path, method: str
+) -> None:
+    values = config(toy, steep_model, tmp_path, method, quantization="nf4", lora={"init_lora_weights": "loftq"})
+    with pytest.raises(ConfigError, match=f"loftq is not allowed with {method}"):
+        train(values, say=lambda line: None)
+
+
+def test_kto_with_too_few_rows_trains_nothing_and_says_so(toy: Any, steep_model: Path, tmp_path: Path) -> None:
+    values = config(toy, steep_model, tmp_path, "kto")
+    toy.write_rows(tmp_path / "pairs.jsonl", toy.rows(3, seed=1))
+    with pytest.raises(DataError, match="6 answers are too few for a batch of 16"):
+        train(values, say=lambda line: None)
+
+
+def test_rows_for_the_divergence_are_no_longer_than_others() -> None:
+    features = [
+        {"completion_ids": [1] * 10 + [2] * 2, "prompt_length": 10, "label": True},
+        {"completion_ids": [3] * 2 + [4] * 10, "prompt_length": 2, "label": False},
+    ]
+    batch = LabelledCollator(0, max_length=12)(features)
+    assert batch["KL_input_ids"].shape == (2, 12)
+    assert batch["KL_input_ids"][0].tolist() == [1] * 10 + [4] * 2  # the other row's answer, cut
+    assert batch["KL_completion_mask"][1].tolist()[:5] == [0, 0, 1, 1, 0]
 
 
 def test_kto_needs_other_rows(toy: Any, steep_model: Path, tmp_path: Path) -> None:

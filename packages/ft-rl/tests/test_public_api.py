@@ -11,6 +11,7 @@ EXPECTED = {
     "ft_rl.collating": ["LabelledCollator", "PairCollator", "padded"],
     "ft_rl.dpo": ["DpoSettings", "build", "evaluate", "margins_of"],
     "ft_rl.environments": ["Environment", "EnvironmentClass", "Episode", "play", "resolve_environment"],
+    "ft_rl.episodes": ["Episodes", "REWARD", "Written", "bridge", "environment_reward"],
     "ft_rl.grpo": [
         "GrpoSettings",
         "GspoSettings",
@@ -19,6 +20,7 @@ EXPECTED = {
         "evaluate",
         "generations_of",
         "prompts_dataset",
+        "scored_by",
     ],
     "ft_rl.grpo_trainer": ["GrpoTrainer", "make_engine"],
     "ft_rl.kto": ["KtoSettings", "build", "evaluate"],
@@ -88,6 +90,7 @@ EXPECTED = {
     "ft_rl.ppo_trainer": ["PpoTrainer"],
     "ft_rl.preference": ["pair_samples", "pairs_dataset", "say_dropout", "too_long"],
     "ft_rl.prompts": ["as_completion", "prompt_ids"],
+    "ft_rl.recording": ["RolloutRecords", "shares"],
     "ft_rl.reference": ["adapter_off", "at_zero", "begins_neutral", "check_reference", "drop_copy"],
     "ft_rl.reward": ["RewardSettings", "build", "evaluate"],
     "ft_rl.rewards": ["Reward", "Rewards", "resolve_rewards"],
@@ -110,16 +113,13 @@ EXPECTED = {
     "ft_rl.rewards.symbolic": ["Comparer", "MathSettings", "math_reward"],
     "ft_rl.rollouts": ["Completion", "Engine", "Sampling"],
     "ft_rl.rollouts.drawing": ["draw"],
+    "ft_rl.rollouts.kept": ["load_kept", "save_kept"],
     "ft_rl.rollouts.own_model": ["OwnModel"],
     "ft_rl.rollouts.protocol": ["Completion", "Engine", "EngineJob", "Sampling"],
+    "ft_rl.samples_log": ["SamplesLog", "best_and_worst", "readable"],
     "ft_rl.stops": ["stops_of"],
     "ft_rl.trainers": ["PolicyTrainerMixin"],
     "ft_rl.values": ["ADAPTER", "ValueModel"],
-    "ft_rl.pairs": ["Pairs", "show", "tokenize_pairs"],
-    "ft_rl.plugin": ["REWARD"],
-    "ft_rl.recording": ["RolloutRecords", "shares"],
-    "ft_rl.reward": ["RewardSettings", "build", "evaluate"],
-    "ft_rl.samples_log": ["SamplesLog", "best_and_worst", "readable"],
 }
 
 

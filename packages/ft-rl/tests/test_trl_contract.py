@@ -1,7 +1,7 @@
 """What ft-rl relies on of the installed TRL, each seam by its name; and that our trainers train as TRL's own do.
 
-Where a new version of TRL breaks ft-rl, a test here says which seam has moved: a method's parameters, how a trainer asks
-the model for log-probabilities and what it reads of the answer, or the numbers of a whole training step.
+Where a new version of TRL breaks ft-rl, a test here says which seam has moved: a method's parameters, how a trainer
+asks the model for log-probabilities and what it reads of the answer, or the numbers of a whole training step.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("trainer", "name"), [(trainer, name) for trainer, names in SEAMS.items() for name in names]
-)
+@pytest.mark.parametrize(("trainer", "name"), [(trainer, name) for trainer, names in SEAMS.items() for name in names])
 def test_methods_that_are_extended(trainer: type, name: str) -> None:
     method = getattr(trainer, name, None)
     assert method is not None, f"{VERSION}: {trainer.__name__}.{name} is gone"
@@ -243,7 +241,9 @@ def check_equal(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, 
     for name, gradient in other[1].items():
         largest = float(gradient.abs().max())
         assert largest > 0, name
-        torch.testing.assert_close(one[1][name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            one[1][name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -315,7 +315,11 @@ def test_how_a_trainer_asks_the_model(toy: Any, tiny_model: Path, tmp_path: Path
     for asked in recorder.asked:
         others = asked - KNOWN - {"fused_lm_head"} - {"output_attentions", "output_hidden_states", "return_dict"}
         assert not others, f"{VERSION}: {method} now gives the model {sorted(others)}"
-    given = {"dpo": PolicyTrainerMixin.fields, "kto": ("log_probs", "entropy", "mean_logits"), "grpo": GrpoTrainer.fields}
+    given = {
+        "dpo": PolicyTrainerMixin.fields,
+        "kto": ("log_probs", "entropy", "mean_logits"),
+        "grpo": GrpoTrainer.fields,
+    }
     assert recorder.read == set(given[method]), f"{VERSION}: {method} reads {sorted(recorder.read)}"
 
 

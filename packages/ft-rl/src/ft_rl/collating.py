@@ -66,11 +66,12 @@ class LabelledCollator:
     estimated from prompts with other rows' answers: each prompt gets that of the row before it in the batch.
 
     Attributes:
-        kl: whether to add those, as ``KL_input_ids`` and so on.
+        kl: whether to add those, as ``KL_input_ids`` and so on. max_length: where they are cut, as TRL cuts them.
     """
 
     pad_token_id: int
     kl: bool = True
+    max_length: int | None = None
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         import torch
@@ -80,7 +81,7 @@ class LabelledCollator:
         if self.kl:
             answers = [f["completion_ids"][f["prompt_length"] :] for f in features]
             mismatched = [
-                [*f["completion_ids"][:n], *answer]
+                [*f["completion_ids"][:n], *answer][: self.max_length]
                 for f, n, answer in zip(features, prompts, [answers[-1], *answers[:-1]], strict=True)
             ]
             batch |= {f"KL_{name}": value for name, value in padded(mismatched, prompts, self.pad_token_id).items()}

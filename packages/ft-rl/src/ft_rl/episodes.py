@@ -91,7 +91,9 @@ class Episodes:
         if not one.prompt:
             one.prompt = prompt_ids(conversation, self.tokenizer, self.options)
             return
-        told = bridge(self.tokenizer, conversation[-1]["content"], self.sampling.stops, self.options)
+        last = conversation[-1]
+        words = last["content"] if last["role"] != "assistant" else None
+        told = bridge(self.tokenizer, words, self.sampling.stops, self.options)
         told = told[: max(self.sampling.max_new_tokens - len(one.ids), 0)]
         one.ids += told
         one.logprobs += [0.0] * len(told)
@@ -114,11 +116,13 @@ class Episodes:
         return [texts[i] for i in range(len(those))]
 
 
-def bridge(tokenizer: Any, told: str, stops: frozenset[int], options: Mapping[str, Any] | None = None) -> list[int]:
+def bridge(
+    tokenizer: Any, told: str | None, stops: frozenset[int], options: Mapping[str, Any] | None = None
+) -> list[int]:
     """The tokens between the end of one turn of the model's and the beginning of the next.
 
-    That is what the chat template writes after the token that ends a turn, the environment's message as a user's, and
-    the generation prompt.
+    That is what the chat template writes after the token that ends a turn, the environment's message as a user's (None:
+    it has said nothing), and the generation prompt.
 
     Raises:
         DataError: the template writes a conversation's beginning otherwise once it goes on.
@@ -127,7 +131,8 @@ def bridge(tokenizer: Any, told: str, stops: frozenset[int], options: Mapping[st
     before = list(
         tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **dict(options or {}))["input_ids"]
     )
-    after = prompt_ids([*turns, {"role": "user", "content": told}], tokenizer, options)
+    said = [] if told is None else [{"role": "user", "content": told}]
+    after = prompt_ids([*turns, *said], tokenizer, options)
     if after[: len(before)] != before:
         raise DataError(
             "the chat template writes earlier turns otherwise once a conversation goes on: turns cannot be trained as "

@@ -314,6 +314,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     if REWARD in columns:
         own = columns[REWARD]
         totals = [(total or 0.0) + worth for total, worth in zip(totals, own, strict=True)] if totals else own
+    totals = totals or [None] * len(prompts)  # of tools, which are not called here, nobody says what they were worth
     metrics: dict[str, float | None] = {"reward": _mean(totals)}
     if len(rewards.names) > 1:
         metrics |= {name: _mean(values) for name, values in zip(rewards.names, each, strict=True)}

@@ -51,6 +51,8 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
     """
 
     fields = ("log_probs", "entropy")
+    # A step that did not fit is not begun again: the completions that its micro-batches have used are not kept.
+    replans = False
 
     def __init__(
         self, job: Job, settings: WritingSettings, world: EnvironmentClass | None = None, **kwargs: Any
@@ -59,6 +61,7 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
         self._job, self._own, self._world = job, settings, world
         self._batch: dict[str, Any] | None = None
         self._rows: list[dict[str, Any]] = []
+        self._turns: list[Any] | None = None
         if world is not None and world.kind == "tools":
             kwargs["environment_factory"] = world.make
         elif world is not None:
@@ -134,6 +137,7 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
         )  # fmt: skip
         with self.accelerator.autocast():
             made = player.written(prompts, self._rows, step=int(self.state.global_step))
+        self._turns = [one.episode.completion for one in made if one.episode is not None]
         return {
             "prompt_ids": [one.prompt for one in made],
             "completion_ids": [one.ids for one in made],
@@ -141,6 +145,11 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
             "env_mask": [one.mask for one in made],
             REWARD: [one.episode.reward for one in made if one.episode is not None],
         }
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        """As TRL's; of episodes rewards see the turns, not one text of all that was said."""
+        turns, self._turns = self._turns, None
+        return super()._calculate_rewards(inputs, prompts, turns or completions, completion_ids_list)
 
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         self._batch = dict(inputs)
@@ -164,8 +173,9 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
         The weights do not depend on the policy that is trained, and are positive: multiplying the advantage by them is
         multiplying the loss, clipped or not. TRL takes advantages of tokens, ``[B, T]``, too.
         """
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        difference = torch.where(mask.bool(), logprobs - batch["sampling_per_token_logps"], 0.0)
+        sampled = batch["sampling_per_token_logps"]
+        known = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool() & ~sampled.isnan()
+        mask, difference = known.long(), torch.where(known, logprobs - sampled, 0.0)
         count = mask.sum().clamp(min=1)
         gap = difference.abs().sum() / count
         mode = self._metrics["train" if self.model.training else "eval"]

@@ -51,7 +51,7 @@ def build(job: Job) -> Trainer:
     """
     from trl import KTOConfig, KTOTrainer
 
-    from ft_core.errors import ConfigError
+    from ft_core.errors import ConfigError, DataError
     from ft_core.training.sft import check_head
     from ft_core.training.trainer import RunTrainerMixin
     from ft_rl.collating import LabelledCollator
@@ -80,12 +80,19 @@ def build(job: Job) -> Trainer:
     values = settings.model_dump()
     if values["precompute_ref_log_probs"] is None:
         values["precompute_ref_log_probs"] = job.config.lora is None
+    rows = job.config.training.batch_size
+    if estimates and len(train) < rows:
+        raise DataError(
+            f"{len(train)} answers are too few for a batch of {rows}: add some, or lower training.batch_size"
+        )
+    if estimates and (rest := len(train) % rows):
+        job.say(f"{rest} of {len(train)} answers fill no batch of {rows} and are left out")
     # A last batch of one row would have no other answer.
     arguments = KTOConfig(**job.arguments, max_length=None, dataloader_drop_last=estimates, **values)
     return KtoTrainer(
         model=job.model,
         args=arguments,
-        data_collator=LabelledCollator(job.tokenizer.pad_token_id, kl=estimates),
+        data_collator=LabelledCollator(job.tokenizer.pad_token_id, kl=estimates, max_length=job.config.max_length),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=job.tokenizer,
@@ -134,8 +141,9 @@ def evaluate(job: EvaluationJob) -> Evaluation:
             metrics["reward_unwanted"] = float(bad.mean()) if len(bad) else None
             if len(good) and len(bad):
                 metrics["margin"] = float(good.mean() - bad.mean())
-                apart = good[:, None] - bad[None]
-                metrics["accuracy"] = float(((apart > 0).double() + 0.5 * (apart == 0).double()).mean())
+                ordered = bad.sort().values.contiguous()
+                below, up_to = (torch.searchsorted(ordered, good.contiguous(), right=side) for side in (False, True))
+                metrics["accuracy"] = float((below + up_to).double().mean() / (2 * len(bad)))
     counts = made.counts[wanted].sum()
     metrics["log_likelihood"] = float(made.sums[wanted].sum() / counts) if counts else None
     samples: list[Sample] = []

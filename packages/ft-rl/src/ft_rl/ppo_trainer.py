@@ -52,12 +52,10 @@ class PpoTrainer(GrpoTrainer):
         )
         self._scores: Tensor | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own; once all steps are done, the values are taken out of the model."""
-        result = super().train(*args, **kwargs)
-        if self.state.global_step >= self.state.max_steps:
-            self.value_model.remove()
-        return result
+    def finish(self) -> None:
+        """Called once all steps are done: the values are taken out of the model."""
+        super().finish()
+        self.value_model.remove()
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         made = super()._calculate_rewards(*args, **kwargs)
@@ -113,7 +111,10 @@ class PpoTrainer(GrpoTrainer):
         """Equations 7 and 9 of the paper. The values' part is differentiated at once, by their own adapter."""
         batch = dict(inputs)
         mask, items = _trained(batch), batch["num_items_in_batch"]
-        with self.value_model.active():  # first, so that the two passes' activations do not wait side by side
+        with (
+            self.value_model.active(),
+            self.accelerator.autocast(),
+        ):  # first, so that the two passes' activations do not wait side by side
             known, returns = (flatten(batch[name], mask)[0] for name in ("values", "returns"))
             values = flatten(unflatten(self._values(batch), batch["completion_mask"]), mask)[0]
             value_loss, of_values = ppo_value(

@@ -21,8 +21,13 @@ def check_reference(config: TrainConfig) -> None:
     """Refuse what an adapter that is switched off does not take back.
 
     Raises:
-        ConfigError: the configuration trains biases of the base.
+        ConfigError: the configuration trains biases of the base, or begins with an adapter that is not nothing.
     """
+    if config.lora is not None and config.lora.init_lora_weights == "loftq":
+        raise ConfigError(
+            f"lora.init_lora_weights: loftq is not allowed with {config.method}: its reference is the model with the "
+            "adapter switched off, which is not what training begins with (allowed: true, gaussian)"
+        )
     if config.lora is not None and config.lora.bias != "none":
         raise ConfigError(
             f"lora.bias: {config.lora.bias} is not allowed with {config.method}: its reference is the model with the "
@@ -70,7 +75,11 @@ def at_zero(model: Any) -> Iterator[None]:
     """
     from peft.tuners.lora import LoraLayer
 
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and m.disable_adapters and not m.merged]
+    # DoRA's magnitude is no factor's to switch off: its layers stay as PEFT has them, off.
+    layers = [
+        m for m in model.modules()
+        if isinstance(m, LoraLayer) and m.disable_adapters and not m.merged and not m.lora_variant
+    ]  # fmt: skip
     factors = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:

@@ -36,12 +36,9 @@ class PolicyTrainerMixin(_Base):
         self.put_head()
         drop_copy(self.model, neutral)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own; once all steps are done, no copy of the adapter is left to be saved."""
-        result = super().train(*args, **kwargs)
-        if self.state.global_step >= self.state.max_steps:
-            drop_copy(self.model, neutral=True)
-        return result
+    def finish(self) -> None:
+        """Called once all steps are done: no copy of the adapter is left to be saved."""
+        drop_copy(self.model, neutral=True)
 
     @property
     def head_temperature(self) -> float:

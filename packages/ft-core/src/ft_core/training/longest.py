@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -17,9 +17,9 @@ Rows = Sequence[Sequence[int]]
 log = logging.getLogger(__name__)
 
 
-def tokens_in(inputs: dict[str, Any]) -> int:
-    """Tokens of a batch, padding included; 0 where it has none that we know."""
-    ids = inputs.get("input_ids")
+def tokens_in(inputs: Any) -> int:
+    """Tokens of a batch, padding included; 0 where it has none that we know, as rows of prompts."""
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     return int(ids.numel()) if isinstance(ids, torch.Tensor) else 0
 
 

@@ -234,6 +234,7 @@ class _Session:
         steps = int(trainer.state.global_step)
         if self.interruption.asked and steps < trainer.state.max_steps:
             return TrainResult(run.path, "interrupted", steps, self._loss(), comparison)
+        getattr(trainer, "finish", lambda: None)()  # a third party's trainer may have none
         if self.ranks.is_main:
             self._save()
             comparison = self._after(comparison)

@@ -91,6 +91,9 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
         finally:
             forget_overrides(self.model)
 
+    def finish(self) -> None:
+        """Called once all steps are done, before the result is saved and measured; a method may tidy up here."""
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Counts tokens too, all but padding, which transformers counts where pad and end are one token.
 

@@ -40,6 +40,13 @@ class OwnModel:
     ) -> list[list[Completion]]:
         """See :class:`ft_rl.rollouts.protocol.Engine`; draws from torch's random numbers."""
         made: list[list[Completion]] = [[] for _ in prompts]
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        at_once = max(self._tokens // longest, 1)
+        if copies > at_once:  # those of one prompt do not fit together
+            for first in range(0, copies, at_once):
+                some = self.generate(prompts, min(at_once, copies - first), sampling, step=step)
+                made = [[*before, *more] for before, more in zip(made, some, strict=True)]
+            return made
         with _answering(self._model), as_loaded(self._model):
             for batch in self._batches([len(prompt) for prompt in prompts], copies, sampling.max_new_tokens):
                 for number, written in zip(
