@@ -56,8 +56,8 @@ def test_it_earns_the_reward(toy: Any, steep_model: Path, tmp_path: Path, method
     assert len(rows) == (30 if method == "ppo" else 40)
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
     assert all(row["tokens"] > 0 for row in rows)
-    # The engine computes what the trainer does: in float32, differences of log-probabilities are rounding.
-    assert all(row["sampling/gap"] < 1e-4 and row["sampling/corrected"] == 0 for row in rows)
+    # The engine computes what the trainer does, in other shapes. Logits of up to 4 are rounded to 2^-8 of that or less.
+    assert all(row["sampling/gap"] < 2**-7 and row["sampling/corrected"] == 0 for row in rows)
 
 
 WORLD = """
@@ -91,7 +91,7 @@ def test_it_takes_turns_with_an_environment(toy: Any, steep_model: Path, tmp_pat
     result = train({**values, "max_length": 48}, say=lambda line: None)
     rows = [row for row in steps(result.run) if "reward" in row]
     assert all(0 <= row["reward"] <= 1 for row in rows)
-    assert all(row["sampling/gap"] < 1e-4 for row in rows)
+    assert all(row["sampling/gap"] < 2**-7 for row in rows)
     # the environment's words are no part of what the model wrote; some episodes end in the first turn, for want of room
     assert all(0 < row["completions/mean_length"] <= 20 for row in rows)
     samples = json.loads((result.run / "evaluation.json").read_text())["samples"]
