@@ -21,7 +21,7 @@ MAY = {
         "gguf",  # by the extra `quickstart`: a model in a package may be a GGUF file
         *("ft-kernels", "ft-rl", "ft-vision", "ft-speech", "ft-export"),  # all but the first by extras
     },
-    "ft-rl": {"torch", "transformers", "peft", "trl", "datasets", "ft-core", "ft-kernels"},
+    "ft-rl": {"torch", "transformers", "peft", "trl", "datasets", "safetensors", "ft-core", "ft-kernels"},
     "ft-vision": {"torch", "transformers", "pillow", "ft-core"},
     "ft-speech": {"torch", "transformers", "soundfile", "jiwer", "ft-core", "torchaudio"},
     "ft-export": {
@@ -114,4 +114,4 @@ def test_siblings_are_asked_for_by_compatible_ranges(package: str) -> None:
     for line in lines:
         (name,) = names([line])
         if name in MAY and name != package:
-            assert re.fullmatch(rf"{name}(\[\w+\])?>=0\.1,<0\.2", line), line
+            assert re.fullmatch(rf"{name}(\[[\w,]+\])?>=0\.1,<0\.2", line), line
