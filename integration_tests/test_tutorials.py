@@ -1,0 +1,77 @@
+"""What the tutorials of preference and reinforcement show is what ft takes: programs run, configurations hold.
+
+They were trained as they stand when the pages were written; that takes minutes, and is not repeated here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_core.config import load_config
+from ft_core.data import read_rows
+from ft_core.plugins import MethodSpec, registry
+
+TUTORIALS = Path(__file__).parent.parent / "docs/tutorials"
+
+
+def files(page: str) -> dict[str, str]:
+    """The files that a page shows: a name before a colon, then the block."""
+    text = (TUTORIALS / f"{page}.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"`([\w-]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)```", text, re.DOTALL))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def made(folder: Path, page: str, program: str) -> None:
+    """Write a page's files, and run its program that makes the data."""
+    for name, text in files(page).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    exec(compile((folder / program).read_text(encoding="utf-8"), program, "exec"), {})  # noqa: S102
+
+
+def rows_of(configuration: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    config = load_config(configuration)
+    formats = registry().get(MethodSpec, config.method).formats
+    train, held_out = (list(read_rows(data, formats, seed=0)) for data in (config.data, config.eval_data))
+    asked = {json.dumps(row["prompt"]) for row in train}
+    assert not [row for row in held_out if json.dumps(row["prompt"]) in asked]
+    return train, held_out
+
+
+def test_grpo(here: Path) -> None:
+    from ft_rl.rewards import resolve_rewards
+
+    assert list(files("grpo")) == ["sums.py", "steps.py", "grpo.yaml"]
+    made(here, "grpo", "sums.py")
+    train, held_out = rows_of("grpo.yaml")
+    assert (len(train), len(held_out)) == (487, 24)
+    rewards = resolve_rewards(load_config("grpo.yaml").rewards)
+    row = next(row for row in held_out if row["numbers"] == [9, 2, 6])
+    said = ["9 + 2 = 11, 11 + 6 = 17", "9 + 2 = 12, 12 + 6 = 17", "17"]
+    columns = {name: [row[name]] * 3 for name in ("numbers", "answer")}
+    completions = [[{"role": "assistant", "content": text}] for text in said]
+    each, totals = rewards.score([row["prompt"]] * 3, completions, **columns)
+    assert each == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert totals == pytest.approx([2.2, 1.2, 1.0])
+
+
+def test_dpo_and_ppo(here: Path) -> None:
+    assert list(files("dpo")) == ["pairs.py", "dpo.yaml"]
+    assert list(files("ppo")) == ["reward.yaml", "ppo.yaml"]
+    made(here, "dpo", "pairs.py")
+    for name, text in files("ppo").items():
+        (here / name).write_text(text, encoding="utf-8")
+    for configuration in ("dpo.yaml", "reward.yaml", "ppo.yaml"):
+        train, held_out = rows_of(configuration)
+        assert (len(train), len(held_out)) == (200, 16)
+    head = "".join(Path("train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:2])
+    assert f"```text\n{head}```" in (TUTORIALS / "dpo.md").read_text(encoding="utf-8")
