@@ -24,6 +24,7 @@ __all__ = [
     "REWARD",
     "REWARD_MODEL",
     "TRANSFORMERS",
+    "VLLM",
 ]
 
 REWARD = MethodSpec(
@@ -104,6 +105,11 @@ TRANSFORMERS = RolloutSpec(
     name="transformers",
     summary="the model that is trained writes, in its own process",
     engine="ft_rl.rollouts.own_model:OwnModel",
+)
+VLLM = RolloutSpec(
+    name="vllm",
+    summary="a vLLM server writes, which is handed the adapter after each step",
+    engine="ft_rl.rollouts.vllm:Vllm",
 )
 
 EXACT_MATCH = RewardSpec(

@@ -8,14 +8,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ft_core.errors import ConfigError, DataError
+from ft_core.errors import DataError
 from ft_rl.rewards.samples import SampleErrors, Text
+from ft_rl.web import bearer, check_address, direct
 
 __all__ = ["HttpSettings", "http"]
 
@@ -54,19 +53,7 @@ class HttpSettings(BaseModel):
     @field_validator("url")
     @classmethod
     def _address(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("an address that begins with http:// or https://")
-        if parts.password:
-            raise ValueError("an address without a password: it would stand in the run's folder; use token_file")
-        return url
-
-
-class _Stays(urllib.request.HTTPRedirectHandler):
-    """A server that sends the completions elsewhere is not followed."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
+        return check_address(url)
 
 
 def http(settings: HttpSettings) -> Any:
@@ -77,14 +64,8 @@ def http(settings: HttpSettings) -> Any:
     Raises:
         ConfigError: the token's file cannot be read.
     """
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    if settings.token_file:
-        try:
-            token = Path(settings.token_file).expanduser().read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConfigError(f"token_file {settings.token_file} cannot be read: {error.strerror or error}") from error
-        headers["Authorization"] = f"Bearer {token}"
-    opener = urllib.request.build_opener(_Stays, urllib.request.ProxyHandler({}))
+    headers = {"Content-Type": "application/json", "Accept": "application/json", **bearer(settings.token_file)}
+    opener = direct()
 
     def reward(prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
         sent = _columns(columns, len(prompts), settings.columns)

