@@ -3,9 +3,9 @@
 Run in the shared environment; the server is in an environment of its own (``--vllm``, the folder of its programs) and
 is started by the very command that the engine's messages name. The model is SmolLM2-135M-Instruct in bfloat16.
 
-What is looked at: every step's adapter reaches the server: the mean gap stays
-that of two implementations in bfloat16 (``--stale`` shows what it is where the server is not handed the later ones); the
-server is left without adapters.
+What is looked at: every step's adapter reaches the server, so that the mean gap stays that of two implementations in
+bfloat16 (``--stale`` shows what it is where the server is not handed the later ones); the server is left without
+adapters.
 """
 
 from __future__ import annotations
@@ -127,7 +127,6 @@ def trained(args: argparse.Namespace, base: Path, url: str) -> list[dict[str, An
             "model": str(base),
             "method": "grpo",
             "data": str(work / "prompts.jsonl"),
-            "eval_split": 0,
             "rewards": [f"{work / 'digits.py'}:digits"],
             "max_length": 128,
             "lora": {"r": RANK},

@@ -120,6 +120,9 @@ EXPECTED = {
     "ft_rl.stops": ["stops_of"],
     "ft_rl.trainers": ["PolicyTrainerMixin"],
     "ft_rl.values": ["ADAPTER", "ValueModel"],
+    "ft_rl.rollouts.vllm": ["Vllm", "start_command"],
+    "ft_rl.rollouts.vllm_server": ["Refused", "Server", "VllmSettings", "completions_of"],
+    "ft_rl.web": ["bearer", "check_address", "direct"],
 }
 
 

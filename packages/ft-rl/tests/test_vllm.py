@@ -6,7 +6,11 @@ the engine has handed it. That vLLM speaks so is looked at by ``integration_test
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+import re
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,13 +20,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import ft_core as ft
 from ft_core.errors import ConfigError, RunError
 from ft_core.training import train
 from ft_rl.rollouts.own_model import OwnModel
 from ft_rl.rollouts.protocol import EngineJob, Sampling
-from ft_rl.rollouts.vllm import Vllm
+from ft_rl.rollouts.vllm import Vllm, start_command
+from ft_rl.rollouts.vllm_server import VllmSettings
 
 REWARD = """
 KIND = {"please", "gladly", "thanks", "welcome", "sure"}
@@ -115,7 +121,9 @@ class StandIn:
             said = {"token_logprobs": logprobs.gather(1, torch.tensor(one.ids)[:, None])[:, 0].tolist()}
             if body["logprobs"]:
                 top = logprobs.topk(body["logprobs"])
-                pairs = (zip(*each, strict=True) for each in zip(top.indices.tolist(), top.values.tolist(), strict=True))
+                pairs = (
+                    zip(*each, strict=True) for each in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                )
                 said["top_logprobs"] = [{f"token_id:{token}": value for token, value in each} for each in pairs]
             choices.append({"index": index, "text": "", "token_ids": one.ids, "logprobs": said})
         return choices[::-1]  # the order is not what counts
@@ -124,6 +132,13 @@ class StandIn:
     def _logprobs(self, prompt: list[int], ids: list[int], temperature: float) -> torch.Tensor:
         logits = self._model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
         return torch.log_softmax(logits.float() / temperature, -1)
+
+
+class Connections(ThreadingHTTPServer):
+    """Lets as many wait as ask at a time; by itself it resets the sixth connection."""
+
+    daemon_threads = True
+    request_queue_size = 128
 
 
 @pytest.fixture
@@ -152,8 +167,7 @@ def serve() -> Iterator[Callable[[Path], tuple[StandIn, str]]]:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
+        server = Connections(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return stand_in, f"http://127.0.0.1:{server.server_address[1]}"
@@ -162,6 +176,14 @@ def serve() -> Iterator[Callable[[Path], tuple[StandIn, str]]]:
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings compute in float32 also where the processor is fast in a 16-bit format, as the stand-in does."""
+    run = importlib.import_module("ft_core.training.run")
+    device = dataclasses.replace(run.pick_device(), dtype="float32")
+    monkeypatch.setattr(run, "pick_device", lambda: device)
 
 
 def config(toy: Any, model: Path, folder: Path, method: str, url: str, **settings: Any) -> dict[str, Any]:
@@ -182,6 +204,7 @@ def config(toy: Any, model: Path, folder: Path, method: str, url: str, **setting
     }
 
 
+@pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
 def test_a_training_is_written_for_by_the_adapter_of_each_step(
     toy: Any, steep_model: Path, tmp_path: Path, serve: Any, method: str
@@ -200,6 +223,7 @@ def test_a_training_is_written_for_by_the_adapter_of_each_step(
         assert rows[-1]["reward"] > rows[0]["reward"] + 0.2
 
 
+@pytest.mark.usefixtures("float32")
 def test_an_adapter_that_is_a_step_old_is_seen(
     toy: Any, steep_model: Path, tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +378,10 @@ SPOILT = [
     (change(logprobs=None), AT + " answers without a log-probability for each token"),
     (change(token_ids=[1], logprobs={"token_logprobs": [None]}), AT + " answers without a log-probability"),
     (change(token_ids=[1], logprobs={"token_logprobs": [3.5]}), AT + " answers without a log-probability"),  # a logit
-    (change(token_ids=[99], logprobs={"token_logprobs": [-1.0]}), AT + " writes a token 99 .* knows 31: it serves anot"),
+    (
+        change(token_ids=[99], logprobs={"token_logprobs": [-1.0]}),
+        AT + " writes a token 99 .* knows 31: it serves anot",
+    ),
     (change(token_ids=[8], logprobs={"token_logprobs": [-1.0]}), AT + " has ended a completion after 1 of 6 tokens"),
 ]
 
@@ -390,7 +417,7 @@ def test_the_model_can_be_named(made: Any) -> None:
 
 
 def test_a_key_goes_along(made: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="token_file .*/none cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"token_file .*/none cannot be read: No such file"):
         made.engine(token_file=str(tmp_path / "none"))
     (tmp_path / "key").write_text("s3cret\n")
     assert made.engine(token_file=str(tmp_path / "key"))._server._headers["Authorization"] == "Bearer s3cret"
@@ -437,3 +464,18 @@ def test_full_fine_tuning_and_several_processes_are_refused(
     monkeypatch.setattr("ft_rl.rollouts.vllm.Ranks", lambda: SimpleNamespace(count=2))
     with pytest.raises(ConfigError, match="vllm serves a training of one process"):
         made.engine()
+
+
+def test_the_readme_says_what_to_start(tiny_model: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"## Completions by a vLLM server\n(.*?)\n## ", readme, re.DOTALL)
+    (command,), (example,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("sh", "yaml"))
+    given = yaml.safe_load(example)["grpo"]["rollouts"]
+    assert given.pop("engine") == "vllm"
+    settings = VllmSettings.model_validate(given)
+    model, _ = ft.load(str(tiny_model), dtype="float32")
+    expected = shlex.split(start_command(ft.add_lora(model, r=12), settings.url))
+    found = shlex.split(command)
+    assert [*found[:3], *found[4:]] == [*expected[:3], *expected[4:]]
+    named = re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`? \|", section, re.MULTILINE)
+    assert {name: yaml.safe_load(default) for name, default in named} == VllmSettings().model_dump()
