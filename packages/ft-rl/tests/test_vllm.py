@@ -475,7 +475,7 @@ def test_the_readme_says_what_to_start(tiny_model: Path) -> None:
     settings = VllmSettings.model_validate(given)
     model, _ = ft.load(str(tiny_model), dtype="float32")
     expected = shlex.split(start_command(ft.add_lora(model, r=12), settings.url))
-    found = shlex.split(command)
+    found = shlex.split(command.replace("\\\n", " "))
     assert [*found[:3], *found[4:]] == [*expected[:3], *expected[4:]]
     named = re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`? \|", section, re.MULTILINE)
     assert {name: yaml.safe_load(default) for name, default in named} == VllmSettings().model_dump()
