@@ -123,6 +123,10 @@ EXPECTED = {
     "ft_rl.rollouts.vllm": ["Vllm", "start_command"],
     "ft_rl.rollouts.vllm_server": ["Refused", "Server", "VllmSettings", "completions_of"],
     "ft_rl.web": ["bearer", "check_address", "direct"],
+    "ft_rl.plugin": ["REWARD"],
+    "ft_rl.recording": ["RolloutRecords", "shares"],
+    "ft_rl.reward": ["RewardSettings", "build", "evaluate"],
+    "ft_rl.samples_log": ["SamplesLog", "best_and_worst", "readable"],
 }
 
 

@@ -17,9 +17,9 @@ import pytest
 from ft_core.quickstart import dates
 from ft_core.training import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = pytest.mark.slow
 
-TRAIN, HELD_OUT = 400, 40
+TRAIN, HELD_OUT = 400, 32
 ASKED = "Write the date in ISO 8601 form, as in 2024-03-05. Answer with the date alone."
 REWARD = '''
 import re
@@ -87,8 +87,8 @@ def learn(folder: Path, method: str, seed: int, say: Any = print) -> dict[str, d
         "max_length": 128,
         "lora": {"r": 16, "alpha": 32},
         "training": {
-            "max_steps": 40,
-            "batch_size": 8,
+            "max_steps": 30,
+            "batch_size": 4 if method in PAIRS else 8,
             "gradient_accumulation": 1,
             "optimizer": "adamw_torch",
             "warmup_ratio": 0.1,
