@@ -125,7 +125,6 @@ EXPECTED = {
     "ft_rl.web": ["bearer", "check_address", "direct"],
     "ft_rl.plugin": ["REWARD"],
     "ft_rl.recording": ["RolloutRecords", "shares"],
-    "ft_rl.reward": ["RewardSettings", "build", "evaluate"],
     "ft_rl.samples_log": ["SamplesLog", "best_and_worst", "readable"],
 }
 
