@@ -24,8 +24,8 @@ KIND = {"please", "gladly", "thanks", "welcome", "sure"}
 def kindness(prompts, completions, **columns):
     return [sum(word in KIND for word in text.split()) / max(len(text.split()), 1) for text in completions]
 """
-TIMES = ("seconds", "tokens_per_second", "memory", "step_time")
-"""What two runs of the same training differ in."""
+TIMES = {"memory", "step_time"}
+"""What two runs of the same training differ in, beside all that is named after seconds."""
 
 # Completions serve four optimizer steps, and a checkpoint is due in the middle of them; a divergence has a reference.
 REUSED = {"num_iterations": 2, "steps_per_generation": 4, "beta": 0.05}
@@ -119,7 +119,14 @@ def kill(processes: Any, given: dict[str, Any], folder: Path, at: str, after: in
 
 def numbers(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if name not in TIMES and not name.endswith(("seconds", "per_second"))
+        }
+        for row in rows
+    ]
 
 
 def check_same(run: Path, expected: Path) -> None:
