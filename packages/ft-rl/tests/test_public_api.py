@@ -84,6 +84,7 @@ EXPECTED = {
         "REWARD",
         "REWARD_MODEL",
         "TRANSFORMERS",
+        "VLLM",
     ],
     "ft_rl.policy": ["PolicyForward", "Scores", "put_head"],
     "ft_rl.ppo": ["PpoSettings", "build", "evaluate"],
@@ -116,16 +117,13 @@ EXPECTED = {
     "ft_rl.rollouts.kept": ["load_kept", "save_kept"],
     "ft_rl.rollouts.own_model": ["OwnModel"],
     "ft_rl.rollouts.protocol": ["Completion", "Engine", "EngineJob", "Sampling"],
+    "ft_rl.rollouts.vllm": ["Vllm", "start_command"],
+    "ft_rl.rollouts.vllm_server": ["Refused", "Server", "VllmSettings", "completions_of"],
     "ft_rl.samples_log": ["SamplesLog", "best_and_worst", "readable"],
     "ft_rl.stops": ["stops_of"],
     "ft_rl.trainers": ["PolicyTrainerMixin"],
     "ft_rl.values": ["ADAPTER", "ValueModel"],
-    "ft_rl.rollouts.vllm": ["Vllm", "start_command"],
-    "ft_rl.rollouts.vllm_server": ["Refused", "Server", "VllmSettings", "completions_of"],
     "ft_rl.web": ["bearer", "check_address", "direct"],
-    "ft_rl.plugin": ["REWARD"],
-    "ft_rl.recording": ["RolloutRecords", "shares"],
-    "ft_rl.samples_log": ["SamplesLog", "best_and_worst", "readable"],
 }
 
 
