@@ -36,8 +36,7 @@ def run(request: Any, toy: Any, steep_model: Path, tmp_path_factory: pytest.Temp
     said: list[str] = []
     method = request.param
     values = config(toy, steep_model, tmp_path_factory.mktemp(method), method)
-    if method == "kto":
-        values["kto"] = {"beta": 0.5}
+    values[method] = {"beta": {"dpo": 0.1, "kto": 0.5, "orpo": 1.0}[method]}
     result = train(values, say=said.append)
     assert result.status == "finished", said
     return result.run
@@ -46,10 +45,10 @@ def run(request: Any, toy: Any, steep_model: Path, tmp_path_factory: pytest.Temp
 def test_it_learns_the_preference(run: Path) -> None:
     measured = json.loads((run / "evaluation.json").read_text())
     accuracy = measured["metrics"]["accuracy"]
-    # Untrained, 64 fair coins (or, against a reference that is the model, nothing but ties). KTO's is over all pairs of
+    # Untrained, 64 fair coins, of which 58 fall alike once in 10^11 (or, against a reference that is the model, nothing but ties). KTO's is over all pairs of
     # 64 wanted and 64 unwanted answers to different prompts: by chance 0.5, with a standard deviation of 0.05.
     assert accuracy["before"] < 0.7
-    assert accuracy["after"] >= (0.7 if run.name == "run-kto" else 0.95)
+    assert accuracy["after"] >= (0.7 if run.name == "run-kto" else 0.9)
     name = "log_odds_ratio" if "log_odds_ratio" in measured["metrics"] else "margin"
     assert measured["metrics"][name]["after"] > measured["metrics"][name]["before"] + 0.1
 
@@ -62,7 +61,7 @@ def test_the_steps_are_recorded(run: Path) -> None:
     names = {"run-dpo": "rewards/margins", "run-kto": "rewards/margins", "run-orpo": "log_odds_ratio"}
     shown = [row[names[run.name]] for row in steps if names[run.name] in row]
     assert len(shown) >= 55
-    assert shown[-1] > shown[0]
+    assert sum(shown[-10:]) > sum(shown[:10])
 
 
 @pytest.mark.parametrize("method", METHODS)
