@@ -46,8 +46,8 @@ def test_it_learns_the_preference(run: Path) -> None:
     measured = json.loads((run / "evaluation.json").read_text())
     accuracy = measured["metrics"]["accuracy"]
     # Untrained, 64 fair coins, of which 58 fall alike once in 10^11 (or, against a reference that is the model, nothing
-    # but ties). KTO's is over all pairs of 64 wanted and 64 unwanted answers to different prompts: by chance 0.5, with a
-    # standard deviation of 0.05.
+    # but ties). KTO's is over all pairs of 64 wanted and 64 unwanted answers to different prompts: by chance 0.5, with
+    # a standard deviation of 0.05.
     assert accuracy["before"] < 0.7
     assert accuracy["after"] >= (0.7 if run.name == "run-kto" else 0.9)
     name = "log_odds_ratio" if "log_odds_ratio" in measured["metrics"] else "margin"
