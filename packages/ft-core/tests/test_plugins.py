@@ -225,7 +225,7 @@ def test_listings_with_a_broken_plugin(install: Install, ft: Any) -> None:
     assert module not in sys.modules
     listed = ft("plugins")
     assert (listed.code, listed.err) == (0, "")
-    assert "  toy          toy-maker 1.2      cannot be used, see below\n" in listed.out
+    assert "  toy           toy-maker 1.2      cannot be used, see below\n" in listed.out
     assert "\n  toy (ft.commands) of toy-maker 1.2: fails to import: RuntimeError: no good\n" in listed.out
     rows = json.loads(ft("plugins", "--json").out)
     assert {

@@ -97,7 +97,7 @@ API = {
     ],
     "ft_export.gguf.rounding": ["round_inputs", "round_to", "round_weights", "rounded_inputs"],
     "ft_export.gguf.rules": ["Architecture", "Operation", "Output", "Rule", "plan", "same"],
-    "ft_export.gguf.streaming": ["BLOCK", "Stream", "ahead", "is_finite", "rows_of"],
+    "ft_export.gguf.streaming": ["BLOCK", "Stream", "is_finite", "rows_of"],
     "ft_export.gguf.text_check": [
         "check_readable",
         "check_stops",
@@ -244,7 +244,7 @@ API = {
     "ft_export.sglang.export": ["IMAGE", "TYPES", "export"],
     "ft_export.vllm.export": ["IMAGE", "TYPES", "export", "service"],
     "ft_export.vllm.lora": ["RANKS", "check_servable", "export_lora"],
-    "ft_export.writing": ["SHARD", "Tensor", "bytes_of", "header_of", "shards_of", "write_model"],
+    "ft_export.writing": ["SHARD", "Tensor", "ahead", "bytes_of", "header_of", "shards_of", "write_model"],
 }
 
 

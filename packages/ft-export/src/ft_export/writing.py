@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ft_export.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SHARD", "Tensor", "bytes_of", "header_of", "shards_of", "write_model"]
+__all__ = ["SHARD", "Tensor", "ahead", "bytes_of", "header_of", "shards_of", "write_model"]
 
 SHARD = 5_000_000_000
 """Bytes of a file, unless one tensor alone has more."""
@@ -111,12 +112,23 @@ def header_of(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
+def ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each of which is made in another thread while the one before is used."""
+    source = iter(items)
+    nothing = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, source, nothing)
+        while (item := coming.result()) is not nothing:
+            coming = thread.submit(next, source, nothing)
+            yield item
+
+
 def _write(path: Path, header: bytes, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """Write one file; yields each tensor that is in it."""
     with path.open("wb") as file:
         file.write(header)
         for tensor in tensors:
-            written = sum(file.write(_bytes(block, tensor)) for block in tensor.blocks())
+            written = sum(file.write(_bytes(block, tensor)) for block in ahead(tensor.blocks()))
             if written != tensor.bytes:
                 raise ExportError(f"{tensor.name} was to have {tensor.bytes} bytes and has {written}")
             yield tensor

@@ -1,4 +1,4 @@
-"""A tensor's way into a GGUF file in blocks: while one is hashed and written, the next is read and rounded."""
+"""A tensor's way into a GGUF file in blocks: while one is hashed and written, both at once, the next is made."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
+from ft_export.writing import ahead
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["BLOCK", "Stream", "ahead", "is_finite", "rows_of"]
+__all__ = ["BLOCK", "Stream", "is_finite", "rows_of"]
 
 BLOCK = 1 << 24
 """Values of a block, about."""
@@ -42,24 +43,15 @@ class Stream:
             ExportError: they are not ``nbytes`` together.
         """
         written = 0
-        for block in ahead(self._blocks):
-            data = memoryview(block).cast("B")
-            self._digest.update(data)
-            file.write(data)
-            written += len(data)
+        with ThreadPoolExecutor(1) as thread:
+            for block in ahead(self._blocks):
+                data = memoryview(block).cast("B")
+                hashed = thread.submit(self._digest.update, data)
+                file.write(data)
+                written += len(data)
+                hashed.result()
         if written != self.nbytes:
             raise ExportError(f"a tensor was to have {self.nbytes} bytes and has {written}")
-
-
-def ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each of which is made in another thread while the one before is used."""
-    source = iter(items)
-    nothing = object()
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, source, nothing)
-        while (item := coming.result()) is not nothing:
-            coming = thread.submit(next, source, nothing)
-            yield item
 
 
 def rows_of(value: torch.Tensor) -> Iterator[torch.Tensor]:
