@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ft_core.errors import ConfigError
 from ft_core.training import train
 
 REWARD = """
@@ -115,6 +116,22 @@ def test_rewards_see_an_episodes_turns(toy: Any, steep_model: Path, tmp_path: Pa
     values["training"]["max_steps"] = 1
     result = train({**values, "max_length": 48}, say=lambda line: None)
     assert steps(result.run)[0]["rewards/turns/mean"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"token_at_once": 8}, r"unknown key 'rollouts.token_at_once' \(allowed with engine transformers: tokens_at"),
+        ({"tokens_at_once": "many"}, "rollouts.tokens_at_once: 'many' is not allowed"),
+        ({"tokens_at_once": 0}, "rollouts.tokens_at_once: 0 is not allowed"),
+    ],
+)
+def test_an_engines_settings_are_checked(
+    toy: Any, steep_model: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    values = config(toy, steep_model, tmp_path, settings={"rollouts": {"engine": "transformers", **settings}})
+    with pytest.raises(ConfigError, match=said):
+        train(values, say=lambda line: None)
 
 
 def test_completions_that_do_not_fit_together_are_written_one_after_the_other(steep_model: Path) -> None:

@@ -223,6 +223,7 @@ def running(engine: Engine, folder: Path) -> Iterator[Server]:
                 try:
                     _wait_for(server, process, log)
                     yield server
+                    _still_there(server, process)
                 finally:
                     _end(process)
         except ExportError as error:
@@ -259,6 +260,12 @@ def _start(engine: Engine, folder: Path, programs: Path, port: int, log: Any) ->
     return subprocess.Popen(
         words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
+
+
+def _still_there(server: Server, process: subprocess.Popen[bytes]) -> None:
+    """Refuse answers that were another program's, which had taken the port."""
+    if (code := process.poll()) is not None:
+        raise ExportError(f"{server.target} ended with code {code} while it was asked; what answered may not be it")
 
 
 def _wait_for(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ft_core.fast.decoding import Decoder, decoder_of
 from ft_core.fast.find import unwrapped
 from ft_core.training.wrapped import as_loaded
 from ft_rl.rollouts.drawing import draw
-from ft_rl.rollouts.protocol import Completion, EngineJob, Sampling
+from ft_rl.rollouts.protocol import Completion, EngineJob, Sampling, checked
 
-__all__ = ["OwnModel"]
+__all__ = ["OwnModel", "OwnModelSettings"]
 
 TOKENS_AT_ONCE = 32768
 """The most tokens, of prompts and completions together, whose keys and values are kept at a time."""
@@ -27,12 +28,24 @@ LEAVE = 0.75
 """Rows are dropped once this share of a batch or less is still being written."""
 
 
+class OwnModelSettings(BaseModel):
+    """Settings of ``rollouts: {engine: transformers}``.
+
+    Attributes:
+        tokens_at_once: the most tokens, of prompts and completions together, whose keys and values are kept at a time.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens_at_once: int = Field(default=TOKENS_AT_ONCE, ge=1)
+
+
 class OwnModel:
     """See the module."""
 
     def __init__(self, job: EngineJob) -> None:
         self._model, self._pad = job.model, job.tokenizer.pad_token_id or 0
-        self._tokens = int(job.settings.get("tokens_at_once", TOKENS_AT_ONCE))
+        self._tokens = checked(OwnModelSettings, job.settings, "transformers").tokens_at_once
         self._anywhere = False  # on a CPU the fast layers' references gain nothing
 
     def generate(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-__all__ = ["Completion", "Engine", "EngineJob", "Sampling"]
+from pydantic import BaseModel, ValidationError
+
+from ft_core.errors import ConfigError
+
+__all__ = ["Completion", "Engine", "EngineJob", "Sampling", "checked"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,26 @@ class EngineJob:
     settings: dict[str, Any]
     folder: Any
     say: Callable[[str], None]
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def checked(kind: type[S], given: dict[str, Any], engine: str) -> S:
+    """An engine's settings, read by its own model of them.
+
+    Raises:
+        ConfigError: an unknown key, or a value that is not allowed; one line.
+    """
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+    key = ".".join(["rollouts", *map(str, first["loc"])])
+    if first["type"] == "extra_forbidden":
+        raise ConfigError(f"unknown key {key!r} (allowed with engine {engine}: {', '.join(kind.model_fields)})")
+    value = "what is given" if "@" in str(first["input"]) else repr(first["input"])  # which may hold a password
+    raise ConfigError(f"{key}: {value} is not allowed (allowed: {first['msg'].removeprefix('Value error, ')})")
 
 
 class Engine(Protocol):

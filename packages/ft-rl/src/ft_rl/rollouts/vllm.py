@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-
 from ft_core.errors import ConfigError, RunError
 from ft_core.training.ranks import Ranks
-from ft_rl.rollouts.protocol import Completion, EngineJob, Sampling
+from ft_rl.rollouts.protocol import Completion, EngineJob, Sampling, checked
 from ft_rl.rollouts.vllm_server import Server, VllmSettings, completions_of
 
 __all__ = ["Vllm", "start_command"]
@@ -43,10 +41,7 @@ class Vllm:
     """See the module."""
 
     def __init__(self, job: EngineJob) -> None:
-        try:
-            settings = VllmSettings.model_validate(job.settings)
-        except ValidationError as error:
-            raise ConfigError(_one_line(error)) from None
+        settings = checked(VllmSettings, job.settings, "vllm")
         _check_adapter(job.model)
         if Ranks().count > 1:
             raise ConfigError("rollouts: vllm serves a training of one process; start it without torchrun")
@@ -255,12 +250,3 @@ def start_command(model: Any, url: str) -> str:
         f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {shlex.quote(str(model.name_or_path))} --enable-lora "
         f"--max-lora-rank {served} --logprobs-mode processed_logprobs{host} --port {port}"
     )
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(["rollouts", *map(str, first["loc"])])
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r} (allowed with engine vllm: {', '.join(VllmSettings.model_fields)})"
-    value = "what is given" if "@" in str(first["input"]) else repr(first["input"])  # which may hold a password
-    return f"{key}: {value} is not allowed (allowed: {first['msg'].removeprefix('Value error, ')})"
