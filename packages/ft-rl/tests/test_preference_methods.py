@@ -108,6 +108,24 @@ def test_rows_for_the_divergence_are_no_longer_than_others() -> None:
     assert batch["KL_completion_mask"][1].tolist()[:5] == [0, 0, 1, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss_type": "exo_pair"}, "dpo.label_smoothing: 0.0 .*above 0 with exo_pair"),
+        (
+            {"loss_type": ["sigmoid", "aot"], "f_divergence_type": "forward_kl"},
+            "dpo.f_divergence_type.*reverse_kl with aot",
+        ),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "dpo.loss_weights.*one weight for each loss: 2"),
+    ],
+)
+def test_losses_that_do_not_go_together(
+    toy: Any, steep_model: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        train(config(toy, steep_model, tmp_path, "dpo", dpo=settings), say=lambda line: None)
+
+
 def test_kto_needs_other_rows(toy: Any, steep_model: Path, tmp_path: Path) -> None:
     values = config(toy, steep_model, tmp_path, "kto", training={"batch_size": 1})
     with pytest.raises(ConfigError, match="batch_size: 1 is not allowed with kto"):

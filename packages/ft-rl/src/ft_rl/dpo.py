@@ -20,6 +20,14 @@ Loss = Literal[
 ]  # fmt: skip
 
 
+OF_A_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+"""The losses that another divergence than the reverse KL can be had with, as TRL says."""
+
+
+def _listed(losses: Any) -> list[str]:
+    return list(losses) if isinstance(losses, list) else [losses]
+
+
 class DpoSettings(BaseModel):
     """The section ``dpo`` of a configuration; the names are those of TRL's ``DPOConfig``.
 
@@ -38,7 +46,7 @@ class DpoSettings(BaseModel):
         disable_dropout: whether to switch off every dropout, the adapter's too.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", validate_default=True)
 
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     loss_type: Loss | list[Loss] = "sigmoid"
@@ -58,11 +66,25 @@ class DpoSettings(BaseModel):
             raise ValueError("at least one loss")
         return value
 
+    @field_validator("label_smoothing")
+    @classmethod
+    def _smooth_where_it_must_be(cls, value: float, info: Any) -> float:
+        if not value and "exo_pair" in _listed(info.data.get("loss_type")):
+            raise ValueError("a number above 0 with exo_pair, whose paper recommends 0.001")
+        return value
+
+    @field_validator("f_divergence_type")
+    @classmethod
+    def _divergence_of_a_loss_that_has_one(cls, value: str, info: Any) -> str:
+        others = sorted(set(_listed(info.data.get("loss_type"))) - OF_A_DIVERGENCE)
+        if value != "reverse_kl" and others:
+            raise ValueError(f"reverse_kl with {', '.join(others)}")
+        return value
+
     @field_validator("loss_weights")
     @classmethod
     def _one_each(cls, value: list[float] | None, info: Any) -> list[float] | None:
-        losses = info.data.get("loss_type")
-        count = len(losses) if isinstance(losses, list) else 1
+        count = len(_listed(info.data.get("loss_type")))
         if value is not None and len(value) != count:
             raise ValueError(f"one weight for each loss: {count}")
         return value
@@ -72,12 +94,11 @@ def build(job: Job) -> Trainer:
     """The trainer of one run; see :class:`ft_core.training.Job`.
 
     Raises:
-        ConfigError: an adapter on the head, trained biases, or losses that do not go together.
+        ConfigError: an adapter on the head, or trained biases.
         DataError: the rows cannot be tokenized, or none is short enough for ``max_length``.
     """
     from trl import DPOConfig, DPOTrainer
 
-    from ft_core.errors import ConfigError
     from ft_core.training.sft import check_head
     from ft_core.training.trainer import RunTrainerMixin
     from ft_rl.collating import PairCollator
@@ -98,22 +119,16 @@ def build(job: Job) -> Trainer:
     values = settings.model_dump()
     if values["precompute_ref_log_probs"] is None:
         values["precompute_ref_log_probs"] = job.config.lora is None
-    if isinstance(values["loss_type"], str):
-        values["loss_type"] = [values["loss_type"]]
-    try:
-        return DpoTrainer(
-            model=job.model,
-            args=DPOConfig(**job.arguments, max_length=None, **values),
-            data_collator=PairCollator(job.tokenizer.pad_token_id),
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=job.tokenizer,
-            callbacks=job.callbacks,
-        )
-    except (ValueError, NotImplementedError) as error:
-        if "loss" not in str(error) and "divergence" not in str(error):
-            raise
-        raise ConfigError(f"dpo: {str(error).strip()}") from error
+    values["loss_type"] = _listed(values["loss_type"])
+    return DpoTrainer(
+        model=job.model,
+        args=DPOConfig(**job.arguments, max_length=None, **values),
+        data_collator=PairCollator(job.tokenizer.pad_token_id),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=job.tokenizer,
+        callbacks=job.callbacks,
+    )
 
 
 def evaluate(job: EvaluationJob) -> Evaluation:
@@ -134,7 +149,7 @@ def margins_of(job: EvaluationJob, beta: float) -> Evaluation:
     from ft_core.evaluation import Evaluation
     from ft_rl.likelihoods import likelihoods
     from ft_rl.pairs import tokenize_pairs
-    from ft_rl.preference import pair_samples, too_long
+    from ft_rl.preference import pair_samples, shown, too_long
     from ft_rl.reference import adapter_off
 
     pairs = tokenize_pairs(job.rows, job.tokenizer, max_length=job.config.max_length)
@@ -144,15 +159,12 @@ def margins_of(job: EvaluationJob, beta: float) -> Evaluation:
     sequences, prompts = [*pairs.chosen_ids, *pairs.rejected_ids], pairs.prompt_lengths * 2
     pad = job.tokenizer.pad_token_id
 
-    def shown(what: str) -> Any:
-        return lambda done, total: job.progress(done, total, what)
-
-    made = likelihoods(job.model, sequences, prompts, pad, shown("answers"))
+    made = likelihoods(job.model, sequences, prompts, pad, shown(job, "answers"))
     chosen, rejected = made.means[:count], made.means[count:]
     margin = accuracy = margins = None
     with adapter_off(job.model) as known:
         if known:
-            reference = likelihoods(job.model, sequences, prompts, pad, shown("the reference's answers"))
+            reference = likelihoods(job.model, sequences, prompts, pad, shown(job, "the reference's answers"))
             rewards = beta * (made.sums - reference.sums)
             margins = rewards[:count] - rewards[count:]
             margin, accuracy = float(margins.mean()), float((margins > 0).double().mean())

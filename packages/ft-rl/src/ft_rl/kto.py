@@ -117,7 +117,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     from ft_core.evaluation import Evaluation, Sample
     from ft_rl.likelihoods import likelihoods
     from ft_rl.pairs import show, tokenize_labelled
-    from ft_rl.preference import too_long
+    from ft_rl.preference import shown, too_long
     from ft_rl.reference import adapter_off
 
     data = tokenize_labelled(job.rows, job.tokenizer, max_length=job.config.max_length)
@@ -125,16 +125,15 @@ def evaluate(job: EvaluationJob) -> Evaluation:
         raise too_long(len(job.rows), "held-out", job.config.max_length)
     beta, pad = float(getattr(job.settings, "beta", 1.0)), job.tokenizer.pad_token_id
 
-    def shown(what: str) -> Any:
-        return lambda done, total: job.progress(done, total, what)
-
-    made = likelihoods(job.model, data.ids, data.prompt_lengths, pad, shown("answers"))
+    made = likelihoods(job.model, data.ids, data.prompt_lengths, pad, shown(job, "answers"))
     wanted = torch.tensor(data.labels)
     metrics: dict[str, float | None] = dict.fromkeys(("accuracy", "margin", "reward_wanted", "reward_unwanted"))
     rewards = None
     with adapter_off(job.model) as known:
         if known:
-            reference = likelihoods(job.model, data.ids, data.prompt_lengths, pad, shown("the reference's answers"))
+            reference = likelihoods(
+                job.model, data.ids, data.prompt_lengths, pad, shown(job, "the reference's answers")
+            )
             rewards = beta * (made.sums - reference.sums)
             good, bad = rewards[wanted], rewards[~wanted]
             metrics["reward_wanted"] = float(good.mean()) if len(good) else None

@@ -5,11 +5,9 @@ from __future__ import annotations
 from ft_core.config import TrainConfig
 from ft_core.config.load import method_settings
 from ft_core.planning.load import Load
+from ft_rl.rollouts.protocol import TOKENS_AT_ONCE
 
 __all__ = ["answers", "completions", "pairs", "pairs_with_reference", "with_values"]
-
-TOKENS_AT_ONCE = 32768
-"""As :mod:`ft_rl.rollouts.own_model` has it: tokens whose keys and values are kept at a time."""
 
 
 def pairs(config: TrainConfig) -> Load:

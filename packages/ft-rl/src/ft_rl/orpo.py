@@ -80,7 +80,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     from ft_rl.likelihoods import likelihoods
     from ft_rl.objectives import orpo
     from ft_rl.pairs import tokenize_pairs
-    from ft_rl.preference import pair_samples, too_long
+    from ft_rl.preference import pair_samples, shown, too_long
 
     pairs = tokenize_pairs(job.rows, job.tokenizer, max_length=job.config.max_length)
     if not pairs.rows:
@@ -88,7 +88,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     count = len(pairs.rows)
     made = likelihoods(
         job.model, [*pairs.chosen_ids, *pairs.rejected_ids], pairs.prompt_lengths * 2, job.tokenizer.pad_token_id,
-        lambda done, total: job.progress(done, total, "answers"),
+        shown(job, "answers"),
     )  # fmt: skip
     chosen, rejected = made.means[:count], made.means[count:]
     _, measured = orpo(chosen, rejected, -chosen.mean(), beta=1.0)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ft_core.evaluation import EvaluationJob, Sample
     from ft_core.training import Job
 
-__all__ = ["pair_samples", "pairs_dataset", "say_dropout", "too_long"]
+__all__ = ["pair_samples", "pairs_dataset", "say_dropout", "shown", "too_long"]
 
 
 def pairs_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
@@ -59,6 +59,11 @@ def say_dropout(job: Job, disabled: bool) -> None:
     """Say so where a method switches off the dropout that the configuration asks for."""
     if disabled and job.config.lora is not None and job.config.lora.dropout > 0:
         job.say(f"{job.config.method}.disable_dropout switches lora.dropout off too")
+
+
+def shown(job: EvaluationJob, what: str) -> Callable[[int, int], None]:
+    """What tells an evaluation's progress, by its name."""
+    return lambda done, total: job.progress(done, total, what)
 
 
 def too_long(count: int, what: str, max_length: int | None) -> DataError:

@@ -18,12 +18,10 @@ from ft_core.fast.decoding import Decoder, decoder_of
 from ft_core.fast.find import unwrapped
 from ft_core.training.wrapped import as_loaded
 from ft_rl.rollouts.drawing import draw
-from ft_rl.rollouts.protocol import Completion, EngineJob, Sampling, checked
+from ft_rl.rollouts.protocol import TOKENS_AT_ONCE, Completion, EngineJob, Sampling, checked
 
 __all__ = ["OwnModel", "OwnModelSettings"]
 
-TOKENS_AT_ONCE = 32768
-"""The most tokens, of prompts and completions together, whose keys and values are kept at a time."""
 LEAVE = 0.75
 """Rows are dropped once this share of a batch or less is still being written."""
 

@@ -10,7 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from ft_core.errors import ConfigError
 
-__all__ = ["Completion", "Engine", "EngineJob", "Sampling", "checked"]
+__all__ = ["TOKENS_AT_ONCE", "Completion", "Engine", "EngineJob", "Sampling", "checked"]
+
+TOKENS_AT_ONCE = 32768
+"""The most tokens, of prompts and completions together, whose keys and values a model keeps at a time as it writes."""
 
 
 @dataclass(frozen=True)
