@@ -9,6 +9,7 @@ Cases:
 - grpo-update: the update on one group of eight completions of 20,480 tokens (prompts of 64), a micro-batch each; the
   completions are random tokens with random advantages, the same for all, handed to the trainer in place of a rollout.
 - dpo: two pairs whose sequences have 4,096 tokens, of which 512 are the prompt's; with the reference's pass.
+- dpo-half: the same, of which 2,048 are the prompt's, as in a conversation of several turns.
 - grpo: a whole step, rollouts too: four prompts of 128 tokens, eight completions each of 256 tokens (random weights
   never end one), a reward that costs nothing; micro-batches of eight completions.
 
@@ -38,15 +39,16 @@ import cases
 import fast_path
 
 RESULTS = Path(__file__).with_name("results") / "rl.jsonl"
-CASES = ("grpo-update", "dpo", "grpo")
+CASES = ("grpo-update", "dpo", "dpo-half", "grpo")
 CONTESTANTS = ("ft", "ft-small", "trl", "trl-batching")
 RANK = 32
 SHAPES: dict[str, dict[str, int]] = {
     "grpo-update": {"prompt": 64, "answer": 20480, "rows": 8, "micro": 1, "group": 8},
     "dpo": {"prompt": 512, "answer": 3584, "rows": 2, "micro": 2, "group": 1},
+    "dpo-half": {"prompt": 2048, "answer": 2048, "rows": 2, "micro": 2, "group": 1},
     "grpo": {"prompt": 128, "answer": 256, "rows": 32, "micro": 8, "group": 8},
 }
-STEPS = {"grpo-update": (1, 2), "dpo": (3, 7), "grpo": (1, 2)}
+STEPS = {"grpo-update": (1, 2), "dpo": (3, 7), "dpo-half": (3, 7), "grpo": (1, 2)}
 """Steps before those that are timed, and these."""
 
 
@@ -86,7 +88,7 @@ def compete(args: argparse.Namespace) -> None:
         for contestant in args.contestants.split(","):
             if contestant == "trl-batching" and case != "grpo":
                 continue
-            if not limit.allows(f"{case}, {contestant}", {"grpo-update": 150, "dpo": 80, "grpo": 150}[case]):
+            if not limit.allows(f"{case}, {contestant}", {"grpo-update": 150, "grpo": 150}.get(case, 80)):
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--one", case, contestant]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -244,7 +246,7 @@ def texts(case: str, shape: dict[str, int]) -> list[dict[str, str]]:
         return "".join(chance.choices("abcdefghijklmnopqrstuvwxyz ", k=length - 1)) + "x"
 
     count = (warm + timed) * shape["rows"] // shape["group"]
-    if case != "dpo":
+    if not case.startswith("dpo"):
         return [{"prompt": text(shape["prompt"])} for _ in range(count)]
     # the answer's last token is the end-of-sequence token, which both sides append
     return [
@@ -269,7 +271,7 @@ def _ft(case: str, contestant: str, shape: dict[str, int], args: argparse.Namesp
     from ft_core.training.prepare import prepare_model
     from ft_core.training.speed import check_first_step, recomputes, speed_up
 
-    method = "dpo" if case == "dpo" else "grpo"
+    method = "dpo" if case.startswith("dpo") else "grpo"
     data = folder / "rows.jsonl"
     rows = texts(case, shape)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -337,7 +339,7 @@ def _trl(case: str, contestant: str, shape: dict[str, int], args: argparse.Names
         "disable_tqdm": True, "use_cpu": not cuda,
     }  # fmt: skip
     rows, tokenizer = Dataset.from_list(texts(case, shape)), AutoTokenizer.from_pretrained(args.folder)
-    if case == "dpo":
+    if case.startswith("dpo"):
         return DPOTrainer(
             model, args=DPOConfig(**common, max_length=None, beta=0.1), train_dataset=rows,
             processing_class=tokenizer, peft_config=lora,

@@ -92,6 +92,8 @@ def packed_attention(make: Make) -> None:
     backward(ft.packed_attention(heads(4, 128), heads(2, 128), heads(2, 128), **documents))
     backward(ft.packed_attention(heads(4, 128), heads(2, 128), heads(2, 128), exact=True, **documents))
     backward(ft.packed_attention(heads(4, 256), heads(2, 256), heads(2, 256), softcap=50.0, **documents))
+    shared = ft.plan_attention(branches=[[ROWS, 3, ROWS - 3]])
+    backward(ft.packed_attention(heads(4, 128), heads(2, 128), heads(2, 128), plan=shared, backend="triton"))
     sinks = make(4)
     backward(ft.packed_attention(heads(4, 64), heads(2, 64), heads(2, 64), sinks=sinks, window=8, **documents))
 

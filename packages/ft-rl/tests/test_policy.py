@@ -12,6 +12,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 import ft_core as ft
 from ft_core import fast
+from ft_core.fast import scores
+from ft_core.fast.scores import Scorer
 from ft_rl.policy import FIELDS, PolicyForward, put_head
 from ft_rl.reference import adapter_off
 
@@ -99,6 +101,42 @@ def test_packed_and_padded_are_one(tiny_model: Path) -> None:
     for head.padding_free in (True, False):
         out, gradients = ask(model)
         results.append([out.log_probs, out.entropy, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [8, 15], ids=["a part of the prompt", "prompt and three tokens of the answer"])
+def test_what_rows_share_is_computed_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
+    """Rows that begin alike give what they do by themselves, gradients too."""
+    model = make(tiny_model)
+    fast.enable(model)
+    add_fused_lm_head(model.get_base_model(), outputs=FIELDS)
+    head = put_head(model, fields=FIELDS)
+    assert head is not None
+    given = batch(model.config.vocab_size)
+    ids, mask = given["input_ids"], given["attention_mask"]
+    runs = [slice(int(row.argmax()), int(row.argmax() + row.sum())) for row in mask]
+    alike = [(0, 2), (1, 3)]
+    for one, other in alike:
+        n = min(shared, int(mask[one].sum()) - 1, int(mask[other].sum()) - 1)
+        ids[other, runs[other]][:n] = ids[one, runs[one]][:n]
+    computed, results = [], []
+    states = Scorer.states
+
+    def counted(self: Scorer, **inputs: Any) -> torch.Tensor:
+        computed.append(inputs["input_ids"].numel())
+        return states(self, **inputs)
+
+    monkeypatch.setattr(Scorer, "states", counted)
+    for least in (0.01, 1.0):
+        monkeypatch.setattr(scores, "LEAST", least)
+        out = model(**given, use_cache=False, fused_lm_head=True)
+        weights = torch.linspace(-1, 1, ids.shape[1] - 1, dtype=torch.float64)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad((out.log_probs * weights).sum(), trained)
+        results.append([out.log_probs, out.entropy, *gradients])
+    assert computed[1] == mask.sum()
+    assert computed[0] <= computed[1] - 2 * min(shared, 7)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 

@@ -126,7 +126,10 @@ class PolicyForward(Replaced):
         Args:
             input_ids, attention_mask: as for :meth:`score`. labelled: bool ``[B, L − 1]``, at the positions before.
         """
-        row = Unpadded.of(input_ids, attention_mask)
+        path = fast_path_of(self.module)
+        # prompts of pairs and of a group's completions are computed once; in training a dropout draws once for them
+        share = self.padding_free and path is not None and path.on
+        row = Unpadded.of(input_ids, attention_mask, share=share)
         if self._packs(row):
             return self.scorer.hidden(row)[row.places(torch.nn.functional.pad(labelled, (0, 1)))]
         states = self.scorer.states(input_ids=input_ids, attention_mask=attention_mask, position_ids=_places(row))

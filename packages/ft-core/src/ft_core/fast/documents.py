@@ -29,11 +29,22 @@ class Batch:
 
     plan: AttentionPlan | None
 
+    def counted(self, tokens: int) -> int:
+        """As a batch of how many tokens this one, of so many, counts in what computing a layer takes.
+
+        Copies of what documents share take up to a third of what a token of its own does, and come and go in attention
+        alone, so that they count only where they are more than three times the tokens.
+        """
+        shared = self.plan is not None and self.plan.branches is not None
+        return max(tokens, -(-self.plan.copied_total // 3)) if shared and self.plan is not None else tokens
+
     def pairs(self, x: Tensor, window: int | None) -> Tensor:
         """The mask of pairs of tokens ``[B, 1, S, S]``, true where one sees the other, for a layer of x ``[B, S, H]``.
 
         It is as large as such masks are: for a layer that runs on its own code.
         """
+        if self.plan is not None and self.plan.branches is not None:
+            return self.plan.pairs(window, x.device)[None, None]
         rows, length = x.shape[:2]
         here = torch.arange(length, device=x.device)
         distance = here[:, None] - here
@@ -49,7 +60,7 @@ def batch_of(
     shape: tuple[int, int],
     attention_mask: Any,
     position_ids: Tensor | None,
-    lengths: Sequence[int] | None,
+    lengths: Sequence[int] | Sequence[Sequence[int]] | None,
     keywords: dict[str, Any],
 ) -> Batch | None:
     """The documents of a batch ``[B, S]``; None if they are no documents (a mask of pairs, or with holes).
@@ -57,12 +68,14 @@ def batch_of(
     Args:
         attention_mask: ``[B, S]``, nonzero where a token is no padding, or None; anything else is not understood.
         position_ids: as the caller gave them; None means that each row counts from 0.
-        lengths: of the documents in the batch's one row, or None. They spare a look at the positions, which waits for
-            the GPU.
+        lengths: of the documents in the batch's one row, or None; a list for each group of documents that share how
+            they begin (:func:`ft_kernels.plan_attention`). They spare a look at the positions, which waits for the GPU.
         keywords: further keywords of the forward pass; transformers' ``cu_seq_lens_q`` and ``max_length_q`` do as well.
     """
     if lengths is not None:
-        return Batch(plan_attention(lengths=list(lengths)))
+        flat = [n for n in lengths if isinstance(n, int)]
+        groups = [n for n in lengths if not isinstance(n, int)]
+        return Batch(plan_attention(branches=groups) if groups else plan_attention(lengths=flat))
     starts, longest = keywords.get("cu_seq_lens_q"), keywords.get("max_length_q")
     if starts is not None and longest is not None:
         return Batch(plan_attention(cu_seqlens=starts, max_length=int(longest)))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from ft_core.fast.find import NotFast, layout_of, unwrapped
 from ft_core.fast.head import can_fuse
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import read
+from ft_core.fast.sharing import LEAST, groups_of, saved
 from ft_core.fast.swap import fast_path_of
 from ft_kernels.functional import TokenLogProbs
 
@@ -30,26 +32,69 @@ class Unpadded:
 
     Attributes:
         kept: bool ``[B, L]``, true where there is a token.
-        ids, positions: int64 ``[1, T]``, row after row; positions count from 0 in each.
+        ids, positions: int64 ``[1, T]``, document after document; positions count from 0 in each.
         lengths: tokens of each row that has any.
+        branches: where rows share how they begin, their groups as :func:`ft_kernels.plan_attention` takes them: T is
+            then less than the sum of the lengths.
+        at: int64 ``[B, L]``, where each token lies in the row.
     """
 
     kept: Tensor
     ids: Tensor
     positions: Tensor
     lengths: list[int]
+    branches: list[list[int]] | None
+    at: Tensor
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor) -> Unpadded:
-        """Take the padding out; each row's tokens are one run, wherever it begins. Waits for the device once."""
+    def of(cls, input_ids: Tensor, attention_mask: Tensor, *, share: bool = False) -> Unpadded:
+        """Take the padding out; each row's tokens are one run, wherever it begins. Waits for the device once.
+
+        Args:
+            share: whether to compute once what rows share at their beginnings, where that is worth it. Only the fast
+                layers can, and it waits for the device twice.
+        """
         kept = attention_mask.bool()
+        if share and len(kept) > 1 and (shared := cls._sharing(input_ids, kept)) is not None:
+            return shared
         lengths = [n for n in kept.sum(1).tolist() if n]
         positions = (kept.cumsum(1) - 1)[kept]
-        return cls(kept, input_ids[kept][None], positions[None], lengths)
+        at = (kept.flatten().cumsum(0) - 1).view(kept.shape)
+        return cls(kept, input_ids[kept][None], positions[None], lengths, None, at)
+
+    @classmethod
+    def _sharing(cls, input_ids: Tensor, kept: Tensor) -> Unpadded | None:
+        """With what rows share only once; None where that saves too little."""
+        ids, mask = input_ids.cpu().numpy(), kept.cpu().numpy()
+        rows = [i for i in range(len(ids)) if mask[i].any()]
+        tokens = [ids[i][mask[i]] for i in rows]
+        groups = groups_of(tokens)
+        if saved(groups, sum(map(len, tokens))) < LEAST:
+            return None
+        at = np.zeros(ids.shape, np.int64)
+        parts, positions, branches, end = [], [], [], 0
+        for group in groups:
+            n, first = group.shared, tokens[group.rows[0]]
+            begin, end = end, end + n
+            parts.append(first[:n])
+            positions.append(np.arange(n))
+            branches.append([n])
+            for i in group.rows:
+                own = len(tokens[i]) - n
+                at[rows[i]][mask[rows[i]]] = np.concatenate([np.arange(begin, begin + n), np.arange(end, end + own)])
+                parts.append(tokens[i][n:])
+                positions.append(np.arange(n, n + own))
+                branches[-1].append(own)
+                end += own
+        made = (
+            torch.from_numpy(x).to(input_ids.device) for x in (np.concatenate(parts), np.concatenate(positions), at)
+        )
+        row, places, where = made
+        return cls(kept, row[None], places[None], list(map(len, tokens)), branches, where)
 
     def places(self, wanted: Tensor) -> Tensor:
         """Where the tokens of ``wanted``, bool ``[B, L]`` and all of them kept, lie in the row: int64 ``[N]``."""
-        return (self.kept.flatten().cumsum(0) - 1)[wanted.flatten()]
+        return self.at[wanted]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +122,14 @@ class Scorer:
 
     def hidden(self, row: Unpadded) -> Tensor:
         """The last hidden states ``[T, H]`` of documents that do not see each other."""
-        return self.states(input_ids=row.ids, position_ids=row.positions, lengths=row.lengths)[0]
+        lengths = row.lengths if row.branches is None else row.branches
+        return self.states(input_ids=row.ids, position_ids=row.positions, lengths=lengths)[0]
 
-    def states(self, *, lengths: Sequence[int] | None = None, **inputs: Any) -> Tensor:
+    def states(self, *, lengths: Sequence[int] | Sequence[Sequence[int]] | None = None, **inputs: Any) -> Tensor:
         """The last hidden states of a batch, by the fast layers where they are on.
 
         Args:
-            lengths: of the documents in a batch of one row.
+            lengths: of the documents in a batch of one row, or their groups (see :class:`Unpadded`).
             inputs: of the backbone: ``input_ids``, and ``attention_mask`` or ``position_ids``.
         """
         path = fast_path_of(self.model)

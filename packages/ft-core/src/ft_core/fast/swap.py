@@ -276,7 +276,7 @@ class _BackboneForward(Forward):
                 attention_mask = tokens.new_empty((1, 1, 0, 0), dtype=torch.bool)
                 keywords[BATCH] = batch
             if batch is not None and torch.is_grad_enabled():
-                choosing = self.path.choosing(tokens.shape[0] * tokens.shape[1], tokens.device)
+                choosing = self.path.choosing(batch.counted(tokens.shape[0] * tokens.shape[1]), tokens.device)
         with choosing:
             return self.own(
                 input_ids=input_ids,

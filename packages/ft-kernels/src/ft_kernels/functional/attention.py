@@ -14,6 +14,7 @@ from ft_kernels.dispatch import use_triton
 from ft_kernels.ops.packed_attention.choose import BACKENDS, Backend, case_of, choose, why_not
 from ft_kernels.ops.packed_attention.direct import Direct, direct
 from ft_kernels.ops.packed_attention.plan import AttentionPlan
+from ft_kernels.ops.packed_attention.shared import SharedDirect, SharedPlan
 
 if TYPE_CHECKING:
     from ft_kernels.ops.packed_attention.backends import Settings
@@ -26,6 +27,7 @@ def plan_attention(
     lengths: Sequence[int] | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
+    branches: Sequence[Sequence[int]] | None = None,
     max_length: int | None = None,
 ) -> AttentionPlan:
     """Where the documents of a batch lie: made once a batch, handed to every layer's :func:`packed_attention`.
@@ -45,20 +47,25 @@ def plan_attention(
             tokens.
         position_ids: ``[T]`` or ``[B, S]`` integers. A document begins with each row and where a position is not one
             more than the position before it, as transformers has it.
+        branches: for documents that begin alike, as answers to one prompt do: of each group the length of what they
+            share and those of what follows it in each, ``[[prompt, answer, answer], ...]``. The row holds what is
+            shared once, then what follows, in this order; each token sees what is shared and what it follows itself.
         max_length: the longest document or more. Needed only to leave a tensor on its GPU; it is believed, so too small
             a number gives wrong results.
 
     Raises:
         TypeError: a tensor's dtype is not an integer.
-        ValueError: none or more than one of the first three is given, or what is given describes no documents.
+        ValueError: none or more than one of the first four is given, or what is given describes no documents.
     """
-    given = {"lengths": lengths, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
+    given = {"lengths": lengths, "cu_seqlens": cu_seqlens, "position_ids": position_ids, "branches": branches}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         raise ValueError(
             f"plan_attention: got {' and '.join(names) or 'no documents'}; "
-            "give one of lengths, cu_seqlens, position_ids"
+            "give one of lengths, cu_seqlens, position_ids, branches"
         )
+    if branches is not None:
+        return _branched(branches, max_length)
     source = given[names[0]]
     if isinstance(source, Tensor) and (source.is_floating_point() or source.is_complex() or source.dtype == torch.bool):
         raise TypeError(f"plan_attention: {names[0]} has dtype {source.dtype}; use an integer dtype")
@@ -99,6 +106,22 @@ def plan_attention(
     return AttentionPlan(lengths=found, cu_seqlens=on_device, max_length=max_length)
 
 
+def _branched(branches: Sequence[Sequence[int]], max_length: int | None) -> SharedPlan:
+    for group in branches:
+        if len(group) < 2 or min(group) < 0:
+            raise ValueError(
+                f"plan_attention: branches has {list(group)}; a group is the length of what is shared and at least one "
+                "of what follows, each 0 or more"
+            )
+    plan = SharedPlan(branches)
+    if max_length is not None and max_length < plan.max_length:
+        raise ValueError(
+            f"plan_attention: max_length={max_length}, but a document has {plan.max_length} tokens; give the longest, "
+            "or None"
+        )
+    return plan
+
+
 def packed_attention(
     q: Tensor,
     k: Tensor,
@@ -134,7 +157,8 @@ def packed_attention(
         q: ``[T, H, D]``, all tokens in one row, or ``[B, S, H, D]``, which is the row of its rows. fp16, bf16, fp32 or
             float64, any strides, possibly empty.
         k, v: as q, with G heads where G divides H; query head h reads head h // (H / G).
-        plan: the documents, from :func:`plan_attention`; made once a batch, it saves each layer that work.
+        plan: the documents, from :func:`plan_attention`; made once a batch, it saves each layer that work. Only a plan
+            can have documents that share how they begin.
         lengths, cu_seqlens, position_ids, max_length: the documents instead of a plan, as :func:`plan_attention` has
             them. With none of them, each row of ``[B, S, H, D]``, or all of ``[T, H, D]``, is one document.
         causal: whether a token sees only itself and what is before it.
@@ -169,6 +193,13 @@ def packed_attention(
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         shape = q.shape
     documents = (lengths, cu_seqlens, position_ids, max_length)
+    if isinstance(plan, SharedPlan):
+        _shared(q, k, v, plan, documents, causal)
+        copies = [plan.copied(x.flatten(0, -3)) for x in (q, k, v)]
+        named: dict[str, Any] = {"sinks": sinks, "scale": scale, "exact": exact, "backend": backend}
+        out = packed_attention(*copies, plan=plan.whole, window=window, softcap=softcap, **named)
+        out = plan.taken(out).view(q.shape)
+        return out.transpose(1, 2) if heads_first else out
     backend, plan, settings = _decide(q, k, v, plan, documents, causal, window, softcap, sinks, scale, backend, exact)
     if q.dim() == 4:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -191,12 +222,28 @@ def direct_attention(
     softcap: float | None = None,
     scale: float | None = None,
     backend: Backend | str = "auto",
-) -> Direct | None:
+) -> Direct | SharedDirect | None:
     """The kernels that :func:`packed_attention` would launch; None where there are none to be called by themselves."""
     if not q.numel() or any(x.stride(-1) != 1 for x in (q, k, v)):
         return None
+    if isinstance(plan, SharedPlan):
+        _shared(q, k, v, plan, (None,) * 4, causal)
+        # of the copies' shape, without their memory: only what the choice of a backend reads
+        like = [x.flatten(0, -3)[:1].expand(plan.copied_total, -1, -1) for x in (q, k, v)]
+        named: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
+        whole = direct_attention(*like, plan=plan.whole, backend=backend, **named)
+        return SharedDirect(plan, whole) if isinstance(whole, Direct) else None
     backend, plan, settings = _decide(q, k, v, plan, (None,) * 4, causal, window, softcap, None, scale, backend)
     return direct(backend, plan, settings, q)
+
+
+def _shared(
+    q: Tensor, k: Tensor, v: Tensor, plan: SharedPlan, documents: tuple[Any, ...], causal: bool
+) -> None:  # fmt: skip
+    _check_tensors(q, k, v, None, False)
+    _plan(q.shape, plan, *documents)
+    if not causal:
+        raise ValueError("packed_attention: causal=False with branches; what is shared cannot see what follows it")
 
 
 def _decide(

@@ -24,6 +24,7 @@ from ft_kernels.ops.glu.reference import KINDS
 from ft_kernels.ops.lora.arguments import Adapters, check_product, draw_seed, numbers
 from ft_kernels.ops.lora.operands import Base
 from ft_kernels.ops.packed_attention.direct import Direct
+from ft_kernels.ops.packed_attention.shared import SharedDirect
 
 __all__ = ["AttentionBlock", "Keep", "MLPBlock"]
 
@@ -220,7 +221,7 @@ def _tile_of(x: Tensor, tile: int | None) -> int | None:
     return None if tile is None or x.numel() <= tile * x.shape[-1] else tile
 
 
-def _kernels_of(attention: Callable[..., Tensor]) -> Callable[..., Direct | None] | None:
+def _kernels_of(attention: Callable[..., Tensor]) -> Callable[..., Direct | SharedDirect | None] | None:
     """From q, k and v to the kernels that a partial of packed_attention launches."""
     if not isinstance(attention, functools.partial) or attention.func is not packed_attention or attention.args:
         return None

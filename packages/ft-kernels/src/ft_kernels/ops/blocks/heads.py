@@ -16,6 +16,7 @@ from torch import Tensor
 from ft_kernels.ops.blocks.parts import Norm, Product, split_adapters
 from ft_kernels.ops.blocks.recorded import Recorded, record
 from ft_kernels.ops.packed_attention.direct import Direct
+from ft_kernels.ops.packed_attention.shared import SharedDirect
 
 __all__ = ["Attention", "Inputs", "Way", "attend", "batched", "inputs", "joined", "output", "sides"]
 
@@ -44,7 +45,7 @@ class Attention:
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     dropout: float
     keep: str
-    direct: Callable[[Tensor, Tensor, Tensor], Direct | None] | None = None
+    direct: Callable[[Tensor, Tensor, Tensor], Direct | SharedDirect | None] | None = None
     tile: int | None = None
 
     def parts(self, whole: Tensor, leading: Sequence[int]) -> list[Tensor]:
@@ -124,7 +125,7 @@ class Way:
         reads_output: whether it wants the output.
     """
 
-    way: Recorded | Direct
+    way: Recorded | Direct | SharedDirect
     reads_output: bool
 
     def backward(

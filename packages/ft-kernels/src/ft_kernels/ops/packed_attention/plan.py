@@ -29,7 +29,15 @@ class AttentionPlan:
         max_length: the longest document; where the host doesn't know it, the bound that the caller gave.
         total: the number of tokens, or None where it is known on the device only.
         count: the number of documents, or None where it is known on the device only.
+        branches: for documents that share how they begin, the lengths of what each group shares and of what follows.
     """
+
+    branches: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def copied_total(self) -> int:
+        """The number of tokens with what documents share copied for each."""
+        return sum(self.host_lengths())
 
     def __init__(
         self,
@@ -117,6 +125,14 @@ class AttentionPlan:
             return torch.stack([lo, here, here, last]).int()
 
         return self.keep(("intervals", causal, window, total, device), make)
+
+    def pairs(self, window: int | None, device: torch.device) -> Tensor:
+        """bool ``[total, total]``, true where a token sees another: for those who compute with masks of that size."""
+        total = sum(self.host_lengths())
+        here = torch.arange(total, device=device)
+        first, last = self.intervals(True, window, total, device)[:2, :, None]
+        seen: Tensor = (here >= first) & (here <= last)
+        return seen
 
     def _bounds(self, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Each token's document: its first token and the one after its last."""

@@ -1,0 +1,46 @@
+"""Sums of rows in Triton: a program for each row of the result, which reads what it is the sum of."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ft_kernels import dispatch
+from ft_kernels.dispatch import cdiv, launch, power_of_2
+from ft_kernels.ops.lora.tiles import rounded, rounds_by_hand
+
+__all__ = ["sum_rows"]
+
+WIDEST = 4096
+"""Numbers of a row that a program takes."""
+
+
+@triton.jit
+def _sum_rows(
+    x, index, out, stride, W, COUNT: tl.constexpr, BLOCK: tl.constexpr, BY_HAND: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < W
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(COUNT):
+        place = tl.load(index + row * COUNT + i).to(tl.int64)
+        total += tl.load(x + place * stride + cols, mask=inside & (place >= 0), other=0.0).to(tl.float32)
+    tl.store(out + row * W + cols, rounded(total, out, BY_HAND), mask=inside)
+
+
+def sum_rows(x: Tensor, index: Tensor) -> Tensor:
+    """See :func:`ft_kernels.ops.shared_rows.autograd.sum_rows`."""
+    rows = x.flatten(1)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    count, width = index.shape[0], rows.shape[1]
+    out = dispatch.allocate((count, *x.shape[1:]), x.dtype, x.device)
+    if out.numel():
+        block = min(power_of_2(width), WIDEST)
+        launch(
+            "shared_rows", _sum_rows, (count, cdiv(width, block)), x.device, rows, index, out, rows.stride(0), width,
+            COUNT=index.shape[1], BLOCK=block, BY_HAND=rounds_by_hand(x.dtype), num_warps=4 if block <= 1024 else 8,
+        )  # fmt: skip
+    return out
