@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ft_kernels import attention_block, packed_attention, plan_attention
 from ft_kernels.functional import Norm
+from ft_kernels.ops.packed_attention import shared
 from ft_kernels.ops.shared_rows.autograd import sum_rows
 
 GROUPS = [[5, 3, 4], [0, 6], [4, 2, 0, 3], [7, 0]]
@@ -163,8 +164,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("dtype", "normed", "tile", "keep"), CASES)
-def test_a_block_of_a_layer(device, dtype, normed, tile, keep):
+def test_a_block_of_a_layer(device, monkeypatch, dtype, normed, tile, keep):
     """A layer's half over shared prefixes computes what it does of the documents one after the other."""
+    monkeypatch.setattr(shared, "PIECE", 20)  # copies of two groups, of one, and of one
     given, x, up = block_of(dtype, device, normed)
     tokens, lengths = whole_rows()
     position = torch.cat([torch.arange(n) for n in lengths])
@@ -178,7 +180,7 @@ def test_a_block_of_a_layer(device, dtype, normed, tile, keep):
         out = attention_block(leaf, **given, cos=cos, sin=sin, attention=attend, keep=keep, tile=tile)
         return out, *torch.autograd.grad(out, [leaf, *given["a"], *given["b"]], up)
 
-    shared = compute(x, first, plan_attention(branches=GROUPS), up)
+    together = compute(x, first, plan_attention(branches=GROUPS), up)
     alone_up = torch.zeros(1, len(tokens), up.shape[-1], dtype=dtype, device=device)
     alone_up[:, first] = up
     alone = list(compute(x[:, tokens], list(range(len(tokens))), plan_attention(lengths=lengths), alone_up))
@@ -187,7 +189,7 @@ def test_a_block_of_a_layer(device, dtype, normed, tile, keep):
     alone[1] = torch.zeros(1, TOKENS, x.shape[-1], device=device).index_add(1, of, alone[1].float()).to(dtype)
     # The sums are the same, in another order: as a norm, some roundings of the dtype.
     bound = 16 * torch.finfo(dtype).eps
-    for one, other in zip(shared, alone, strict=True):
+    for one, other in zip(together, alone, strict=True):
         assert (one.double() - other.double()).norm() <= bound * other.double().norm()
 
 

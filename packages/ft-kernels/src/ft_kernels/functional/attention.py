@@ -228,11 +228,16 @@ def direct_attention(
         return None
     if isinstance(plan, SharedPlan):
         _shared(q, k, v, plan, (None,) * 4, causal)
-        # of the copies' shape, without their memory: only what the choice of a backend reads
-        like = [x.flatten(0, -3)[:1].expand(plan.copied_total, -1, -1) for x in (q, k, v)]
         named: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
-        whole = direct_attention(*like, plan=plan.whole, backend=backend, **named)
-        return SharedDirect(plan, whole) if isinstance(whole, Direct) else None
+        pieces = []
+        for part in plan.pieces():
+            # of the copies' shape, without their memory: only what the choice of a backend reads
+            like = [x.flatten(0, -3)[:1].expand(part.copied_total, -1, -1) for x in (q, k, v)]
+            whole = direct_attention(*like, plan=part.whole, backend=backend, **named)
+            if not isinstance(whole, Direct):
+                return None
+            pieces.append((part, whole))
+        return SharedDirect(tuple(pieces))
     backend, plan, settings = _decide(q, k, v, plan, (None,) * 4, causal, window, softcap, None, scale, backend)
     return direct(backend, plan, settings, q)
 

@@ -134,7 +134,7 @@ class Way:
         if isinstance(self.way, Recorded):
             return self.way.backward(grad, [*given.known(), out], kept)
         assert out is not None
-        return self.way.backward(grad, given.q, given.k, given.v, out, kept[0])
+        return self.way.backward(grad, given.q, given.k, given.v, out, kept)
 
 
 def attend(block: Attention, given: Inputs) -> tuple[Tensor, Way, list[Tensor]]:
@@ -142,8 +142,8 @@ def attend(block: Attention, given: Inputs) -> tuple[Tensor, Way, list[Tensor]]:
     inputs = (given.q, given.k, given.v)
     kernels = None if block.direct is None else block.direct(*inputs)
     if kernels is not None:
-        out, lse = kernels.forward(*inputs)
-        return out, Way(kernels, True), [lse]
+        out, kept = kernels.forward(*inputs)
+        return out, Way(kernels, True), kept
     known = given.known()
     out, graph, kept = record(lambda q, k, v: _checked(block, block.attend(q, k, v), q), inputs, known)
     return out, Way(graph, any(not isinstance(p, int) and p.index == len(known) for p in graph.saved)), kept

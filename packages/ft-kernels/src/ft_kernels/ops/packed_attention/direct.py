@@ -6,6 +6,7 @@ differentiated by hand anyway, nobody needs it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,8 @@ class Direct:
     plan: AttentionPlan
     settings: Settings
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The output ``[..., heads, D]`` in q's dtype, contiguous, and what else backward wants, its lse."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The output ``[..., heads, D]`` in q's dtype, contiguous, and what else backward wants: its lse."""
         q3, k3, v3 = (x.flatten(0, -3) for x in (q, k, v))
         settings = self.settings
         if self.backend == "triton":
@@ -39,12 +40,13 @@ class Direct:
             out, lse = kernels.forward(q3, k3, v3, self._intervals(q3), None, settings.scale, settings.softcap or 0.0)
         else:
             out, lse = by_torch(q3, k3, v3, self._documents(q3), None, *self._settings())
-        return out.view(q.shape), lse
+        return out.view(q.shape), [lse]
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v, each contiguous."""
+        (lse,) = kept
         grad3, q3, k3, v3, out3 = (x.flatten(0, -3) for x in (grad, q, k, v, out))
         settings = self.settings
         if self.backend == "triton":

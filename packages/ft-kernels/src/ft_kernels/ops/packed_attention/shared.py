@@ -8,17 +8,21 @@ added up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ft_kernels import dispatch
 from ft_kernels.ops.packed_attention.direct import Direct
 from ft_kernels.ops.packed_attention.plan import AttentionPlan
 from ft_kernels.ops.shared_rows.autograd import SumRows, sum_rows
 
 __all__ = ["SharedDirect", "SharedPlan"]
+
+PIECE = 8192
+"""Copies that are there at a time, about: enough to keep a GPU busy."""
 
 
 class SharedPlan(AttentionPlan):
@@ -45,6 +49,23 @@ class SharedPlan(AttentionPlan):
 
     def intervals(self, causal: bool, window: int | None, total: int, device: torch.device) -> Tensor:
         raise TypeError("what a token sees is no interval where documents share a prefix; use the plan's whole")
+
+    def pieces(self) -> list[SharedPlan]:
+        """The row in parts of whole groups, each with about ``PIECE`` copies or with one group."""
+
+        def make() -> list[SharedPlan]:
+            parts: list[list[tuple[int, ...]]] = [[]]
+            room = PIECE
+            for group in self.branches:
+                copies = group[0] * (len(group) - 1) + sum(group[1:])
+                if parts[-1] and copies > room:
+                    parts.append([])
+                    room = PIECE
+                parts[-1].append(group)
+                room -= copies
+            return [self] if len(parts) == 1 else [SharedPlan(part) for part in parts]
+
+        return self.keep("pieces", make)
 
     def pairs(self, window: int | None, device: torch.device) -> Tensor:
         of_copies = self.whole.pairs(window, device)[self.answers(device)[:, 0].long()]
@@ -113,26 +134,42 @@ class SharedPlan(AttentionPlan):
 
 @dataclass(frozen=True, eq=False)
 class SharedDirect:
-    """:class:`Direct` for documents that share prefixes."""
+    """:class:`Direct` for documents that share prefixes: copies are there for some groups of documents at a time.
 
-    shared: SharedPlan
-    whole: Direct
+    Attributes:
+        pieces: of the row, in order: the groups, and the kernels for their copies.
+    """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    pieces: tuple[tuple[SharedPlan, Direct], ...]
+
+    def _parts(self, *given: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Tensors ``[..., heads, D]``, each a piece's part ``[T, heads, D]`` of it."""
+        lengths = [sum(map(sum, plan.branches)) for plan, _ in self.pieces]
+        return zip(*(x.flatten(0, -3).split(lengths) for x in given), strict=True)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`Direct.forward`."""
-        copies = self.shared.copies(q.device)
-        out, lse = self.whole.forward(*(sum_rows(x.flatten(0, -3), copies) for x in (q, k, v)))
-        return sum_rows(out, self.shared.answers(q.device)).view(q.shape), lse
+        out = dispatch.allocate(q.shape, q.dtype, q.device)
+        every: list[Tensor] = []
+        for (plan, kernels), (own_q, own_k, own_v, own) in zip(self.pieces, self._parts(q, k, v, out), strict=True):
+            copies = plan.copies(q.device)
+            made, kept = kernels.forward(*(sum_rows(x, copies) for x in (own_q, own_k, own_v)))
+            sum_rows(made, plan.answers(q.device), own)
+            every += kept
+        return out, every
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Direct.backward`."""
-        copies, answered = self.shared.copies(q.device), self.shared.answered(q.device)
-        # the output of a further copy counts nowhere, but the kernels want it with the lse that belongs to it
-        own_q, own_k, own_v, own_out = (sum_rows(x.flatten(0, -3), copies) for x in (q, k, v, out))
-        up = sum_rows(grad.flatten(0, -3), answered)
-        grads = self.whole.backward(up, own_q, own_k, own_v, own_out, lse)
-        every = self.shared.every(q.device)
-        dq, dk, dv = (sum_rows(x, every).view(like.shape) for x, like in zip(grads, (q, k, v), strict=True))
+        dq, dk, dv = (dispatch.allocate(x.shape, x.dtype, x.device) for x in (q, k, v))
+        parts = zip(self.pieces, self._parts(grad, q, k, v, out), self._parts(dq, dk, dv), kept, strict=True)
+        for (plan, kernels), (up, *given), results, one in parts:
+            copies, every = plan.copies(q.device), plan.every(q.device)
+            # the output of a further copy counts nowhere, but the kernels want it with the lse that belongs to it
+            own_q, own_k, own_v, own_out = (sum_rows(x, copies) for x in given)
+            grads = kernels.backward(sum_rows(up, plan.answered(q.device)), own_q, own_k, own_v, own_out, [one])
+            del own_q, own_k, own_v, own_out
+            for made, result in zip(grads, results, strict=True):
+                sum_rows(made, every, result)
         return dq, dk, dv

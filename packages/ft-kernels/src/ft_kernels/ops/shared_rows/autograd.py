@@ -14,11 +14,12 @@ from ft_kernels.ops.shared_rows import reference
 __all__ = ["SumRows", "sum_rows"]
 
 
-def sum_rows(x: Tensor, index: Tensor) -> Tensor:
+def sum_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     """For each row of ``index`` the sum of the rows of x that it names; without a graph.
 
     Args:
         x: ``[N, ...]``, floating point; at least one row. index: int32 ``[M, C]``, numbers of rows, or -1 for none.
+        out: ``[M, ...]``, contiguous, where to write the result, or None.
 
     Returns:
         ``[M, ...]`` in x's dtype, contiguous; added up in float32, or in float64 where x has that.
@@ -26,8 +27,9 @@ def sum_rows(x: Tensor, index: Tensor) -> Tensor:
     if use_triton(x) and not torch.compiler.is_compiling():
         from ft_kernels.ops.shared_rows import kernels
 
-        return kernels.sum_rows(x, index)
-    return reference.sum_rows(x, index)
+        return kernels.sum_rows(x, index, out)
+    made = reference.sum_rows(x, index)
+    return made if out is None else out.copy_(made)
 
 
 class SumRows(torch.autograd.Function):

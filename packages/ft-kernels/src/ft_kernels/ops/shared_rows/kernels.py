@@ -30,13 +30,14 @@ def _sum_rows(
     tl.store(out + row * W + cols, rounded(total, out, BY_HAND), mask=inside)
 
 
-def sum_rows(x: Tensor, index: Tensor) -> Tensor:
+def sum_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     """See :func:`ft_kernels.ops.shared_rows.autograd.sum_rows`."""
     rows = x.flatten(1)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     count, width = index.shape[0], rows.shape[1]
-    out = dispatch.allocate((count, *x.shape[1:]), x.dtype, x.device)
+    if out is None:
+        out = dispatch.allocate((count, *x.shape[1:]), x.dtype, x.device)
     if out.numel():
         block = min(power_of_2(width), WIDEST)
         launch(
