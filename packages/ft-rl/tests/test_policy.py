@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ft_core import fast
 from ft_core.fast import scores
 from ft_core.fast.scores import Scorer
 from ft_rl.policy import FIELDS, PolicyForward, put_head
-from ft_rl.reference import adapter_off
+from ft_rl.reference import adapter_off, put_switch, take_switch
 
 RUNS = [(0, 24), (3, 11), (9, 24), (5, 17)]
 """Where the tokens of each row of the batch begin and end: padded on the left, on the right, on both sides."""
@@ -155,6 +156,30 @@ def test_a_frozen_copy_is_the_reference(tiny_model: Path) -> None:
     separate = frozen(**given, fused_lm_head=True).log_probs.masked_fill(~(given["labels"][:, 1:] != -100), 0)
     seen = (given["labels"][:, 1:] != -100) & given["attention_mask"][:, :-1].bool()
     torch.testing.assert_close(shared[seen].float(), separate[seen].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_quicker_switch_does_what_pefts_does(tiny_model: Path) -> None:
+    model = make(tiny_model)
+    ids = batch(model.config.vocab_size)["input_ids"][:1]
+    on = model(input_ids=ids).logits
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(input_ids=ids).logits
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    put_switch(model)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        assert not torch.equal(expected, on)
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert torch.equal(model(input_ids=ids).logits, on)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    twin = copy.deepcopy(model)
+    with torch.no_grad(), twin.disable_adapter():
+        assert torch.equal(twin(input_ids=ids).logits, expected)
+        assert torch.equal(model(input_ids=ids).logits, on)
+    take_switch(model)
+    take_switch(model)
+    assert "disable_adapter" not in vars(model)
 
 
 def test_a_reference_is_rounded_as_the_policy_is(tiny_model: Path) -> None:

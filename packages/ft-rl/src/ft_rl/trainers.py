@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ft_rl.policy import PolicyForward, put_head
-from ft_rl.reference import begins_neutral, drop_copy
+from ft_rl.reference import begins_neutral, drop_copy, put_switch, take_switch
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -35,9 +35,11 @@ class PolicyTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         self.put_head()
         drop_copy(self.model, neutral)
+        put_switch(self.model)
 
     def finish(self) -> None:
         """Called once all steps are done: no copy of the adapter is left to be saved."""
+        take_switch(self.model)
         drop_copy(self.model, neutral=True)
 
     @property
