@@ -16,16 +16,14 @@ WIDEST = 4096
 """Numbers of a row that a program takes."""
 
 
-@triton.jit
-def _sum_rows(
-    x, index, out, stride, W, COUNT: tl.constexpr, BLOCK: tl.constexpr, BY_HAND: tl.constexpr
-):  # fmt: skip
+@triton.jit(do_not_specialize=["count"])  # it changes from batch to batch: one kernel for all
+def _sum_rows(x, index, out, stride, W, count, BLOCK: tl.constexpr, BY_HAND: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < W
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(COUNT):
-        place = tl.load(index + row * COUNT + i).to(tl.int64)
+    for i in range(count):
+        place = tl.load(index + row * count + i).to(tl.int64)
         total += tl.load(x + place * stride + cols, mask=inside & (place >= 0), other=0.0).to(tl.float32)
     tl.store(out + row * W + cols, rounded(total, out, BY_HAND), mask=inside)
 
@@ -35,13 +33,13 @@ def sum_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     rows = x.flatten(1)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    count, width = index.shape[0], rows.shape[1]
+    height, width = index.shape[0], rows.shape[1]
     if out is None:
-        out = dispatch.allocate((count, *x.shape[1:]), x.dtype, x.device)
+        out = dispatch.allocate((height, *x.shape[1:]), x.dtype, x.device)
     if out.numel():
         block = min(power_of_2(width), WIDEST)
         launch(
-            "shared_rows", _sum_rows, (count, cdiv(width, block)), x.device, rows, index, out, rows.stride(0), width,
-            COUNT=index.shape[1], BLOCK=block, BY_HAND=rounds_by_hand(x.dtype), num_warps=4 if block <= 1024 else 8,
+            "shared_rows", _sum_rows, (height, cdiv(width, block)), x.device, rows, index, out, rows.stride(0), width,
+            index.shape[1], BLOCK=block, BY_HAND=rounds_by_hand(x.dtype), num_warps=4 if block <= 1024 else 8,
         )  # fmt: skip
     return out
