@@ -128,6 +128,7 @@ EXPECTED = {
     "ft_rl.rollouts.vllm": ["Vllm", "start_command"],
     "ft_rl.rollouts.vllm_server": ["Refused", "Server", "VllmSettings", "completions_of"],
     "ft_rl.samples_log": ["SamplesLog", "best_and_worst", "readable"],
+    "ft_rl.scoring": ["ScoreForward", "last_tokens", "put_scores", "score_sequences", "scorer_of"],
     "ft_rl.stops": ["stops_of"],
     "ft_rl.trainers": ["PolicyTrainerMixin"],
     "ft_rl.values": ["ADAPTER", "ValueModel"],

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyForward", "Scores", "put_head"]
 
-WASTE = 0.25
-"""Padding, as a share of the tokens, that costs less on a CPU than attention over one row of all documents."""
 REQUIRED = frozenset({"input_ids", "attention_mask", "labels"})
 KNOWN = REQUIRED | {"use_cache", "num_items_in_batch"}
 """What a batch of text holds; whatever else there is (images, router logits) is for TRL's own forward."""
@@ -130,19 +128,10 @@ class PolicyForward(Replaced):
         # prompts of pairs and of a group's completions are computed once; in training a dropout draws once for them
         share = self.padding_free and path is not None and path.on
         row = Unpadded.of(input_ids, attention_mask, share=share)
-        if self._packs(row):
+        if self.padding_free and self.scorer.packs(row):
             return self.scorer.hidden(row)[row.places(torch.nn.functional.pad(labelled, (0, 1)))]
         states = self.scorer.states(input_ids=input_ids, attention_mask=attention_mask, position_ids=_places(row))
         return states[:, :-1][labelled]
-
-    def _packs(self, row: Unpadded) -> bool:
-        if not self.padding_free or not row.lengths:
-            return False
-        path = fast_path_of(self.module)
-        if path is not None and path.on:
-            return True
-        # torch's attention computes what a mask between documents then discards
-        return row.ids.device.type != "cpu" or row.kept.numel() > (1 + WASTE) * sum(row.lengths)
 
     def _output(self, scores: Scores, count: Any) -> FusedCausalLMOutput:
         from trl.trainer.utils import FusedCausalLMOutput

@@ -1,10 +1,10 @@
-"""A language model's log-probabilities of given tokens, without padding and without whole logits."""
+"""A model's last hidden states without padding, and its log-probabilities of given tokens without whole logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from ft_core.fast.sharing import LEAST, groups_of, saved
 from ft_core.fast.swap import fast_path_of
 from ft_kernels.functional import TokenLogProbs
 
-__all__ = ["Scorer", "Unpadded"]
+__all__ = ["Backbone", "Scorer", "Unpadded"]
 
 MEMORY = 2**30
 """Bytes of logits at a time where no fast layers say how many there may be."""
+WASTE = 0.25
+"""Padding, as a share of the tokens, that costs less on a CPU than attention over one row of all documents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,27 +100,35 @@ class Unpadded:
 
 
 @dataclass(frozen=True, eq=False)
-class Scorer:
-    """Scores tokens by a model whose head the kernels can compute.
+class Backbone:
+    """What gives the last hidden states of a model with any head.
 
     Attributes:
         model: the model with its head, not an adapter's wrapping.
-        layout: of its family, for the backbone and how logits are scaled.
+        layout: of its family.
     """
 
     model: Any
     layout: Layout
 
     @classmethod
-    def of(cls, model: Any) -> Scorer | None:
-        """The scorer of a model or of what wraps it; None where its family or its head is not known."""
+    def of(cls, model: Any) -> Self | None:
+        """That of a model or of what wraps it; None where its family is not known."""
         model = unwrapped(model)
         try:
-            layout = layout_of(model)
+            return cls(model, layout_of(model))
         except NotFast:
             return None
-        head = getattr(model, layout.head, None)
-        return cls(model, layout) if isinstance(head, nn.Module) and can_fuse(head) else None
+
+    def packs(self, row: Unpadded) -> bool:
+        """Whether a batch is computed faster without its padding."""
+        if not row.lengths:
+            return False
+        path = fast_path_of(self.model)
+        if path is not None and path.on:
+            return True
+        # torch's attention computes what a mask between documents then discards
+        return row.ids.device.type != "cpu" or row.kept.numel() > (1 + WASTE) * sum(row.lengths)
 
     def hidden(self, row: Unpadded) -> Tensor:
         """The last hidden states ``[T, H]`` of documents that do not see each other."""
@@ -143,6 +153,18 @@ class Scorer:
             if path is not None:
                 path.own_head = False
         return states
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer(Backbone):
+    """Scores tokens by a model whose head the kernels can compute."""
+
+    @classmethod
+    def of(cls, model: Any) -> Self | None:
+        """The scorer of a model or of what wraps it; None where its family or its head is not known."""
+        found = super().of(model)
+        head = None if found is None else getattr(found.model, found.layout.head, None)
+        return found if isinstance(head, nn.Module) and can_fuse(head) else None
 
     def logprobs(
         self,

@@ -37,13 +37,15 @@ class Scorer:
     """A model with a scalar head and the tokenizer that it was trained with.
 
     Args:
-        model: returns ``logits`` of shape [sequences, 1].
+        model: a sequence classifier, which returns ``logits`` of shape [sequences, 1].
         tokenizer: its own; messages go through its chat template.
         max_length: the longest sequence that is scored, in tokens; None: any.
         batch_tokens: how many tokens are scored at a time, padding counted.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int | None, batch_tokens: int) -> None:
+        from ft_rl.scoring import scorer_of
+
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -52,6 +54,7 @@ class Scorer:
             tokenizer.pad_token = tokenizer.eos_token
         # The model finds the last token of a padded sequence by this id, which its configuration may lack.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self._score = scorer_of(self.model)
 
     def ids(self, prompt: Text, completion: Text) -> list[int]:
         """The tokens of a prompt with its completion, as reward modelling has them.
@@ -74,43 +77,24 @@ class Scorer:
         )
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
+        from ft_rl.scoring import score_sequences
+
         sequences = [self.ids(p, c) for p, c in zip(prompts, completions, strict=True)]
         errors = {
             i: f"{len(ids)} tokens, and the reward model takes {self.max_length}"
             for i, ids in enumerate(sequences)
             if self.max_length is not None and len(ids) > self.max_length
         }
+        fitting = [i for i in range(len(sequences)) if i not in errors]
+        made = score_sequences(
+            self._score, [sequences[i] for i in fitting], pad=self.tokenizer.pad_token_id, tokens=self.batch_tokens
+        )
         scores: list[float | None] = [None] * len(sequences)
-        for batch in self._batches(sequences, [i for i in range(len(sequences)) if i not in errors]):
-            for i, score in zip(batch, self._scores([sequences[i] for i in batch]), strict=True):
-                scores[i] = score
+        for i, score in zip(fitting, made.tolist(), strict=True):
+            scores[i] = score
         if errors:
             raise SampleErrors(scores, errors)
         return scores
-
-    def _batches(self, sequences: list[list[int]], order: list[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for i in sorted(order, key=lambda i: -len(sequences[i])):
-            if batch and (len(batch) + 1) * len(sequences[batch[0]]) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
-    def _scores(self, sequences: list[list[int]]) -> list[float]:
-        import torch
-
-        longest = max(map(len, sequences))
-        ids = torch.full((len(sequences), longest), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, sequence in enumerate(sequences):
-            ids[i, : len(sequence)] = torch.tensor(sequence)
-            mask[i, : len(sequence)] = 1
-        device = self.model.device
-        with torch.inference_mode():
-            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        return [float(score) for score in logits[:, 0].float().cpu()]
 
 
 def reward_model(settings: RewardModelSettings) -> Any:
@@ -121,13 +105,17 @@ def reward_model(settings: RewardModelSettings) -> Any:
         ModelError: the model cannot be loaded.
         ConfigError: it gives another number of scores than one.
     """
+    from ft_core.models import pick_device
     from ft_core.models.opening import check_reference
+    from ft_core.training.speed import speed_up
 
     check_reference(settings.model)
     with _same_chance():
         model, tokenizer = _load(settings.model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Scorer(model, tokenizer, max_length=settings.max_length or positions, batch_tokens=settings.batch_tokens)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        made = Scorer(model, tokenizer, max_length=settings.max_length or positions, batch_tokens=settings.batch_tokens)
+        speed_up(made.model, pick_device(), say=lambda line: None)  # once nothing of it is trained
+    return made
 
 
 def _load(reference: str) -> tuple[Any, Any]:
