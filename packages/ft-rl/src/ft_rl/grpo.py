@@ -223,23 +223,25 @@ def scored_by(
         ConfigError: as :func:`ft_rl.environments.resolve_environment` and :func:`ft_rl.rewards.resolve_rewards`.
     """
     if KEPT not in job.kept:
-        job.kept[KEPT] = _scored_by(job.config, settings, say)
+        job.kept[KEPT] = _scored_by(job, settings, say)
     found: tuple[EnvironmentClass | None, Rewards] = job.kept[KEPT]
     return found
 
 
 def _scored_by(
-    config: TrainConfig, settings: WritingSettings, say: Callable[[str], None]
+    job: Job | EvaluationJob, settings: WritingSettings, say: Callable[[str], None]
 ) -> tuple[EnvironmentClass | None, Rewards]:
     from ft_rl.environments import resolve_environment
     from ft_rl.rewards import Rewards, resolve_rewards
+    from ft_rl.rewards.guest import Policy
 
+    config, policy = job.config, Policy(job.model, job.config, say)
     if settings.environment is None:
-        return None, resolve_rewards(config.rewards, say=say)
+        return None, resolve_rewards(config.rewards, say=say, policy=policy)
     world = resolve_environment(settings.environment, f"{config.method}.environment")
     if world.owns_reward and not config.rewards:
         return world, Rewards(())
-    return world, resolve_rewards(config.rewards, say=say)
+    return world, resolve_rewards(config.rewards, say=say, policy=policy)
 
 
 def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ft_core.data.collating import keeps_documents_apart
 from ft_core.fast.forwards import Replaced
-from ft_core.fast.scores import Backbone, Unpadded
+from ft_core.fast.scores import Backbone
 from ft_rl.likelihoods import batches_of
 
 __all__ = ["ScoreForward", "last_tokens", "put_scores", "score_sequences", "scorer_of"]
@@ -61,8 +61,8 @@ class ScoreForward(Replaced):
         known = ASKED <= set(given) <= KNOWN and not given["use_cache"] and given.get("return_dict", True)
         if args or not known or pad is None or not self.padding_free:
             return self.own(*args, **inputs)
-        row = Unpadded.of(given["input_ids"], given["attention_mask"])
-        if len(row.lengths) < len(row.kept) or not self.backbone.packs(row):
+        row = self.backbone.unpadded(given["input_ids"], given["attention_mask"])
+        if row is None or len(row.lengths) < len(row.kept):
             return self.own(**inputs)
         from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 

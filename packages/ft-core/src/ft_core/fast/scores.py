@@ -120,20 +120,40 @@ class Backbone:
         except NotFast:
             return None
 
-    def packs(self, row: Unpadded) -> bool:
-        """Whether a batch is computed faster without its padding."""
-        if not row.lengths:
-            return False
+    def unpadded(self, input_ids: Tensor, attention_mask: Tensor) -> Unpadded | None:
+        """A padded batch ``[B, L]`` as one row, where it is computed faster as such: the model has to keep documents of
+        one row apart. By the fast layers, what rows share at their beginnings is computed once, such as the prompt of a
+        pair or of a group's completions; in training a dropout draws once for it.
+        """
         path = fast_path_of(self.model)
-        if path is not None and path.on:
-            return True
+        fast = path is not None and path.on
+        row = Unpadded.of(input_ids, attention_mask, share=fast)
+        if not row.lengths:
+            return None
         # torch's attention computes what a mask between documents then discards
-        return row.ids.device.type != "cpu" or row.kept.numel() > (1 + WASTE) * sum(row.lengths)
+        packs = fast or row.ids.device.type != "cpu" or row.kept.numel() > (1 + WASTE) * sum(row.lengths)
+        return row if packs else None
 
     def hidden(self, row: Unpadded) -> Tensor:
         """The last hidden states ``[T, H]`` of documents that do not see each other."""
         lengths = row.lengths if row.branches is None else row.branches
         return self.states(input_ids=row.ids, position_ids=row.positions, lengths=lengths)[0]
+
+    def hidden_at(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, *, padding_free: bool = True
+    ) -> Tensor:
+        """The last hidden states ``[N, H]`` at places of a padded batch, row after row; computed without padding.
+
+        Args:
+            input_ids: int64 ``[B, L]``. attention_mask: ``[B, L]``, nonzero at each row's one run of tokens.
+            wanted: bool ``[B, L]``, true at tokens only.
+            padding_free: whether the model keeps documents of one row apart; where not, the batch stays padded.
+        """
+        row = self.unpadded(input_ids, attention_mask) if padding_free else None
+        if row is not None:
+            return self.hidden(row)[row.places(wanted)]
+        places = (attention_mask.bool().cumsum(1) - 1).clamp(min=0)  # of each token within its row's run
+        return self.states(input_ids=input_ids, attention_mask=attention_mask, position_ids=places)[wanted]
 
     def states(self, *, lengths: Sequence[int] | Sequence[Sequence[int]] | None = None, **inputs: Any) -> Tensor:
         """The last hidden states of a batch, by the fast layers where they are on.
