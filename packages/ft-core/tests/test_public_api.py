@@ -215,7 +215,7 @@ EXPECTED: dict[str, list[str]] = {
         "ways",
         "with_memory",
     ],
-    "ft_core.planning.blueprint": ["Blueprint", "Matrix", "Outline", "find_outline"],
+    "ft_core.planning.blueprint": ["Blueprint", "Matrix", "Outline", "find_outline", "outline_of"],
     "ft_core.planning.cards": ["CARDS", "Card", "card_here", "find_card", "with_memory"],
     "ft_core.planning.engine": [
         "CONTEXT",
@@ -229,7 +229,7 @@ EXPECTED: dict[str, list[str]] = {
         "with_length",
         "with_rows",
     ],
-    "ft_core.planning.load": ["Load", "ROW", "load_of"],
+    "ft_core.planning.load": ["Held", "Load", "ROW", "load_of"],
     "ft_core.planning.peak": ["ALONE", "Layer", "Peak", "Step", "TILE", "peak_of"],
     "ft_core.planning.rows": ["Count", "count_rows", "steps_of"],
     "ft_core.planning.show": ["line", "table"],
