@@ -101,6 +101,22 @@ def test_packed_and_padded_are_one(tiny_model: Path, layers: str, adapter: bool)
     assert passes.tokens[-1] == 4 * 24
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["a prompt", "one is the other's beginning"])
+def test_what_a_pair_shares_is_computed_once(tiny_model: Path, whole: bool) -> None:
+    """By the fast layers; the scores and gradients are those of the padded batch."""
+    model = make(tiny_model)
+    fast.enable(model)
+    given = batch(model.config.vocab_size, RIGHT)
+    ids = given["input_ids"]
+    shared = LENGTHS[3] if whole else 12
+    ids[3, :shared] = ids[0, :shared]  # a pair: rows of 24 and 17 tokens
+    expected = ask(model, given)
+    put_scores(model)
+    passes = Passes(model)
+    check_equal(ask(model, given), expected)
+    assert passes.tokens == [sum(LENGTHS) - shared]
+
+
 @pytest.mark.parametrize("layers", ["transformers", "fast"])
 def test_padding_may_lie_on_any_side(tiny_model: Path, layers: str) -> None:
     model = make(tiny_model)
