@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,35 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def steep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a steeper head: what its layers learn can make a token likely, not only likelier."""
     return make_model(tmp_path_factory.mktemp("models") / "steep-llama", steepness=10.0)
+
+
+@pytest.fixture(scope="session")
+def make_judge() -> Callable[..., Path]:
+    """`make_judge(model, folder, …)`: a run of reward modelling that has learnt to prefer kind words."""
+
+    def make(model: Path, folder: Path, training: dict[str, Any] | None = None, **changes: Any) -> Path:
+        from ft_core.training import train
+
+        values = {
+            "model": str(model),
+            "method": "reward",
+            "data": str(write_rows(folder / "pairs.jsonl", rows(256, seed=1))),
+            "max_length": 32,
+            "lora": {"r": 8},
+            "training": {"max_steps": 30, "batch_size": 16, "gradient_accumulation": 1, "learning_rate": 1e-2}
+            | (training or {}),
+            "output": str(folder / "judge"),
+        }
+        return train(values | changes, say=lambda line: None).run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def judge(make_judge: Any, steep_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run on the steep model."""
+    made: Path = make_judge(steep_model, tmp_path_factory.mktemp("judge"))
+    return made
 
 
 def make_model(folder: Path, steepness: float = 1.0) -> Path:

@@ -35,6 +35,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo-reused": ("grpo", REUSED),
     "gspo-reused": ("gspo", REUSED),
     "ppo": ("ppo", {"num_ppo_epochs": 4, "kl_target": 0.5}),
+    "ppo-judge": ("ppo", {"num_ppo_epochs": 2}),  # a reward model on the policy's base
 }
 # Four optimizer steps are done, a checkpoint is there of three: grpo writes at each step, ppo and those that reuse
 # completions at every fourth.
@@ -48,16 +49,19 @@ KILLS = [
     ("ppo", "rollout"),
     ("ppo", "backward"),
     ("ppo", "update"),
+    ("ppo-judge", "rollout"),
+    ("ppo-judge", "backward"),
 ]
 
 
-def values(toy: Any, model: Path, folder: Path, case: str) -> dict[str, Any]:
+def values(toy: Any, model: Path, judge: Path, folder: Path, case: str) -> dict[str, Any]:
     method, settings = SETTINGS[case]
     given = toy.rows(64, seed=1, twins=True)
     if method != "dpo":
         given = [{"prompt": row["prompt"].strip()} for row in given]
         (folder / "kind.py").write_text(REWARD)
         settings = {"max_completion_length": 8, **settings}
+    reward: Any = {"name": "reward-model", "model": str(judge)} if "judge" in case else f"{folder / 'kind.py'}:kindness"
     toy.write_rows(folder / "rows.jsonl", given)
     return {
         "model": str(model),
@@ -74,20 +78,20 @@ def values(toy: Any, model: Path, folder: Path, case: str) -> dict[str, Any]:
             "save_every": SAVE_EVERY,
         },
         method: settings,
-        **({} if method == "dpo" else {"rewards": [f"{folder / 'kind.py'}:kindness"]}),
+        **({} if method == "dpo" else {"rewards": [reward]}),
         "output": str(folder / "run"),
     }
 
 
 @pytest.fixture(scope="module")
-def whole(toy: Any, steep_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def whole(toy: Any, steep_model: Path, judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`whole(case)`: the run of a case that nobody kills, made once."""
     made: dict[str, Path] = {}
 
     def run(case: str) -> Path:
         if case not in made:
             folder = tmp_path_factory.mktemp(case)
-            made[case] = train(values(toy, steep_model, folder, case), say=lambda line: None).run
+            made[case] = train(values(toy, steep_model, judge, folder, case), say=lambda line: None).run
         return made[case]
 
     return run
@@ -140,9 +144,9 @@ def check_same(run: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(("case", "at"), KILLS)
 def test_killed_and_resumed(
-    toy: Any, steep_model: Path, whole: Any, processes: Any, tmp_path: Path, case: str, at: str
+    toy: Any, steep_model: Path, judge: Path, whole: Any, processes: Any, tmp_path: Path, case: str, at: str
 ) -> None:
-    given = values(toy, steep_model, tmp_path, case)
+    given = values(toy, steep_model, judge, tmp_path, case)
     kill(processes, given, tmp_path, at, after=4)
     run = Path(given["output"])
     checkpoint = last_whole_checkpoint(run / "checkpoints")
@@ -151,6 +155,7 @@ def test_killed_and_resumed(
     assert len(numbers(run)) == 4  # the fifth step is what was cut short
     said: list[str] = []
     assert train(given, resume=True, say=said.append).status == "finished"
+    assert any("scores on the policy's base" in line for line in said) == ("judge" in case)
     assert f"going on from step {SAVE_EVERY} ({checkpoint})" in said
     check_same(run, whole(case))
 

@@ -210,11 +210,12 @@ def test_the_method_is_registered() -> None:
     assert all(callable(resolve(reference)) for reference in (spec.settings, spec.trainer, spec.evaluate))
 
 
-@pytest.mark.parametrize("multiple", [None, 8])
+@pytest.mark.parametrize(("multiple", "padded"), [(None, False), (None, True), (8, True)])
 def test_the_longest_batch_is_that_of_all_that_are_made(
-    multiple: int | None, toy: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    multiple: int | None, padded: bool, toy: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chosen and rejected answers are padded to the longest of all, so that sums of both mislead."""
+    """Chosen and rejected answers are padded to the longest of all, so that sums of both mislead, unless the padding is
+    taken out."""
     from ft_core.training import replan, speed
 
     def long(word: str, count: int) -> str:
@@ -225,18 +226,23 @@ def test_the_longest_batch_is_that_of_all_that_are_made(
     toy.write_rows(tmp_path / "uneven.jsonl", [*even, *uneven, *toy.rows(9, seed=1)])
     seen: list[tuple[int, list[int]]] = []
 
+    def tokens(batch: dict[str, Any]) -> int:
+        return batch["input_ids"].numel() if padded else int(batch["attention_mask"].sum())
+
     def note(trainer: Any) -> Any:
+        assert (trainer.scores is None) == padded
         found = longest(trainer)
-        every = [batch["input_ids"].numel() for batch in trainer.get_train_dataloader()]
-        seen.append((found["input_ids"].numel(), every))
+        seen.append((tokens(found), [tokens(batch) for batch in trainer.get_train_dataloader()]))
         return found
 
     longest = replan.longest_batch
     monkeypatch.setattr(replan, "longest_batch", note)
     monkeypatch.setattr(speed, "runs_kernels", lambda device: True)
     monkeypatch.setattr("ft_core.training.run.speed_up", lambda *args: None)
+    if padded:  # as a model whose family is not known
+        monkeypatch.setattr("ft_rl.scoring.put_scores", lambda model: None)
     for batch_size in (1, 2, 3):
-        values = config(toy, tiny_model, tmp_path, training={"batch_size": batch_size, "max_steps": 1})
+        values = config(toy, tiny_model, tmp_path, training={"batch_size": batch_size, "max_steps": None, "epochs": 1})
         values |= {"data": str(tmp_path / "uneven.jsonl"), "output": str(tmp_path / f"run-{batch_size}")}
         values |= {"eval_data": None, "reward": {"pad_to_multiple_of": multiple}}
         train(values, say=lambda line: None)

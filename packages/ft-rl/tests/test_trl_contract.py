@@ -17,12 +17,13 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ft_core.config.load import check_config, method_settings
 from ft_core.training.job import Job, build_trainer
 from ft_rl import dpo, grpo, kto
+from ft_rl import reward as reward_modelling
 from ft_rl.collating import PairCollator
 from ft_rl.dpo import DpoSettings
 from ft_rl.grpo import GrpoSettings
@@ -33,12 +34,17 @@ from ft_rl.ppo import PpoSettings
 from ft_rl.ppo_trainer import INPUTS
 from ft_rl.reference import COPY
 from ft_rl.reward import RewardSettings
+from ft_rl.scoring import ASKED, ScoreForward
 from ft_rl.trainers import PolicyTrainerMixin
 
 VERSION = f"TRL {trl.__version__}"
 BATCH, PROMPT, ANSWER = 4, 3, 5
 
 SEAMS = {
+    trl.RewardTrainer: {
+        "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    },
     trl.DPOTrainer: {
         "_prepare_dataset": ["self", "dataset"],
         "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
@@ -103,9 +109,12 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
-def adapted(folder: Path) -> Any:
+def adapted(folder: Path, method: str) -> Any:
     """In float32, with an adapter that changes nothing yet."""
     torch.manual_seed(0)
+    if method == "reward":
+        model: Any = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+        return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     made: Any = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     return made
@@ -125,7 +134,7 @@ def move(model: Any) -> None:
 
 def rows(toy: Any, method: str) -> list[dict[str, Any]]:
     pairs = toy.rows(BATCH, seed=3)
-    if method == "dpo":
+    if method in ("dpo", "reward"):
         return pairs
     if method == "kto":
         sides = ["chosen", "rejected", "rejected", "chosen"]
@@ -153,9 +162,11 @@ def plain(toy: Any, model: Path, folder: Path, method: str, settings: dict[str, 
     """TRL's own trainer."""
     data, tokenizer = Dataset.from_list(rows(toy, method)), toy.make_tokenizer()
     arguments = common(folder) | settings
-    given = {"model": adapted(model), "train_dataset": data, "processing_class": tokenizer}
+    given = {"model": adapted(model, method), "train_dataset": data, "processing_class": tokenizer}
     if method == "dpo":
         trainer: Any = trl.DPOTrainer(args=trl.DPOConfig(**arguments, max_length=None), **given)
+    elif method == "reward":
+        trainer = trl.RewardTrainer(args=trl.RewardConfig(**arguments, max_length=None), **given)
     elif method == "kto":
         trainer = trl.KTOTrainer(args=trl.KTOConfig(**arguments, max_length=None), **given)
     else:
@@ -183,11 +194,15 @@ def ours(toy: Any, model: Path, folder: Path, method: str, settings: dict[str, A
     config = check_config(values)
     given: list[dict[str, Any]] = rows(toy, method)
     job = Job(
-        config, method_settings(config), adapted(model), toy.make_tokenizer(), given, None, common(folder), [],
+        config, method_settings(config), adapted(model, method), toy.make_tokenizer(), given, None, common(folder), [],
         say=lambda line: None,
     )  # fmt: skip
-    build = {"dpo": dpo.build, "kto": kto.build, "grpo": grpo.build}[method]
+    build = {"dpo": dpo.build, "kto": kto.build, "grpo": grpo.build, "reward": reward_modelling.build}[method]
     trainer = build_trainer(build, job)
+    if method == "reward":
+        assert isinstance(trainer.scores, ScoreForward)
+        assert trainer.scores.padding_free
+        return ready(trainer)
     assert isinstance(trainer, PolicyTrainerMixin)
     assert isinstance(trainer.policy, PolicyForward)
     return ready(trainer)
@@ -247,6 +262,7 @@ def check_equal(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, 
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "reward": ("reward", {"center_rewards_coefficient": 0.01}),
     "dpo": ("dpo", {"beta": 0.1}),
     "dpo-ipo": ("dpo", {"beta": 0.1, "loss_type": ["ipo"]}),
     "kto": ("kto", {"beta": 0.1}),
@@ -269,7 +285,7 @@ def test_a_training_step_is_trls(toy: Any, tiny_model: Path, tmp_path: Path, cas
     method, settings = CASES[case]
     theirs = plain(toy, tiny_model, tmp_path, method, settings)
     mine = ours(toy, tiny_model, tmp_path, method, settings)
-    needs_reference = bool(settings["beta"])
+    needs_reference = bool(settings.get("beta"))
     # The reference of a fresh adapter is the base: TRL keeps a copy of the adapter for it, we switch the adapter off.
     assert (COPY in theirs.model.peft_config) == needs_reference, f"{VERSION}: add_adapter({COPY!r}) has moved"
     assert COPY not in mine.model.peft_config
@@ -278,8 +294,8 @@ def test_a_training_step_is_trls(toy: Any, tiny_model: Path, tmp_path: Path, cas
     batch = batch_for(theirs, method)
     expected = step(theirs, batch)
     check_equal(step(mine, batch), expected)
-    if method == "dpo":  # and of our tokens and padding
-        assert isinstance(mine.data_collator, PairCollator)
+    if method in ("dpo", "reward"):  # and of our tokens and padding
+        assert method == "reward" or isinstance(mine.data_collator, PairCollator)
         check_equal(step(mine, mine.data_collator([mine.train_dataset[i] for i in range(BATCH)])), expected)
 
 
@@ -321,6 +337,29 @@ def test_how_a_trainer_asks_the_model(toy: Any, tiny_model: Path, tmp_path: Path
         "grpo": GrpoTrainer.fields,
     }
     assert recorder.read == set(given[method]), f"{VERSION}: {method} reads {sorted(recorder.read)}"
+
+
+def test_how_the_reward_trainer_asks_the_model(toy: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """Else its batches would be for the model's own forward, padding and all."""
+    theirs = plain(toy, tiny_model, tmp_path, "reward", {})
+    model, asked, read = theirs.model.get_base_model(), [], set()
+    own = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        asked.append(({name for name, value in kwargs.items() if value is not None}, kwargs["use_cache"], args))
+        logits = own(*args, **kwargs).logits
+
+        class Answer:
+            def __getattr__(self, name: str) -> Any:
+                read.add(name)
+                return logits
+
+        return Answer()
+
+    model.forward = forward
+    step(theirs, batch_for(theirs, "reward"))
+    assert asked == [(set(ASKED) | (asked[0][0] & {"return_dict"}), False, ())], f"{VERSION}: it asks with {asked}"
+    assert read == {"logits"}, f"{VERSION}: it reads {sorted(read)}"
 
 
 def test_advantages_of_tokens(toy: Any, tiny_model: Path, tmp_path: Path) -> None:

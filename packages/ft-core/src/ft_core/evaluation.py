@@ -67,6 +67,8 @@ class EvaluationJob:
         answers: how many rows to answer by generation (None: all where answers are short, else 16).
         max_new_tokens: the longest answer to generate where it isn't known from the expected ones.
         progress: called with (done, total, what) as the work goes on.
+        kept: what the method keeps from one measurement to the next of the same job, by names of its own: that of the
+            training (:attr:`ft_core.training.Job.kept`), or of all that ``ft eval`` measures.
     """
 
     config: TrainConfig
@@ -77,6 +79,7 @@ class EvaluationJob:
     answers: int | None = None
     max_new_tokens: int = 128
     progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate_answers(job: EvaluationJob) -> Evaluation:
@@ -321,9 +324,10 @@ def evaluate(
     total = len(rows)
     rows = rows[:limit] if limit else rows
     measure = resolve(spec.evaluate)
+    kept: dict[str, Any] = {}
 
     def job(model: Any, tokenizer: Any) -> EvaluationJob:
-        made = EvaluationJob(config, method_settings(config), model, tokenizer, rows, answers=answers)
+        made = EvaluationJob(config, method_settings(config), model, tokenizer, rows, answers=answers, kept=kept)
         if progress:
             made.progress = progress
         return made

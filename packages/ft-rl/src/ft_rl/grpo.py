@@ -29,6 +29,8 @@ __all__ = [
 
 GENERATIONS = 8
 """Completions of a prompt where nothing else is said."""
+KEPT = "rewards"
+"""The name by which a job keeps its environment and rewards."""
 AT_ONCE = 32
 """Held-out prompts that are answered at a time."""
 
@@ -178,7 +180,7 @@ def build(job: Job) -> Trainer:
     check_head(job.model)
     if settings.beta:
         check_reference(job.config)
-    world, rewards = scored_by(job.config, settings, job.say)
+    world, rewards = scored_by(job, settings, job.say)
     generations = generations_of(job.config, settings, Ranks().count)
     train = prompts_dataset(job, job.train_rows, "train")
     held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
@@ -210,22 +212,36 @@ def build(job: Job) -> Trainer:
 
 
 def scored_by(
-    config: TrainConfig, settings: WritingSettings, say: Callable[[str], None]
+    job: Job | EvaluationJob, settings: WritingSettings, say: Callable[[str], None] = print
 ) -> tuple[EnvironmentClass | None, Rewards]:
     """The environment that a configuration names, and its rewards, which may be none where the environment has its own.
+
+    They are made once a job: a reward model is loaded for the training and all measurements together, and a file of the
+    user's runs once.
 
     Raises:
         ConfigError: as :func:`ft_rl.environments.resolve_environment` and :func:`ft_rl.rewards.resolve_rewards`.
     """
+    if KEPT not in job.kept:
+        job.kept[KEPT] = _scored_by(job, settings, say)
+    found: tuple[EnvironmentClass | None, Rewards] = job.kept[KEPT]
+    return found
+
+
+def _scored_by(
+    job: Job | EvaluationJob, settings: WritingSettings, say: Callable[[str], None]
+) -> tuple[EnvironmentClass | None, Rewards]:
     from ft_rl.environments import resolve_environment
     from ft_rl.rewards import Rewards, resolve_rewards
+    from ft_rl.rewards.guest import Policy
 
+    config, policy = job.config, Policy(job.model, job.config, say)
     if settings.environment is None:
-        return None, resolve_rewards(config.rewards, say=say)
+        return None, resolve_rewards(config.rewards, say=say, policy=policy)
     world = resolve_environment(settings.environment, f"{config.method}.environment")
     if world.owns_reward and not config.rewards:
         return world, Rewards(())
-    return world, resolve_rewards(config.rewards, say=say)
+    return world, resolve_rewards(config.rewards, say=say, policy=policy)
 
 
 def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
@@ -285,7 +301,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     from ft_rl.stops import stops_of
 
     assert isinstance(job.settings, WritingSettings)
-    world, rewards = scored_by(job.config, job.settings, print)
+    world, rewards = scored_by(job, job.settings)
     options, new = job.settings.chat_template_kwargs, job.settings.max_completion_length
     sampling = Sampling(new, 0.0, stops=stops_of(job.model, job.tokenizer))
     engine = OwnModel(EngineJob(job.model, job.tokenizer, {}, None, print))

@@ -18,7 +18,7 @@ from torch import Tensor
 from ft_core.data.collating import IGNORE, keeps_documents_apart
 from ft_core.fast import fast_path_of
 from ft_core.fast.forwards import Replaced
-from ft_core.fast.scores import Scorer, Unpadded
+from ft_core.fast.scores import Scorer
 from ft_rl.reference import at_zero
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PolicyForward", "Scores", "put_head"]
 
-WASTE = 0.25
-"""Padding, as a share of the tokens, that costs less on a CPU than attention over one row of all documents."""
 REQUIRED = frozenset({"input_ids", "attention_mask", "labels"})
 KNOWN = REQUIRED | {"use_cache", "num_items_in_batch"}
 """What a batch of text holds; whatever else there is (images, router logits) is for TRL's own forward."""
@@ -126,23 +124,8 @@ class PolicyForward(Replaced):
         Args:
             input_ids, attention_mask: as for :meth:`score`. labelled: bool ``[B, L − 1]``, at the positions before.
         """
-        path = fast_path_of(self.module)
-        # prompts of pairs and of a group's completions are computed once; in training a dropout draws once for them
-        share = self.padding_free and path is not None and path.on
-        row = Unpadded.of(input_ids, attention_mask, share=share)
-        if self._packs(row):
-            return self.scorer.hidden(row)[row.places(torch.nn.functional.pad(labelled, (0, 1)))]
-        states = self.scorer.states(input_ids=input_ids, attention_mask=attention_mask, position_ids=_places(row))
-        return states[:, :-1][labelled]
-
-    def _packs(self, row: Unpadded) -> bool:
-        if not self.padding_free or not row.lengths:
-            return False
-        path = fast_path_of(self.module)
-        if path is not None and path.on:
-            return True
-        # torch's attention computes what a mask between documents then discards
-        return row.ids.device.type != "cpu" or row.kept.numel() > (1 + WASTE) * sum(row.lengths)
+        wanted = torch.nn.functional.pad(labelled, (0, 1))
+        return self.scorer.hidden_at(input_ids, attention_mask, wanted, padding_free=self.padding_free)
 
     def _output(self, scores: Scores, count: Any) -> FusedCausalLMOutput:
         from trl.trainer.utils import FusedCausalLMOutput
@@ -182,8 +165,3 @@ def put_head(
 def _spread(values: Tensor, labelled: Tensor) -> Tensor:
     """Values of the labelled tokens where these are, zero elsewhere; connected to the model even where none is."""
     return values.new_zeros(labelled.shape).masked_scatter(labelled, values)
-
-
-def _places(row: Unpadded) -> Tensor:
-    """The position of each token of a padded batch within its row's run: int64 ``[B, L]``, 0 at padding."""
-    return (row.kept.cumsum(1) - 1).clamp(min=0)

@@ -40,7 +40,8 @@ class RewardSettings(BaseModel):
 def build(job: Job) -> Trainer:
     """The trainer of one run; see :class:`ft_core.training.Job`.
 
-    Pairs are padded, not packed; the configuration's ``packing`` has no meaning here.
+    TRL's batches of padded pairs are computed without their padding where the family is known (:mod:`ft_rl.scoring`);
+    the configuration's ``packing`` has no meaning here.
 
     Raises:
         DataError: the rows cannot be tokenized, or none is short enough for ``max_length``.
@@ -50,12 +51,25 @@ def build(job: Job) -> Trainer:
 
     from ft_core.training.trainer import RunTrainerMixin
     from ft_rl.preference import pairs_dataset, say_dropout
+    from ft_rl.scoring import ScoreForward, put_scores
 
     class RewardTrainer(RunTrainerMixin, TrlRewardTrainer):
-        """TRL's trainer with whole checkpoints and no telemetry."""
+        """TRL's trainer with whole checkpoints, no telemetry, and a pass without padding.
+
+        Attributes:
+            scores: the model's forward, or None where it is transformers'.
+        """
+
+        scores: ScoreForward | None = None
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.scores = put_scores(self.model)
 
         def batch_tokens(self, lengths: Sequence[int]) -> int:
-            """Chosen and rejected answers are rows alike, padded to the longest of all."""
+            """Chosen and rejected answers are rows alike: without padding, or padded to the longest of all."""
+            if self.scores is not None and self.scores.padding_free:
+                return sum(lengths)
             multiple = getattr(self.data_collator, "pad_to_multiple_of", None) or 1
             return len(lengths) * -(-max(lengths) // multiple) * multiple
 
@@ -89,44 +103,23 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     Raises:
         DataError: the rows cannot be tokenized, or none is short enough.
     """
-    import torch
-
     from ft_core.evaluation import Evaluation
-    from ft_rl.likelihoods import batches_of
     from ft_rl.objectives import bradley_terry
     from ft_rl.pairs import tokenize_pairs
-    from ft_rl.preference import pair_samples, too_long
+    from ft_rl.preference import pair_samples, shown, too_long
+    from ft_rl.scoring import score_sequences, scorer_of
 
     pairs = tokenize_pairs(job.rows, job.tokenizer, max_length=job.config.max_length)
     if not pairs.rows:
         raise too_long(len(job.rows), "held-out", job.config.max_length)
+    score, pad = scorer_of(job.model), job.tokenizer.pad_token_id
     # As TRL does: the model finds the last token of a padded sequence by this id, which the base model may lack.
-    job.model.config.get_text_config().pad_token_id = job.tokenizer.pad_token_id
-    chosen, rejected = torch.empty(len(pairs.rows)), torch.empty(len(pairs.rows))
-    done = 0
-    longest = [max(len(c), len(r)) for c, r in zip(pairs.chosen_ids, pairs.rejected_ids, strict=True)]
-    for batch in batches_of(longest, TOKENS_AT_ONCE // 2):
-        job.progress(done, len(pairs.rows), "scores")
-        sequences = [pairs.chosen_ids[i] for i in batch] + [pairs.rejected_ids[i] for i in batch]
-        scores = _scores(job.model, sequences, job.tokenizer.pad_token_id)
-        chosen[batch], rejected[batch] = scores.chunk(2)
-        done += len(batch)
+    job.model.config.get_text_config().pad_token_id = pad
+    scores = score_sequences(
+        score, [*pairs.chosen_ids, *pairs.rejected_ids], pad=pad, tokens=TOKENS_AT_ONCE, progress=shown(job, "scores")
+    )
+    chosen, rejected = scores.chunk(2)
     loss, metrics = bradley_terry(chosen.double(), rejected.double())
     samples = pair_samples(job, pairs, lambda i: f"chosen {chosen[i]:+.3f}, rejected {rejected[i]:+.3f}")
     measured = {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
     return Evaluation({name: float(value) for name, value in measured.items()}, samples, len(pairs.rows))
-
-
-def _scores(model: Any, sequences: list[list[int]], pad: int) -> Any:
-    """The model's score of each sequence, float32 of shape [sequences], on the CPU."""
-    import torch
-
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), pad)
-    mask = torch.zeros_like(ids)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
-        mask[i, : len(sequence)] = 1
-    with torch.inference_mode():
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-    return logits[:, 0].float().cpu()

@@ -86,13 +86,14 @@ def _documents(feature: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Ten
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """Whether the model computes in a padding-free batch what it computes for each document alone.
 
-    Tried on the model itself, with two documents of 16 random tokens in a row. The second's logits must not change when
-    the first's tokens do, and must equal those of the second alone. Families whose layers carry a state along the row
+    Tried on the model itself, with two documents of 16 random tokens in a row. The second's logits (of a model that
+    ends in a score, its last hidden states) must not change when the first's tokens do, and must equal those of the
+    second alone. Families whose layers carry a state along the row
     (state-space models and other linear attention) or that take no position ids fail; they are trained with
     ``Collator(padding_free=False)``. The model's mode and weights stay as they are.
 
-    The bounds are shares of the largest logit. Rows of equal shape leave no room for rounding, save where a mixture of
-    experts regroups its tokens (3e-7 measured in fp32), and leaking families moved by 4e-3 to 0.5: 1e-3. Different
+    The bounds are shares of the largest of these. Rows of equal shape leave no room for rounding, save where a mixture
+    of experts regroups its tokens (3e-7 measured in fp32), and leaking families moved by 4e-3 to 0.5: 1e-3. Different
     shapes may sum in another order, whose error grows over the layers: 32 units in the last place where that is more.
     """
     import torch
@@ -109,7 +110,11 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
             for documents in ([one, second], [two, second], [second]):
                 batch = collate([{"input_ids": ids, "labels": ids} for ids in documents])
                 batch = {key: value.to(model.device) if key != "use_cache" else value for key, value in batch.items()}
-                results.append(model(**batch).logits[0, -16:])
+                del batch["labels"]
+                made = model(**batch).logits
+                if made.dim() == 2:  # a score, which is of one token
+                    made = getattr(model, model.base_model_prefix)(**batch).last_hidden_state
+                results.append(made[0, -16:])
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -1,10 +1,10 @@
-"""A language model's log-probabilities of given tokens, without padding and without whole logits."""
+"""A model's last hidden states without padding, and its log-probabilities of given tokens without whole logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from ft_core.fast.sharing import LEAST, groups_of, saved
 from ft_core.fast.swap import fast_path_of
 from ft_kernels.functional import TokenLogProbs
 
-__all__ = ["Scorer", "Unpadded"]
+__all__ = ["Backbone", "Scorer", "Unpadded"]
 
 MEMORY = 2**30
 """Bytes of logits at a time where no fast layers say how many there may be."""
+WASTE = 0.25
+"""Padding, as a share of the tokens, that costs less on a CPU than attention over one row of all documents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,32 +100,60 @@ class Unpadded:
 
 
 @dataclass(frozen=True, eq=False)
-class Scorer:
-    """Scores tokens by a model whose head the kernels can compute.
+class Backbone:
+    """What gives the last hidden states of a model with any head.
 
     Attributes:
         model: the model with its head, not an adapter's wrapping.
-        layout: of its family, for the backbone and how logits are scaled.
+        layout: of its family.
     """
 
     model: Any
     layout: Layout
 
     @classmethod
-    def of(cls, model: Any) -> Scorer | None:
-        """The scorer of a model or of what wraps it; None where its family or its head is not known."""
+    def of(cls, model: Any) -> Self | None:
+        """That of a model or of what wraps it; None where its family is not known."""
         model = unwrapped(model)
         try:
-            layout = layout_of(model)
+            return cls(model, layout_of(model))
         except NotFast:
             return None
-        head = getattr(model, layout.head, None)
-        return cls(model, layout) if isinstance(head, nn.Module) and can_fuse(head) else None
+
+    def unpadded(self, input_ids: Tensor, attention_mask: Tensor) -> Unpadded | None:
+        """A padded batch ``[B, L]`` as one row, where it is computed faster as such: the model has to keep documents of
+        one row apart. By the fast layers, what rows share at their beginnings is computed once, such as the prompt of a
+        pair or of a group's completions; in training a dropout draws once for it.
+        """
+        path = fast_path_of(self.model)
+        fast = path is not None and path.on
+        row = Unpadded.of(input_ids, attention_mask, share=fast)
+        if not row.lengths:
+            return None
+        # torch's attention computes what a mask between documents then discards
+        packs = fast or row.ids.device.type != "cpu" or row.kept.numel() > (1 + WASTE) * sum(row.lengths)
+        return row if packs else None
 
     def hidden(self, row: Unpadded) -> Tensor:
         """The last hidden states ``[T, H]`` of documents that do not see each other."""
         lengths = row.lengths if row.branches is None else row.branches
         return self.states(input_ids=row.ids, position_ids=row.positions, lengths=lengths)[0]
+
+    def hidden_at(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, *, padding_free: bool = True
+    ) -> Tensor:
+        """The last hidden states ``[N, H]`` at places of a padded batch, row after row; computed without padding.
+
+        Args:
+            input_ids: int64 ``[B, L]``. attention_mask: ``[B, L]``, nonzero at each row's one run of tokens.
+            wanted: bool ``[B, L]``, true at tokens only.
+            padding_free: whether the model keeps documents of one row apart; where not, the batch stays padded.
+        """
+        row = self.unpadded(input_ids, attention_mask) if padding_free else None
+        if row is not None:
+            return self.hidden(row)[row.places(wanted)]
+        places = (attention_mask.bool().cumsum(1) - 1).clamp(min=0)  # of each token within its row's run
+        return self.states(input_ids=input_ids, attention_mask=attention_mask, position_ids=places)[wanted]
 
     def states(self, *, lengths: Sequence[int] | Sequence[Sequence[int]] | None = None, **inputs: Any) -> Tensor:
         """The last hidden states of a batch, by the fast layers where they are on.
@@ -143,6 +173,18 @@ class Scorer:
             if path is not None:
                 path.own_head = False
         return states
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer(Backbone):
+    """Scores tokens by a model whose head the kernels can compute."""
+
+    @classmethod
+    def of(cls, model: Any) -> Self | None:
+        """The scorer of a model or of what wraps it; None where its family or its head is not known."""
+        found = super().of(model)
+        head = None if found is None else getattr(found.model, found.layout.head, None)
+        return found if isinstance(head, nn.Module) and can_fuse(head) else None
 
     def logprobs(
         self,

@@ -14,7 +14,7 @@ from ft_core.errors import ConfigError, ModelError
 from ft_core.models import gguf
 from ft_core.models.source import ModelSource, check_local
 
-__all__ = ["Blueprint", "Matrix", "Outline", "find_outline"]
+__all__ = ["Blueprint", "Matrix", "Outline", "find_outline", "outline_of"]
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,12 @@ class Blueprint:
 
 
 def find_outline(config: TrainConfig) -> ModelSource:
-    """Where the model's ``config.json`` is; weights need not be there.
+    """:func:`outline_of` a configuration's model."""
+    return outline_of(config.model)
+
+
+def outline_of(reference: str) -> ModelSource:
+    """Where a model's ``config.json`` is; weights need not be there.
 
     A folder on this machine goes before a Hub name. Of a GGUF file the header is read, and of a Hub name only
     ``config.json`` is asked for, and only if it is not in the cache.
@@ -209,16 +214,16 @@ def find_outline(config: TrainConfig) -> ModelSource:
     Raises:
         ModelError: there is none.
     """
-    local = Path(config.model).expanduser()
+    local = Path(reference).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ModelError(f"model {local} has no config.json: it is no transformers model folder")
-        return ModelSource(config.model, local.resolve(), local.resolve().name)
-    check_local(config.model)
-    if local.is_file() or config.model.startswith("package:"):
-        path, name = gguf.outline(config.model)
-        return ModelSource(config.model, path, name)
-    return ModelSource(config.model, _from_hub(config.model), config.model, is_hub=True)
+        return ModelSource(reference, local.resolve(), local.resolve().name)
+    check_local(reference)
+    if local.is_file() or reference.startswith("package:"):
+        path, name = gguf.outline(reference)
+        return ModelSource(reference, path, name)
+    return ModelSource(reference, _from_hub(reference), reference, is_hub=True)
 
 
 def _from_hub(name: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,13 @@ from ft_core.fast.recurring import LONGEST, recurring_length
 from ft_core.memory import bytes_of
 from ft_core.models.positions import positions
 from ft_core.models.source import ModelSource
-from ft_core.planning.blueprint import Blueprint
+from ft_core.planning.blueprint import Blueprint, outline_of
 from ft_core.planning.cards import Card
-from ft_core.planning.load import load_of
+from ft_core.planning.load import Held, load_of
 from ft_core.planning.peak import ALONE, TILE, Peak, Step, peak_of
 from ft_core.planning.rows import count_rows, steps_of
 from ft_core.planning.speed import LAUNCHES, Times, times_of
-from ft_core.planning.weights import states_of
+from ft_core.planning.weights import states_of, weight_bytes
 from ft_core.plugins import MethodSpec, registry
 from ft_core.training.arguments import few_steps
 
@@ -136,6 +136,7 @@ class Planner:
 
     def __init__(self, blueprint: Blueprint, host: int, disk: int = 0) -> None:
         self.blueprint, self.host, self.disk = blueprint, host, disk
+        self._counted: dict[Held, int] = {}
 
     def peak(self, config: TrainConfig, card: Card, wanted: str | None = None) -> Peak:
         """The peak of a configuration: with a sequence tile only where it doesn't easily fit without.
@@ -240,7 +241,24 @@ class Planner:
             disk=self.disk,
             tile=tile,
             dense=card.capability >= (9, 0),
+            held=self._held(load.held),
         )
+
+    def _held(self, each: Sequence[Held]) -> dict[str, int]:
+        """Bytes by part."""
+        sizes: dict[str, int] = {}
+        for one in each:
+            if one not in self._counted:
+                self._counted[one] = _bytes_of(one)
+            sizes[one.part] = sizes.get(one.part, 0) + self._counted[one]
+        return sizes
+
+
+def _bytes_of(held: Held) -> int:
+    if held.model is None:
+        return 4 * held.numbers
+    other = Blueprint.of(outline_of(held.model), held.head)
+    return 4 * held.numbers + weight_bytes(other, other.stored or held.quantization, held.itemsize)
 
 
 def _easily(peak: Peak, limit: int) -> bool:
@@ -299,7 +317,7 @@ def plan(
         quick: leave out the largest micro-batch, and count no rows.
 
     Raises:
-        ModelError: the model's configuration cannot be used.
+        ModelError: the model's configuration cannot be used, or that of another that the method holds beside it.
     """
     spec = registry().get(MethodSpec, config.method)
     planner = Planner(Blueprint.of(source, spec.head), int(SHARE * (HOST_ASSUMED if host is None else host)), disk)

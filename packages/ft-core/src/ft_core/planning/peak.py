@@ -6,8 +6,8 @@ takes beside that follows the allocations of ``ft_kernels``' blocks (``benchmark
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Step:
         disk: bytes on the disk that can be had where that is not enough.
         load: what the method makes of a micro-batch; ``rows`` are its sequences already.
         dense: whether attention is cuDNN's (Hopper and later), for times.
+        held: bytes of what stays in memory beside the model, by part.
     """
 
     rows: int
@@ -58,6 +59,7 @@ class Step:
     tile: int | None = None
     load: Load = ROW
     dense: bool = True
+    held: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -157,6 +159,7 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         fixed["16-bit copies"] = 2 * sum(m.count for m in (*blueprint.linears, blueprint.head))
     if not outline.full and blueprint.stored is not None:
         fixed["weights"] = weight_bytes(blueprint, blueprint.stored, itemsize)
+    fixed |= step.held
     width = int(getattr(blueprint.layout, "head_dim", 0) or 128)
     fixed["batch"] = tokens * (3 * 8 + 4 * width)  # ids, labels and the labels moved by one; cos and sin
     used = sum(fixed.values())

@@ -144,8 +144,10 @@ class RewardSpec(Spec):
         reward: reference to ``f(prompts, completions, **columns) -> list[float | None]``, called as TRL calls its
             reward functions: all by keyword, ``completion_ids``, ``trainer_state`` and each column of the data among
             them; None is a sample that it does not score. Where ``settings`` is given, reference to a function that
-            makes such a one: ``make(settings) -> f``. What ``f`` needs of the data it may name in an attribute
-            ``columns``, a tuple of names (``a|b``: either), so that their absence is said before the training.
+            makes such a one: ``make(settings) -> f``. It is handed the policy too where it takes a keyword ``policy``
+            (``ft_rl.rewards.guest.Policy``, or None where there is none). What ``f`` needs of the data it may name in
+            an attribute ``columns``, a tuple of names (``a|b``: either), so that their absence is said before the
+            training.
         settings: reference to the pydantic model of the reward's own settings, the keys that stand beside its name in
             the configuration; None if it has none.
     """

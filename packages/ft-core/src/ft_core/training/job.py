@@ -31,6 +31,8 @@ class Job:
         callbacks: callbacks to hand to the trainer (metrics, progress, interruption).
         counts: numbers about the data for the run's summary; a method adds to it (``train_tokens``, …).
         say: prints one line to the person who started the run.
+        kept: what the method keeps for the length of the job, by names of its own; the measurements before and after
+            are handed it too.
     """
 
     config: TrainConfig
@@ -43,6 +45,7 @@ class Job:
     callbacks: list[TrainerCallback]
     counts: dict[str, int] = field(default_factory=dict)
     say: Callable[[str], None] = print
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 def build_trainer(build: Callable[[Job], Any], job: Job) -> Any:

@@ -260,7 +260,7 @@ class _Session:
         job.say(f"measuring {what} training on {cut if len(rows) < total else counted(total, 'held-out row')}")
         with as_loaded(model):
             measured: Evaluation = resolve(self.spec.evaluate)(
-                EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)
+                EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES, kept=job.kept)
             )
         # Eight answers are for reading; a share of eight would not be a measurement.
         measured.metrics.pop("exact_match", None)

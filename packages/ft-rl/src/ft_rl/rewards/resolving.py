@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -22,6 +22,9 @@ from ft_core.errors import ConfigError, DataError, FtError
 from ft_core.plugins import RewardSpec, registry, resolve
 from ft_rl.rewards.faults import LOGGERS, Reward
 from ft_rl.rewards.samples import Text
+
+if TYPE_CHECKING:
+    from ft_rl.rewards.guest import Policy
 
 __all__ = ["Rewards", "load_attribute", "resolve_rewards"]
 
@@ -90,7 +93,10 @@ class Rewards:
 
 
 def resolve_rewards(
-    entries: Sequence[RewardEntry | str | dict[str, Any]] | None, *, say: Callable[[str], None] = print
+    entries: Sequence[RewardEntry | str | dict[str, Any]] | None,
+    *,
+    say: Callable[[str], None] = print,
+    policy: Policy | None = None,
 ) -> Rewards:
     """The rewards that a configuration names.
 
@@ -99,6 +105,7 @@ def resolve_rewards(
     Args:
         entries: ``config.rewards``, or what stands there in a file: names, or values with a ``name``.
         say: prints one line when a reward fails on a sample.
+        policy: the model whose completions are scored, for rewards that can use it.
 
     Raises:
         ConfigError: there is none; a setting is wrong; a file or a function isn't there or cannot be used; a package
@@ -121,7 +128,7 @@ def resolve_rewards(
             _check_function(function, entry, where)
             base, settings = attribute, entry.settings
         else:
-            function, base, settings = _installed(entry, where), entry.name, {}
+            function, base, settings = _installed(entry, where, policy), entry.name, {}
         name, same = base, 1
         while name in {reward.name for reward in found}:
             same += 1
@@ -142,12 +149,15 @@ def _entry(given: RewardEntry | str | dict[str, Any], where: str) -> RewardEntry
         raise ConfigError(f"{where}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def _installed(entry: RewardEntry, where: str) -> Callable[..., Any]:
+def _installed(entry: RewardEntry, where: str, policy: Policy | None) -> Callable[..., Any]:
     settings = reward_settings(entry, where)
     spec = registry().get(RewardSpec, entry.name)
     try:
         made = resolve(spec.reward)
-        return made if settings is None else made(settings)  # type: ignore[no-any-return]
+        if settings is None:
+            return made  # type: ignore[no-any-return]
+        takes = "policy" in inspect.signature(made).parameters
+        return made(settings, policy=policy) if takes else made(settings)  # type: ignore[no-any-return]
     except FtError as error:
         raise type(error)(f"{where} ({entry.name}): {error}") from error
     except ValueError as error:
