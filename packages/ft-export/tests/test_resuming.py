@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,63 @@ def test_a_folder_does_not_take_another_type_s_file_along(base: Path, tmp_path: 
     folder = import_module("ft_export.ollama.export").export(base, tmp_path / "out").file
     assert contents(folder) == ["Modelfile", "llama-f16.gguf", "proof.json"]
     assert contents(tmp_path) == ["out"]
+
+
+def _ended_before_renaming(count: int, model: Path, out: Path) -> bool:
+    """Export, and interrupt when so many files have been renamed and one more is to be; whether there was none more."""
+    rename, coming = os.replace, [True] * count
+
+    def stop(one: Any, place: Any) -> None:
+        if not coming:
+            raise KeyboardInterrupt
+        coming.pop()
+        rename(one, place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        try:
+            export_gguf(model, out, overwrite=True, skip_proof=True)
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_no_proof_is_of_another_file_than_is_there(
+    earlier: bool, make_model: Any, tmp_path: Path, contents: Any
+) -> None:
+    """Stopped before each renaming of one export: what ``proof.json`` tells of is there, and is what it tells of."""
+
+    def entries(out: Path) -> dict[str, Any]:
+        proof = out / "proof.json"
+        return dict(json.loads(proof.read_text())["files"]) if proof.is_file() else {}
+
+    def state(out: Path) -> tuple[bytes, Any]:
+        return (out / "m-f16.gguf").read_bytes(), entries(out)["m-f16.gguf"]
+
+    new, out, was = make_model(tmp_path / "new" / "m"), tmp_path / "out", tmp_path / "was"
+    was.mkdir()
+    whole = [state(export_gguf(new, tmp_path / "whole", skip_proof=True).file.parent)]
+    other: dict[str, Any] = {}
+    if earlier:
+        old = make_model(tmp_path / "old" / "m", seed=1)
+        whole.append(state(export_gguf(old, was, skip_proof=True).file.parent))
+        export_gguf(old, was, type="q8_0", skip_proof=True)
+        other = {"m-q8_0.gguf": entries(was)["m-q8_0.gguf"]}
+    assert len({file for file, _ in whole}) == len(whole)
+    stopped = 0
+    for stopped in range(9):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(was, out)
+        ended = _ended_before_renaming(stopped, new, out)
+        told = entries(out)
+        assert {name: told.pop(name, None) for name in other} == other
+        assert not told or state(out) in whole
+        if ended:
+            break
+    assert stopped == 2 + earlier  # the file, its proof, and before them a proof that is of an earlier file no longer
+    assert state(out) == whole[0]
+    assert contents(out) == sorted({"m-f16.gguf", "proof.json", *other})
 
 
 # --- the 8-bit folders
