@@ -12,13 +12,15 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for hub_server.py, which is no test
+sys.path.insert(0, str(Path(__file__).parent))  # for hub_server.py and forks.py, which are no tests
+
+from forks import Forks
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -349,6 +351,15 @@ def upstream(request: pytest.FixtureRequest) -> Path:
         pytest.skip(f"needs {SENTENCEPIECE}: {done.stderr[-300:]}")
     (folder / "done").touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs programs in processes of their own, in which what they import is there already."""
+    modules = ("torch", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "peft")
+    started = Forks([*modules, "ft_export.gguf.export", "ft_export.merging.merger"])
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

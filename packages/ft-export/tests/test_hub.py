@@ -128,6 +128,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def forks(server: HubServer, home: Path) -> Iterator[Forks]:
+    """In place of conftest.py's, with the settings of the Hub."""
     started = Forks(IMPORTED, environment_of(server, home))
     yield started
     started.close()
