@@ -271,7 +271,7 @@ def rounding() -> float:
 
 
 @pytest.fixture(scope="session")
-def _forkserver() -> Any:
+def forkserver() -> Any:
     """Processes forked from one that has imported the libraries, so that each starts at once.
 
     A process that was forked cannot use a GPU that its parent has looked at, so there each starts from nothing.
@@ -286,14 +286,14 @@ def _forkserver() -> Any:
 
 
 @pytest.fixture
-def start_ft(_forkserver: Any, tmp_path: Path) -> Iterator[StartFt]:
+def start_ft(forkserver: Any, tmp_path: Path) -> Iterator[StartFt]:
     """Starts `ft WORDS` in a process that is gone at the end of the test."""
     started: list[Process] = []
 
     def start(*words: object) -> Process:
         log = tmp_path / f"log-{len(started)}.txt"
         given = {"WORDS": [str(word) for word in words], "LOG": str(log)}
-        process = _forkserver.Process(
+        process = forkserver.Process(
             target=runpy.run_path, args=(str(Path(__file__).with_name("child.py")), given, "__main__")
         )
         process.start()
@@ -311,7 +311,7 @@ RunRanks = Callable[..., list[Outcome]]
 
 
 @pytest.fixture
-def run_ranks(_forkserver: Any, tmp_path: Path) -> RunRanks:
+def run_ranks(forkserver: Any, tmp_path: Path) -> RunRanks:
     """`run_ranks(file, function, *words)`: a function of a file in two processes that know their ranks; what each gave.
 
     Rank, number of processes and a port are in the environment, as `torchrun` sets them. Without a function the file is
@@ -328,7 +328,7 @@ def run_ranks(_forkserver: Any, tmp_path: Path) -> RunRanks:
             environment = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in known.items()}}
             given = {"file": str(file), "function": function, "words": [str(word) for word in words], "log": str(log)}
             processes.append(
-                _forkserver.Process(
+                forkserver.Process(
                     target=runpy.run_path,
                     args=(
                         str(Path(__file__).with_name("ranks.py")),
