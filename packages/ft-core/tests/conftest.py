@@ -18,16 +18,18 @@ import pytest
 import yaml
 
 LONGEST_FIRST = (
-    "test_replanning.py",
     "test_choices.py",
-    "test_resume.py",
-    "test_in_training.py",
-    "test_sharded.py",
-    "test_models.py",
-    "test_faults.py",
     "test_predictions.py",
+    "test_resume.py",
+    "test_replanning.py",
+    "test_models.py",
+    "test_decoding.py",
     "test_ahead.py",
-    "test_other_trainers.py",
+    "test_streaming.py",
+    "test_faults.py",
+    "test_training.py",
+    "test_in_training.py",
+    "test_command.py",
 )
 """Files that take longest: begun first, so that of two processes none is left alone with one of them at the end."""
 

@@ -45,12 +45,14 @@ DIGEST = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SENTENCEPIECE = "sentencepiece==0.2.3"
 CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
 LONGEST_FIRST = (
-    "test_hub.py",
     "test_quantization.py",
-    "test_smollm2.py",
     "test_gguf.py",
-    "test_gguf_families.py",
+    "test_engine.py",
+    "test_smollm2.py",
+    "test_hub.py",
     "test_merge.py",
+    "test_gguf_families.py",
+    "test_resuming.py",
 )
 """Files that take longest: begun first, so that of two processes none is left alone with one of them at the end."""
 
