@@ -13,6 +13,7 @@ import tarfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,27 @@ def upstream(request: pytest.FixtureRequest) -> Path:
         pytest.skip(f"needs {SENTENCEPIECE}: {done.stderr[-300:]}")
     (folder / "done").touch()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """llama.cpp takes a thread for each core, and they wait for one another by spinning.
+
+    On two cores those of the two test processes take turns at waiting; these models are too small to gain by a second.
+    """
+    if find_spec("xllamacpp") is None:
+        yield
+        return
+    import xllamacpp
+
+    def make() -> Any:
+        params = plain()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        return params
+
+    plain, xllamacpp.CommonParams = xllamacpp.CommonParams, make
+    yield
+    xllamacpp.CommonParams = plain
 
 
 @pytest.fixture(scope="session")
