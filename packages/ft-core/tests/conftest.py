@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import random
 import runpy
+import socket
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,16 +18,18 @@ import pytest
 import yaml
 
 LONGEST_FIRST = (
-    "test_replanning.py",
     "test_choices.py",
-    "test_resume.py",
-    "test_in_training.py",
-    "test_sharded.py",
-    "test_models.py",
-    "test_faults.py",
     "test_predictions.py",
+    "test_resume.py",
+    "test_replanning.py",
+    "test_models.py",
+    "test_decoding.py",
     "test_ahead.py",
-    "test_other_trainers.py",
+    "test_streaming.py",
+    "test_faults.py",
+    "test_training.py",
+    "test_in_training.py",
+    "test_command.py",
 )
 """Files that take longest: begun first, so that of two processes none is left alone with one of them at the end."""
 
@@ -268,7 +273,7 @@ def rounding() -> float:
 
 
 @pytest.fixture(scope="session")
-def _forkserver() -> Any:
+def forkserver() -> Any:
     """Processes forked from one that has imported the libraries, so that each starts at once.
 
     A process that was forked cannot use a GPU that its parent has looked at, so there each starts from nothing.
@@ -283,14 +288,14 @@ def _forkserver() -> Any:
 
 
 @pytest.fixture
-def start_ft(_forkserver: Any, tmp_path: Path) -> Iterator[StartFt]:
+def start_ft(forkserver: Any, tmp_path: Path) -> Iterator[StartFt]:
     """Starts `ft WORDS` in a process that is gone at the end of the test."""
     started: list[Process] = []
 
     def start(*words: object) -> Process:
         log = tmp_path / f"log-{len(started)}.txt"
         given = {"WORDS": [str(word) for word in words], "LOG": str(log)}
-        process = _forkserver.Process(
+        process = forkserver.Process(
             target=runpy.run_path, args=(str(Path(__file__).with_name("child.py")), given, "__main__")
         )
         process.start()
@@ -302,3 +307,49 @@ def start_ft(_forkserver: Any, tmp_path: Path) -> Iterator[StartFt]:
         if one.running:
             one.process.kill()
             one.process.join()
+
+
+RunRanks = Callable[..., list[Outcome]]
+
+
+@pytest.fixture
+def run_ranks(forkserver: Any, tmp_path: Path) -> RunRanks:
+    """`run_ranks(file, function, *words)`: a function of a file in two processes that know their ranks; what each gave.
+
+    Rank, number of processes and a port are in the environment, as `torchrun` sets them. Without a function the file is
+    run as a program. Where one process fails the other is ended, as it may wait for the first for ever.
+    """
+
+    def run(file: Path, function: str | None, *words: object, seconds: float = 120) -> list[Outcome]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes, logs = [], [tmp_path / f"rank-{rank}.txt" for rank in range(2)]
+        for rank, log in enumerate(logs):
+            known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            environment = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in known.items()}}
+            given = {"file": str(file), "function": function, "words": [str(word) for word in words], "log": str(log)}
+            processes.append(
+                forkserver.Process(
+                    target=runpy.run_path,
+                    args=(
+                        str(Path(__file__).with_name("ranks.py")),
+                        {"GIVEN": {**given, "environment": environment}},
+                        "__main__",
+                    ),
+                )
+            )
+            processes[-1].start()
+        end = time.monotonic() + seconds
+        while any(process.is_alive() for process in processes):
+            late = time.monotonic() > end
+            if late or any(process.exitcode for process in processes):
+                for process in processes:
+                    process.join(1)  # whoever fails at the same place says so too
+                    process.kill()
+            multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], 1)
+        for process in processes:
+            process.join()
+        return [Outcome(p.exitcode, "", log.read_text("utf-8")) for p, log in zip(processes, logs, strict=True)]
+
+    return run

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,7 @@ def limit_when(process: Any, condition: Callable[[], bool], size: Callable[[], i
     """From the moment that the condition holds, no file of the process may grow beyond `size()` bytes."""
     while not condition():
         assert process.running, process.log.read_text(encoding="utf-8")
+        time.sleep(0.001)  # the process wants the core
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size(), resource.RLIM_INFINITY))
 
 

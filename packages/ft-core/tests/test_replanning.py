@@ -288,8 +288,12 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_with_two_processes(configure, tmp_path, metrics, write_rows, sums):
-    """Each tries its own longest batch; where one does not fit nobody begins again, for the other waits."""
+@pytest.mark.parametrize("launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_with_two_processes(launcher, configure, tmp_path, metrics, write_rows, sums, run_ranks):
+    """Each tries its own longest batch; where one does not fit nobody begins again, for the other waits.
+
+    torchrun's processes each import the libraries anew, for a minute in all.
+    """
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, and it would be both processes'")
     program = tmp_path / "program.py"
@@ -303,21 +307,25 @@ def test_with_two_processes(configure, tmp_path, metrics, write_rows, sums):
             data=str(data), max_length=256, packing=False, lora={"r": 8, "dropout": 0.0}, output=str(tmp_path / kind),
             training={"max_steps": 3, "batch_size": 2, "gradient_accumulation": 2},
         )  # fmt: skip
+        if launcher == "forked":
+            done = run_ranks(program, None, kind, "train", config)
+            return max((one.code for one in done), key=abs), "".join(one.err for one in done)
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), kind]
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, *words, "train", str(config)], capture_output=True, text=True, timeout=120, check=False
         )
+        return done.returncode, done.stderr
 
     for kind in ("plain", "fast"):
-        done = train(kind)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("the longest batch fits") == (kind == "fast")
+        code, said = train(kind)
+        assert code == 0, said
+        assert said.count("the longest batch fits") == (kind == "fast")
     plain, fast = ([row["loss"] for row in metrics(tmp_path / kind)] for kind in ("plain", "fast"))
     assert fast == pytest.approx(plain, rel=1e-4)
-    done = train("failing")
-    assert done.returncode != 0
-    assert "ft train: out of memory: set activations: recompute, or" in done.stderr
-    assert "planned anew" not in done.stderr
+    code, said = train("failing")
+    assert code != 0
+    assert "ft train: out of memory: set activations: recompute, or" in said
+    assert "planned anew" not in said
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def kill_when(process: Any, condition: Callable[[], bool]) -> bool:
             os.kill(process.pid, signal.SIGKILL)
             process.process.join()
             return process.process.exitcode == -signal.SIGKILL
+        time.sleep(0.001)  # the process wants the core
     return False
 
 
@@ -153,6 +155,7 @@ def test_interrupted_then_its_newest_checkpoint_is_damaged(
     process = start_ft(*words)
     while lines(run) < 8:
         assert process.running
+        time.sleep(0.001)
     os.kill(process.pid, signal.SIGINT)
     stopped = process.wait()
     assert stopped.code == 130

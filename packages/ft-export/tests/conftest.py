@@ -12,13 +12,16 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for hub_server.py, which is no test
+sys.path.insert(0, str(Path(__file__).parent))  # for hub_server.py and forks.py, which are no tests
+
+from forks import Forks
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -41,13 +44,16 @@ SOURCE = (
 )
 DIGEST = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SENTENCEPIECE = "sentencepiece==0.2.3"
+CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
 LONGEST_FIRST = (
-    "test_hub.py",
     "test_quantization.py",
-    "test_smollm2.py",
     "test_gguf.py",
-    "test_gguf_families.py",
+    "test_engine.py",
+    "test_smollm2.py",
+    "test_hub.py",
     "test_merge.py",
+    "test_gguf_families.py",
+    "test_resuming.py",
 )
 """Files that take longest: begun first, so that of two processes none is left alone with one of them at the end."""
 
@@ -313,13 +319,13 @@ def _make_adapter(folder: Path, base: Path, *, seed: int = 1, tokenizer: bool = 
 
 @pytest.fixture(scope="session")
 def upstream(request: pytest.FixtureRequest) -> Path:
-    """A folder with llama.cpp's converter (MIT) and, in ``site``, what it imports.
+    """A folder with llama.cpp's converters (MIT) and, in ``site``, what they import.
 
     It is the one that the environment's ``FT_LLAMA_CPP`` names; else it is fetched once and kept in pytest's cache.
     """
     if named := os.environ.get("FT_LLAMA_CPP"):
         return Path(named)
-    folder = Path(request.config.cache.mkdir("llama.cpp-converter"))
+    folder = Path(request.config.cache.mkdir("llama.cpp-converters"))
     if (folder / "done").is_file():
         return folder
     shutil.rmtree(folder)
@@ -336,7 +342,7 @@ def upstream(request: pytest.FixtureRequest) -> Path:
     with tarfile.open(archive) as members:
         for member in members:
             name = member.name.partition("/vendor/llama.cpp/")[2]
-            if member.isfile() and (name.startswith(("conversion/", "gguf-py/")) or name == "convert_hf_to_gguf.py"):
+            if member.isfile() and (name.startswith(("conversion/", "gguf-py/")) or name in CONVERTERS):
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = members.extractfile(member)
@@ -349,6 +355,36 @@ def upstream(request: pytest.FixtureRequest) -> Path:
         pytest.skip(f"needs {SENTENCEPIECE}: {done.stderr[-300:]}")
     (folder / "done").touch()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """llama.cpp takes a thread for each core, and they wait for one another by spinning.
+
+    On two cores those of the two test processes take turns at waiting; these models are too small to gain by a second.
+    """
+    if find_spec("xllamacpp") is None:
+        yield
+        return
+    import xllamacpp
+
+    def make() -> Any:
+        params = plain()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        return params
+
+    plain, xllamacpp.CommonParams = xllamacpp.CommonParams, make
+    yield
+    xllamacpp.CommonParams = plain
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs programs in processes of their own, in which what they import is there already."""
+    modules = ("torch", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "peft")
+    started = Forks([*modules, "ft_export.gguf.export", "ft_export.merging.merger"])
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

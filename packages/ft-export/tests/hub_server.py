@@ -82,6 +82,14 @@ class HubServer:
     """The server; ``url`` is what ``HF_ENDPOINT`` has to be."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reset()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def reset(self) -> None:
+        """Be a server that nobody has asked yet, at the same address."""
         self.repos: dict[str, Repo] = {}
         self.data_sets: set[str] = set()
         self.cards: dict[str, dict[str, Any]] = {}
@@ -103,10 +111,6 @@ class HubServer:
         """Called with the repository before each commit to it: what others push in the meantime."""
         self.swallow = 0
         """Commits that are made and whose answer is lost."""
-        self.lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def add_repo(self, repo: str, private: bool, files: dict[str, bytes] | None = None) -> Repo:
         made = Repo(private)
@@ -145,6 +149,7 @@ def hub_server() -> Iterator[HubServer]:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer's second part would wait 40 ms for the other side to take the first
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -235,15 +235,15 @@ merge(sys.argv[1], sys.argv[3], adapters=[(sys.argv[2], 0.5)], combination="dare
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
 def test_a_killed_one_goes_on_and_nothing_stays(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Any
+    forks: Any, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     """The same seed draws the same masks: what was written is gone on with."""
     from ft_export import writing
 
     monkeypatch.setattr(writing, "SHARD", 20_000)
     out = tmp_path / "deep" / "out"
-    words = [sys.executable, "-c", KILLED, str(pair[0]), str(pair[1]), str(out)]
-    assert subprocess.run(words, capture_output=True, check=False).returncode != 0
+    ended = forks.run(KILLED, *pair, out)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert len(list(out.parent.glob(".out.*.partial"))) == 2  # the combined adapter's too
     result = merge(pair[0], out, adapters=[(pair[1], 0.5)], combination="dare_ties", density=0.5)
     assert any("going on with a merge that was interrupted" in line for line in result.lines)

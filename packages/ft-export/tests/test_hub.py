@@ -1,10 +1,14 @@
-"""Pushing to a Hub on this machine (hub_server.py), from other processes: huggingface_hub reads its settings once."""
+"""Pushing to a Hub on this machine (hub_server.py), from other processes: huggingface_hub reads its settings once.
+
+Most are forked from one (forks.py) that has read the settings of that Hub.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 from hub_server import LARGE, TOKEN, Blob, HubServer, Repo, hub_server
 
 from ft_export import merge
@@ -49,46 +54,63 @@ print(json.dumps(tokenizer("Hello there, 2024")["input_ids"]))
 """
 
 
+def environment_of(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    known = {
+        "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }  # fmt: skip
+    return {name: value for name, value in {**kept, **known, **more}.items() if value}
+
+
+IMPORTED = (
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "peft",
+    "ft_export.hub.export",
+)
+"""What every push or reader would spend its seconds on."""
+
+
 @dataclass
 class Pusher:
     """Runs exports, and whatever reads them back, in processes that know the server alone."""
 
     hub: HubServer
     home: Path
+    forks: Forks
 
-    def environment(self, **more: str) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        known = {
-            "HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(self.home), "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }  # fmt: skip
-        return {name: value for name, value in {**kept, **known, **more}.items() if value}
-
-    def start(self, path: Path, environment: dict[str, str] | None = None, **said: Any) -> subprocess.Popen[str]:
-        options = {"repo": REPO, **said.pop("options", {})}
-        asked = json.dumps({"path": str(path), "options": {k: v for k, v in options.items() if v}, **said})
+    def start(self, asked: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-c", SCRIPT, asked], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=self.environment(**(environment or {})),
+            env=environment_of(self.hub, self.home, **environment),
         )  # fmt: skip
 
     def __call__(self, path: Path, environment: dict[str, str] | None = None, **said: Any) -> dict[str, Any]:
-        process = self.start(path, environment, **said)
-        out, err = process.communicate(timeout=240)
+        """Push; with settings of its own in a process that reads them anew."""
+        asked = self.words(path, **said)
+        if environment is None:
+            done = self.forks.run(SCRIPT, asked)
+            code, out, err = done.returncode, done.stdout, done.stderr
+        else:
+            process = self.start(asked, **environment)
+            out, err = process.communicate(timeout=240)
+            code = process.returncode
         assert TOKEN not in out + err
-        assert process.returncode == 0, err
+        assert code == 0, err
         return dict(json.loads(out.splitlines()[-1]))
 
-    def read(self, kind: str, to: Path, *snippets: str) -> None:
-        """Load the repository's model, keep its weights, and run snippets, each as a program of its own.
+    @staticmethod
+    def words(path: Path, **said: Any) -> str:
+        """What SCRIPT is asked to do."""
+        options = {"repo": REPO, **said.pop("options", {})}
+        return json.dumps({"path": str(path), "options": {k: v for k, v in options.items() if v}, **said})
 
-        In one process, since what they import takes seconds.
-        """
+    def read(self, kind: str, to: Path, *snippets: str) -> None:
+        """Load the repository's model, keep its weights, and run snippets, each with names of its own."""
         code = READ + "".join(f"exec({snippet!r}, {{'__name__': '__main__'}})\n" for snippet in snippets)
-        done = subprocess.run(
-            [sys.executable, "-c", code, REPO, kind, str(to)],
-            capture_output=True, text=True, env=self.environment(), timeout=240, check=False,
-        )  # fmt: skip
+        done = self.forks.run(code, REPO, kind, to)
         assert done.returncode == 0, done.stderr
 
 
@@ -99,15 +121,36 @@ def code_in(card: str) -> str:
     return found[1]
 
 
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with hub_server() as server:
-        yield server
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home") / "hf home"
+
+
+@pytest.fixture(scope="module")
+def forks(server: HubServer, home: Path) -> Iterator[Forks]:
+    """In place of conftest.py's, with the settings of the Hub."""
+    started = Forks(IMPORTED, environment_of(server, home))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    with hub_server() as listening:
+        yield listening
 
 
 @pytest.fixture
-def push(hub: HubServer, tmp_path: Path) -> Pusher:
-    return Pusher(hub, tmp_path / "hf home")
+def hub(server: HubServer, home: Path) -> Iterator[HubServer]:
+    server.reset()
+    yield server
+    server.hold.set()  # whoever still waits for it belongs to this test
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def push(hub: HubServer, home: Path, forks: Forks) -> Pusher:
+    return Pusher(hub, home, forks)
 
 
 @pytest.fixture(scope="session")
@@ -337,8 +380,6 @@ def test_a_model_taken_as_it_is_claims_no_training(push: Pusher, shards: Path, t
 
 def test_a_model_trained_in_full(push: Pusher, shards: Path, make_run: Any, tmp_path: Path) -> None:
     """Its base lies in a folder with a card of its own; what the Hub calls the base is said by the person."""
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(shards, base, ignore=shutil.ignore_patterns("export"))
     (base / "README.md").write_text("---\nlicense: llama3.2\n---\n# The base\n")
@@ -433,7 +474,7 @@ def test_what_passes_is_waited_for(push: Pusher, shards: Path, method: str, path
 def test_an_upload_that_was_cut_off_is_not_begun_anew(push: Pusher, shards: Path) -> None:
     """The process dies after the first file; the next one sends the others only. Nobody saw half a model."""
     push.hub.hold.clear()
-    process = push.start(shards)
+    process = push.start(push.words(shards))
     assert push.hub.received.wait(120)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -535,8 +576,6 @@ def test_a_branch(push: Pusher, shards: Path) -> None:
 
 
 def test_what_must_not_go_out_is_taken_out_or_refused(push: Pusher, shards: Path, tmp_path: Path) -> None:
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(shards, model, ignore=shutil.ignore_patterns("export"))
     config = json.loads((model / "config.json").read_text())

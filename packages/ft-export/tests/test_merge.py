@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -128,15 +128,15 @@ merge(sys.argv[1], sys.argv[2], progress=show)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
 def test_an_interrupted_merge_goes_on(
-    how: str, base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Any
+    how: str, forks: Any, base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     from ft_export import writing
 
     monkeypatch.setattr(writing, "SHARD", 20_000)
     adapter = make_adapter(tmp_path / "adapter", base)
     merge(adapter, tmp_path / "whole")
-    words = [sys.executable, "-c", KILLED, str(adapter), str(tmp_path / "out"), how]
-    assert subprocess.run(words, capture_output=True, check=False).returncode != 0
+    ended = forks.run(KILLED, adapter, tmp_path / "out", how)
+    assert ended.returncode == -(signal.SIGKILL if how == "kill" else signal.SIGINT), ended.stderr
     (left,) = tmp_path.glob(".out.*.partial")
     whole = {path.name: path.stat().st_mtime_ns for path in left.glob("*.safetensors")}
     assert whole
@@ -151,9 +151,10 @@ def test_an_interrupted_merge_goes_on(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
-def test_what_was_left_of_another_adapter_is_not_gone_on_with(base: Path, make_adapter: Any, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", KILLED, str(make_adapter(tmp_path / "one", base)), str(tmp_path / "out"), "kill"]
-    subprocess.run(words, capture_output=True, check=False)
+def test_what_was_left_of_another_adapter_is_not_gone_on_with(
+    forks: Any, base: Path, make_adapter: Any, tmp_path: Path
+) -> None:
+    forks.run(KILLED, make_adapter(tmp_path / "one", base), tmp_path / "out", "kill")
     (left,) = tmp_path.glob(".out.*.partial")
     result = merge(make_adapter(tmp_path / "two", base, lora_alpha=32), tmp_path / "out")
     assert not any("interrupted" in line for line in result.lines)
@@ -635,17 +636,12 @@ for job in (lambda: merge(adapter, out), lambda: convert(base, out + ".gguf")):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-def test_disk_full(base: Path, make_adapter: Any, tmp_path: Path, contents: Any) -> None:
+def test_disk_full(forks: Any, base: Path, make_adapter: Any, tmp_path: Path, contents: Any) -> None:
     """A real EFBIG: the system refuses to let a file grow past 64 KiB."""
     pytest.importorskip("gguf", reason='pip install "ft-export[gguf]"')
     adapter = make_adapter(tmp_path / "adapter", base)
     code = DISK_FULL.replace(", bitsandbytes", "") if not _has("bitsandbytes") else DISK_FULL
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(adapter), str(base), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks.run(code, adapter, base, tmp_path / "out")
     lines = [line for line in done.stdout.splitlines() if line.startswith("LINE ")]
     assert len(lines) == 2, done.stderr
     assert "File too large" in lines[0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -41,13 +41,17 @@ export(sys.argv[2], sys.argv[3], type=sys.argv[4], options=json.loads(sys.argv[6
 """
 
 
-def _killed(
-    exporter: str, model: Path, out: Path, type: str, how: str = "kill", options: dict[str, str] | None = None
-) -> None:
-    words = [sys.executable, "-c", KILLED, f"ft_export.{exporter}.export", str(model), str(out), type, how]
-    words.append(json.dumps(options or {}))
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == -(signal.SIGKILL if how == "kill" else signal.SIGINT), done.stderr
+@pytest.fixture
+def killed(forks: Any) -> Callable[..., None]:
+    """`killed(exporter, model, out, type)`: an export that ends after :data:`AT` tensors."""
+
+    def run(
+        exporter: str, model: Path, out: Path, type: str, how: str = "kill", options: dict[str, str] | None = None
+    ) -> None:
+        done = forks.run(KILLED, f"ft_export.{exporter}.export", model, out, type, how, json.dumps(options or {}))
+        assert done.returncode == -(signal.SIGKILL if how == "kill" else signal.SIGINT), done.stderr
+
+    return run
 
 
 @pytest.fixture
@@ -66,12 +70,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize(("type", "how"), [("f16", "kill"), ("q4_k_m", "kill"), ("q8_0", "interrupt")])
 def test_a_gguf_file_goes_on_after_its_last_whole_tensor(
-    type: str, how: str, base: Path, tmp_path: Path, made: list[str], contents: Any
+    killed: Any, type: str, how: str, base: Path, tmp_path: Path, made: list[str], contents: Any
 ) -> None:
     convert(base, tmp_path / "whole.gguf", type=type, name="llama")
     order, made[:] = list(made), []
     out = tmp_path / "out"
-    _killed("gguf", base, out, type, how)
+    killed("gguf", base, out, type, how)
     (left,) = out.glob(f".llama-{type}.gguf.*.partial")
     assert len((left / "journal").read_text().splitlines()) == 1 + AT
     result = export_gguf(base, out, type=type)
@@ -215,11 +219,11 @@ def test_whole_but_not_checked(base: Path, tmp_path: Path, made: list[str], monk
     [("ollama", {"num_ctx": "256"}), ("open_webui", {}), ("hub", {"repo": "me/model", "dry": "yes"})],
 )
 def test_a_folder_with_a_gguf_file_goes_on_with_that(
-    exporter: str, options: dict[str, str], base: Path, tmp_path: Path, made: list[str], contents: Any
+    killed: Any, exporter: str, options: dict[str, str], base: Path, tmp_path: Path, made: list[str], contents: Any
 ) -> None:
     """What lies beside it is made anew."""
     out = tmp_path / "out"
-    _killed(exporter, base, out, "q8_0", options=options)
+    killed(exporter, base, out, "q8_0", options=options)
     (left,) = tmp_path.glob(".out.*.partial")
     (left / "Modelfile").write_text("half")
     result = import_module(f"ft_export.{exporter}.export").export(base, out, type="q8_0", options=options)
@@ -231,11 +235,70 @@ def test_a_folder_with_a_gguf_file_goes_on_with_that(
     assert contents(tmp_path) == ["out", "whole.gguf"]
 
 
-def test_a_folder_does_not_take_another_type_s_file_along(base: Path, tmp_path: Path, contents: Any) -> None:
-    _killed("ollama", base, tmp_path / "out", "q8_0")
+def test_a_folder_does_not_take_another_type_s_file_along(
+    killed: Any, base: Path, tmp_path: Path, contents: Any
+) -> None:
+    killed("ollama", base, tmp_path / "out", "q8_0")
     folder = import_module("ft_export.ollama.export").export(base, tmp_path / "out").file
     assert contents(folder) == ["Modelfile", "llama-f16.gguf", "proof.json"]
     assert contents(tmp_path) == ["out"]
+
+
+def _ended_before_renaming(count: int, model: Path, out: Path) -> bool:
+    """Export, and interrupt when so many files have been renamed and one more is to be; whether there was none more."""
+    rename, coming = os.replace, [True] * count
+
+    def stop(one: Any, place: Any) -> None:
+        if not coming:
+            raise KeyboardInterrupt
+        coming.pop()
+        rename(one, place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        try:
+            export_gguf(model, out, overwrite=True, skip_proof=True)
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_no_proof_is_of_another_file_than_is_there(
+    earlier: bool, make_model: Any, tmp_path: Path, contents: Any
+) -> None:
+    """Stopped before each renaming of one export: what ``proof.json`` tells of is there, and is what it tells of."""
+
+    def entries(out: Path) -> dict[str, Any]:
+        proof = out / "proof.json"
+        return dict(json.loads(proof.read_text())["files"]) if proof.is_file() else {}
+
+    def state(out: Path) -> tuple[bytes, Any]:
+        return (out / "m-f16.gguf").read_bytes(), entries(out)["m-f16.gguf"]
+
+    new, out, was = make_model(tmp_path / "new" / "m"), tmp_path / "out", tmp_path / "was"
+    was.mkdir()
+    whole = [state(export_gguf(new, tmp_path / "whole", skip_proof=True).file.parent)]
+    other: dict[str, Any] = {}
+    if earlier:
+        old = make_model(tmp_path / "old" / "m", seed=1)
+        whole.append(state(export_gguf(old, was, skip_proof=True).file.parent))
+        export_gguf(old, was, type="q8_0", skip_proof=True)
+        other = {"m-q8_0.gguf": entries(was)["m-q8_0.gguf"]}
+    assert len({file for file, _ in whole}) == len(whole)
+    stopped = 0
+    for stopped in range(9):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(was, out)
+        ended = _ended_before_renaming(stopped, new, out)
+        told = entries(out)
+        assert {name: told.pop(name, None) for name in other} == other
+        assert not told or state(out) in whole
+        if ended:
+            break
+    assert stopped == 2 + earlier  # the file, its proof, and before them a proof that is of an earlier file no longer
+    assert state(out) == whole[0]
+    assert contents(out) == sorted({"m-f16.gguf", "proof.json", *other})
 
 
 # --- the 8-bit folders
@@ -256,10 +319,10 @@ def in_shards(make_model: Any, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("type", "how"), [("w8a8", "kill"), ("fp8", "interrupt"), ("f16", "kill")])
 def test_a_folder_for_servers_goes_on_with_its_whole_files(
-    type: str, how: str, in_shards: Path, tmp_path: Path, contents: Any
+    killed: Any, type: str, how: str, in_shards: Path, tmp_path: Path, contents: Any
 ) -> None:
     export_vllm(in_shards, tmp_path / "whole", type=type)
-    _killed("vllm", in_shards, tmp_path / "out", type, how)
+    killed("vllm", in_shards, tmp_path / "out", type, how)
     (left,) = tmp_path.glob(".out.*.partial")
     there = {path.name: path.stat().st_mtime_ns for path in left.glob("*.safetensors")}
     assert 0 < len(there) < len(list(in_shards.glob("*.safetensors")))
@@ -273,9 +336,11 @@ def test_a_folder_for_servers_goes_on_with_its_whole_files(
     assert contents(tmp_path) == ["llama", "out", "whole"]
 
 
-def test_a_file_of_a_folder_for_servers_that_is_not_what_it_was(in_shards: Path, tmp_path: Path, contents: Any) -> None:
+def test_a_file_of_a_folder_for_servers_that_is_not_what_it_was(
+    killed: Any, in_shards: Path, tmp_path: Path, contents: Any
+) -> None:
     """The check sees it, and the next export starts anew."""
-    _killed("vllm", in_shards, tmp_path / "out", "w8a8")
+    killed("vllm", in_shards, tmp_path / "out", "w8a8")
     (left,) = tmp_path.glob(".out.*.partial")
     path = sorted(left.glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:-2] + b"\x77\x77")
@@ -285,8 +350,10 @@ def test_a_file_of_a_folder_for_servers_that_is_not_what_it_was(in_shards: Path,
     export_vllm(in_shards, tmp_path / "out", type="w8a8")
 
 
-def test_what_was_left_of_another_type_or_model_is_thrown_away(in_shards: Path, tmp_path: Path, contents: Any) -> None:
-    _killed("vllm", in_shards, tmp_path / "out", "w8a8")
+def test_what_was_left_of_another_type_or_model_is_thrown_away(
+    killed: Any, in_shards: Path, tmp_path: Path, contents: Any
+) -> None:
+    killed("vllm", in_shards, tmp_path / "out", "w8a8")
     (left,) = tmp_path.glob(".out.*.partial")
     result = export_vllm(in_shards, tmp_path / "out", type="fp8")
     assert not any("interrupted" in line for line in result.lines)

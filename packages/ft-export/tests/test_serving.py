@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -321,10 +320,9 @@ for type in ("16bit", "w8a8"):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-def test_disk_full(base: Path, tmp_path: Path, contents: Any) -> None:
+def test_disk_full(forks: Any, base: Path, tmp_path: Path, contents: Any) -> None:
     """A real EFBIG: the system refuses to let a file grow past 64 KiB."""
-    words = [sys.executable, "-c", DISK_FULL, str(base), str(tmp_path / "out")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = forks.run(DISK_FULL, base, tmp_path / "out")
     lines = [line for line in done.stdout.splitlines() if line.startswith("LINE ")]
     assert len(lines) == 2, done.stderr
     assert all("File too large" in line for line in lines)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,9 +175,10 @@ assert state() == before, (state(), before)
     ["", "torch.set_float32_matmul_precision('high')", "torch.backends.cuda.matmul.allow_tf32 = True",
      "torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'"],
 )  # fmt: skip
-def test_products_are_exact_whatever_the_process_asked_for(asked: str) -> None:
+def test_products_are_exact_whatever_the_process_asked_for(asked: str, forks: Any) -> None:
     """In a process of its own, since torch's settings are the process's."""
-    subprocess.run([sys.executable, "-c", PRECISION.format(asked=asked)], check=True)
+    done = forks.run(PRECISION.format(asked=asked))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -150,6 +150,8 @@ def serve() -> Iterator[Callable[[Path], tuple[StandIn, str]]]:
         stand_in = StandIn(base)
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # or the body waits 40 ms for the headers to be acknowledged
+
             def do_GET(self) -> None:
                 self._answer(None)
 

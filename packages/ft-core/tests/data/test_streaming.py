@@ -6,9 +6,9 @@ import copy
 import json
 import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
-import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -168,11 +168,10 @@ def test_the_epoch_is_part_of_the_place(stream: Any) -> None:
 
 
 CHILD = """
-import json, os, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import json, os
 from transformers import AutoTokenizer
 from ft_core.data import PackedStream, RowStream
-source, tokenizer, out = sys.argv[2:]
+source, tokenizer, out = WORDS
 stream = PackedStream(RowStream(source, ["prompt-completion"]), AutoTokenizer.from_pretrained(tokenizer),
                       max_length=64, window=8)
 if os.path.exists(out + ".state"):
@@ -189,17 +188,24 @@ with open(out, "a") as file:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_killed_and_resumed(stream: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+def test_killed_and_resumed(stream: Any, make_tokenizer: Any, tmp_path: Path, forkserver: Any) -> None:
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    out = tmp_path / "out.jsonl"
-    words = [sys.executable, "-c", CHILD, __file__, str(tmp_path / "rows.jsonl"), str(tmp_path / "tokenizer"), str(out)]
-    for rows in (5, 23):
-        process = subprocess.Popen(words)
-        while not out.exists() or out.read_bytes().count(b"\n") < rows:
-            assert process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert subprocess.run(words, check=False).returncode == 0
+    out, program = tmp_path / "out.jsonl", tmp_path / "program.py"
+    program.write_text(CHILD, encoding="utf-8")
+    words = [str(tmp_path / "rows.jsonl"), str(tmp_path / "tokenizer"), str(out)]
+    for rows in (5, 23, None):
+        process = forkserver.Process(target=runpy.run_path, args=(str(program), {"WORDS": words}, "__main__"))
+        process.start()
+        try:
+            while rows is not None and (not out.exists() or out.read_bytes().count(b"\n") < rows):
+                assert process.is_alive()
+                time.sleep(0.002)  # the other process wants the core
+            if rows is None:
+                process.join(120)
+        finally:
+            process.kill()
+            process.join()
+        assert process.exitcode == (0 if rows is None else -signal.SIGKILL)
     # A row that was written without its state, between the two, is given again: the last of each state counts.
     whole = out.read_bytes().split(b"\n")
     given = {json.dumps(state): row for state, row in (json.loads(line) for line in whole if line.endswith(b"]"))}

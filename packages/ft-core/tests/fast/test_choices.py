@@ -404,12 +404,14 @@ def test_checkpointing_in_a_layers_call_is_left_out_too():
     assert_equal(step(model, given), listened)
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(folder: str) -> None:
     import torch.distributed as distributed
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    assert distributed.get_world_size() == 2
     found = []
     for choice in ["keep", *MIXTURES]:
         model = make("llama", "all")
@@ -427,13 +429,9 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
-def test_two_processes(tmp_path: Path) -> None:
-    code = (
-        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('ranks', sys.argv[1]); "
-        "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m); m._rank(int(sys.argv[2]), sys.argv[3])"
-    )
-    started = [subprocess.Popen([sys.executable, "-c", code, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [process.wait(timeout=180) for process in started] == [0, 0]
+def test_two_processes(tmp_path: Path, run_ranks: Any) -> None:
+    ranks = run_ranks(Path(__file__), "_rank", tmp_path)
+    assert [rank.code for rank in ranks] == [0] * 2, ranks
     kept, *others = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for gradients in others:
         assert [name for name, gradient in kept.items() if not torch.equal(gradients[name], gradient)] == []

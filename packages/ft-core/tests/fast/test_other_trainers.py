@@ -108,12 +108,14 @@ def test_neftune_and_trained_embeddings():
     assert any("embed_tokens" in name for name in plain)
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(folder: str) -> None:
     import torch.distributed as distributed
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    assert distributed.get_world_size() == 2
     model = tiny_model().train()
     fast.enable(model)
     wrapped = DistributedDataParallel(model)
@@ -130,16 +132,10 @@ def _rows() -> torch.Tensor:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file store")
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path, run_ranks: Any) -> None:
     """DDP averages over two halves of a batch: equal to the batch in one process."""
-    import subprocess
-
-    code = (
-        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('ranks', sys.argv[1]); "
-        "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m); m._rank(int(sys.argv[2]), sys.argv[3])"
-    )
-    started = [subprocess.Popen([sys.executable, "-c", code, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    ranks = run_ranks(Path(__file__), "_rank", tmp_path)
+    assert [rank.code for rank in ranks] == [0] * 2, ranks
     model = tiny_model().train()
     fast.enable(model)
     ids = _rows()

@@ -66,14 +66,15 @@ def refuse(*args: Any, **keywords: Any) -> Any:
     raise AssertionError("a layer was computed by transformers' own code")
 
 
-def _rank(number: str, folder: str, way: str) -> None:
+def _rank(folder: str, way: str) -> None:
     import torch.distributed as distributed
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     torch.set_num_threads(1)
-    rank = int(number)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    assert distributed.get_world_size() == RANKS
     mesh = torch.distributed.init_device_mesh("cpu", (RANKS,))
     model = make(way)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -104,9 +105,9 @@ def start(function: str, *words: object) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_sharded_processes_train_as_one(way: str, tmp_path: Path) -> None:
-    started = [start("_rank", rank, tmp_path, way) for rank in range(RANKS)]
-    assert [process.wait(timeout=120) for process in started] == [0] * RANKS
+def test_two_sharded_processes_train_as_one(way: str, tmp_path: Path, run_ranks: Any) -> None:
+    ranks = run_ranks(Path(__file__), "_rank", tmp_path, way)
+    assert [rank.code for rank in ranks] == [0] * RANKS, ranks
     model = make(way)
     fast.enable(model)
     expected = train(model, [list(step) for step in zip(*map(batches, range(RANKS)), strict=True)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ft_export.merging.record import MARKER, UNPROVEN, Standing, again, standing
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 
-__all__ = ["PROOF", "Exported", "check_options", "check_target", "file_name", "save_proof", "whole_model"]
+__all__ = ["PROOF", "Exported", "check_options", "check_target", "file_name", "new_proof", "save_proof", "whole_model"]
 
 PROOF = "proof.json"
 """The file in an export's folder that says what was checked."""
@@ -77,10 +78,22 @@ def check_target(folder: Path, source: Source, marker: str, overwrite: bool) -> 
 
 def save_proof(folder: Path, said: Mapping[str, Any]) -> Path:
     """Write a folder's :data:`PROOF`, beside its place and renamed: at any moment it is the old one or the new one."""
+    with new_proof(folder, said) as path:
+        pass
+    return path
+
+
+@contextmanager
+def new_proof(folder: Path, said: Mapping[str, Any]) -> Iterator[Path]:
+    """:func:`save_proof` in two steps: written before the block, and in its place after it if it ends well.
+
+    Yields:
+        Its place.
+    """
     path = folder / PROOF
     with new_file(path) as partial:
         partial.write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+        yield path
 
 
 def file_name(source: Source) -> str:

@@ -27,6 +27,8 @@ class Judge:
         judge = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # or the body waits 40 ms for the headers to be acknowledged
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 judge.asked.append(body)

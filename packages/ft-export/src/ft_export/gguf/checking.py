@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ft_export import __version__
-from ft_export.exporting import PROOF, save_proof
+from ft_export.exporting import PROOF, new_proof, save_proof
+from ft_export.folders import new_file
 from ft_export.gguf.converter import Converted
 from ft_export.gguf.engine import llama_cpp
 from ft_export.gguf.proof import FINE, Comparison, Prompt, compare
@@ -17,10 +18,13 @@ from ft_export.gguf.vocabulary import Vocabulary
 from ft_export.runs import read_json
 from ft_export.samples import Row, prompt_text, read_rows
 
-__all__ = ["check_in_llama_cpp", "versions", "write_proof"]
+__all__ = ["Prove", "check_in_llama_cpp", "proven_file", "versions"]
 
 NEW_TOKENS = 24
 LONGEST_PROMPT = 256
+
+Prove = Callable[[Converted, Mapping[str, Any], list[str]], Path]
+"""What :func:`proven_file` gives beside the place to write to."""
 
 
 def check_in_llama_cpp(
@@ -153,13 +157,36 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_proof(folder: Path, file: Path, made: Converted, found: Mapping[str, Any], lines: list[str]) -> Path:
-    """Add the file's entry to ``proof.json``; entries of other files in the folder stay."""
-    path = folder / PROOF
+@contextmanager
+def proven_file(file: Path, key: str | None = None) -> Iterator[tuple[Path, Prove]]:
+    """:func:`ft_export.folders.new_file` for a file with an entry in the ``proof.json`` beside it.
+
+    The entry of an earlier file in its place goes before that does, and the new one is put there after the file:
+    whenever a process ends, ``proof.json`` says nothing of a file that is not there, nor of another than is there.
+
+    Yields:
+        Where to write the file, and the function that gives what its entry says: called once, with what was converted,
+        what was found and the lines for people. It returns the path of ``proof.json``.
+    """
+    with ExitStack() as after, new_file(file, key) as partial:  # ended in the other order
+
+        def prove(made: Converted, found: Mapping[str, Any], lines: list[str]) -> Path:
+            return after.enter_context(_proof(file, made, found, lines))
+
+        yield partial, prove
+
+
+@contextmanager
+def _proof(file: Path, made: Converted, found: Mapping[str, Any], lines: list[str]) -> Iterator[Path]:
+    """Write ``proof.json`` with the file's entry beside its place, which it takes when the block ends well.
+
+    Entries of other files in the folder stay.
+    """
+    path = file.parent / PROOF
     proof = read_json(path) if path.is_file() else {}
     said = proof.get("files")
-    files: dict[str, Any] = said if isinstance(said, dict) else {}
-    files[file.name] = {
+    others = {name: entry for name, entry in said.items() if name != file.name} if isinstance(said, dict) else {}
+    entry = {
         "architecture": made.architecture,
         "pre_tokenizer": made.vocabulary.pre,
         "ft_export": __version__,
@@ -167,4 +194,9 @@ def write_proof(folder: Path, file: Path, made: Converted, found: Mapping[str, A
         **found,
         "checks": lines,
     }
-    return save_proof(folder, {"proof_format": 1, "files": files})
+    with new_proof(file.parent, {"proof_format": 1, "files": {**others, file.name: entry}}):
+        if others:
+            save_proof(file.parent, {"proof_format": 1, "files": others})
+        else:
+            path.unlink(missing_ok=True)
+        yield path

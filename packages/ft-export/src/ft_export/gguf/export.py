@@ -11,10 +11,10 @@ from typing import Any
 from ft_export.bases import load_model, load_tokenizer, read_config, stop_tokens
 from ft_export.errors import ExportError, one_line
 from ft_export.exporting import Exported, check_options, file_name, whole_model
-from ft_export.folders import clear_inside, key_of, new_file, new_folder, scratch_folder, sha256_of
+from ft_export.folders import clear_inside, key_of, new_folder, scratch_folder, sha256_of
 from ft_export.gguf.adapter import ADAPTER_TYPES, read_lora, serve, write_and_check
 from ft_export.gguf.architectures import is_known
-from ft_export.gguf.checking import check_in_llama_cpp, versions, write_proof
+from ft_export.gguf.checking import check_in_llama_cpp, proven_file, versions
 from ft_export.gguf.converter import Converted, check_convertible, check_type, convert, require_gguf
 from ft_export.gguf.engine import require_llama_cpp
 from ft_export.gguf.upstream import convert_upstream, find_script
@@ -98,9 +98,9 @@ def export(
     found: dict[str, Any]
     if alone == "yes":
         lora = read_lora(source, said.get("pre"))
-        with new_file(file) as partial:
+        with proven_file(file) as (partial, prove):
             made, found = write_and_check(lora, source, partial, file, type, said.get("pre"), lines)
-            proof = write_proof(folder, file, made, found, lines)
+            proof = prove(made, found, lines)
         return Exported(file, proof, tuple(lines), serve(lora, folder, file))
     pre = said.get("pre")
 
@@ -111,7 +111,7 @@ def export(
     model = whole_model(source, lines, progress, check, skip_proof)
     used = _script_for(model, script, pre)
     by: dict[str, Any] = {}
-    with new_file(file, _key(model, type, pre, name) if used is None else None) as partial:
+    with proven_file(file, _key(model, type, pre, name) if used is None else None) as (partial, prove):
         if used is None:
             made = _converted(model, partial, type, pre, name, lines, progress)
             if script is not None:
@@ -133,7 +133,7 @@ def export(
                 made, lambda: load_model(model, torch.float32), tokenizer, stop_tokens(tokenizer, model),
                 source.held_out, type, made.kinds, lines,
             )  # fmt: skip
-        proof = write_proof(folder, file, made, {"type": type, **by, **found, "tensors": made.tensors}, lines)
+        proof = prove(made, {"type": type, **by, **found, "tensors": made.tensors}, lines)
     return Exported(file, proof, tuple(lines), f"llama-server -m {shlex.quote(str(file))} --jinja")
 
 
