@@ -90,7 +90,7 @@ MARGIN = {"reward": "margin", "orpo": "log_odds_ratio", "kto": "margin"}
 @pytest.mark.parametrize("method", PREFERENCE)
 def test_pairs_are_told_apart(tmp_path: Path, method: str) -> None:
     pairs = write_pairs(tmp_path)
-    training = {"max_steps": 20, "batch_size": 8 if method == "kto" else 4, "learning_rate": 5e-4}
+    training = {"max_steps": 16, "batch_size": 8 if method == "kto" else 4, "learning_rate": 5e-4}
     made = run(configuration(method, pairs, tmp_path / "run", training=training, **{method: PREFERENCE[method]}))
     name = MARGIN[method]
     print(f"{method}: {made.before} to {made.after}, {made.steps[-1]['seconds']:.0f} s")
