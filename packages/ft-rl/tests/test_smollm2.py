@@ -84,7 +84,9 @@ PREFERENCE: dict[str, dict[str, Any]] = {
     "orpo": {"beta": 0.5},
     "kto": {"beta": 0.1},
 }
-MARGIN = {"reward": "margin", "orpo": "log_odds_ratio", "kto": "margin"}
+# By which name a method measures how far apart the answers are, and by how much that has to grow: about half of what it
+# grew by. `reward`: by 3.25 (0.07 to 3.32), `orpo`: by 1.18 (-0.02 to 1.15), `kto`: by 2.05 (0 to 2.05).
+MARGIN = {"reward": ("margin", 1.5), "orpo": ("log_odds_ratio", 0.5), "kto": ("margin", 1.0)}
 
 
 @pytest.mark.parametrize("method", PREFERENCE)
@@ -92,11 +94,13 @@ def test_pairs_are_told_apart(tmp_path: Path, method: str) -> None:
     pairs = write_pairs(tmp_path)
     training = {"max_steps": 16, "batch_size": 8 if method == "kto" else 4, "learning_rate": 5e-4}
     made = run(configuration(method, pairs, tmp_path / "run", training=training, **{method: PREFERENCE[method]}))
-    name = MARGIN[method]
+    name, wanted = MARGIN[method]
     print(f"{method}: {made.before} to {made.after}, {made.steps[-1]['seconds']:.0f} s")
-    # A gain in accuracy over another 32 held-out pairs would be off by 0.125 (one standard deviation, or less): two.
+    # The share of any 32 pairs is off from that of all by 0.09 (one standard deviation, or less), and the difference of
+    # two such shares by 0.125: a gain of twice that is none of the draw's. Runs went from 0.50, 0.53 and 0.50 (that of
+    # `kto` for want of any difference) to 1.00, 1.00 and 0.999, in 82, 72 and 130 s.
     assert made.after["accuracy"] - made.before["accuracy"] >= 2 * noise(32)
-    assert made.after[name] >= made.before[name] + 1
+    assert made.after[name] - made.before[name] >= wanted
 
 
 WRITING: dict[str, dict[str, Any]] = {
