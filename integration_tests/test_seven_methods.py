@@ -1,7 +1,7 @@
 """Every method of ft-rl from a configuration, through the command line, with a real model on a processor.
 
 Two steps each, which is enough to see that all parts hold together; that the methods learn is shown by the minutes-long
-`packages/ft-rl/tests/test_smollm2.py`. All seven together take a minute or so on one thread.
+`packages/ft-rl/tests/test_smollm2.py`. All seven together take a minute and a half of one thread's work.
 """
 
 from __future__ import annotations
