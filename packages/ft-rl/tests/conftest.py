@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for real_model.py, which is no test
 
 KIND = ("please", "gladly", "thanks", "welcome", "sure")
 RUDE = ("never", "whatever", "nonsense", "boring", "no")
