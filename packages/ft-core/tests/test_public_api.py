@@ -352,6 +352,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.moment": ["Moment", "changed_by_forward"],
     "ft_core.training.optimizers": ["QueuedUpdates", "forget_overrides", "optimizer_of", "queued"],
     "ft_core.training.prepare": [
+        "check_method",
         "check_resumable",
         "check_reward_files",
         "check_unfinished",

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ft_rl.rewards import Rewards
 
 __all__ = [
-    "GrpoSettings", "GspoSettings", "WritingSettings", "build", "evaluate", "generations_of", "prompts_dataset",
-    "scored_by",
+    "GrpoSettings", "GspoSettings", "WritingSettings", "build", "check", "evaluate", "generations_of",
+    "prompts_dataset", "scored_by",
 ]  # fmt: skip
 
 GENERATIONS = 8
@@ -73,6 +73,13 @@ class WritingSettings(BaseModel):
         if isinstance(value, dict) and not isinstance(value.get("engine"), str):
             raise ValueError("a mapping with 'engine', the name of one (see ft plugins)")
         return value
+
+    @property
+    def engine(self) -> tuple[str, dict[str, Any]]:
+        """The engine's name, and its own settings."""
+        if isinstance(self.rollouts, str):
+            return self.rollouts, {}
+        return str(self.rollouts["engine"]), {key: value for key, value in self.rollouts.items() if key != "engine"}
 
     @property
     def given_to_trl(self) -> dict[str, Any]:
@@ -131,6 +138,27 @@ class GspoSettings(GrpoSettings):
     epsilon_high: float | None = Field(default=4e-4, gt=0, allow_inf_nan=False)
     loss_type: Literal["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "sequence"
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse an engine or an environment that cannot be had, before anything is loaded.
+
+    Raises:
+        PluginError: there is no engine of that name; lists those that are installed.
+        ConfigError: the engine refuses the configuration, or as :func:`ft_rl.environments.resolve_environment`.
+    """
+    from ft_core.config.load import method_settings
+    from ft_core.plugins import RolloutSpec, registry, resolve
+    from ft_rl.environments import resolve_environment
+
+    settings = method_settings(config)
+    assert isinstance(settings, WritingSettings)
+    name, values = settings.engine
+    spec = registry().get(RolloutSpec, name)
+    if spec.check is not None:
+        resolve(spec.check)(config, values)
+    if settings.environment is not None:
+        resolve_environment(settings.environment, f"{config.method}.environment")
 
 
 def generations_of(config: TrainConfig, settings: GrpoSettings, processes: int = 1) -> int:

@@ -28,18 +28,21 @@ if TYPE_CHECKING:
 __all__ = ["GrpoTrainer", "make_engine"]
 
 
-def make_engine(job: Job, settings: WritingSettings) -> Engine:
+def make_engine(job: Job, settings: WritingSettings, accelerator: Any = None) -> Engine:
     """The rollout engine that a configuration names.
+
+    Args:
+        accelerator: the trainer's.
 
     Raises:
         PluginError: there is none of that name; lists those that are installed.
         ConfigError: the engine refuses its settings.
     """
-    given = settings.rollouts
-    name, values = (given, {}) if isinstance(given, str) else (given["engine"], dict(given))
-    values.pop("engine", None)
+    name, values = settings.engine
     spec = registry().get(RolloutSpec, name)
-    made: Engine = resolve(spec.engine)(EngineJob(job.model, job.tokenizer, values, job.config.output, job.say))
+    made: Engine = resolve(spec.engine)(
+        EngineJob(job.model, job.tokenizer, values, job.config.output, job.say, job.config.max_length, accelerator)
+    )
     return made
 
 
@@ -57,7 +60,6 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
     def __init__(
         self, job: Job, settings: WritingSettings, world: EnvironmentClass | None = None, **kwargs: Any
     ) -> None:
-        self.engine = make_engine(job, settings)
         self._job, self._own, self._world = job, settings, world
         self._batch: dict[str, Any] | None = None
         self._rows: list[dict[str, Any]] = []
@@ -71,6 +73,7 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
         with warnings.catch_warnings():  # that TRL may change these is for us to follow, not for who trains
             warnings.filterwarnings("ignore", message="You are using '(rollout_func|environment_factory)'")
             super().__init__(**kwargs)
+        self.engine = make_engine(job, settings, self.accelerator)
         stops = stops_of(self.model, job.tokenizer)
         self.eos_token_ids: list[int] = sorted(stops.union(self.eos_token_ids))
         self._sampling = Sampling(
