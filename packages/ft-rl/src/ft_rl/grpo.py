@@ -208,7 +208,8 @@ def build(job: Job) -> Trainer:
         check_reference(job.config)
     world, rewards = scored_by(job.config, settings, job.say)
     generations = generations_of(job.config, settings, Ranks().count)
-    train = prompts_dataset(job, job.train_rows, "train")
+    lengths: list[int] = []
+    train = prompts_dataset(job, job.train_rows, "train", lengths)
     held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
     rewards.check_columns(train.column_names)
     arguments = GRPOConfig(
@@ -227,6 +228,7 @@ def build(job: Job) -> Trainer:
         job,
         settings,
         world,
+        prompt_tokens=lengths,
         model=job.model,
         reward_funcs=list(rewards.functions),
         args=arguments,
@@ -256,8 +258,11 @@ def scored_by(
     return world, resolve_rewards(config.rewards, say=say)
 
 
-def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
+def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str, lengths: list[int] | None = None) -> Any:
     """Prompts with all their columns; those that leave no room for a completion are left out.
+
+    Args:
+        name: ``train`` or ``held_out``. lengths: gets the tokens of each prompt that stays.
 
     Raises:
         ConfigError: no prompt could have room. DataError: none has.
@@ -274,12 +279,13 @@ def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
             f"{config.method}.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in "
             f"max_length {config.max_length}: raise max_length, or lower it"
         )
-    kept, tokens = [], 0
+    kept: list[dict[str, Any]] = []
+    lengths = [] if lengths is None else lengths
     for number, row in enumerate(rows, 1):
         length = len(prompt_ids(row["prompt"], job.tokenizer, settings.chat_template_kwargs, f"row {number}"))
         if length <= room:
             kept.append(row)
-            tokens += length
+            lengths.append(length)
     what, dropped = name.replace("_", "-"), len(rows) - len(kept)
     if not kept:
         raise DataError(
@@ -289,7 +295,7 @@ def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
     if dropped:
         verb = "is" if dropped == 1 else "are"
         job.say(f"{dropped} of {len(rows)} {what} prompts {verb} longer than {room} tokens: left out")
-    job.counts |= {f"{name}_tokens": tokens, **({"overlong_rows": dropped} if name == "train" else {})}
+    job.counts |= {f"{name}_tokens": sum(lengths), **({"overlong_rows": dropped} if name == "train" else {})}
     return Dataset.from_list(kept)
 
 

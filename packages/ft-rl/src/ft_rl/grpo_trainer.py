@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ft_core.plugins import RolloutSpec, registry, resolve
 from ft_core.training.trainer import RunTrainerMixin
+from ft_rl.begun_again import BegunAgainMixin, made_up
 from ft_rl.episodes import REWARD, Episodes, environment_reward
 from ft_rl.grpo import WritingSettings
 from ft_rl.prompts import prompt_ids
@@ -46,7 +47,7 @@ def make_engine(job: Job, settings: WritingSettings, accelerator: Any = None) ->
     return made
 
 
-class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
+class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutRecords):
     """TRL's trainer with whole checkpoints, no telemetry, the policy's head, and completions by an engine of ours.
 
     Attributes:
@@ -54,12 +55,16 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
     """
 
     fields = ("log_probs", "entropy")
-    # A step that did not fit is not begun again: the completions that its micro-batches have used are not kept.
-    replans = False
 
     def __init__(
-        self, job: Job, settings: WritingSettings, world: EnvironmentClass | None = None, **kwargs: Any
+        self,
+        job: Job,
+        settings: WritingSettings,
+        world: EnvironmentClass | None = None,
+        prompt_tokens: Sequence[int] = (),
+        **kwargs: Any,
     ) -> None:
+        self.prompt_tokens = prompt_tokens
         self._job, self._own, self._world = job, settings, world
         self._batch: dict[str, Any] | None = None
         self._rows: list[dict[str, Any]] = []
@@ -100,6 +105,10 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
     def first_ids(self) -> list[int]:
         """The first prompt's tokens, on which the fast layers are checked."""
         return prompt_ids(self.train_dataset[0]["prompt"], self.processing_class, self._own.chat_template_kwargs)
+
+    def made_up(self, lengths: Sequence[int]) -> dict[str, Any]:
+        """See :func:`ft_rl.begun_again.made_up`."""
+        return made_up(self.first_ids(), lengths, self._own.max_completion_length, self.accelerator.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; afterwards the engine holds nothing."""
