@@ -265,14 +265,16 @@ def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str, lengths
         name: ``train`` or ``held_out``. lengths: gets the tokens of each prompt that stays.
 
     Raises:
-        ConfigError: no prompt could have room. DataError: none has.
+        ConfigError: no prompt could have room. DataError: none has, or one is text where an environment takes turns.
     """
     from datasets import Dataset
 
-    from ft_rl.prompts import prompt_ids
+    from ft_rl.prompts import check_conversations, prompt_ids
 
     settings, config = job.settings, job.config
     assert isinstance(settings, WritingSettings)
+    if settings.environment is not None:
+        check_conversations([row["prompt"] for row in rows], f"{config.method}.environment")
     room = config.max_length - settings.max_completion_length
     if room < 1:
         raise ConfigError(
