@@ -195,6 +195,7 @@ EXPECTED: dict[str, list[str]] = {
         "load_run",
         "load_tokenizer",
     ],
+    "ft_core.models.modes": ["modes_kept"],
     "ft_core.models.opening": ["check_reference", "open_model"],
     "ft_core.models.positions": ["check_length", "check_scaled", "fit_to_model", "positions", "rope_of", "scale"],
     "ft_core.models.pretrained": ["STREAMED", "from_pretrained"],

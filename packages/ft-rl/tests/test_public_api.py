@@ -92,7 +92,7 @@ EXPECTED = {
     "ft_rl.policy": ["PolicyForward", "Scores", "put_head"],
     "ft_rl.ppo": ["PpoSettings", "build", "evaluate"],
     "ft_rl.ppo_trainer": ["PpoTrainer"],
-    "ft_rl.preference": ["pair_samples", "pairs_dataset", "say_dropout", "shown", "too_long"],
+    "ft_rl.preference": ["pair_samples", "pairs_dataset", "samples_of", "say_dropout", "shown", "too_long"],
     "ft_rl.prompts": ["as_completion", "check_conversations", "prompt_ids"],
     "ft_rl.recording": ["RolloutRecords", "shares"],
     "ft_rl.reference": ["adapter_off", "at_zero", "begins_neutral", "check_reference", "drop_copy"],

@@ -312,9 +312,10 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     Raises:
         ConfigError, DataError: as :func:`build`.
     """
-    from ft_core.evaluation import Evaluation, Sample
+    from ft_core.evaluation import Evaluation
     from ft_rl.episodes import REWARD, Episodes
     from ft_rl.pairs import show
+    from ft_rl.preference import samples_of
     from ft_rl.prompts import as_completion, prompt_ids
     from ft_rl.rollouts.own_model import OwnModel
     from ft_rl.rollouts.protocol import EngineJob, Sampling
@@ -355,13 +356,12 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     if len(rewards.names) > 1:
         metrics |= {name: _mean(values) for name, values in zip(rewards.names, each, strict=True)}
     metrics["length"] = _mean([float(len(one)) for one in ids])
-    samples: list[Sample] = []
-    for i, prompt in enumerate(prompts[: 16 if job.answers is None else job.answers]):
-        asked = show(prompt)
-        if any(sample.prompt == asked for sample in samples):
-            asked = f"{asked} (row {i + 1})"
+
+    def answer(i: int) -> str:
         score = "not scored" if totals[i] is None else f"reward {totals[i]:.3g}"
-        samples.append(Sample(asked, None, f"{show(completions[i])} [{score}]"))
+        return f"{show(completions[i])} [{score}]"
+
+    samples = samples_of(job, prompts, lambda i: f"row {i + 1}", lambda i: None, answer)
     return Evaluation(metrics, samples, len(job.rows))
 
 

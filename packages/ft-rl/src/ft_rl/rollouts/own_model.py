@@ -17,6 +17,7 @@ from torch import Tensor
 from ft_core.config import TrainConfig
 from ft_core.fast.decoding import Decoder, decoder_of
 from ft_core.fast.find import unwrapped
+from ft_core.models.modes import modes_kept
 from ft_core.training.wrapped import as_loaded
 from ft_rl.rollouts.drawing import draw
 from ft_rl.rollouts.protocol import TOKENS_AT_ONCE, Completion, EngineJob, Sampling, checked
@@ -217,11 +218,6 @@ def _last(model: Any) -> dict[str, int]:
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
     """Within it the model is in evaluation mode, without gradients and without checkpointing, which forbids a cache."""
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model), torch.no_grad():
         model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        yield
