@@ -93,7 +93,7 @@ def _check_installed() -> None:
 
 
 class VllmColocate:
-    """See the module. vLLM is started when it is made, and draws from torch's random numbers."""
+    """See the module. vLLM is started when it is made, by the trainer's accelerator, and draws from torch's numbers."""
 
     def __init__(self, job: EngineJob) -> None:
         self._settings = checked(ColocateSettings, job.settings, NAME)
@@ -139,8 +139,6 @@ class VllmColocate:
 
     def _started(self) -> Any:
         """TRL's object, with vLLM asleep where it may sleep."""
-        from accelerate import Accelerator
-
         job, settings = self._job, self._settings
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports each start otherwise; it has no other switch
         if torch.cuda.is_available():
@@ -149,7 +147,7 @@ class VllmColocate:
             with _random_numbers_kept(), _variables_kept():
                 writer = _writer_class()(
                     model=job.model,
-                    accelerator=job.accelerator or Accelerator(),
+                    accelerator=job.accelerator,
                     processing_class=job.tokenizer,
                     mode="colocate",
                     gpu_memory_utilization=settings.gpu_memory_utilization,
