@@ -246,12 +246,21 @@ def serve(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["dev", "vllm"], default=False)
 def rollouts(session: nox.Session) -> None:
-    """Train by GRPO on completions of a real vLLM server, on this machine's processor; compare log-probabilities.
+    """Train by GRPO on completions of a real vLLM, on this machine's processor; compare log-probabilities.
+
+    First a server's, then those of one in the training's own process.
 
     Words after `--` go to the program: `-- --stale` shows what an adapter that is a step old looks like.
     """
     words = ["--work", str(Path(session.create_tmp()) / "rollouts"), "--vllm", str(programs(session, "vllm"))]
     dev_python(session, str(SERVE / "rollouts.py"), *words, *session.posargs, env=OFFLINE)
+    if session.posargs:
+        return
+    (packages,) = programs(session, "dev").parent.glob("lib/python*/site-packages")
+    words = ["--work", words[1], "--packages", str(packages)]
+    python = str(programs(session, "vllm") / "python")
+    env = {**OFFLINE, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    session.run(python, str(SERVE / "colocate.py"), *words, external=True, env=env)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
