@@ -1,7 +1,8 @@
 """The engine ``vllm-colocate``: TRL's own ``VLLMGeneration`` against a module ``vllm`` that is none.
 
 The stand-in takes what vLLM takes, and nothing else, has weights of its own that it writes by, and loses them when it
-sleeps, as vLLM does at level 2. No vLLM is run here: what is tested is what TRL and ft ask of it.
+sleeps, as vLLM does at level 2. No vLLM is run here: what is tested is what TRL and ft ask of it. A real one, awake and
+on a processor, is in ``integration_tests/serve/colocate.py``.
 """
 
 from __future__ import annotations
