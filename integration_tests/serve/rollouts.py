@@ -59,20 +59,26 @@ def main() -> int:
     began = time.monotonic()
     with server(start_command(base, url), args.vllm.absolute(), url, args.work / "vllm.log"):
         print(f"vLLM is up after {time.monotonic() - began:.0f} s", flush=True)
-        rows = trained(args, base, url)
+        rows = trained(args.work, base, {"engine": "vllm", "url": url}, args.temperature, stale=args.stale)
         with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
             left = [card["id"] for card in json.load(answer)["data"] if card["parent"] is not None]
-    faults = []
-    for row in rows:
-        print(json.dumps({key: row.get(key) for key in SHOWN}), flush=True)
-        if not args.stale and row["sampling/gap"] > 3 * mean:
-            faults.append(f"step {row['step']}: a mean gap of {row['sampling/gap']:.3g} nats, above {3 * mean:.3g}")
-    if len(rows) != STEPS:
-        faults.append(f"{len(rows)} steps instead of {STEPS}")
+    faults = faults_of(rows, float("inf") if args.stale else 3 * mean)
     if left:
         faults.append(f"the server still has {', '.join(left)}")
     print("\n".join(faults) or "as it should be", flush=True)
     return 1 if faults else 0
+
+
+def faults_of(rows: list[dict[str, Any]], bound: float) -> list[str]:
+    """Print the steps; what is wrong with them."""
+    faults = []
+    for row in rows:
+        print(json.dumps({key: row.get(key) for key in SHOWN}), flush=True)
+        if not row["sampling/gap"] <= bound:
+            faults.append(f"step {row['step']}: a mean gap of {row['sampling/gap']:.3g} nats, above {bound:.3g}")
+    if len(rows) != STEPS:
+        faults.append(f"{len(rows)} steps instead of {STEPS}")
+    return faults
 
 
 SHOWN = ("step", "reward", "sampling/gap", "sampling/gap_max", "sampling/corrected", "sampling/ratio", "step_time")
@@ -139,16 +145,24 @@ def start_command(base: Path, url: str) -> str:
     return start_command(ft.add_lora(model, r=RANK), url)
 
 
-def trained(args: argparse.Namespace, base: Path, url: str) -> list[dict[str, Any]]:
+def trained(
+    work: Path,
+    base: Path,
+    engine: dict[str, Any],
+    temperature: float,
+    *,
+    stale: bool = False,
+    in_full: bool = False,
+    learning_rate: float = 2e-3,
+) -> list[dict[str, Any]]:
     """Two GRPO steps; their rows of metrics."""
     from ft_core import train
     from ft_rl.rollouts.vllm import Vllm
 
-    work = args.work
     rows = [{"prompt": [turn]} for turn in turns()]
     (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (work / "digits.py").write_text(REWARD, encoding="utf-8")
-    if args.stale:
+    if stale:
         renew = Vllm._renew
         Vllm._renew = lambda self, step: renew(self, step) if self._name is None else None  # type: ignore[method-assign]
     run = train(
@@ -158,16 +172,16 @@ def trained(args: argparse.Namespace, base: Path, url: str) -> list[dict[str, An
             "data": str(work / "prompts.jsonl"),
             "rewards": [f"{work / 'digits.py'}:digits"],
             "max_length": 128,
-            "lora": {"r": RANK},
+            "lora": None if in_full else {"r": RANK},
             "training": {
-                "max_steps": STEPS, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": 2e-3,
+                "max_steps": STEPS, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": learning_rate,
                 "warmup_ratio": 0.0,
             },
             "grpo": {
                 "max_completion_length": NEW_TOKENS,
                 "num_generations": 4,
-                "temperature": args.temperature,
-                "rollouts": {"engine": "vllm", "url": url},
+                "temperature": temperature,
+                "rollouts": engine,
             },
             "output": str(work / f"run-{time.time_ns()}"),
         },

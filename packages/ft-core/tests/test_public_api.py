@@ -196,6 +196,7 @@ EXPECTED: dict[str, list[str]] = {
         "load_run",
         "load_tokenizer",
     ],
+    "ft_core.models.modes": ["modes_kept"],
     "ft_core.models.opening": ["check_reference", "open_model"],
     "ft_core.models.positions": ["check_length", "check_scaled", "fit_to_model", "positions", "rope_of", "scale"],
     "ft_core.models.pretrained": ["STREAMED", "from_pretrained"],
@@ -353,6 +354,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.moment": ["Moment", "changed_by_forward"],
     "ft_core.training.optimizers": ["QueuedUpdates", "forget_overrides", "optimizer_of", "queued"],
     "ft_core.training.prepare": [
+        "check_method",
         "check_resumable",
         "check_reward_files",
         "check_unfinished",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ft_core.errors import ConfigError, RunError
+from ft_core.errors import ConfigError, DataError, RunError
+from ft_core.training import train
 from ft_rl.environments import EnvironmentClass, Episode, play, resolve_environment
+from ft_rl.episodes import Episodes, bridge
+from ft_rl.rollouts import Completion, Sampling
 
 FILE = '''
 class Guess:
@@ -160,6 +165,108 @@ def test_one_that_runs_out_of_turns_ends_with_the_models_word() -> None:
         "assistant",
     ]
     assert episode.reward == pytest.approx(-0.3)
+
+
+def test_one_without_room_for_another_turn_ends_with_the_models_word() -> None:
+    prompts, made = rows(100, 25)
+
+    def answer(conversations: list[list[dict[str, Any]]]) -> list[str | None]:
+        """Of the first row, two turns; of the second as many as it takes."""
+        return [
+            None if messages[-1]["content"] == "higher" and len(messages) > 4 else said
+            for messages, said in zip(conversations, search(conversations), strict=True)
+        ]
+
+    long, short = play(resolve_environment("worlds.py:Guess"), prompts, made, answer, max_turns=7)
+    assert [message["content"] for message in long.completion] == ["50", "higher", "75"]
+    assert long.rewards == [-0.1, -0.1]
+    assert not long.done
+    assert short.done
+    assert short.rewards == [-0.1, 1.0]
+
+
+class Echo:
+    """An engine that says as many of the same word as there is room for, up to three, and ends its turn."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def generate(self, prompts: Any, copies: int, sampling: Sampling, *, step: int) -> list[list[Completion]]:
+        self.asked.append((len(prompts), sampling.max_new_tokens))
+        ids = [8, 8, 8, 1][: sampling.max_new_tokens]
+        return [[Completion(ids, [-1.0] * len(ids))] for _ in prompts]
+
+    def close(self) -> None:
+        pass
+
+
+class Talks:
+    """An environment that is never done; it counts the turns that it sees."""
+
+    turns = 0
+
+    def reset(self, **row: Any) -> None:
+        return None
+
+    def step(self, completion: str) -> tuple[str, float, bool]:
+        Talks.turns += 1
+        return "the sun is round", 1.0, False
+
+
+def test_an_episode_whose_tokens_are_used_up_is_not_played_on(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = len(bridge(tokenizer, "the sun is round", frozenset({1})))
+    assert told == 7  # what a turn of the environment's takes between two of four tokens
+    for room, own in ((4, [4]), (10, [4]), (11, [4]), (12, [4, 1]), (15, [4, 4]), (26, [4, 4, 4]), (60, [4] * 5)):
+        monkeypatch.setattr(Talks, "turns", 0)
+        engine = Echo()
+        world = EnvironmentClass(Talks, "turns", "Talks", owns_reward=True)
+        player = Episodes(world, engine, tokenizer, Sampling(room, stops=frozenset({1})), 5)
+        (one,) = player.written([[{"role": "user", "content": "tell me"}]], [{}], step=0)
+        assert one.episode is not None
+        assert Talks.turns == len(engine.asked) == len(one.episode.rewards) == len(own)
+        assert one.mask == [1] * own[0] + [token for n in own[1:] for token in [0] * told + [1] * n]
+        assert len(one.ids) == len(one.logprobs) == len(one.mask) <= room
+        assert one.episode.completion[-1]["role"] == "assistant"
+        assert len(one.episode.completion) == 2 * len(own) - 1
+        assert not one.episode.done
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_an_environment_is_looked_at_before_a_model_is_loaded(
+    toy: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    run = importlib.import_module("ft_core.training.run")
+    monkeypatch.setattr(run, "prepare_model", lambda *args: pytest.fail("a model was loaded"))
+    toy.write_rows(tmp_path / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "tell me"}]}] * 4)
+    values = {"model": str(tiny_model), "method": method, "data": str(tmp_path / "prompts.jsonl")}
+    values |= {"output": str(tmp_path / "run"), "max_length": 32}
+    for name, said in (
+        ("nowhere.py:Guess", "environment: no file nowhere.py"),
+        ("worlds.py:Gues", "worlds.py has no 'Gues'; did you mean 'Guess'"),
+        ("worlds.py:Deaf", "worlds.py:Deaf.step must take what the model said"),
+    ):
+        section = {"environment": name, "max_completion_length": 8}
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            train(values | {method: section}, say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_without_turns_are_refused_when_the_trainer_is_built(
+    toy: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Episodes, "written", lambda *args, **kwargs: pytest.fail("played"))
+    prompts = [{"prompt": [{"role": "user", "content": "tell me"}]}, {"prompt": "tell me"}]
+    for rows_of in (prompts[1:] * 4, prompts * 2):
+        toy.write_rows(tmp_path / "prompts.jsonl", rows_of)
+        values = {
+            "model": str(tiny_model), "method": "grpo", "data": str(tmp_path / "prompts.jsonl"),
+            "output": str(tmp_path / "run"), "max_length": 32, "training": {"max_steps": 1},
+            "grpo": {"environment": "worlds.py:Guess", "max_completion_length": 8},
+        }  # fmt: skip
+        with pytest.raises(
+            DataError, match=r"row [12]: grpo\.environment takes turns in conversations: give prompts as"
+        ):
+            train(values, say=lambda line: None)
 
 
 def test_every_rows_object_is_its_own() -> None:

@@ -115,7 +115,8 @@ def test_rewards_see_an_episodes_turns(toy: Any, steep_model: Path, tmp_path: Pa
     values["rewards"] = [f"{tmp_path / 'kind.py'}:turns"]
     values["training"]["max_steps"] = 1
     result = train({**values, "max_length": 48}, say=lambda line: None)
-    assert steps(result.run)[0]["rewards/turns/mean"] == 2
+    # two, but where the first leaves no room for another
+    assert 1 < steps(result.run)[0]["rewards/turns/mean"] <= 2
 
 
 @pytest.mark.parametrize(

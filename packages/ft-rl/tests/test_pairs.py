@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ft_core.errors import DataError
 from ft_rl.pairs import show, tokenize_pairs
+from ft_rl.preference import samples_of
 
 
 @pytest.mark.parametrize("messages", [False, True])
@@ -69,3 +71,13 @@ def test_what_a_person_is_shown() -> None:
     assert show(None) == ""
     assert show("text") == "text"
     assert show([{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]) == "one\ntwo"
+
+
+def test_samples_are_called_what_tells_them_apart() -> None:
+    job = SimpleNamespace(answers=4)
+    prompts = ["tell me", [{"role": "user", "content": "tell me"}], None, "the sun", "cats"]
+    made = samples_of(job, prompts, lambda i: f"row {i + 1}", lambda i: None if i else "a", str)  # type: ignore[arg-type]
+    assert [sample.prompt for sample in made] == ["tell me", "tell me (row 2)", "(row 3)", "the sun"]
+    assert [sample.expected for sample in made] == ["a", None, None, None]
+    job.answers = None
+    assert len(samples_of(job, prompts * 4, str, str, str)) == 16  # type: ignore[arg-type]

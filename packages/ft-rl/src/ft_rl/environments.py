@@ -73,7 +73,7 @@ class Episode:
         prompt: the messages that it began with, what ``reset`` had to add included.
         completion: the turns: the model's messages (``assistant``) and what it was told (``user``).
         rewards: what each of the model's turns was worth.
-        done: whether the environment ended it; else it ran out of turns.
+        done: whether the environment ended it; else it ran out of turns, or of room for them.
     """
 
     prompt: list[Message]
@@ -135,7 +135,7 @@ def play(
     environment: EnvironmentClass,
     prompts: Sequence[Sequence[Mapping[str, Any]]],
     rows: Sequence[Mapping[str, Any]],
-    answer: Callable[[list[list[Message]]], list[str]],
+    answer: Callable[[list[list[Message]]], Sequence[str | None]],
     *,
     max_turns: int,
 ) -> list[Episode]:
@@ -146,6 +146,7 @@ def play(
         prompts: the messages that each begins with; the last one is the user's.
         rows: the columns of each row.
         answer: what the model says to each of some conversations; it is asked for those that go on, in their order.
+            None where there is no room for another turn: the episode ends with the model's last one.
         max_turns: the most turns of the model's in an episode.
 
     Raises:
@@ -163,14 +164,19 @@ def play(
         if told is not None and not isinstance(told, str):
             raise _wrong(environment, i, prompt, "reset", f"returns {_shown(told)}: text, or None")
         episodes.append(Episode(_with(prompt, told)))
+    going = list(range(len(rows)))
     for turn in range(max_turns):
-        going = [i for i, episode in enumerate(episodes) if not episode.done]
+        going = [i for i in going if not episodes[i].done]
         if not going:
             break
         said = answer([[*episodes[i].prompt, *episodes[i].completion] for i in going])
         if len(said) != len(going):
             raise ValueError(f"{len(said)} answers to {len(going)} conversations")
-        for i, text in zip(going, said, strict=True):
+        spoken = [(i, text) for i, text in zip(going, said, strict=True) if text is not None]
+        for i in set(going) - {i for i, _ in spoken}:
+            _without_last_word(episodes[i])
+        going = [i for i, _ in spoken]
+        for i, text in spoken:
             place, episode = f"turn {turn + 1}", episodes[i]
             result = _asked(lambda i=i, text=text: worlds[i].step(text), environment, i, episode.prompt, place)  # type: ignore[misc]
             told, reward, over = _checked(result, environment, i, episode.prompt, place)
@@ -180,6 +186,12 @@ def play(
             if told is not None and not over and turn + 1 < max_turns:  # a last word that nobody answers is left out
                 episode.completion.append({"role": "user", "content": told})
     return episodes
+
+
+def _without_last_word(episode: Episode) -> None:
+    """Leave out what the environment has said last, which nobody answers."""
+    if episode.completion and episode.completion[-1]["role"] == "user":
+        episode.completion.pop()
 
 
 def _with(prompt: Sequence[Mapping[str, Any]], told: str | None) -> list[Message]:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ft_core.errors import ConfigError, DataError
+from ft_core.errors import DataError
 from ft_rl.environments import Episode, play
-from ft_rl.prompts import prompt_ids
+from ft_rl.prompts import check_conversations, prompt_ids
 
 if TYPE_CHECKING:
     from ft_rl.environments import EnvironmentClass
@@ -31,7 +31,7 @@ class Written:
     Attributes:
         prompt: the conversation's tokens before the model's first turn.
         ids, logprobs, mask: of all that follows; the mask is 1 for the model's tokens, whose log-probabilities are
-            those that they were drawn with, and 0 for the environment's.
+            those that they were drawn with, and 0 for the environment's. The last token is the model's.
         episode: the turns, and what they were worth.
     """
 
@@ -40,6 +40,12 @@ class Written:
     logprobs: list[float] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     episode: Episode | None = None
+
+    def end(self) -> None:
+        """Leave out what the environment has said last, which nobody answers."""
+        spoken = max((i for i, own in enumerate(self.mask, 1) if own), default=0)
+        for values in (self.ids, self.logprobs, self.mask):
+            del values[spoken:]
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,14 @@ class Episodes:
             prompts: messages. rows: the columns, which ``reset`` is handed. step: optimizer steps done.
 
         Raises:
-            ConfigError: prompts are text, which has no turns.
+            DataError: a prompt is text, which has no turns.
             RunError: the environment or the engine fails.
         """
-        if any(isinstance(prompt, str) for prompt in prompts):
-            raise ConfigError("environment: takes turns in conversations: give prompts as lists of messages")
+        check_conversations(prompts, "environment")
         made = [Written() for _ in prompts]
         known: dict[int, int] = {}
 
-        def answer(conversations: list[list[dict[str, Any]]]) -> list[str]:
+        def answer(conversations: list[list[dict[str, Any]]]) -> list[str | None]:
             # an episode's first message is an object of its own, and the first time all are asked in their order
             numbers = [known.setdefault(id(conversation[0]), len(known)) for conversation in conversations]
             for number, conversation in zip(numbers, conversations, strict=True):
@@ -99,9 +104,9 @@ class Episodes:
         one.logprobs += [0.0] * len(told)
         one.mask += [0] * len(told)
 
-    def _say(self, those: list[Written], step: int) -> list[str]:
-        """The next turn of each; of one that has no room left, nothing."""
-        texts = dict.fromkeys(range(len(those)), "")
+    def _say(self, those: list[Written], step: int) -> list[str | None]:
+        """The next turn of each; None of one that has no room left, which ends."""
+        texts: dict[int, str | None] = dict.fromkeys(range(len(those)))
         left = {i: self.sampling.max_new_tokens - len(one.ids) for i, one in enumerate(those)}
         going = [i for i, room in left.items() if room > 0]
         if going:
@@ -113,6 +118,8 @@ class Episodes:
                 those[i].logprobs += logprobs
                 those[i].mask += [1] * len(ids)
                 texts[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
+        for i in set(left) - set(going):
+            those[i].end()
         return [texts[i] for i in range(len(those))]
 
 

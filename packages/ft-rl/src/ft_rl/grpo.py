@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ft_rl.rewards import Rewards
 
 __all__ = [
-    "GrpoSettings", "GspoSettings", "WritingSettings", "build", "evaluate", "generations_of", "prompts_dataset",
-    "scored_by",
+    "GrpoSettings", "GspoSettings", "WritingSettings", "build", "check", "evaluate", "generations_of",
+    "prompts_dataset", "scored_by",
 ]  # fmt: skip
 
 GENERATIONS = 8
@@ -75,6 +75,13 @@ class WritingSettings(BaseModel):
         if isinstance(value, dict) and not isinstance(value.get("engine"), str):
             raise ValueError("a mapping with 'engine', the name of one (see ft plugins)")
         return value
+
+    @property
+    def engine(self) -> tuple[str, dict[str, Any]]:
+        """The engine's name, and its own settings."""
+        if isinstance(self.rollouts, str):
+            return self.rollouts, {}
+        return str(self.rollouts["engine"]), {key: value for key, value in self.rollouts.items() if key != "engine"}
 
     @property
     def given_to_trl(self) -> dict[str, Any]:
@@ -135,6 +142,27 @@ class GspoSettings(GrpoSettings):
     importance_sampling_level: Literal["token", "sequence"] = "sequence"
 
 
+def check(config: TrainConfig) -> None:
+    """Refuse an engine or an environment that cannot be had, before anything is loaded.
+
+    Raises:
+        PluginError: there is no engine of that name; lists those that are installed.
+        ConfigError: the engine refuses the configuration, or as :func:`ft_rl.environments.resolve_environment`.
+    """
+    from ft_core.config.load import method_settings
+    from ft_core.plugins import RolloutSpec, registry, resolve
+    from ft_rl.environments import resolve_environment
+
+    settings = method_settings(config)
+    assert isinstance(settings, WritingSettings)
+    name, values = settings.engine
+    spec = registry().get(RolloutSpec, name)
+    if spec.check is not None:
+        resolve(spec.check)(config, values)
+    if settings.environment is not None:
+        resolve_environment(settings.environment, f"{config.method}.environment")
+
+
 def generations_of(config: TrainConfig, settings: GrpoSettings, processes: int = 1) -> int:
     """How many completions a prompt gets.
 
@@ -182,7 +210,8 @@ def build(job: Job) -> Trainer:
         check_reference(job.config)
     world, rewards = scored_by(job, settings, job.say)
     generations = generations_of(job.config, settings, Ranks().count)
-    train = prompts_dataset(job, job.train_rows, "train")
+    lengths: list[int] = []
+    train = prompts_dataset(job, job.train_rows, "train", lengths)
     held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
     rewards.check_columns(train.column_names)
     arguments = GRPOConfig(
@@ -201,6 +230,7 @@ def build(job: Job) -> Trainer:
         job,
         settings,
         world,
+        prompt_tokens=lengths,
         model=job.model,
         reward_funcs=list(rewards.functions),
         args=arguments,
@@ -244,30 +274,36 @@ def _scored_by(
     return world, resolve_rewards(config.rewards, say=say, policy=policy)
 
 
-def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
+def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str, lengths: list[int] | None = None) -> Any:
     """Prompts with all their columns; those that leave no room for a completion are left out.
 
+    Args:
+        name: ``train`` or ``held_out``. lengths: gets the tokens of each prompt that stays.
+
     Raises:
-        ConfigError: no prompt could have room. DataError: none has.
+        ConfigError: no prompt could have room. DataError: none has, or one is text where an environment takes turns.
     """
     from datasets import Dataset
 
-    from ft_rl.prompts import prompt_ids
+    from ft_rl.prompts import check_conversations, prompt_ids
 
     settings, config = job.settings, job.config
     assert isinstance(settings, WritingSettings)
+    if settings.environment is not None:
+        check_conversations([row["prompt"] for row in rows], f"{config.method}.environment")
     room = config.max_length - settings.max_completion_length
     if room < 1:
         raise ConfigError(
             f"{config.method}.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in "
             f"max_length {config.max_length}: raise max_length, or lower it"
         )
-    kept, tokens = [], 0
+    kept: list[dict[str, Any]] = []
+    lengths = [] if lengths is None else lengths
     for number, row in enumerate(rows, 1):
         length = len(prompt_ids(row["prompt"], job.tokenizer, settings.chat_template_kwargs, f"row {number}"))
         if length <= room:
             kept.append(row)
-            tokens += length
+            lengths.append(length)
     what, dropped = name.replace("_", "-"), len(rows) - len(kept)
     if not kept:
         raise DataError(
@@ -277,7 +313,7 @@ def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
     if dropped:
         verb = "is" if dropped == 1 else "are"
         job.say(f"{dropped} of {len(rows)} {what} prompts {verb} longer than {room} tokens: left out")
-    job.counts |= {f"{name}_tokens": tokens, **({"overlong_rows": dropped} if name == "train" else {})}
+    job.counts |= {f"{name}_tokens": sum(lengths), **({"overlong_rows": dropped} if name == "train" else {})}
     return Dataset.from_list(kept)
 
 
@@ -292,9 +328,10 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     Raises:
         ConfigError, DataError: as :func:`build`.
     """
-    from ft_core.evaluation import Evaluation, Sample
+    from ft_core.evaluation import Evaluation
     from ft_rl.episodes import REWARD, Episodes
     from ft_rl.pairs import show
+    from ft_rl.preference import samples_of
     from ft_rl.prompts import as_completion, prompt_ids
     from ft_rl.rollouts.own_model import OwnModel
     from ft_rl.rollouts.protocol import EngineJob, Sampling
@@ -335,13 +372,12 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     if len(rewards.names) > 1:
         metrics |= {name: _mean(values) for name, values in zip(rewards.names, each, strict=True)}
     metrics["length"] = _mean([float(len(one)) for one in ids])
-    samples: list[Sample] = []
-    for i, prompt in enumerate(prompts[: 16 if job.answers is None else job.answers]):
-        asked = show(prompt)
-        if any(sample.prompt == asked for sample in samples):
-            asked = f"{asked} (row {i + 1})"
+
+    def answer(i: int) -> str:
         score = "not scored" if totals[i] is None else f"reward {totals[i]:.3g}"
-        samples.append(Sample(asked, None, f"{show(completions[i])} [{score}]"))
+        return f"{show(completions[i])} [{score}]"
+
+    samples = samples_of(job, prompts, lambda i: f"row {i + 1}", lambda i: None, answer)
     return Evaluation(metrics, samples, len(job.rows))
 
 

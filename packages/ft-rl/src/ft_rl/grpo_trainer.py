@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ft_core.plugins import RolloutSpec, registry, resolve
 from ft_core.training.trainer import RunTrainerMixin
+from ft_rl.begun_again import BegunAgainMixin, made_up
 from ft_rl.episodes import REWARD, Episodes, environment_reward
 from ft_rl.grpo import WritingSettings
 from ft_rl.prompts import prompt_ids
@@ -28,22 +29,25 @@ if TYPE_CHECKING:
 __all__ = ["GrpoTrainer", "make_engine"]
 
 
-def make_engine(job: Job, settings: WritingSettings) -> Engine:
+def make_engine(job: Job, settings: WritingSettings, accelerator: Any = None) -> Engine:
     """The rollout engine that a configuration names.
+
+    Args:
+        accelerator: the trainer's.
 
     Raises:
         PluginError: there is none of that name; lists those that are installed.
         ConfigError: the engine refuses its settings.
     """
-    given = settings.rollouts
-    name, values = (given, {}) if isinstance(given, str) else (given["engine"], dict(given))
-    values.pop("engine", None)
+    name, values = settings.engine
     spec = registry().get(RolloutSpec, name)
-    made: Engine = resolve(spec.engine)(EngineJob(job.model, job.tokenizer, values, job.config.output, job.say))
+    made: Engine = resolve(spec.engine)(
+        EngineJob(job.model, job.tokenizer, values, job.config.output, job.say, job.config.max_length, accelerator)
+    )
     return made
 
 
-class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
+class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutRecords):
     """TRL's trainer with whole checkpoints, no telemetry, the policy's head, and completions by an engine of ours.
 
     Attributes:
@@ -51,13 +55,16 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
     """
 
     fields = ("log_probs", "entropy")
-    # A step that did not fit is not begun again: the completions that its micro-batches have used are not kept.
-    replans = False
 
     def __init__(
-        self, job: Job, settings: WritingSettings, world: EnvironmentClass | None = None, **kwargs: Any
+        self,
+        job: Job,
+        settings: WritingSettings,
+        world: EnvironmentClass | None = None,
+        prompt_tokens: Sequence[int] = (),
+        **kwargs: Any,
     ) -> None:
-        self.engine = make_engine(job, settings)
+        self.prompt_tokens = prompt_tokens
         self._job, self._own, self._world = job, settings, world
         self._batch: dict[str, Any] | None = None
         self._rows: list[dict[str, Any]] = []
@@ -71,6 +78,7 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
         with warnings.catch_warnings():  # that TRL may change these is for us to follow, not for who trains
             warnings.filterwarnings("ignore", message="You are using '(rollout_func|environment_factory)'")
             super().__init__(**kwargs)
+        self.engine = make_engine(job, settings, self.accelerator)
         stops = stops_of(self.model, job.tokenizer)
         self.eos_token_ids: list[int] = sorted(stops.union(self.eos_token_ids))
         self._sampling = Sampling(
@@ -97,6 +105,10 @@ class GrpoTrainer(PolicyTrainerMixin, RunTrainerMixin, RolloutRecords):
     def first_ids(self) -> list[int]:
         """The first prompt's tokens, on which the fast layers are checked."""
         return prompt_ids(self.train_dataset[0]["prompt"], self.processing_class, self._own.chat_template_kwargs)
+
+    def made_up(self, lengths: Sequence[int]) -> dict[str, Any]:
+        """See :func:`ft_rl.begun_again.made_up`."""
+        return made_up(self.first_ids(), lengths, self._own.max_completion_length, self.accelerator.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; afterwards the engine holds nothing."""

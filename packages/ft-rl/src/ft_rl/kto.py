@@ -114,10 +114,10 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     """
     import torch
 
-    from ft_core.evaluation import Evaluation, Sample
+    from ft_core.evaluation import Evaluation
     from ft_rl.likelihoods import likelihoods
     from ft_rl.pairs import show, tokenize_labelled
-    from ft_rl.preference import shown, too_long
+    from ft_rl.preference import samples_of, shown, too_long
     from ft_rl.reference import adapter_off
 
     data = tokenize_labelled(job.rows, job.tokenizer, max_length=job.config.max_length)
@@ -145,16 +145,17 @@ def evaluate(job: EvaluationJob) -> Evaluation:
                 metrics["accuracy"] = float((below + up_to).double().mean() / (2 * len(bad)))
     counts = made.counts[wanted].sum()
     metrics["log_likelihood"] = float(made.sums[wanted].sum() / counts) if counts else None
-    samples: list[Sample] = []
-    for i, row in enumerate(data.rows[: 16 if job.answers is None else job.answers]):
-        prompt, kind = show(job.rows[row].get("prompt")), "wanted" if data.labels[i] else "unwanted"
-        if not prompt or any(sample.prompt == prompt for sample in samples):
-            prompt = f"{prompt} (answer {i + 1})".lstrip()
-        side = "completion" if "completion" in job.rows[row] else ("chosen" if data.labels[i] else "rejected")
-        said = f"{kind}; log-probability per token {made.means[i]:.3f}"
-        samples.append(
-            Sample(prompt, show(job.rows[row][side]), said if rewards is None else f"{said}; reward {rewards[i]:+.3f}")
-        )
+
+    def target(i: int) -> str:
+        row = job.rows[data.rows[i]]
+        return show(row["completion" if "completion" in row else "chosen" if data.labels[i] else "rejected"])
+
+    def answer(i: int) -> str:
+        said = f"{'wanted' if data.labels[i] else 'unwanted'}; log-probability per token {made.means[i]:.3f}"
+        return said if rewards is None else f"{said}; reward {rewards[i]:+.3f}"
+
+    prompts = [job.rows[row].get("prompt") for row in data.rows]
+    samples = samples_of(job, prompts, lambda i: f"answer {i + 1}", target, answer)
     return Evaluation(metrics, samples, len(data.rows))
 
 

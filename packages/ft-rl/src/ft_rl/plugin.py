@@ -25,6 +25,7 @@ __all__ = [
     "REWARD_MODEL",
     "TRANSFORMERS",
     "VLLM",
+    "VLLM_COLOCATE",
 ]
 
 REWARD = MethodSpec(
@@ -77,6 +78,7 @@ GRPO = MethodSpec(
     formats=("prompt",),
     rewards=True,
     load="ft_rl.loads:completions",
+    check="ft_rl.grpo:check",
 )
 
 GSPO = MethodSpec(
@@ -88,6 +90,7 @@ GSPO = MethodSpec(
     formats=("prompt",),
     rewards=True,
     load="ft_rl.loads:completions",
+    check="ft_rl.grpo:check",
 )
 
 PPO = MethodSpec(
@@ -99,17 +102,26 @@ PPO = MethodSpec(
     formats=("prompt",),
     rewards=True,
     load="ft_rl.loads:with_values",
+    check="ft_rl.grpo:check",
 )
 
 TRANSFORMERS = RolloutSpec(
     name="transformers",
     summary="the model that is trained writes, in its own process",
     engine="ft_rl.rollouts.own_model:OwnModel",
+    check="ft_rl.rollouts.own_model:check",
 )
 VLLM = RolloutSpec(
     name="vllm",
     summary="a vLLM server writes, which is handed the adapter after each step",
     engine="ft_rl.rollouts.vllm:Vllm",
+    check="ft_rl.rollouts.vllm:check",
+)
+VLLM_COLOCATE = RolloutSpec(
+    name="vllm-colocate",
+    summary="vLLM writes in the training's process, asleep while the model is trained",
+    engine="ft_rl.rollouts.vllm_colocate:VllmColocate",
+    check="ft_rl.rollouts.vllm_colocate:check",
 )
 
 EXACT_MATCH = RewardSpec(

@@ -80,7 +80,8 @@ def build(job: Job) -> Trainer:
     if settings.kl_target is not None and not settings.kl_coef:
         raise ConfigError("ppo.kl_target: needs a ppo.kl_coef above 0 to begin with")
     world, rewards = scored_by(job, settings, job.say)
-    train = prompts_dataset(job, job.train_rows, "train")
+    lengths: list[int] = []
+    train = prompts_dataset(job, job.train_rows, "train", lengths)
     held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
     rewards.check_columns(train.column_names)
     rows = config.training.batch_size * config.training.gradient_accumulation
@@ -105,6 +106,7 @@ def build(job: Job) -> Trainer:
         job,
         settings,
         world,
+        prompt_tokens=lengths,
         model=job.model,
         reward_funcs=list(rewards.functions),
         args=arguments,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,12 @@ class PpoTrainer(GrpoTrainer):
         """Called once all steps are done: the values are taken out of the model."""
         super().finish()
         self.value_model.remove()
+
+    def made_up(self, lengths: Sequence[int]) -> dict[str, Any]:
+        """As GRPO's, with values and returns; advantages are of tokens."""
+        batch = super().made_up(lengths)
+        each = torch.zeros_like(batch["old_per_token_logps"])
+        return batch | {"advantages": each, "values": each, "returns": each}
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         made = super()._calculate_rewards(*args, **kwargs)

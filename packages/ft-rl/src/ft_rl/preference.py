@@ -1,4 +1,4 @@
-"""What the methods that train on pairs have in common."""
+"""What the methods that train on pairs have in common, and what their evaluations share with the others'."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from ft_core.evaluation import EvaluationJob, Sample
     from ft_core.training import Job
 
-__all__ = ["pair_samples", "pairs_dataset", "say_dropout", "shown", "too_long"]
+__all__ = ["pair_samples", "pairs_dataset", "samples_of", "say_dropout", "shown", "too_long"]
+
+MOST = 16
+"""Samples of an evaluation where nobody has said how many."""
 
 
 def pairs_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
@@ -43,15 +46,37 @@ def pairs_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
 
 def pair_samples(job: EvaluationJob, pairs: Pairs, answer: Callable[[int], str]) -> list[Sample]:
     """The first pairs to read, each with what ``answer`` says of the pair at its position."""
+    return samples_of(
+        job,
+        [job.rows[row].get("prompt") for row in pairs.rows],
+        lambda i: f"pair {pairs.rows[i] + 1}",
+        lambda i: show(job.rows[pairs.rows[i]]["chosen"]),
+        answer,
+    )
+
+
+def samples_of(
+    job: EvaluationJob,
+    prompts: Sequence[Any],
+    name: Callable[[int], str],
+    target: Callable[[int], str | None],
+    answer: Callable[[int], str],
+) -> list[Sample]:
+    """The first prompts to read, as many as are wanted, each with its target and answer.
+
+    Args:
+        prompts: text or messages; None where there is none.
+        name, target, answer: of the prompt at a position; the name tells it from one that reads the same.
+    """
     from ft_core.evaluation import Sample
 
     samples: list[Sample] = []
-    for i, row in enumerate(pairs.rows[: 16 if job.answers is None else job.answers]):
-        prompt = show(job.rows[row].get("prompt"))
+    for i, given in enumerate(prompts[: MOST if job.answers is None else job.answers]):
+        prompt = show(given)
         # Samples before and after are matched by their prompt, so it has to be there and one of a kind.
         if not prompt or any(sample.prompt == prompt for sample in samples):
-            prompt = f"{prompt} (pair {row + 1})".lstrip()
-        samples.append(Sample(prompt, show(job.rows[row]["chosen"]), answer(i)))
+            prompt = f"{prompt} ({name(i)})".lstrip()
+        samples.append(Sample(prompt, target(i), answer(i)))
     return samples
 
 

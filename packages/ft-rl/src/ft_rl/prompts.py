@@ -10,7 +10,7 @@ from ft_core.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["as_completion", "prompt_ids"]
+__all__ = ["as_completion", "check_conversations", "prompt_ids"]
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -39,6 +39,20 @@ def prompt_ids(
     except Exception as error:  # a chat template raises what it likes
         raise DataError(f"{where}: the chat template refuses it: {error}") from error
     return list(made["input_ids"])
+
+
+def check_conversations(prompts: Sequence[Prompt], where: str) -> None:
+    """Refuse prompts that an environment cannot go on with.
+
+    Args:
+        where: the environment's place in the configuration.
+
+    Raises:
+        DataError: one is text, which has no turns; names the row.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if isinstance(prompt, str):
+            raise DataError(f"row {number}: {where} takes turns in conversations: give prompts as lists of messages")
 
 
 def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:

@@ -324,12 +324,19 @@ def test_nothing_is_left_in_the_temporary_folder() -> None:
     assert left == set()
 
 
-def as_somebody(program: str, tmp_path: Path, *before: str) -> subprocess.CompletedProcess[str]:
-    """A program that has the sandbox in a module beside it, run by the system's Python with words before it."""
+def as_somebody(
+    program: str, tmp_path: Path, *before: str, child: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A program that has the sandbox in a module beside it, run by the system's Python with words before it.
+
+    `child` takes the place of the sandbox's inside.
+    """
     folder = tmp_path / "alone"
     folder.mkdir(exist_ok=True)
     for file in (SANDBOX, SANDBOX.with_name("sandbox_child.py")):
         shutil.copy(file, folder)
+    if child is not None:
+        (folder / "sandbox_child.py").write_text(child)
     (folder / "ft_core").mkdir(exist_ok=True)
     (folder / "ft_core" / "__init__.py").touch()
     (folder / "ft_core" / "errors.py").write_text("class FtError(Exception):\n    pass\n")
@@ -358,6 +365,72 @@ def test_where_no_namespace_can_be_had_it_refuses(tmp_path: Path) -> None:
     forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
     result = as_somebody(REFUSED, tmp_path, "unshare", "-r", "sh", "-c", forbid, "sh")
     assert result.stdout.startswith("refused: this machine doesn't allow the isolation that code is run in (unshare: ")
+    assert result.stdout.count("\n") == 1
+
+
+CLONES = """
+import os
+from sandbox import NoIsolation, check_isolation, run_python
+program = '''
+import ctypes, errno, os, subprocess, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+clone, clone3 = {"x86_64": (56, 435), "aarch64": (220, 435)}[os.uname().machine]
+for flag in (0x10000000, 0x00020000, 0x40000000):  # of a user's, mounts, network
+    made = libc.syscall(clone, flag | 17, 0, 0, 0, 0)
+    if made == 0:
+        os._exit(0)
+    print(made, errno.errorcode[ctypes.get_errno()])
+arguments = (ctypes.c_uint64 * 11)(0x10000000, 0, 0, 0, 17)
+made = libc.syscall(clone3, ctypes.byref(arguments), ctypes.sizeof(arguments))
+if made == 0:
+    os._exit(0)
+print(made, errno.errorcode[ctypes.get_errno()])
+thread = threading.Thread(target=lambda: print("a thread", flush=True))
+thread.start()
+thread.join()
+print(subprocess.run([sys.executable, "-S", "-c", "print('a process')"], capture_output=True, text=True).stdout, end="")
+'''
+try:
+    check_isolation()
+    print("read-only", os.statvfs("/proc/sys/user").f_flag & os.ST_RDONLY)
+except NoIsolation as error:
+    print("refused:", error)
+print(run_python(program).output.decode(), end="")
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make /proc/sys read-only")
+@pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="calls have other numbers here")
+def test_no_namespace_is_made_in_it_where_no_limit_can_be_written(tmp_path: Path) -> None:
+    """As in a container whose /proc/sys is read-only, where no other /proc can be mounted either."""
+    cover = 'mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec "$@"'
+    result = as_somebody(CLONES, tmp_path, "unshare", "-m", "sh", "-c", cover, "sh")
+    if "mount:" in result.stderr:
+        pytest.skip(f"/proc/sys cannot be made read-only here: {result.stderr.strip()}")
+    assert result.stdout.splitlines() == [
+        "read-only 1",
+        *["-1 EPERM"] * 3,
+        "-1 ENOSYS",
+        "a thread",
+        "a process",
+    ], result.stderr
+
+
+def test_a_machine_that_can_forbid_them_in_no_way_is_refused(tmp_path: Path) -> None:
+    """A kind of machine whose calls are not known, and a limit that cannot be written."""
+    child = SANDBOX.with_name("sandbox_child.py").read_text(encoding="utf-8")
+    for text, other in (
+        ('"x86_64": (0,', '"x86": (0,'),
+        ('"aarch64": (1,', '"aarch": (1,'),
+        ("sys/user/max", "sys/none/max"),
+    ):
+        assert text in child
+        child = child.replace(text, other)
+    result = as_somebody(REFUSED, tmp_path, child=child)
+    assert result.stdout.startswith(
+        "refused: this machine doesn't allow the isolation that code is run in (further user"
+    )
+    assert "/proc/sys/none/max_user_namespaces cannot be written" in result.stdout
     assert result.stdout.count("\n") == 1
 
 

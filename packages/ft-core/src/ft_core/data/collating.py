@@ -98,26 +98,23 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """
     import torch
 
+    from ft_core.models.modes import modes_kept
+
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     one, two, second = (torch.randint(vocabulary, (16,), generator=generator).tolist() for _ in range(3))
     collate = Collator(pad_token_id=0)
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model), torch.no_grad():
         model.eval()
-        with torch.no_grad():
-            results = []
-            for documents in ([one, second], [two, second], [second]):
-                batch = collate([{"input_ids": ids, "labels": ids} for ids in documents])
-                batch = {key: value.to(model.device) if key != "use_cache" else value for key, value in batch.items()}
-                del batch["labels"]
-                made = model(**batch).logits
-                if made.dim() == 2:  # a score, which is of one token
-                    made = getattr(model, model.base_model_prefix)(**batch).last_hidden_state
-                results.append(made[0, -16:])
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        results = []
+        for documents in ([one, second], [two, second], [second]):
+            batch = collate([{"input_ids": ids, "labels": ids} for ids in documents])
+            batch = {key: value.to(model.device) if key != "use_cache" else value for key, value in batch.items()}
+            del batch["labels"]
+            made = model(**batch).logits
+            if made.dim() == 2:  # a score, which is of one token
+                made = getattr(model, model.base_model_prefix)(**batch).last_hidden_state
+            results.append(made[0, -16:])
     one_before, two_before, alone = results
     largest = alone.abs().max()
     unmoved = (one_before - two_before).abs().max() <= 1e-3 * largest

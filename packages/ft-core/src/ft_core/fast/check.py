@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ft_core.fast.layout import at
 from ft_core.fast.swap import FastPath
+from ft_core.models.modes import modes_kept
 
 __all__ = ["Comparison", "bound", "compare", "trial"]
 
@@ -125,11 +126,7 @@ def _distance(one: Tensor | None, two: Tensor | None, largest: float) -> float:
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
     """The model in training mode, save for its dropouts, which would differ."""
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model):
         for module in model.modules():
             module.training = not isinstance(module, nn.Dropout)
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -39,7 +39,7 @@ EXTRAS: dict[str, dict[str, str]] = {
         "rl",
     ),
     "ft.modalities": {"vision": "vision", "stt": "speech"},
-    "ft.rollouts": {"transformers": "rl"},
+    "ft.rollouts": dict.fromkeys(("transformers", "vllm", "vllm-colocate"), "rl"),
     "ft.exporters": dict.fromkeys(("gguf", "ollama", "open-webui", "vllm", "sglang", "hub"), "export"),
     "ft.commands": {"merge": "export"},
 }

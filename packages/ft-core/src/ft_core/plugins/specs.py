@@ -93,6 +93,9 @@ class MethodSpec(Spec):
             key is refused.
         load: reference to ``load(config: TrainConfig) -> ft_core.planning.Load``, what a micro-batch of the method is
             to the memory; None where it is that of ``sft``.
+        check: reference to ``check(config: TrainConfig) -> None``, which refuses by a ``ConfigError`` what the settings
+            alone do not show, such as a file that is not there; called when a training begins, before anything is
+            loaded. None where there is no more to check.
     """
 
     group: ClassVar[str] = "ft.methods"
@@ -103,6 +106,7 @@ class MethodSpec(Spec):
     head: Literal["language-model", "score"] = "language-model"
     rewards: bool = False
     load: str | None = None
+    check: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +163,18 @@ class RewardSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSpec(Spec):
-    """An engine that samples completions during training: ``engine`` refers to its class."""
+    """An engine that samples completions during training.
+
+    Attributes:
+        engine: reference to its class, made of an ``ft_rl.rollouts.protocol.EngineJob``.
+        check: reference to ``check(config: TrainConfig, settings: Mapping[str, Any]) -> None``, which refuses by a
+            ``ConfigError`` what cannot work, before anything is loaded; ``settings`` are the engine's own. None where
+            the engine itself does that when it is made.
+    """
 
     group: ClassVar[str] = "ft.rollouts"
     engine: str
+    check: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

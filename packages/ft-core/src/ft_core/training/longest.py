@@ -19,8 +19,12 @@ log = logging.getLogger(__name__)
 
 def tokens_in(inputs: Any) -> int:
     """Tokens of a batch, padding included; 0 where it has none that we know, as rows of prompts."""
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-    return int(ids.numel()) if isinstance(ids, torch.Tensor) else 0
+    if not isinstance(inputs, Mapping):
+        return 0
+    parts = (
+        inputs.get(names) for names in (("input_ids",) if "input_ids" in inputs else ("prompt_ids", "completion_ids"))
+    )
+    return sum(int(ids.numel()) for ids in parts if isinstance(ids, torch.Tensor))
 
 
 def longest_batch(trainer: Any) -> dict[str, Any] | None:

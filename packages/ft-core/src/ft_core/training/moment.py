@@ -15,7 +15,7 @@ from ft_core.models.rotary import changes
 
 __all__ = ["Moment", "changed_by_forward"]
 
-KEPT = ("_metrics", "_total_train_tokens")
+KEPT = ("_metrics", "_total_train_tokens", "_step", "_current_train_step_time")
 """What TRL's trainers count while they compute a loss."""
 FREQUENCIES = ("inv_freq", "max_seq_len_cached", "attention_scaling")
 """How the names end under which transformers' rotary embeddings keep what they change; a type of layer may precede."""

@@ -19,6 +19,7 @@ from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
 from ft_core.runs import RUN_FORMAT, Run
 
 __all__ = [
+    "check_method",
     "check_resumable",
     "check_reward_files",
     "check_unfinished",
@@ -58,6 +59,19 @@ def check_unfinished(run: Run, total: int) -> None:
     steps = (run.summary() or {}).get("steps", 0)
     if run.finished and total <= steps:
         raise RunError(f"{run.path} is finished, at step {steps}: nothing to resume (--overwrite starts anew)")
+
+
+def check_method(config: TrainConfig) -> None:
+    """Let the method refuse what its settings alone do not show, before anything is loaded.
+
+    A finished run may do without what is looked for here, so that this is no part of checking a configuration.
+
+    Raises:
+        FtError: one line, the method's.
+    """
+    check = registry().get(MethodSpec, config.method).check
+    if check is not None:
+        resolve(check)(config)
 
 
 def check_reward_files(config: TrainConfig) -> None:

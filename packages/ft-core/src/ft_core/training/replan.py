@@ -63,6 +63,11 @@ class ReplanningMixin(_Base):
         tokens = getattr(self.data_collator, "batch_tokens", None)
         return None if tokens is None else int(tokens(lengths))
 
+    def longest(self) -> dict[str, Any] | None:
+        """The batch that is tried before the first step, or None; see :func:`longest_batch`. A trainer whose rows are
+        not what it trains on may override this."""
+        return longest_batch(self)
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch, its gradients added to those that are there.
 
@@ -145,7 +150,7 @@ class ReplanningMixin(_Base):
             return  # its frequencies follow the longest text so far
         began = self._now()
         try:
-            batch = longest_batch(self)
+            batch = self.longest()
             if batch is None:
                 return
             self._computed(model, _SoFar(-1, began, [(batch, args, kwargs)]), "the longest batch, before step 1")

@@ -33,6 +33,7 @@ from ft_core.training.lock import held
 from ft_core.training.memory import InUse, memory_capped, memory_errors_said
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
+    check_method,
     check_resumable,
     check_reward_files,
     check_unfinished,
@@ -102,6 +103,7 @@ def train(
         _hold(run, ranks, stack)
         run.check_free(resume=resume, overwrite=overwrite)
         check_reward_files(config)
+        check_method(config)
         source = find_model(config.model)
         read_ahead(source)
         config = fit_to_model(config, source, say=say)

@@ -2,7 +2,8 @@
 
 It reads a JSON object from standard input, goes into namespaces of its own, and runs Python there:
 
-- user: the code is nobody, and has no capability; no further user namespace can be made in it;
+- user: the code is nobody, and has no capability; no further user namespace can be made in it, by a limit where one can
+  be written, and by the calls of the system that are refused;
 - network: there is no interface that is up, not even the loopback one;
 - mount: the root is an empty file system in memory, bounded, with Python and the system's libraries read-only and a
   few devices; nothing else of the machine is there;
@@ -66,6 +67,12 @@ REFUSED = {
     "io_uring_setup": (425, 425),
 }
 """Calls and their numbers."""
+CLONE, CLONE3 = (56, 220), (435, 435)
+"""Calls that make a process or a thread, and namespaces with it. Of the second's flags, which lie in memory, a filter
+sees nothing; where there is no second, the C library takes the first."""
+NAMESPACES = 0x7E020000
+"""The flags of all namespaces that a process can be made with (CLONE_NEW)."""
+NO_MORE_NAMESPACES = "sys/user/max_user_namespaces"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 WORK = "/ft-work"
 """Not `/work`, where somebody's Python may lie."""
@@ -129,10 +136,19 @@ def enter_namespaces() -> None:
         raise OSError(0, "the user and group maps cannot be written")
 
 
-def make_root(root: str, paths: list[str], size: int) -> None:
-    """A new root with these paths of the old one, read-only."""
-    with contextlib.suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w") as file:
-        file.write("0")
+def forbid_namespaces(proc: str) -> bool:
+    """Whether it could be written that no user namespace may be made in this one; a container may have it read-only."""
+    try:
+        with open(f"{proc}/{NO_MORE_NAMESPACES}", "w") as file:
+            file.write("0")
+    except OSError:
+        return False
+    return True
+
+
+def make_root(root: str, paths: list[str], size: int) -> bool:
+    """A new root with these paths of the old one, read-only; whether no further user namespace may be made."""
+    limited = forbid_namespaces("/proc")
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},nr_inodes=10000,mode=755")
     for path in paths:
@@ -149,10 +165,12 @@ def make_root(root: str, paths: list[str], size: int) -> None:
         os.mkdir(root + name)
     with contextlib.suppress(OSError):  # a container may not allow it, and little needs it
         mount("proc", root + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        limited = limited or forbid_namespaces(root + "/proc")  # this one is ours
     called("pivot_root", root.encode(), (root + "/old").encode())
     os.chdir("/")
     called("umount2", b"/old", MNT_DETACH)
     os.rmdir("/old")
+    return limited
 
 
 def bind(source: str, target: str, flags: int) -> None:
@@ -178,28 +196,38 @@ def give_up_rights() -> None:
     called("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def refuse_calls() -> None:
-    """Have the kernel answer some calls with EPERM, on kinds of machines whose numbers are known here."""
+def refuse_calls() -> bool:
+    """Have the kernel answer some calls with EPERM; whether their numbers are known for this kind of machine.
+
+    Processes and threads can be made, in the namespaces that are there.
+    """
     kind = os.uname().machine
     if kind not in MACHINES:
-        return
+        return False
     column, machine = MACHINES[kind]
     numbers = [each[column] for each in REFUSED.values()]
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # classic BPF: an instruction, and how far to jump if (not)
-    allow, deny, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+    # classic BPF: an instruction, and how far to jump if (not)
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, deny, unknown, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
     program = [
         (load, 0, 0, 4),  # the kind of machine; 32-bit programs have other numbers
         (equal, 1, 0, machine),
         (answer, 0, 0, kill),
         (load, 0, 0, 0),  # the call's number
-        (at_least, len(numbers) + 1, 0, 0x40000000),  # x86's x32, the same calls by other numbers
-        *((equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)),
+        (at_least, len(numbers) + 5, 0, 0x40000000),  # x86's x32, the same calls by other numbers
+        *((equal, len(numbers) + 4 - i, 0, number) for i, number in enumerate(numbers)),
+        (equal, 5, 0, CLONE3[column]),
+        (equal, 0, 2, CLONE[column]),
+        (load, 0, 0, 16),  # its flags: the lower half of the first argument
+        (any_bit, 1, 0, NAMESPACES),
         (answer, 0, 0, allow),
         (answer, 0, 0, deny),
+        (answer, 0, 0, unknown),
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
     whole = struct.pack("@HP", len(program), ctypes.addressof(code))
     called("prctl", PR_SET_SECCOMP, 2, ctypes.c_char_p(whole), 0, 0)
+    return True
 
 
 def limit(limits: dict[str, int]) -> None:
@@ -209,8 +237,15 @@ def limit(limits: dict[str, int]) -> None:
         resource.setrlimit(getattr(resource, name), (0, 0))
 
 
-def run_code(job: dict[str, Any]) -> None:
-    """Become the code's process; of the descriptors but the usual three, ``job["keep"]`` alone stays open."""
+def run_code(job: dict[str, Any], limited: bool) -> None:
+    """Become the code's process; of the descriptors but the usual three, ``job["keep"]`` alone stays open.
+
+    Args:
+        limited: whether no further user namespace may be made.
+
+    Raises:
+        OSError: nothing keeps the code from one, in which it would have capabilities.
+    """
     for name, text in job["files"].items():
         with open(f"{WORK}/{name}", "w", encoding="utf-8") as file:
             file.write(text)
@@ -219,8 +254,19 @@ def run_code(job: dict[str, Any]) -> None:
     os.chdir(WORK)
     give_up_rights()
     limit(job["limits"])
-    refuse_calls()
+    if not refuse_calls() and not limited:
+        raise OSError(
+            0,
+            f"further user namespaces cannot be forbidden: /proc/{NO_MORE_NAMESPACES} cannot be written, and which "
+            f"calls of the system to refuse is not known for {os.uname().machine}",
+        )
     os.execve(job["command"][0], job["command"], job["environment"])
+
+
+def reason(error: BaseException) -> str:
+    """What was wrong, in words."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return said or str(error) or type(error).__name__
 
 
 def tell(status: int, what: dict[str, Any]) -> None:
@@ -243,13 +289,13 @@ def main() -> None:
         die_with_parent()
         if select.select([alive], [], [], 0)[0]:  # closed: the parent ended before that was said
             os._exit(1)
-        make_root(job["root"], job["paths"], job["size"])
+        limited = make_root(job["root"], job["paths"], job["size"])
         code = os.fork()
         if code == 0:
             try:
-                run_code(job)
+                run_code(job, limited)
             except BaseException as error:
-                tell(status, {"refused": f"{type(error).__name__}: {error}"})
+                tell(status, {"refused": reason(error)})
             os._exit(1)
         # The first process of a namespace takes all orphans; when it ends, the kernel kills whoever is left.
         while True:
@@ -259,8 +305,7 @@ def main() -> None:
         tell(status, {"signal": os.WTERMSIG(how)} if os.WIFSIGNALED(how) else {"exit": os.WEXITSTATUS(how)})
         os._exit(0)
     except BaseException as error:
-        said = error.strerror if isinstance(error, OSError) else None
-        tell(status, {"refused": said or str(error) or type(error).__name__})
+        tell(status, {"refused": reason(error)})
         os._exit(1)
 
 

@@ -6,7 +6,7 @@ the batch, so that the rest goes on faster. On a GPU, models that the fast layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ft_core.config import TrainConfig
 from ft_core.fast.decoding import Decoder, decoder_of
 from ft_core.fast.find import unwrapped
+from ft_core.models.modes import modes_kept
 from ft_core.training.wrapped import as_loaded
 from ft_rl.rollouts.drawing import draw
 from ft_rl.rollouts.protocol import TOKENS_AT_ONCE, Completion, EngineJob, Sampling, checked
 
-__all__ = ["OwnModel", "OwnModelSettings"]
+__all__ = ["OwnModel", "OwnModelSettings", "check"]
 
 LEAVE = 0.75
 """Rows are dropped once this share of a batch or less is still being written."""
@@ -36,6 +38,15 @@ class OwnModelSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tokens_at_once: int = Field(default=TOKENS_AT_ONCE, ge=1)
+
+
+def check(config: TrainConfig, settings: Mapping[str, Any]) -> None:
+    """Refuse wrong settings before anything is loaded.
+
+    Raises:
+        ConfigError: one line.
+    """
+    checked(OwnModelSettings, dict(settings), "transformers")
 
 
 class OwnModel:
@@ -207,11 +218,6 @@ def _last(model: Any) -> dict[str, int]:
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
     """Within it the model is in evaluation mode, without gradients and without checkpointing, which forbids a cache."""
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model), torch.no_grad():
         model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        yield

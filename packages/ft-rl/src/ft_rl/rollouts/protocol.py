@@ -66,6 +66,8 @@ class EngineJob:
         settings: the engine's own, from the method's section of the configuration.
         folder: the run's folder, where an engine may keep what it hands to a server.
         say: prints one line.
+        max_length: tokens of a prompt and its completion that were asked for; None where nobody said.
+        accelerator: the trainer's ``accelerate.Accelerator``; None outside a training.
     """
 
     model: Any
@@ -73,6 +75,8 @@ class EngineJob:
     settings: dict[str, Any]
     folder: Any
     say: Callable[[str], None]
+    max_length: int | None = None
+    accelerator: Any = None
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -11,19 +11,20 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ft_core.config import TrainConfig
 from ft_core.errors import ConfigError, RunError
 from ft_core.training.ranks import Ranks
 from ft_rl.rollouts.protocol import Completion, EngineJob, Sampling, checked
 from ft_rl.rollouts.vllm_server import Server, VllmSettings, completions_of
 
-__all__ = ["Vllm", "start_command"]
+__all__ = ["Vllm", "check", "start_command"]
 
 SCRATCH = ".rollouts"
 """The folder in the run's, in which adapters wait for the server."""
@@ -37,14 +38,36 @@ SAMPLE = "Words, números 3.14159, Größe, 数学 и формулы: def f(x):\
 """A text that tokenizers of different models take apart differently."""
 
 
+NO_ADAPTER = (
+    "rollouts: vllm hands the server an adapter, and lora: null trains the model itself; set lora, or "
+    "rollouts: transformers"
+)
+
+
+def check(config: TrainConfig, settings: Mapping[str, Any]) -> None:
+    """Refuse what can be refused before anything is loaded.
+
+    Raises:
+        ConfigError: wrong settings, no adapter, or several processes; one line.
+    """
+    checked(VllmSettings, dict(settings), "vllm")
+    if config.lora is None:
+        raise ConfigError(NO_ADAPTER)
+    _check_processes()
+
+
+def _check_processes() -> None:
+    if Ranks().count > 1:
+        raise ConfigError("rollouts: vllm serves a training of one process; start it without torchrun")
+
+
 class Vllm:
     """See the module."""
 
     def __init__(self, job: EngineJob) -> None:
         settings = checked(VllmSettings, job.settings, "vllm")
         _check_adapter(job.model)
-        if Ranks().count > 1:
-            raise ConfigError("rollouts: vllm serves a training of one process; start it without torchrun")
+        _check_processes()
         self._model, self._tokenizer, self._say = job.model, job.tokenizer, job.say
         self._asked_for = settings.model
         self._scratch = Path(job.folder).absolute() / SCRATCH
@@ -214,10 +237,7 @@ def _check_adapter(model: Any) -> None:
     """
     configs = getattr(model, "peft_config", None)
     if not configs:
-        raise ConfigError(
-            "rollouts: vllm hands the server an adapter, and lora: null trains the model itself; set lora, or "
-            "rollouts: transformers"
-        )
+        raise ConfigError(NO_ADAPTER)
     (active,) = model.active_adapters
     config = configs[active]
     kind = str(getattr(config.peft_type, "value", config.peft_type))
