@@ -236,10 +236,10 @@ def completions(vocabulary: int) -> dict[str, Any]:
 def step(trainer: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss of a training step on a batch, and the gradients of the adapter."""
     trainer.model.zero_grad()
-    given = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    given: Any = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
     if isinstance(trainer, trl.GRPOTrainer):  # as if the batch's completions had been written a step ago
         trainer._buffered_inputs, trainer._step, trainer.num_iterations = [given], 1, 2
-        given = {}
+        given = []  # rows, which TRL looks at only when it writes completions
     loss = trainer.training_step(trainer.model, given, None)
     gradients = {name: p.grad.clone() for name, p in trained(trainer.model).items() if p.grad is not None}
     assert len(gradients) == len(trained(trainer.model))
