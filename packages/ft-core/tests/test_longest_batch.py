@@ -58,6 +58,30 @@ def test_packed_rows_by_what_the_collator_makes_of_them(kind, batch_size):
     assert tokens_in(found) == max(every)
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_prompt_that_is_computed_once_counts_once(shares):
+    def pair(prompt: int, chosen: int, rejected: int) -> dict[str, Any]:
+        return {
+            "chosen_ids": [7] * (prompt + chosen), "rejected_ids": [7] * (prompt + rejected), "prompt_length": prompt,
+        }  # fmt: skip
+
+    rows = [pair(20, 1, 2), pair(2, 15, 15), pair(1, 3, 3)]  # 43 and 34 tokens, or 23 and 32
+
+    class Pairs:
+        def __call__(self, features: Any) -> Any:
+            (row,) = features
+            return {"input_ids": torch.tensor([row["chosen_ids"] + row["rejected_ids"]])}
+
+        def batch_tokens(self, lengths: Any) -> int:
+            return sum(lengths)
+
+    trainer = Trainer(Dataset.from_list(rows), Pairs(), batch_size=1)
+    trainer.shares_prompts = shares
+    found = longest_batch(trainer)
+    assert found is not None
+    assert tokens_in(found) == (34 if shares else 43)
+
+
 def test_only_batches_that_are_trained_on_count():
     trainer = Trainer(packed(*ROWS), Collator(0))
     every = [tokens_in(batch) for batch in trainer.get_train_dataloader()]

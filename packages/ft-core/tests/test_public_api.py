@@ -147,7 +147,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.recording": ["as_it_was", "recording_stream"],
     "ft_core.fast.recurring": ["LONGEST", "WIDEST", "documents_plan", "filled_up", "recurring_length", "recurs"],
     "ft_core.fast.scores": ["Backbone", "Scorer", "Unpadded"],
-    "ft_core.fast.sharing": ["Group", "LEAST", "groups_of", "saved"],
+    "ft_core.fast.sharing": ["Group", "LEAST", "MOST", "groups_of", "saved"],
     "ft_core.fast.spill": ["Disk", "RATE", "disk_room"],
     "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of"],
     "ft_core.fast.tighten": ["tighten"],

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ft_core.fast.scores import Unpadded
 from ft_core.memory import StillOutOfMemory
 from ft_core.training import speed, train
 from ft_core.training.moment import Moment
@@ -260,6 +261,13 @@ def test_the_longest_prompts_are_those_that_come_together() -> None:
 def test_a_made_up_batch_is_padded_as_trls() -> None:
     batch = made_up([5, 6], [3, 1], 4, torch.device("cpu"))
     assert batch["prompt_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert batch["prompt_ids"].tolist() == [[5, 6, 5], [0, 0, 5]]
+    assert batch["prompt_ids"].tolist() == [[0, 6, 5], [0, 0, 1]]
     assert batch["completion_ids"].tolist() == [[5, 6, 5, 6]] * 2
     assert int(batch["num_items_in_batch"]) == 8
+
+
+def test_nothing_is_shared_in_a_made_up_batch() -> None:
+    """What rows share would be computed once, and the longest batch would take less than others."""
+    batch = made_up([5, 6], [9] * 8, 20, torch.device("cpu"))
+    ids, mask = (torch.cat([batch[f"prompt_{what}"], batch[f"completion_{what}"]], 1) for what in ("ids", "mask"))
+    assert Unpadded.of(ids, mask, share=True).ids.numel() == 8 * 29

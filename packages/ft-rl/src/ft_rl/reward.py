@@ -66,6 +66,11 @@ def build(job: Job) -> Trainer:
             super().__init__(*args, **kwargs)
             self.scores = put_scores(self.model)
 
+        @property
+        def shares_prompts(self) -> bool:
+            """Where padding is left out alone."""
+            return self.scores is not None and self.scores.padding_free and super().shares_prompts
+
         def batch_tokens(self, lengths: Sequence[int]) -> int:
             """Chosen and rejected answers are rows alike: without padding, or padded to the longest of all."""
             if self.scores is not None and self.scores.padding_free:

@@ -16,7 +16,7 @@ from ft_core.fast.find import NotFast, layout_of, unwrapped
 from ft_core.fast.head import can_fuse
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import read
-from ft_core.fast.sharing import LEAST, groups_of, saved
+from ft_core.fast.sharing import LEAST, MOST, groups_of, saved
 from ft_core.fast.swap import fast_path_of
 from ft_kernels.functional import TokenLogProbs
 
@@ -24,8 +24,9 @@ __all__ = ["Backbone", "Scorer", "Unpadded"]
 
 MEMORY = 2**30
 """Bytes of logits at a time where no fast layers say how many there may be."""
-WASTE = 0.25
-"""Padding, as a share of the tokens, that costs less on a CPU than attention over one row of all documents."""
+WASTE, MASK = 0.25, 4
+"""Without the fast layers: padding, as a share of the tokens, that costs less than attention over one row of all
+documents, and how many times as large that row's mask may be as those of the padded rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class Unpadded:
                 layers can, and it waits for the device twice.
         """
         kept = attention_mask.bool()
-        if share and len(kept) > 1 and (shared := cls._sharing(input_ids, kept)) is not None:
+        if share and 1 < len(kept) <= MOST and (shared := cls._sharing(input_ids, kept)) is not None:
             return shared
         lengths = [n for n in kept.sum(1).tolist() if n]
         positions = (kept.cumsum(1) - 1)[kept]
@@ -130,8 +131,10 @@ class Backbone:
         row = Unpadded.of(input_ids, attention_mask, share=fast)
         if not row.lengths:
             return None
-        # torch's attention computes what a mask between documents then discards
-        packs = fast or row.ids.device.type != "cpu" or row.kept.numel() > (1 + WASTE) * sum(row.lengths)
+        # transformers' attention computes what a mask between documents then discards, and makes the mask
+        rows, width, total = *row.kept.shape, sum(row.lengths)
+        wasteful = rows * width > (1 + WASTE) * total and total**2 <= MASK * rows * width**2
+        packs = fast or wasteful
         return row if packs else None
 
     def hidden(self, row: Unpadded) -> Tensor:

@@ -14,6 +14,9 @@ __all__ = ["longest_batch", "tokens_in"]
 Rows = Sequence[Sequence[int]]
 """The lengths of each row's sequences: its documents, or a pair's two answers."""
 
+PROMPT = "prompt_length"
+"""The column that says how many tokens of each of a row's sequences are the prompt's."""
+
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +57,7 @@ def _longest(trainer: Any) -> dict[str, Any] | None:
     steps = getattr(trainer.args, "max_steps", 0)
     if steps > 0:  # the training ends before the others
         count = min(count, steps * trainer.args.gradient_accumulation_steps)
-    rows = _rows(dataset)
+    rows = _rows(dataset, shared=bool(getattr(trainer, "shares_prompts", False)))
     if rows is None:
         return None
     if hasattr(loader, "set_epoch"):
@@ -101,8 +104,10 @@ def _streams(dataset: Any) -> bool:
     return isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset)
 
 
-def _rows(dataset: Any) -> Rows | None:
+def _rows(dataset: Any, shared: bool) -> Rows | None:
     """The lengths of each row's sequences, without decoding one.
+
+    Of a pair whose prompt is computed once for both answers (``shared``), those of the prompt and of the answers alone.
 
     Those of a ``datasets.Dataset`` are in its columns, those of a list's rows at hand. Any other dataset may have them
     in an attribute ``lengths``, a number a row; its rows are not asked for theirs, which may be slow to make.
@@ -111,7 +116,10 @@ def _rows(dataset: Any) -> Rows | None:
 
     if isinstance(dataset, datasets.Dataset):
         columns = _columns(dataset)
-        return list(_counted(dataset, columns)) if columns else None
+        rows = list(_counted(dataset, columns)) if columns else None
+        if rows and shared and len(columns) > 1 and PROMPT in dataset.column_names:
+            return [[n, *(length - n for length in row)] for n, row in zip(dataset[PROMPT], rows, strict=True)]
+        return rows
     if isinstance(dataset, list | tuple):
         return [list(row.get("seq_lengths") or [len(row["input_ids"])]) for row in dataset]
     lengths = getattr(dataset, "lengths", None)

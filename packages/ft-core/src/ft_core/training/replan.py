@@ -55,6 +55,14 @@ class ReplanningMixin(_Base):
         self._so_far = self._changed = None
         return super().train(*args, **kwargs)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the prompt of a pair is computed once for both answers."""
+        from ft_core.fast import fast_path_of
+
+        path = fast_path_of(self.model)
+        return path is not None and path.on
+
     def batch_tokens(self, lengths: Sequence[int]) -> int | None:
         """Tokens, padding included, of a batch of rows whose documents have these lengths; None where nobody knows.
 
