@@ -31,9 +31,11 @@ import ft_core as ft
 from ft_core.config import load
 from ft_core.errors import ConfigError, RunError
 from ft_core.training import train
+from ft_rl.environments import EnvironmentClass
+from ft_rl.episodes import Episodes
 from ft_rl.rollouts import vllm_colocate
 from ft_rl.rollouts.own_model import OwnModel
-from ft_rl.rollouts.protocol import EngineJob, Sampling
+from ft_rl.rollouts.protocol import Completion, EngineJob, Sampling
 from ft_rl.rollouts.vllm_colocate import VARIABLES, ColocateSettings, VllmColocate, merged_parameters
 
 REWARD = """
@@ -147,9 +149,17 @@ class LLM:
         )
         asked = [prompt["prompt_token_ids"] for prompt in prompts]
         made = [one for (one,) in engine.generate(asked, 1, sampling, step=0)]
-        return [self._output(ids, one) for ids, one in zip(asked, made, strict=True)]
+        return [self._output(ids, self._ended(ids, one)) for ids, one in zip(asked, made, strict=True)]
 
-    def _output(self, asked: list[int], one: Any) -> Any:
+    def _ended(self, asked: list[int], one: Completion) -> Completion:
+        """As vLLM's scheduler does: no prompt as long as all it may have, and no token beyond."""
+        if self.max_model_len is None:
+            return one
+        room = self.max_model_len - len(asked)
+        assert room > 0
+        return Completion(one.ids[:room], one.logprobs[:room])
+
+    def _output(self, asked: list[int], one: Completion) -> Any:
         said = [
             {token: SimpleNamespace(logprob=logprob, rank=1)}
             for token, logprob in zip(one.ids, one.logprobs, strict=True)
@@ -220,8 +230,14 @@ def rollouts_of(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize(
     ("method", "changes"),
-    [("grpo", {}), ("grpo", {"lora": None}), ("grpo", {"lora": {"r": 4, "dora": True}}), ("ppo", {})],
-    ids=["grpo", "in full", "dora", "ppo"],
+    [
+        ("grpo", {}),
+        ("grpo", {"lora": None}),
+        ("grpo", {"lora": {"r": 4, "dora": True}}),
+        ("ppo", {}),
+        ("ppo", {"lora": {"r": 8, "modules_to_save": ["embed_tokens"]}}),
+    ],
+    ids=["grpo", "in full", "dora", "ppo", "ppo with a saved module"],
 )
 def test_a_training_is_written_for_by_the_weights_of_each_step(
     toy: Any, steep_model: Path, tmp_path: Path, vllm: Any, method: str, changes: dict[str, Any]
@@ -361,13 +377,51 @@ def test_a_fault_in_the_middle_leaves_nothing_merged(made: Any) -> None:
 
     def fail(weights: list[tuple[str, torch.Tensor]]) -> None:
         if "down_proj" in weights[0][0]:
-            raise RuntimeError("no room")
+            raise KeyError("model.layers.0.mlp.down_proj.weight\nsecond line")
 
     fake.llm_engine.model_executor.driver_worker.model_runner.model.load_weights = fail
-    with pytest.raises(RuntimeError, match="no room"):
+    with pytest.raises(RunError, match=r"fails as it is handed the weights \(KeyError: .*down_proj.weight"):
         engine.generate(PROMPTS, 2, SAMPLING, step=0)
     assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters())
     assert not any(getattr(module, "merged", False) for module in made.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("where", "doing"),
+    [
+        ("wake_up", "is handed the weights"),
+        ("reset_prefix_cache", "is handed the weights"),
+        ("generate", "writes"),
+        ("sleep", "writes"),
+    ],
+)
+def test_what_vllm_raises_is_one_line_and_a_want_of_memory_is_as_it_was(
+    made: Any, monkeypatch: pytest.MonkeyPatch, where: str, doing: str
+) -> None:
+    engine = made.engine()
+    (fake,) = made.vllm.made
+
+    def fails(error: Exception) -> None:
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(fake, where, fail)
+
+    fails(ValueError("the engine is dead\nsecond line"))
+    with pytest.raises(RunError, match=rf"vLLM fails as it {doing} \(ValueError: the engine is dead\): ") as caught:
+        engine.generate(PROMPTS, 2, SAMPLING, step=0)
+    assert "second line" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError)
+    for error in (torch.OutOfMemoryError("full"), RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp")):
+        fails(error)
+        with pytest.raises(type(error)) as kept:
+            engine.generate(PROMPTS, 2, SAMPLING, step=1)
+        assert kept.value is error
+    said = RunError("rollouts: said already")
+    fails(said)
+    with pytest.raises(RunError) as passed:
+        engine.generate(PROMPTS, 2, SAMPLING, step=2)
+    assert passed.value is said
 
 
 def test_saved_modules_and_biases_go_too(tiny_model: Path) -> None:
@@ -381,10 +435,76 @@ def test_saved_modules_and_biases_go_too(tiny_model: Path) -> None:
     assert (sent["lm_head.weight"] == 0.25).all()
 
 
+@pytest.mark.parametrize("name", ["default", "policy"])
+def test_of_a_saved_module_the_active_adapters_copy_goes(
+    made: Any, tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    """PPO's values are a second adapter, with copies of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = ft.load(str(tiny_model), dtype="float32")
+    plain = set(dict(model.named_parameters()))
+    settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    adapted: Any = get_peft_model(model, settings, adapter_name=name)
+    adapted.add_adapter("value", settings)
+    copies = adapted.get_input_embeddings().modules_to_save
+    with torch.no_grad():
+        copies[name].weight.fill_(0.25)
+        copies["value"].weight.fill_(0.5)
+    for active, value in ((name, 0.25), ("value", 0.5)):
+        adapted.set_adapter(active)
+        sent = [(each, weight.clone()) for each, weight in merged_parameters(adapted)]
+        assert sorted(each for each, _ in sent) == sorted(plain)  # each once
+        assert (dict(sent)["model.embed_tokens.weight"] == value).all()
+    job = EngineJob(adapted, tokenizer, {}, str(tmp_path), lambda line: None, 32, Accelerator(cpu=True))
+    assert VllmColocate(job).generate(PROMPTS, 1, SAMPLING, step=0)  # the stand-in refuses other names
+
+
 def test_there_has_to_be_room(made: Any) -> None:
     with pytest.raises(RunError, match=r"was started for 32 tokens, .* up to 53: set rollouts.max_model_length to 53"):
         made.engine().generate(PROMPTS, 2, Sampling(50), step=0)
     assert made.engine(max_model_length=64).generate(PROMPTS, 2, Sampling(50, stops=frozenset({1})), step=0)
+
+
+class Talkative:
+    """In the place of the model: three words and an end to a long conversation, an end alone to a short one."""
+
+    def __init__(self, job: EngineJob) -> None:
+        pass
+
+    def generate(self, prompts: Any, copies: int, sampling: Sampling, *, step: int) -> list[list[Completion]]:
+        ids = [([8] * (3 if len(prompt) >= 12 else 0) + [1])[: sampling.max_new_tokens] for prompt in prompts]
+        return [[Completion(each, [-1.0] * len(each))] for each in ids]
+
+
+class Talks:
+    def reset(self, **row: Any) -> None:
+        return None
+
+    def step(self, completion: str) -> tuple[str, float, bool]:
+        return "the sun is round", 1.0, False
+
+
+def test_each_conversation_is_judged_by_its_own_room(
+    made: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest conversation with the largest room of another would need more than any of them."""
+    monkeypatch.setitem(globals(), "OwnModel", Talkative)
+    talks = [[{"role": "user", "content": " ".join(["sun"] * words)}] for words in (12, 1)]
+    prompts = [len(tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]) for talk in talks]
+    assert prompts[0] > 12 > prompts[1]
+    new = 16
+    engine = made.engine(max_model_length=prompts[0] + new)  # there is room for each, and none to spare
+    world = EnvironmentClass(Talks, "turns", "Talks", owns_reward=True)
+    played = Episodes(world, engine, tokenizer, Sampling(new, stops=frozenset({1})), 3).written(talks, [{}, {}], step=0)
+    assert [len(one.prompt) for one in played] == prompts
+    (fake,) = made.vllm.made
+    told = 7  # a turn of the environment's
+    assert [p.max_tokens for p in fake.params] == [new, new - 1 - told]
+    assert [one.mask[:-1].count(0) for one in played] == [told, told]
+    assert all(len(one.prompt) + len(one.ids) <= engine._length for one in played)
+    with pytest.raises(RunError, match=rf"takes up to {prompts[0] + new + 1}:"):
+        engine.generate([[5] * prompts[0], [5]], 1, Sampling(new + 1, limits=(new + 1, 1)), step=0)
 
 
 def test_vllm_that_does_not_start_is_one_line(made: Any) -> None:
@@ -460,6 +580,39 @@ def test_models_that_vllm_could_not_be_handed_are_refused(made: Any, tiny_model:
     with pytest.raises(ConfigError, match="cannot merge an adapter on an embedding that is the head too"):
         VllmColocate(EngineJob(adapted, tokenizer, {}, str(tmp_path), print, 32))
     assert not made.vllm.made
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "cannot hand vLLM a trained copy of an embedding that is the head too"),
+        ({"modules_to_save": ["lm_head"]}, "cannot hand vLLM a trained copy of an embedding that is the head too"),
+        (
+            {"modules_to_save": ["embed_tokens", "lm_head"]},
+            "cannot hand vLLM a trained copy of an embedding that is the head too",
+        ),
+        ({"targets": ["lm_head"]}, "cannot merge an adapter on an embedding that is the head too"),
+    ],
+    ids=["embedding", "head", "both", "adapted head"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of tied weights
+def test_a_tied_head_stays_what_it_is(
+    tiny_model: Path, tmp_path: Path, vllm: Any, changes: dict[str, Any], said: str
+) -> None:
+    for tied in (True, False):
+        model, tokenizer = ft.load(str(tiny_model), dtype="float32")
+        if tied:
+            model.config.tie_word_embeddings = True
+            model.lm_head.weight = model.model.embed_tokens.weight
+        adapted = ft.add_lora(model, r=4, **{"targets": ["q_proj"], **changes})
+        job = EngineJob(adapted, tokenizer, {}, str(tmp_path), lambda line: None, 32, Accelerator(cpu=True))
+        if not tied:
+            assert VllmColocate(job).generate(PROMPTS, 1, SAMPLING, step=0)
+            continue
+        with pytest.raises(ConfigError, match=said) as caught:
+            VllmColocate(job)
+        assert "\n" not in str(caught.value)
+        assert not vllm.made
 
 
 def test_the_class_is_as_it_is_used() -> None:

@@ -110,7 +110,8 @@ class Episodes:
         left = {i: self.sampling.max_new_tokens - len(one.ids) for i, one in enumerate(those)}
         going = [i for i, room in left.items() if room > 0]
         if going:
-            sampling = replace(self.sampling, max_new_tokens=max(left[i] for i in going))
+            rooms = tuple(left[i] for i in going)
+            sampling = replace(self.sampling, max_new_tokens=max(rooms), limits=rooms)
             asked = [[*those[i].prompt, *those[i].ids] for i in going]
             for i, (completion,) in zip(going, self.engine.generate(asked, 1, sampling, step=step), strict=True):
                 ids, logprobs = completion.ids[: left[i]], completion.logprobs[: left[i]]

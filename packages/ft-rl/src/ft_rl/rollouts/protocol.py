@@ -22,6 +22,8 @@ class Sampling:
 
     Attributes:
         max_new_tokens: the longest completion. temperature: divides the logits; 0 takes the likeliest token.
+        limits: the longest completion of each prompt, where they differ; ``max_new_tokens`` is then the largest. What
+            an engine writes beyond a prompt's own is left out by whoever asked.
         top_p, top_k, min_p: what the distribution is cut to; 1, 0 and 0 cut nothing.
         repetition_penalty: above 1, tokens that are there already are drawn less often.
         stops: ids of tokens that end a completion and are part of it.
@@ -36,6 +38,11 @@ class Sampling:
     repetition_penalty: float = 1.0
     stops: frozenset[int] = field(default_factory=frozenset)
     seed: int = 0
+    limits: tuple[int, ...] = ()
+
+    def limits_of(self, prompts: int) -> tuple[int, ...]:
+        """The longest completion of each of so many prompts, in tokens."""
+        return self.limits or (self.max_new_tokens,) * prompts
 
     @property
     def plain(self) -> bool:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -93,18 +94,23 @@ class Vllm:
             self._base = self._meet()
         if self._name is None or step != self._step:
             self._renew(step)
-        self._check_room(max(map(len, prompts)) + sampling.max_new_tokens)
+        own = [replace(sampling, max_new_tokens=limit, limits=()) for limit in sampling.limits_of(len(prompts))]
+        self._check_room(max(len(prompt) + s.max_new_tokens for prompt, s in zip(prompts, own, strict=True)))
         if not self._mode_is_right and (sampling.temperature != 1 or not sampling.plain):
             self._check_mode(prompts[0])
         first, self._call = self._call, self._call + len(prompts)
         # One that is asked for the likeliest tokens is asked once: vLLM refuses copies of them.
         asked = copies if sampling.temperature > 0 else 1
-        bodies = [self._body(prompt, asked, sampling, first + i) for i, prompt in enumerate(prompts)]
+        bodies = [
+            self._body(prompt, asked, s, place)
+            for place, (prompt, s) in enumerate(zip(prompts, own, strict=True), first)
+        ]
         with ThreadPoolExecutor(min(len(bodies), AT_ONCE)) as pool:
             answers = list(pool.map(self._server.complete, bodies))
         made = [completions_of(self._server, choices, self._vocabulary) for choices in answers]
-        for completion in (one for group in made for one in group):
-            self._check_end(completion, sampling)
+        for group, s in zip(made, own, strict=True):
+            for completion in group:
+                self._check_end(completion, s)
         return [group * (copies // asked) for group in made]
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ft_core.config import TrainConfig
-from ft_core.errors import ConfigError, RunError
+from ft_core.errors import ConfigError, FtError, RunError
+from ft_core.memory import is_memory_error
 from ft_core.training.ranks import Ranks
 from ft_rl.rollouts.protocol import Completion, EngineJob, Sampling, checked
 
@@ -109,20 +111,24 @@ class VllmColocate:
         """See :class:`ft_rl.rollouts.protocol.Engine`."""
         if not prompts:
             return []
-        self._check_room(max(map(len, prompts)) + sampling.max_new_tokens)
+        limits = sampling.limits_of(len(prompts))
+        self._check_room(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
         if self._writer is None:
             self._writer = self._started()
         writer = self._writer
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
             setattr(writer, name, getattr(sampling, name))
+        # one number for all: where a prompt's own limit is less, vLLM may write on, up to the length it was started for
         writer.max_completion_length = sampling.max_new_tokens
         # what ends a completion is said here, not taken from the model's generation_config.json
         writer.generation_kwargs = {"stop_token_ids": sorted(sampling.stops), "ignore_eos": True}
         if step != self._step:
-            writer.sync_weights()
+            with _faults_said("is handed the weights"):
+                writer.sync_weights()
             self._step = step
         asked = [list(prompt) for prompt in prompts for _ in range(copies)]
-        _, ids, logprobs, _ = writer.generate(asked, None, copies)
+        with _faults_said("writes"):
+            _, ids, logprobs, _ = writer.generate(asked, None, copies)
         if logprobs is None or len(ids) != len(asked):
             raise RunError(f"rollouts: vLLM answers {len(asked)} prompts with {len(ids)} completions without logprobs")
         made = [_completion(*one) for one in zip(ids, logprobs, strict=True)]
@@ -159,9 +165,8 @@ class VllmColocate:
                     logprobs=0,  # the drawn token's alone
                 )
         except Exception as error:  # vLLM raises what it likes
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise RunError(
-                f"rollouts: vLLM does not start in this process ({lines[0][:300]}); where that is for want of memory, "
+                f"rollouts: vLLM does not start in this process ({_line_of(error)}); where that is for want of memory, "
                 "change rollouts.gpu_memory_utilization"
             ) from error
         rest = "sleeps between phases" if settings.enable_sleep_mode else "keeps its memory while the model is trained"
@@ -174,6 +179,31 @@ class VllmColocate:
                 f"rollouts: vLLM was started for {self._length} tokens, and a prompt with its completion takes up to "
                 f"{tokens}: set rollouts.max_model_length to {tokens} or more, and go on with --resume"
             )
+
+
+@contextmanager
+def _faults_said(doing: str) -> Iterator[None]:
+    """Turn what vLLM raises into one line; a want of memory stays, for which the training has a line of its own.
+
+    Raises:
+        RunError: the body failed otherwise.
+    """
+    try:
+        yield
+    except FtError:
+        raise
+    except Exception as error:  # vLLM raises what it likes
+        if is_memory_error(error):
+            raise
+        raise RunError(
+            f"rollouts: vLLM fails as it {doing} ({type(error).__name__}: {_line_of(error)}): what it has printed may "
+            "say why; go on with --resume, or set rollouts: transformers"
+        ) from error
+
+
+def _line_of(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
 
 
 def _completion(ids: Sequence[int], logprobs: Sequence[Sequence[float | None]]) -> Completion:
@@ -217,8 +247,8 @@ def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     done: set[str] = set()
     for name, parameter in model.named_parameters():
-        if name in done or not name.startswith(BASE) or model.prefix in name or ".original_module." in name:
-            continue  # an adapter's, what a saved module took the place of, or a head of PPO's values
+        if name in done or not _is_sent(model, name):
+            continue
         owner = name.rpartition(".base_layer.")[0]
         if not owner:
             yield file_name(name), parameter.data
@@ -242,15 +272,15 @@ def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def file_name(name: str) -> str:
     """A weight's name without what PEFT put into it."""
-    return name.removeprefix(BASE).replace(".base_layer", "").replace("modules_to_save.default.", "")
+    return re.sub(r"modules_to_save\.[^.]+\.", "", name.removeprefix(BASE).replace(".base_layer", ""))
 
 
 def _check_model(model: Any) -> None:
     """Refuse a model that vLLM could not be handed.
 
     Raises:
-        ConfigError: an adapter that is not LoRA's, on tokens, or on an embedding that is the head too; or weights that
-            the model's files do not have under the names that they have here.
+        ConfigError: an adapter that is not LoRA's, or on tokens; an adapter or a saved copy of an embedding that is the
+            head too; or weights that the model's files do not have under the names that they have here.
     """
     configs = getattr(model, "peft_config", {})
     for config in configs.values():
@@ -258,13 +288,7 @@ def _check_model(model: Any) -> None:
         if kind != "LORA" or getattr(config, "trainable_token_indices", None):
             what = f"adapters of the kind {kind}" if kind != "LORA" else "trained tokens (trainable_token_indices)"
             raise ConfigError(f"rollouts: {NAME} cannot merge {what}; set rollouts: transformers")
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    adapted = hasattr(embedding, "base_layer")
-    if adapted and head is not None and head.weight is embedding.base_layer.weight:
-        raise ConfigError(
-            f"rollouts: {NAME} cannot merge an adapter on an embedding that is the head too: leave the embedding out "
-            "of lora.targets, or set rollouts: transformers"
-        )
+    _check_tied(model.get_input_embeddings(), model.get_output_embeddings())
     there = _names_in_files(Path(str(model.name_or_path)))
     names = [file_name(name) for name, _ in model.named_parameters() if _is_sent(model, name)]
     strange = [name for name in names if name not in there]
@@ -276,10 +300,51 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _check_tied(embedding: Any, head: Any) -> None:
+    """Refuse to change one side of an embedding and a head that share a weight: in training they differ then, and vLLM
+    has one weight for both.
+
+    Raises:
+        ConfigError: an adapter, or a copy that is trained whole, on either side.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    weights = [getattr(_loaded(side), "weight", None) for side in (embedding, head)]
+    if weights[0] is None or weights[0] is not weights[1]:
+        return
+    for side in (embedding, head):
+        if isinstance(side, ModulesToSaveWrapper):
+            raise ConfigError(
+                f"rollouts: {NAME} cannot hand vLLM a trained copy of an embedding that is the head too, since the "
+                "other stays as it is: leave both out of lora.modules_to_save, or set rollouts: transformers"
+            )
+        if isinstance(side, BaseTunerLayer):
+            raise ConfigError(
+                f"rollouts: {NAME} cannot merge an adapter on an embedding that is the head too: leave both out of "
+                "lora.targets, or set rollouts: transformers"
+            )
+
+
+def _loaded(module: Any) -> Any:
+    """A layer as it was before PEFT put its own around it."""
+    for name in ("original_module", "base_layer"):
+        module = getattr(module, name, module)
+    return module
+
+
 def _is_sent(model: Any, name: str) -> bool:
+    """Whether vLLM has such a weight: not an adapter's, what a saved module took the place of, or what PPO's values
+    have of their own, a head and their copies of saved modules."""
     if not hasattr(model, "peft_config"):
         return True
-    return name.startswith(BASE) and model.prefix not in name and ".original_module." not in name
+    adapter = name.partition(".modules_to_save.")[2].partition(".")[0]
+    return (
+        name.startswith(BASE)
+        and model.prefix not in name
+        and ".original_module." not in name
+        and (not adapter or adapter in model.active_adapters)
+    )
 
 
 def _names_in_files(folder: Path) -> set[str]:
