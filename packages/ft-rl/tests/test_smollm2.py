@@ -131,6 +131,6 @@ def test_sums_are_earned(tmp_path: Path, method: str, seed: int) -> None:
     assert len(written) == ROLLOUTS[method]
     # The share of right sums among any 32 is off from that of all by 0.09 (one standard deviation, or less), and the
     # difference of two such shares by 0.125: a gain of twice that is none of the draw's. Of the 32 sums 15 are right
-    # before. By seeds, runs came to 30, 30 and 27 by `grpo` (104 s), to 30, 25 and 28 by `gspo` (137 to 187 s) and to 25,
-    # 31 and 31 by `ppo` (196 to 245 s).
+    # before. By seeds, runs came to 30, 30 and 27 by `grpo` (104 s), to 30, 25 and 28 by `gspo` (137 to 187 s) and to
+    # 25, 31 and 31 by `ppo` (196 to 245 s).
     assert made.after["reward"] - made.before["reward"] >= 2 * noise(32)
