@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from ft_core.errors import ConfigError, DataError, RunError
 from ft_core.training import train
 from ft_rl.environments import EnvironmentClass, Episode, play, resolve_environment
 from ft_rl.episodes import Episodes, bridge
+from ft_rl.grpo_trainer import GrpoTrainer
 from ft_rl.rollouts import Completion, Sampling
 
 FILE = '''
@@ -229,6 +232,44 @@ def test_an_episode_whose_tokens_are_used_up_is_not_played_on(tokenizer: Any, mo
         assert one.episode.completion[-1]["role"] == "assistant"
         assert len(one.episode.completion) == 2 * len(own) - 1
         assert not one.episode.done
+
+
+def test_a_turn_after_tools_has_the_room_of_its_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's own loop cuts further turns to it; an engine of so many tokens, as vLLM is, has to know it before."""
+    trl_module = importlib.import_module("trl.trainer.grpo_trainer")
+    monkeypatch.setattr(trl_module, "parse_response", lambda tokenizer, ids, **kw: {"role": "assistant", "content": ""})
+    asked: list[tuple[list[list[int]], Sampling]] = []
+
+    class Notes(Echo):
+        def generate(self, prompts: Any, copies: int, sampling: Sampling, *, step: int) -> list[list[Completion]]:
+            asked.append((prompts, sampling))
+            return [[Completion([8] * limit, [-1.0] * limit)] for limit in sampling.limits_of(len(prompts))]
+
+    new, told = 12, 4
+    trainer: Any = GrpoTrainer.__new__(GrpoTrainer)
+    tools: list[dict[str, Any]] = [{"look": lambda: "a tree"}] * 3
+    vars(trainer).update(
+        engine=Notes(), _sampling=Sampling(new), state=SimpleNamespace(global_step=0), _tokenizer=None,
+        accelerator=SimpleNamespace(autocast=nullcontext), max_tool_calling_iterations=1, max_completion_length=new,
+        _sync_tool_dicts=tools, _async_tool_dicts=[{}] * 3, use_vllm=False, _is_vlm=False, environment_factories=None,
+        tools=list(tools[0].values()), model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99)),
+        _get_tool_suffix_ids=lambda messages: [5] * told,
+    )  # fmt: skip
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+    begun, own = [[2] * 9, [2] * 3 + [3], [4]], [1, 3, new - told]  # the last has room for what it is told alone
+    _, _, ids, logprobs, calls, failures, _ = trainer._tool_call_loop(
+        [[{"role": "user", "content": "look"}] for _ in begun], begun, [[7] * n for n in own],
+        [[dict(call)] for _ in own], [[-1.0] * n for n in own], None, None,
+    )  # fmt: skip
+    assert (calls, failures) == (3, 0)
+    ((prompts, sampling),) = asked
+    assert prompts == [[*begun[i], *[7] * own[i], *[5] * told] for i in (0, 1)]
+    assert sampling.limits == (new - 1 - told, new - 3 - told)
+    assert sampling.max_new_tokens == new - 1 - told
+    assert [len(each) for each in ids] == [len(each) for each in logprobs] == [new] * 3
+    asked.clear()
+    trainer._generate_single_turn([[2] * 30], None, {}, 1)  # a first turn, of the next step
+    assert [(s.max_new_tokens, s.limits) for _, s in asked] == [(new, ())]
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])

@@ -57,6 +57,7 @@ SEAMS = {
     },
     trl.GRPOTrainer: {
         "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
+        "_tool_call_loop": ["self", "prompts", "prompt_ids"],
         "_generate_and_score_completions": ["self", "inputs"],
         "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
         "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],

@@ -416,7 +416,7 @@ def test_each_prompt_has_a_room_of_its_own(made: Any) -> None:
     """The longest prompt with the largest room of another would need more than any of them."""
     engine, long = made.engine(), [10] * (CONTEXT - 4)
     found = engine.generate([long, [13]], 2, Sampling(20, limits=(4, 20)), step=0)
-    assert [body["max_tokens"] for body in made.stand_in.asked] == [4, 20]
+    assert {len(body["prompt"]): body["max_tokens"] for body in made.stand_in.asked} == {len(long): 4, 1: 20}
     assert [[len(one.ids) for one in group] for group in found] == [[4, 4], [20, 20]]
     with pytest.raises(RunError, match=f"up to {CONTEXT + 1}: start it"):
         engine.generate([long, [13]], 2, Sampling(20, limits=(5, 20)), step=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from ft_rl.grpo import WritingSettings
 from ft_rl.prompts import prompt_ids
 from ft_rl.recording import RolloutRecords
 from ft_rl.rollouts.kept import load_kept, save_kept
-from ft_rl.rollouts.protocol import Engine, EngineJob, Sampling
+from ft_rl.rollouts.protocol import Completion, Engine, EngineJob, Sampling
 from ft_rl.stops import stops_of
 from ft_rl.trainers import PolicyTrainerMixin
 
@@ -55,6 +56,8 @@ class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutR
     """
 
     fields = ("log_probs", "entropy")
+    _begun: Sequence[list[int]] = ()
+    """The prompts of conversations that tools are called in, while they are."""
 
     def __init__(
         self,
@@ -131,9 +134,33 @@ class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutR
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args, **kw)
         unique, copies = _grouped(prompt_ids)
         with self.accelerator.autocast():
-            made = self.engine.generate(unique, copies, self._sampling, step=int(self.state.global_step))
+            made = self._written(unique, copies)
         flat = [completion for group in made for completion in group]
         return [one.ids for one in flat], [one.logprobs for one in flat]
+
+    def _written(self, prompts: list[list[int]], copies: int) -> list[list[Completion]]:
+        """Completions, of a conversation with tools as long as it has room for; none where it has none."""
+        step, sampling = int(self.state.global_step), self._sampling
+        if not self._begun:
+            return self.engine.generate(prompts, copies, sampling, step=step)
+        rooms = [_room(ids, self._begun, sampling.max_new_tokens) for ids in prompts]
+        going = [i for i, room in enumerate(rooms) if room > 0]
+        made = [[Completion([], [])] * copies for _ in prompts]
+        if going:
+            limits = tuple(rooms[i] for i in going)
+            sampling = replace(sampling, max_new_tokens=max(limits), limits=limits)
+            asked = self.engine.generate([prompts[i] for i in going], copies, sampling, step=step)
+            for i, written in zip(going, asked, strict=True):
+                made[i] = written
+        return made
+
+    def _tool_call_loop(self, prompts: list[Any], prompt_ids: list[list[int]], *args: Any, **kw: Any) -> Any:
+        """As TRL's, which cuts what a conversation has no room for; the engine is told that room."""
+        self._begun = prompt_ids
+        try:
+            return super()._tool_call_loop(prompts, prompt_ids, *args, **kw)
+        finally:
+            self._begun = ()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
@@ -214,6 +241,12 @@ class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutR
         if found is not None:
             self._step, kept = found
             self._buffered_inputs = kept or None
+
+
+def _room(ids: list[int], begun: Sequence[list[int]], new: int) -> int:
+    """What a conversation has left of the ``new`` tokens that may follow the prompt that it began with."""
+    prompt = max((len(prompt) for prompt in begun if ids[: len(prompt)] == prompt), default=len(ids))
+    return new - (len(ids) - prompt)
 
 
 def _grouped(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
