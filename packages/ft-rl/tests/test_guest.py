@@ -125,6 +125,38 @@ def test_on_a_quantized_base(toy: Any, steep_model: Path, make_judge: Any, tmp_p
 
 
 @pytest.mark.usefixtures("in_float32")
+def test_a_checkpoint_stands_on_the_base_of_its_run(
+    toy: Any, steep_model: Path, make_judge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own files do not say how that was quantized: taken for an adapter of nobody's, it scored on another base."""
+    judge = make_judge(steep_model, tmp_path, quantization="int8", training={"max_steps": 8, "save_every": 4})
+    early, late = (judge / "checkpoints" / f"checkpoint-{step}" for step in (4, 8))
+    for reference in (early, late):
+        stored = _stored(reference)
+        assert (stored.folder, stored.reference, stored.quantization) == (reference, str(steep_model), "int8")
+        assert "its base has quantization int8, the policy's none" in str(stored.why_apart(config(steep_model)))
+        assert stored.why_apart(config(steep_model, quantization="int8")) is None
+    said: list[str] = []
+    made = reward_model.reward_model(RewardModelSettings(model=str(late)), policy=policy(steep_model, said.append))
+    assert said == [
+        f"the reward model {late} is loaded beside the policy: its base has quantization int8, the policy's none"
+    ]
+    # The last checkpoint is what the run ended with, the first is not; by any name of it.
+    whole = reward_model.reward_model(RewardModelSettings(model=str(judge)))(**texts(toy, 8))
+    assert made(**texts(toy, 8)) == pytest.approx(whole, abs=1e-5)
+    monkeypatch.chdir(early.parent)
+    first = reward_model.reward_model(RewardModelSettings(model=f"./{early.name}"))
+    assert first(**texts(toy, 8)) != pytest.approx(whole, abs=1e-2)
+    host, _ = ft.load(str(steep_model), quantization="int8", dtype="float32")
+    guest = reward_model.reward_model(
+        RewardModelSettings(model=str(early)),
+        policy=Policy(ft.add_lora(host, r=4), config(steep_model, quantization="int8"), said.append),
+    )
+    assert said[-1].endswith(SHARED)
+    assert guest(**texts(toy, 8)) == pytest.approx(first(**texts(toy, 8)), abs=1e-5)
+
+
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("layers", ["transformers", "fast"])
 def test_the_policy_notices_nothing(toy: Any, steep_model: Path, judge: Path, layers: str) -> None:
     host = policy(steep_model)

@@ -15,7 +15,7 @@ from ft_core.config import TrainConfig
 from ft_core.errors import ModelError, RunError
 from ft_core.runs import Run
 
-__all__ = ["HEAD", "WEIGHTS", "StoredAdapter", "stored_adapter"]
+__all__ = ["HEAD", "WEIGHTS", "StoredAdapter", "run_of", "stored_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEAD = "base_model.model.score.weight"
@@ -121,34 +121,51 @@ class StoredAdapter:
         return None
 
 
+def run_of(reference: str) -> Run | None:
+    """The run that a reward model's reference names: by its folder, by its ``adapter/``, or by a checkpoint's of an
+    adapter. None where it names no part of a run.
+    """
+    run = Run(reference)
+    if not run.path.is_dir() or run.is_run:
+        return run if run.path.is_dir() else None
+    for path in (run.path.absolute(), run.path.resolve()):  # a link's own place may say it, or where it leads
+        above = path.parent
+        if path.parent.name == run.checkpoints.name and (path / CONFIG).is_file():
+            above = path.parent.parent
+        elif path.name != run.adapter.name:
+            continue
+        if Run(above).is_run:
+            return Run(above)
+    return None
+
+
 def stored_adapter(reference: str) -> StoredAdapter | None:
     """The adapter that a reward model's reference names; None where it names a whole model.
 
     Args:
-        reference: a run's folder, an adapter's, a model's, or a Hub name.
+        reference: a run's folder, its checkpoint's, an adapter's, a model's, or a Hub name.
 
     Raises:
         RunError: of a run, its files cannot be read. ModelError: the adapter's cannot.
     """
-    run = Run(reference)
-    if not run.path.is_dir():
-        return None
-    if run.path.name == run.adapter.name and Run(run.path.parent).is_run:
-        run = Run(run.path.parent)
-    if not run.is_run:
-        if not (run.path / CONFIG).is_file():
+    path, run = Run(reference).path, run_of(reference)
+    if run is None:
+        if not (path / CONFIG).is_file():
             return None
-        settings = _settings(run.path)
+        settings = _settings(path)
         base = str(settings.get("base_model_name_or_path") or "")
-        path = Path(base).expanduser()
-        return StoredAdapter(run.path, settings, base, str(path.resolve()) if path.is_dir() else base, None)
+        local = Path(base).expanduser()
+        return StoredAdapter(path, settings, base, str(local.resolve()) if local.is_dir() else base, None)
     run = Run.open(run.path)
-    if not run.adapter.is_dir():
+    whole = path.resolve() in (run.path.resolve(), run.adapter.resolve())
+    folder = run.adapter if whole else path
+    if not folder.is_dir():
         return None
     found = run.environment.get("base_model") or {}
     if not isinstance(found.get("path"), str):
         raise RunError(f"{run.path / run.ENVIRONMENT} does not say which base the run was trained on")
-    return StoredAdapter(run.adapter, _settings(run.adapter), run.config.model, found["path"], run.config)
+    # A checkpoint has no word of its own on how the base was quantized or its positions scaled; its run has.
+    return StoredAdapter(folder, _settings(folder), run.config.model, found["path"], run.config)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
