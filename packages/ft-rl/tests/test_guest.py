@@ -241,9 +241,15 @@ def ppo(toy: Any, model: Path, judge: Path, folder: Path, method: str = "ppo", *
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_a_training_with_it(
-    toy: Any, steep_model: Path, judge: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    toy: Any,
+    steep_model: Path,
+    judge: Path,
+    tmp_path: Path,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from ft_core.evaluation import evaluate
+    from ft_core.cli import main
 
     apart = ppo(toy, steep_model, judge, tmp_path, method, output=str(tmp_path / "apart"))
     with monkeypatch.context() as patch:
@@ -271,7 +277,11 @@ def test_a_training_with_it(
     assert separate.evaluation is not None
     mine, theirs = (run.evaluation["metrics"]["reward"]["before"] for run in (result, separate))  # type: ignore[index]
     assert mine == pytest.approx(theirs, abs=4 * 20 * 2**-9)
-    again = evaluate(result.run, say=said.append)
+    capsys.readouterr()
+    assert main(["eval", str(result.run), "--json"]) == 0
+    printed = capsys.readouterr()
+    again = json.loads(printed.out)  # and nothing else is there
+    assert f"the reward model {judge} {SHARED}\n" in printed.err
     assert not loads
     assert again["metrics"]["reward"]["before"] == pytest.approx(mine, abs=4 * 20 * 2**-9)
 

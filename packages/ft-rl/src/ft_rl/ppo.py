@@ -79,7 +79,7 @@ def build(job: Job) -> Trainer:
         raise ConfigError(f"method: ppo does not know the family {job.model.config.model_type} (see ft models)")
     if settings.kl_target is not None and not settings.kl_coef:
         raise ConfigError("ppo.kl_target: needs a ppo.kl_coef above 0 to begin with")
-    world, rewards = scored_by(job, settings, job.say)
+    world, rewards = scored_by(job, settings)
     lengths: list[int] = []
     train = prompts_dataset(job, job.train_rows, "train", lengths)
     held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
