@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -395,3 +396,69 @@ def test_an_adapter_that_ft_has_not_made(toy: Any, steep_model: Path, tokenizer:
     save_file({name: tensor for name, tensor in load_file(path).items() if "score" not in name}, path)
     with pytest.raises(FtError, match=r"is no reward model's: it lacks base_model\.model\.score\.weight"):
         reward_model.reward_model(given)
+
+
+def _in_place(judge: Path, base: Path, folder: Path) -> Path:
+    """The judge's adapter as anybody's, for another base."""
+    shutil.copytree(judge / "adapter", folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    return folder
+
+
+def _dropout(base: Path, adapter: Path) -> None:
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
+
+
+def _family(base: Path, adapter: Path) -> None:
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    sizes = json.loads((base / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    StableLmForCausalLM(StableLmConfig(**{name: sizes[name] for name in names})).save_pretrained(base)
+
+
+def _tensor(name: str, tensor: torch.Tensor) -> Any:
+    def change(base: Path, adapter: Path) -> None:
+        file = adapter / "adapter_model.safetensors"
+        save_file({**load_file(file), name: tensor}, file)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda base, adapter: None, None),
+        (_dropout, "ft's layers cannot compute the policy: its attention has a dropout of 0.1"),
+        (_family, "ft's layers cannot compute the policy: the family stablelm is not known"),
+        (_tensor("base_model.model.score.weight", torch.ones(2, 32)), "its adapter has no head of one score that fits"),
+        (_tensor("base_model.model.model.norm.weight", torch.ones(32)), "its adapter has a part base_model.model.mod"),
+        (
+            _tensor("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.ones(2, 32)),
+            "its adapter does not fit model.layers.0.self_attn.q_proj",
+        ),
+    ],
+)
+def test_a_plan_decides_as_training_does(
+    steep_model: Path, judge: Path, tmp_path: Path, change: Any, reason: str | None
+) -> None:
+    from ft_core.planning.load import load_of
+
+    base = tmp_path / "base"
+    shutil.copytree(steep_model, base)
+    adapter = _in_place(judge, base, tmp_path / "judge")
+    change(base, adapter)
+    said: list[str] = []
+    host = policy(base, said.append)
+    shared = reward_model._shared(RewardModelSettings(model=str(adapter)), host)
+    rewards = [{"name": "reward-model", "model": str(adapter)}]
+    (held,) = load_of(config(base, rewards=rewards)).held
+    if reason is None:
+        assert shared is not None
+        assert held.model is None
+        return
+    assert shared is None
+    assert held.model == str(base)
+    assert said[0].startswith(f"the reward model {adapter} is loaded beside the policy: {reason}")
