@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ft_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
     from transformers import Trainer
 
     from ft_core.config import TrainConfig
@@ -245,7 +248,8 @@ def scored_by(job: Job | EvaluationJob, settings: WritingSettings) -> tuple[Envi
     """The environment that a configuration names, and its rewards, which may be none where the environment has its own.
 
     They are made once a job: a reward model is loaded for the training and all measurements together, and a file of the
-    user's runs once.
+    user's runs once, whether environment, rewards or both are in it, so that they share what it holds. (:func:`check`
+    has run that of the environment before there was a job.)
 
     Raises:
         ConfigError: as :func:`ft_rl.environments.resolve_environment` and :func:`ft_rl.rewards.resolve_rewards`.
@@ -261,14 +265,14 @@ def _scored_by(job: Job | EvaluationJob, settings: WritingSettings) -> tuple[Env
     from ft_rl.rewards import Rewards, resolve_rewards
     from ft_rl.rewards.guest import Policy
 
-    config, say = job.config, job.say
-    policy = Policy(job.model, config, say)
-    if settings.environment is None:
-        return None, resolve_rewards(config.rewards, say=say, policy=policy)
-    world = resolve_environment(settings.environment, f"{config.method}.environment")
-    if world.owns_reward and not config.rewards:
-        return world, Rewards(())
-    return world, resolve_rewards(config.rewards, say=say, policy=policy)
+    config, world = job.config, None
+    modules: dict[Path, ModuleType] = {}
+    if settings.environment is not None:
+        world = resolve_environment(settings.environment, f"{config.method}.environment", modules)
+        if world.owns_reward and not config.rewards:
+            return world, Rewards(())
+    policy = Policy(job.model, config, job.say)
+    return world, resolve_rewards(config.rewards, say=job.say, policy=policy, modules=modules)
 
 
 def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str, lengths: list[int] | None = None) -> Any:
