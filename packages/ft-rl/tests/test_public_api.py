@@ -89,7 +89,7 @@ EXPECTED = {
         "VLLM",
         "VLLM_COLOCATE",
     ],
-    "ft_rl.policy": ["PolicyForward", "Scores", "put_head"],
+    "ft_rl.policy": ["PolicyForward", "Scores", "check_layers", "put_head"],
     "ft_rl.ppo": ["PpoSettings", "build", "evaluate"],
     "ft_rl.ppo_trainer": ["PpoTrainer"],
     "ft_rl.preference": ["pair_samples", "pairs_dataset", "samples_of", "say_dropout", "shown", "too_long"],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ft_core.data.collating import keeps_documents_apart
 from ft_core.errors import ModelError, RunError
-from ft_core.fast.find import unwrapped
+from ft_core.fast.find import NotFast, unwrapped
 from ft_core.fast.scores import Backbone
 from ft_rl.rewards.stored import HEAD, PART, WEIGHTS, StoredAdapter, why_no_score
 from ft_rl.scoring import last_tokens
@@ -68,7 +68,7 @@ class Guest:
         padding_free: whether padding is left out.
 
     Raises:
-        NotShared: the policy's layers are not those that the adapter is for, or of a family that is not known.
+        NotShared: the policy's layers are not those that the adapter is for, or such as ft's cannot compute.
         ModelError: the adapter's file cannot be read.
     """
 
@@ -77,9 +77,10 @@ class Guest:
 
         if is_fsdp_enabled():
             raise NotShared("the policy's base is sharded")
-        backbone = Backbone.of(policy.model)
-        if backbone is None:
-            raise NotShared(f"ft's layers do not know the family {policy.model.config.model_type}")
+        try:
+            backbone = Backbone.need(policy.model)
+        except NotFast as error:
+            raise NotShared(f"ft's layers cannot compute the policy: {error}") from None
         # Of the model itself: what its configuration said beforehand, and `ft plan` with it.
         layers = _adapted(backbone.model)
         sizes = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
