@@ -123,7 +123,7 @@ EXPECTED = {
     "ft_rl.rewards.samples": ["SampleErrors", "Text", "column_of", "score_each", "start_of", "text_of"],
     "ft_rl.rewards.sandbox": ["Limits", "NoIsolation", "Outcome", "check_isolation", "run_python"],
     "ft_rl.rewards.sandbox_child": ["main"],
-    "ft_rl.rewards.stored": ["HEAD", "StoredAdapter", "WEIGHTS", "stored_adapter"],
+    "ft_rl.rewards.stored": ["HEAD", "PART", "StoredAdapter", "WEIGHTS", "run_of", "stored_adapter", "why_no_score"],
     "ft_rl.rewards.symbolic": ["Comparer", "MathSettings", "math_reward"],
     "ft_rl.rollouts": ["Completion", "Engine", "Sampling"],
     "ft_rl.rollouts.drawing": ["draw"],
