@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,38 @@ def test_on_a_quantized_base(toy: Any, steep_model: Path, make_judge: Any, tmp_p
 
 
 @pytest.mark.usefixtures("in_float32")
+def test_a_checkpoint_stands_on_the_base_of_its_run(
+    toy: Any, steep_model: Path, make_judge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own files do not say how that was quantized: taken for an adapter of nobody's, it scored on another base."""
+    judge = make_judge(steep_model, tmp_path, quantization="int8", training={"max_steps": 8, "save_every": 4})
+    early, late = (judge / "checkpoints" / f"checkpoint-{step}" for step in (4, 8))
+    for reference in (early, late):
+        stored = _stored(reference)
+        assert (stored.folder, stored.reference, stored.quantization) == (reference, str(steep_model), "int8")
+        assert "its base has quantization int8, the policy's none" in str(stored.why_apart(config(steep_model)))
+        assert stored.why_apart(config(steep_model, quantization="int8")) is None
+    said: list[str] = []
+    made = reward_model.reward_model(RewardModelSettings(model=str(late)), policy=policy(steep_model, said.append))
+    assert said == [
+        f"the reward model {late} is loaded beside the policy: its base has quantization int8, the policy's none"
+    ]
+    # The last checkpoint is what the run ended with, the first is not; by any name of it.
+    whole = reward_model.reward_model(RewardModelSettings(model=str(judge)))(**texts(toy, 8))
+    assert made(**texts(toy, 8)) == pytest.approx(whole, abs=1e-5)
+    monkeypatch.chdir(early.parent)
+    first = reward_model.reward_model(RewardModelSettings(model=f"./{early.name}"))
+    assert first(**texts(toy, 8)) != pytest.approx(whole, abs=1e-2)
+    host, _ = ft.load(str(steep_model), quantization="int8", dtype="float32")
+    guest = reward_model.reward_model(
+        RewardModelSettings(model=str(early)),
+        policy=Policy(ft.add_lora(host, r=4), config(steep_model, quantization="int8"), said.append),
+    )
+    assert said[-1].endswith(SHARED)
+    assert guest(**texts(toy, 8)) == pytest.approx(first(**texts(toy, 8)), abs=1e-5)
+
+
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("layers", ["transformers", "fast"])
 def test_the_policy_notices_nothing(toy: Any, steep_model: Path, judge: Path, layers: str) -> None:
     host = policy(steep_model)
@@ -209,9 +242,15 @@ def ppo(toy: Any, model: Path, judge: Path, folder: Path, method: str = "ppo", *
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_a_training_with_it(
-    toy: Any, steep_model: Path, judge: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    toy: Any,
+    steep_model: Path,
+    judge: Path,
+    tmp_path: Path,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from ft_core.evaluation import evaluate
+    from ft_core.cli import main
 
     apart = ppo(toy, steep_model, judge, tmp_path, method, output=str(tmp_path / "apart"))
     with monkeypatch.context() as patch:
@@ -239,7 +278,11 @@ def test_a_training_with_it(
     assert separate.evaluation is not None
     mine, theirs = (run.evaluation["metrics"]["reward"]["before"] for run in (result, separate))  # type: ignore[index]
     assert mine == pytest.approx(theirs, abs=4 * 20 * 2**-9)
-    again = evaluate(result.run, say=said.append)
+    capsys.readouterr()
+    assert main(["eval", str(result.run), "--json"]) == 0
+    printed = capsys.readouterr()
+    again = json.loads(printed.out)  # and nothing else is there
+    assert f"the reward model {judge} {SHARED}\n" in printed.err
     assert not loads
     assert again["metrics"]["reward"]["before"] == pytest.approx(mine, abs=4 * 20 * 2**-9)
 
@@ -353,3 +396,69 @@ def test_an_adapter_that_ft_has_not_made(toy: Any, steep_model: Path, tokenizer:
     save_file({name: tensor for name, tensor in load_file(path).items() if "score" not in name}, path)
     with pytest.raises(FtError, match=r"is no reward model's: it lacks base_model\.model\.score\.weight"):
         reward_model.reward_model(given)
+
+
+def _in_place(judge: Path, base: Path, folder: Path) -> Path:
+    """The judge's adapter as anybody's, for another base."""
+    shutil.copytree(judge / "adapter", folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    return folder
+
+
+def _dropout(base: Path, adapter: Path) -> None:
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
+
+
+def _family(base: Path, adapter: Path) -> None:
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    sizes = json.loads((base / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    StableLmForCausalLM(StableLmConfig(**{name: sizes[name] for name in names})).save_pretrained(base)
+
+
+def _tensor(name: str, tensor: torch.Tensor) -> Any:
+    def change(base: Path, adapter: Path) -> None:
+        file = adapter / "adapter_model.safetensors"
+        save_file({**load_file(file), name: tensor}, file)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda base, adapter: None, None),
+        (_dropout, "ft's layers cannot compute the policy: its attention has a dropout of 0.1"),
+        (_family, "ft's layers cannot compute the policy: the family stablelm is not known"),
+        (_tensor("base_model.model.score.weight", torch.ones(2, 32)), "its adapter has no head of one score that fits"),
+        (_tensor("base_model.model.model.norm.weight", torch.ones(32)), "its adapter has a part base_model.model.mod"),
+        (
+            _tensor("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.ones(2, 32)),
+            "its adapter does not fit model.layers.0.self_attn.q_proj",
+        ),
+    ],
+)
+def test_a_plan_decides_as_training_does(
+    steep_model: Path, judge: Path, tmp_path: Path, change: Any, reason: str | None
+) -> None:
+    from ft_core.planning.load import load_of
+
+    base = tmp_path / "base"
+    shutil.copytree(steep_model, base)
+    adapter = _in_place(judge, base, tmp_path / "judge")
+    change(base, adapter)
+    said: list[str] = []
+    host = policy(base, said.append)
+    shared = reward_model._shared(RewardModelSettings(model=str(adapter)), host)
+    rewards = [{"name": "reward-model", "model": str(adapter)}]
+    (held,) = load_of(config(base, rewards=rewards)).held
+    if reason is None:
+        assert shared is not None
+        assert held.model is None
+        return
+    assert shared is None
+    assert held.model == str(base)
+    assert said[0].startswith(f"the reward model {adapter} is loaded beside the policy: {reason}")

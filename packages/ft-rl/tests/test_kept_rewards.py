@@ -66,3 +66,55 @@ def test_a_reward_model_is_loaded_once_a_job(
     assert len(loaded) == 2
     for side in ("before", "after"):
         assert again["metrics"]["reward"][side] == pytest.approx(measured["metrics"]["reward"][side], abs=1e-6)
+
+
+SHARED = (
+    COUNTED
+    + """
+MOVES = []
+
+class World:
+    def reset(self, **row):
+        MOVES.clear()
+
+    def step(self, completion):
+        MOVES.append(completion)
+        return None, 0.0, True
+
+def moves(prompts, completions, **columns):
+    return [float(len(MOVES))] * len(completions)
+
+def is_world(prompts, completions, environments, **columns):
+    return [float(isinstance(one, World)) for one in environments]
+"""
+)
+
+
+def test_an_environment_and_a_reward_of_one_file_share_what_it_holds(tiny_model: Path, tmp_path: Path) -> None:
+    from ft_core.config.load import check_config, method_settings
+    from ft_core.evaluation import EvaluationJob
+    from ft_rl.grpo import WritingSettings, scored_by
+
+    file = tmp_path / "mine.py"
+    file.write_text(SHARED)
+    config = check_config({
+        "model": str(tiny_model),
+        "method": "grpo",
+        "data": "prompts.jsonl",
+        "rewards": [f"{file}:moves", f"{file}:is_world"],
+        "grpo": {"environment": f"{file}:World"},
+    })  # fmt: skip
+    settings = method_settings(config)
+    assert isinstance(settings, WritingSettings)
+    nobody: Any = None
+    job = EvaluationJob(config, settings, nobody, nobody, [])
+    world, rewards = scored_by(job, settings)
+    assert world is not None
+    player = world.make()
+    player.reset()
+    player.step("a")
+    player.step("b")
+    each, _ = rewards.score(["p"], ["c"], environments=[player])
+    assert each == [[2.0], [1.0]]
+    assert scored_by(job, settings) == (world, rewards)
+    assert (tmp_path / "runs.txt").read_text() == "run\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 import ft_core as ft
 from ft_core import fast
+from ft_core.errors import ConfigError
 from ft_core.fast import scores
 from ft_core.fast.scores import Scorer
+from ft_core.training import train
 from ft_rl.policy import FIELDS, PolicyForward, put_head
 from ft_rl.reference import adapter_off, put_switch, take_switch
 
@@ -209,3 +213,35 @@ def test_other_calls_are_the_models_own(tiny_model: Path) -> None:
     assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
     with pytest.raises(ValueError, match=r"unknown fields \['logits'\]; allowed are log_probs, entropy, mean_logits"):
         put_head(model, fields=("logits",))
+
+
+@pytest.mark.parametrize("method", ["ppo", "orpo"])
+@pytest.mark.parametrize(
+    ("changes", "lora", "why"),
+    [
+        ({"attention_dropout": 0.1}, {}, "its attention has a dropout of 0.1"),
+        ({}, {"modules_to_save": ["lm_head"]}, r"its head 'lm_head' is trained in full \(lora.modules_to_save\)"),
+    ],
+)
+def test_why_a_method_cannot_have_a_model(
+    toy: Any, tiny_model: Path, tmp_path: Path, method: str, changes: dict[str, Any], lora: dict[str, Any], why: str
+) -> None:
+    """The family is known in either case, and was said not to be."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | changes))
+    rows = toy.rows(8, seed=1)
+    values = {
+        "model": str(base),
+        "method": method,
+        "data": str(toy.write_rows(tmp_path / "rows.jsonl", rows)),
+        "max_length": 32,
+        "lora": {"r": 4, **lora},
+        "training": {"max_steps": 1, "batch_size": 2, "gradient_accumulation": 1},
+        "output": str(tmp_path / "run"),
+    }
+    values |= {"rewards": ["format"], "ppo": {"max_completion_length": 4}} if method == "ppo" else {}
+    said = f"method: {method} needs ft's layers, which cannot compute this model: {why}"
+    with pytest.raises(ConfigError, match=said):
+        train(values, say=lambda line: None)

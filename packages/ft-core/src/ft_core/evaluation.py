@@ -69,6 +69,7 @@ class EvaluationJob:
         progress: called with (done, total, what) as the work goes on.
         kept: what the method keeps from one measurement to the next of the same job, by names of its own: that of the
             training (:attr:`ft_core.training.Job.kept`), or of all that ``ft eval`` measures.
+        say: prints one line; ``ft eval`` has it on stderr, since stdout is for what was measured.
     """
 
     config: TrainConfig
@@ -80,6 +81,7 @@ class EvaluationJob:
     max_new_tokens: int = 128
     progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
     kept: dict[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = print
 
 
 def evaluate_answers(job: EvaluationJob) -> Evaluation:
@@ -327,7 +329,8 @@ def evaluate(
     kept: dict[str, Any] = {}
 
     def job(model: Any, tokenizer: Any) -> EvaluationJob:
-        made = EvaluationJob(config, method_settings(config), model, tokenizer, rows, answers=answers, kept=kept)
+        settings = method_settings(config)
+        made = EvaluationJob(config, settings, model, tokenizer, rows, answers=answers, kept=kept, say=say)
         if progress:
             made.progress = progress
         return made

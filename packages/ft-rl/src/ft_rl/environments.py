@@ -12,11 +12,15 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ft_core.errors import ConfigError, FtError, RunError
 from ft_rl.rewards.resolving import load_attribute
 from ft_rl.rewards.samples import start_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
 
 __all__ = ["Environment", "EnvironmentClass", "Episode", "play", "resolve_environment"]
 
@@ -87,13 +91,16 @@ class Episode:
         return math.fsum(self.rewards)
 
 
-def resolve_environment(name: str, where: str = "environment") -> EnvironmentClass:
+def resolve_environment(
+    name: str, where: str = "environment", modules: dict[Path, ModuleType] | None = None
+) -> EnvironmentClass:
     """The environment that a configuration names as ``file.py:Class``.
 
     One object is made to check it.
 
     Args:
         where: the key's place in the configuration, for messages.
+        modules: files that have been run, by path; added to. Rewards that are to share the file's state get the same.
 
     Raises:
         ConfigError: the name is of another form, there is no such file or class, or the class lacks what an environment
@@ -102,7 +109,7 @@ def resolve_environment(name: str, where: str = "environment") -> EnvironmentCla
     path, colon, attribute = name.rpartition(":")
     if not colon or not path.endswith(".py") or not attribute:
         raise ConfigError(f"{where}: {name!r} is not allowed (allowed: file.py:Class)")
-    found = load_attribute(path, attribute, where)
+    found = load_attribute(path, attribute, where, modules)
     if not inspect.isclass(found):
         raise ConfigError(f"{where}: {name} is of type {type(found).__name__}: give a class with reset and step")
     methods = {key: value for key, value in inspect.getmembers(found, inspect.isfunction) if not key.startswith("_")}

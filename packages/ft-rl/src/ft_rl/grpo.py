@@ -6,7 +6,7 @@ of packed rows and the chunked head; the loss is TRL's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ft_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
     from transformers import Trainer
 
     from ft_core.config import TrainConfig
@@ -208,7 +211,7 @@ def build(job: Job) -> Trainer:
     check_head(job.model)
     if settings.beta:
         check_reference(job.config)
-    world, rewards = scored_by(job, settings, job.say)
+    world, rewards = scored_by(job, settings)
     generations = generations_of(job.config, settings, Ranks().count)
     lengths: list[int] = []
     train = prompts_dataset(job, job.train_rows, "train", lengths)
@@ -241,37 +244,35 @@ def build(job: Job) -> Trainer:
     )
 
 
-def scored_by(
-    job: Job | EvaluationJob, settings: WritingSettings, say: Callable[[str], None] = print
-) -> tuple[EnvironmentClass | None, Rewards]:
+def scored_by(job: Job | EvaluationJob, settings: WritingSettings) -> tuple[EnvironmentClass | None, Rewards]:
     """The environment that a configuration names, and its rewards, which may be none where the environment has its own.
 
     They are made once a job: a reward model is loaded for the training and all measurements together, and a file of the
-    user's runs once.
+    user's runs once, whether environment, rewards or both are in it, so that they share what it holds. (:func:`check`
+    has run that of the environment before there was a job.)
 
     Raises:
         ConfigError: as :func:`ft_rl.environments.resolve_environment` and :func:`ft_rl.rewards.resolve_rewards`.
     """
     if KEPT not in job.kept:
-        job.kept[KEPT] = _scored_by(job, settings, say)
+        job.kept[KEPT] = _scored_by(job, settings)
     found: tuple[EnvironmentClass | None, Rewards] = job.kept[KEPT]
     return found
 
 
-def _scored_by(
-    job: Job | EvaluationJob, settings: WritingSettings, say: Callable[[str], None]
-) -> tuple[EnvironmentClass | None, Rewards]:
+def _scored_by(job: Job | EvaluationJob, settings: WritingSettings) -> tuple[EnvironmentClass | None, Rewards]:
     from ft_rl.environments import resolve_environment
     from ft_rl.rewards import Rewards, resolve_rewards
     from ft_rl.rewards.guest import Policy
 
-    config, policy = job.config, Policy(job.model, job.config, say)
-    if settings.environment is None:
-        return None, resolve_rewards(config.rewards, say=say, policy=policy)
-    world = resolve_environment(settings.environment, f"{config.method}.environment")
-    if world.owns_reward and not config.rewards:
-        return world, Rewards(())
-    return world, resolve_rewards(config.rewards, say=say, policy=policy)
+    config, world = job.config, None
+    modules: dict[Path, ModuleType] = {}
+    if settings.environment is not None:
+        world = resolve_environment(settings.environment, f"{config.method}.environment", modules)
+        if world.owns_reward and not config.rewards:
+            return world, Rewards(())
+    policy = Policy(job.model, config, job.say)
+    return world, resolve_rewards(config.rewards, say=job.say, policy=policy, modules=modules)
 
 
 def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str, lengths: list[int] | None = None) -> Any:
@@ -341,7 +342,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     world, rewards = scored_by(job, job.settings)
     options, new = job.settings.chat_template_kwargs, job.settings.max_completion_length
     sampling = Sampling(new, 0.0, stops=stops_of(job.model, job.tokenizer))
-    engine = OwnModel(EngineJob(job.model, job.tokenizer, {}, None, print))
+    engine = OwnModel(EngineJob(job.model, job.tokenizer, {}, None, job.say))
     prompts = [row["prompt"] for row in job.rows]
     columns: dict[str, Any] = {name: [row.get(name) for row in job.rows] for name in job.rows[0] if name != "prompt"}
     ids: list[list[int]] = []

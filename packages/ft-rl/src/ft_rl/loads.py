@@ -82,7 +82,8 @@ def _reward_models(config: TrainConfig) -> tuple[Held, ...]:
 
 def _stored(reference: str) -> StoredAdapter | None:
     folder = Path(reference).expanduser()
-    files = (folder / name for name in ("config.yaml", "adapter_config.json", "adapter/adapter_config.json"))
+    names = ("config.yaml", "adapter_config.json", "adapter/adapter_config.json", "../config.yaml", "../../config.yaml")
+    files = (folder / name for name in names)
     return _stored_then(reference, tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
 
 

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ft_core.data.collating import IGNORE
-from ft_core.errors import ConfigError
 from ft_core.training.trainer import RunTrainerMixin
 from ft_rl.objectives import orpo
 from ft_rl.orpo import OrpoSettings
-from ft_rl.policy import put_head
+from ft_rl.policy import check_layers, put_head
 
 __all__ = ["MetricsMixin", "OrpoTrainer"]
 
@@ -53,9 +52,8 @@ class OrpoTrainer(RunTrainerMixin, MetricsMixin):
             for module in self.model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
+        check_layers(self.model, "orpo")
         self.policy = put_head(self.model)
-        if self.policy is None:
-            raise ConfigError(f"method: orpo does not know the family {self.model.config.model_type} (see ft models)")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ft_core.data.collating import IGNORE, keeps_documents_apart
-from ft_core.fast import fast_path_of
+from ft_core.errors import ConfigError
+from ft_core.fast import NotFast, fast_path_of
 from ft_core.fast.forwards import Replaced
 from ft_core.fast.scores import Scorer
 from ft_rl.reference import at_zero
@@ -24,7 +25,7 @@ from ft_rl.reference import at_zero
 if TYPE_CHECKING:
     from trl.trainer.utils import FusedCausalLMOutput
 
-__all__ = ["PolicyForward", "Scores", "put_head"]
+__all__ = ["PolicyForward", "Scores", "check_layers", "put_head"]
 
 REQUIRED = frozenset({"input_ids", "attention_mask", "labels"})
 KNOWN = REQUIRED | {"use_cache", "num_items_in_batch"}
@@ -160,6 +161,18 @@ def put_head(
     forward = PolicyForward(scorer, temperature=temperature, fields=fields, entropy=entropy, padding_free=apart)
     scorer.model.forward = forward
     return forward
+
+
+def check_layers(model: Any, method: str) -> None:
+    """Refuse a model whose log-probabilities ft_core's layers cannot give, for a method that has no others.
+
+    Raises:
+        ConfigError: it is one; says why.
+    """
+    try:
+        Scorer.need(model)
+    except NotFast as error:
+        raise ConfigError(f"method: {method} needs ft's layers, which cannot compute this model: {error}") from None
 
 
 def _spread(values: Tensor, labelled: Tensor) -> Tensor:

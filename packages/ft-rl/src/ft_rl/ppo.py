@@ -56,14 +56,15 @@ def build(job: Job) -> Trainer:
     """The trainer of one run; see :class:`ft_core.training.Job`. A step updates on all completions of its batch.
 
     Raises:
-        ConfigError: no adapter, or one on the head; several processes; a family that is not known; wrong rewards.
+        ConfigError: no adapter, or one on the head; several processes; a model that ft's layers cannot compute; wrong
+            rewards.
         DataError: no prompt is short enough, too few of them, or a reward's column is missing.
     """
     from trl import GRPOConfig
 
-    from ft_core.fast.scores import Scorer
     from ft_core.training.ranks import Ranks
     from ft_core.training.sft import check_head
+    from ft_rl.policy import check_layers
     from ft_rl.ppo_trainer import PpoTrainer
     from ft_rl.reference import check_reference
 
@@ -75,11 +76,10 @@ def build(job: Job) -> Trainer:
         raise ConfigError("method: ppo trains in one process; start it without torchrun")
     check_head(job.model)
     check_reference(config)
-    if Scorer.of(job.model) is None:
-        raise ConfigError(f"method: ppo does not know the family {job.model.config.model_type} (see ft models)")
+    check_layers(job.model, "ppo")
     if settings.kl_target is not None and not settings.kl_coef:
         raise ConfigError("ppo.kl_target: needs a ppo.kl_coef above 0 to begin with")
-    world, rewards = scored_by(job, settings, job.say)
+    world, rewards = scored_by(job, settings)
     lengths: list[int] = []
     train = prompts_dataset(job, job.train_rows, "train", lengths)
     held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None

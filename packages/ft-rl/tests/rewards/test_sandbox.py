@@ -11,10 +11,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ft_rl.rewards.sandbox import Limits, check_isolation, run_python
+from ft_rl.rewards import sandbox
+from ft_rl.rewards.sandbox import Limits, NoIsolation, check_isolation, run_python
 
 SANDBOX = Path(check_isolation.__wrapped__.__code__.co_filename)
 
@@ -459,3 +461,39 @@ print(run_python(bomb, Limits(seconds=30)).output)
         words = ("setpriv", "--reuid=1234", "--regid=1234", "--clear-groups")
         result = as_somebody(program, Path(folder), *words)
     assert result.stdout.splitlines() == ["b'65534 False\\n'", "b'3\\n'"], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda job: job["command"].__setitem__(0, "/nowhere/python"), "No such file or directory: /nowhere/python"),
+        (
+            lambda job: job["paths"].append("/nowhere/lib"),
+            "mount: No such file or directory: /nowhere/lib -> {root}/nowhere/lib",
+        ),
+    ],
+)
+def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, change: Any, named: str) -> None:
+    """The kernel was blamed, and no path said."""
+    jobs: list[dict[str, Any]] = []
+    made = sandbox._job
+
+    def job(*given: Any) -> dict[str, Any]:
+        jobs.append(made(*given))
+        change(jobs[-1])
+        return jobs[-1]
+
+    monkeypatch.setattr(sandbox, "_job", job)
+    with pytest.raises(NoIsolation) as error:
+        run_python("print(1)", SHORT)
+    assert str(error.value) == f"code cannot be run in its sandbox: {named.format(root=jobs[0]['root'])}"
+    monkeypatch.undo()
+    assert said("print(1)") == "1"
+
+
+def test_what_cannot_be_mounted_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a right that is missing too: where, beside the advice on namespaces."""
+    made = sandbox._job
+    monkeypatch.setattr(sandbox, "_job", lambda *given: made(*given) | {"root": "/dev/null"})
+    with pytest.raises(NoIsolation, match=r"^this machine doesn't allow .*\(mount: [^:]+: /dev/null\): it takes user "):
+        run_python("print(1)", SHORT)

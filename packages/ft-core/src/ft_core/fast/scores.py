@@ -114,12 +114,21 @@ class Backbone:
 
     @classmethod
     def of(cls, model: Any) -> Self | None:
-        """That of a model or of what wraps it; None where its family is not known."""
-        model = unwrapped(model)
+        """That of a model or of what wraps it; None where :meth:`need` raises."""
         try:
-            return cls(model, layout_of(model))
+            return cls.need(model)
         except NotFast:
             return None
+
+    @classmethod
+    def need(cls, model: Any) -> Self:
+        """That of a model or of what wraps it.
+
+        Raises:
+            NotFast: its family is not known, or this model computes more than its family does.
+        """
+        model = unwrapped(model)
+        return cls(model, layout_of(model))
 
     def unpadded(self, input_ids: Tensor, attention_mask: Tensor) -> Unpadded | None:
         """A padded batch ``[B, L]`` as one row, where it is computed faster as such: the model has to keep documents of
@@ -183,11 +192,21 @@ class Scorer(Backbone):
     """Scores tokens by a model whose head the kernels can compute."""
 
     @classmethod
-    def of(cls, model: Any) -> Self | None:
-        """The scorer of a model or of what wraps it; None where its family or its head is not known."""
-        found = super().of(model)
-        head = None if found is None else getattr(found.model, found.layout.head, None)
-        return found if isinstance(head, nn.Module) and can_fuse(head) else None
+    def need(cls, model: Any) -> Self:
+        """The scorer of a model or of what wraps it.
+
+        Raises:
+            NotFast: as :meth:`Backbone.need`; or the model has no head, or one that the kernels cannot compute.
+        """
+        found = super().need(model)
+        head = getattr(found.model, found.layout.head, None)
+        if not isinstance(head, nn.Module):
+            raise NotFast(f"it has no head {found.layout.head!r}")
+        if not can_fuse(head):
+            whole = hasattr(head, "modules_to_save")
+            kind = "trained in full (lora.modules_to_save)" if whole else f"a {type(head).__name__}, not a linear layer"
+            raise NotFast(f"its head {found.layout.head!r} is {kind}")
+        return found
 
     def logprobs(
         self,

@@ -358,21 +358,28 @@ def load_base(run: Run, *, say: Callable[[str], None] = print) -> tuple[PreTrain
     return model.eval(), load_tokenizer(source)
 
 
-def load_run(run: Run, *, say: Callable[[str], None] = print) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_run(
+    run: Run, *, say: Callable[[str], None] = print, adapter: Path | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """What a run trained: its base model with the adapter (a ``peft.PeftModel``), or its full model; and the tokenizer.
+
+    Args:
+        adapter: a checkpoint of the run's, to be put on the base in place of the adapter that the run ended with.
 
     Raises:
         RunError: the run has neither, because it isn't finished or its files were removed.
     """
-    if run.adapter.is_dir():
+    if adapter is not None or run.adapter.is_dir():
         from peft import PeftModel
 
-        model, _ = load_base(run, say=say)
+        folder = run.adapter if adapter is None else adapter
+        model, tokenizer = load_base(run, say=say)
         try:
-            adapted = PeftModel.from_pretrained(model, run.adapter)
+            adapted = PeftModel.from_pretrained(model, folder)
         except (ValueError, OSError, RuntimeError, KeyError) as error:
-            raise RunError(f"the adapter {run.adapter} cannot be loaded: {_first_sentence(error)}") from error
-        tokenizer = load_tokenizer(ModelSource(str(run.adapter), run.adapter, str(run.adapter)))
+            raise RunError(f"the adapter {folder} cannot be loaded: {_first_sentence(error)}") from error
+        if adapter is None or any((folder / name).is_file() for name in TOKENIZER_FILES):
+            tokenizer = load_tokenizer(ModelSource(str(folder), folder, str(folder)))
         return adapted.eval(), tokenizer
     if run.model.is_dir():
         from ft_core.plugins import MethodSpec, registry

@@ -261,9 +261,9 @@ class _Session:
         cut = f"the first {len(rows)} of {total} held-out rows (ft eval measures all)"
         job.say(f"measuring {what} training on {cut if len(rows) < total else counted(total, 'held-out row')}")
         with as_loaded(model):
-            measured: Evaluation = resolve(self.spec.evaluate)(
-                EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES, kept=job.kept)
-            )
+            asked = EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)
+            asked.kept, asked.say = job.kept, job.say
+            measured: Evaluation = resolve(self.spec.evaluate)(asked)
         # Eight answers are for reading; a share of eight would not be a measurement.
         measured.metrics.pop("exact_match", None)
         return measured

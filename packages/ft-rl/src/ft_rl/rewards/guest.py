@@ -5,7 +5,6 @@ What PEFT, the optimizer, checkpoints and saving see of the policy is what they 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from ft_core.data.collating import keeps_documents_apart
 from ft_core.errors import ModelError, RunError
-from ft_core.fast.find import unwrapped
+from ft_core.fast.find import NotFast, unwrapped
 from ft_core.fast.scores import Backbone
-from ft_rl.rewards.stored import HEAD, WEIGHTS, StoredAdapter
+from ft_rl.rewards.stored import HEAD, PART, WEIGHTS, StoredAdapter, why_no_score
 from ft_rl.scoring import last_tokens
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ __all__ = ["Guest", "NotShared", "Policy"]
 
 NAME = "reward"
 """The adapter's name while it is there."""
-PART = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 class NotShared(Exception):
@@ -70,7 +68,7 @@ class Guest:
         padding_free: whether padding is left out.
 
     Raises:
-        NotShared: the policy's layers are not those that the adapter is for, or of a family that is not known.
+        NotShared: the policy's layers are not those that the adapter is for, or such as ft's cannot compute.
         ModelError: the adapter's file cannot be read.
     """
 
@@ -79,16 +77,20 @@ class Guest:
 
         if is_fsdp_enabled():
             raise NotShared("the policy's base is sharded")
-        backbone = Backbone.of(policy.model)
-        if backbone is None or not _ends_in_a_score(backbone.model.config):
-            raise NotShared(f"ft's layers do not know the family {policy.model.config.model_type}")
+        try:
+            backbone = Backbone.need(policy.model)
+        except NotFast as error:
+            raise NotShared(f"ft's layers cannot compute the policy: {error}") from None
+        # Of the model itself: what its configuration said beforehand, and `ft plan` with it.
+        layers = _adapted(backbone.model)
+        sizes = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
+        hidden = backbone.model.config.get_text_config().hidden_size
+        if (reason := why_no_score(backbone.model.config) or stored.why_unfit(hidden, sizes)) is not None:
+            raise NotShared(reason)
         self.backbone = backbone
         tensors = _read(stored)
-        head = tensors.pop(HEAD, None)
-        if head is None or head.shape != (1, backbone.model.config.get_text_config().hidden_size):
-            raise NotShared("its adapter has no head of one score that fits")
-        self.head = head.to(backbone.model.device)
-        self.places = _places(backbone.model, tensors, stored.settings)
+        self.head = tensors.pop(HEAD).to(backbone.model.device)
+        self.places = _places(layers, tensors, stored.settings)
         self.padding_free = keeps_documents_apart(backbone.model)
 
     @contextmanager
@@ -137,14 +139,6 @@ class Guest:
         return scores
 
 
-def _ends_in_a_score(config: Any) -> bool:
-    """Whether transformers' classifier of this family is its backbone with one linear layer behind it."""
-    from transformers.modeling_layers import GenericForSequenceClassification
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KNOWN
-
-    return type(config) in KNOWN and KNOWN[type(config)].forward is GenericForSequenceClassification.forward
-
-
 def _read(stored: StoredAdapter) -> dict[str, Tensor]:
     """The tensors by PEFT's names, float32, as PEFT has adapters that it loads."""
     from safetensors import SafetensorError
@@ -156,29 +150,23 @@ def _read(stored: StoredAdapter) -> dict[str, Tensor]:
         raise ModelError(f"the adapter {stored.folder} cannot be loaded: {error}") from error
 
 
-def _places(model: Any, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[_Place]:
+def _adapted(model: Any) -> dict[str, Any]:
+    """PEFT's layers with an adapter, by their names in the model itself."""
     from peft.tuners.lora import LoraLayer
 
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        part = PART.fullmatch(name)
-        if part is None:
-            raise NotShared(f"its adapter has a part {name}")
-        found.setdefault(part[1], {})[part[2]] = tensor
-    modules = dict(unwrapped(model).named_modules())
+    modules = unwrapped(model).named_modules()
+    return {path: layer for path, layer in modules if isinstance(layer, LoraLayer) and len(layer.lora_A)}
+
+
+def _places(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[_Place]:
+    rank = settings["r"]
+    scaling = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
     places = []
-    for path, parts in found.items():
-        layer = modules.get(path)
-        if not isinstance(layer, LoraLayer) or not len(layer.lora_A):
-            raise NotShared(f"the policy has no adapter on {path}")
-        a, b = parts.get("A"), parts.get("B")
-        shapes = None if a is None or b is None else (tuple(a.shape), tuple(b.shape))
-        rank = settings["r"]
-        if a is None or b is None or shapes != ((rank, layer.in_features), (layer.out_features, rank)):
-            raise NotShared(f"its adapter does not fit {path}")
-        scaling = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+    for path in dict.fromkeys(part[1] for part in map(PART.fullmatch, tensors) if part is not None):
+        layer = layers[path]
         device = layer.get_base_layer().weight.device
-        places.append(_Place(layer, _frozen(a.to(device)), _frozen(b.to(device)), scaling))
+        a, b = (tensors[f"base_model.model.{path}.lora_{which}.weight"].to(device) for which in "AB")
+        places.append(_Place(layer, _frozen(a), _frozen(b), scaling))
     return places
 
 

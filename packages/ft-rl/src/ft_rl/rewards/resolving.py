@@ -97,6 +97,7 @@ def resolve_rewards(
     *,
     say: Callable[[str], None] = print,
     policy: Policy | None = None,
+    modules: dict[Path, ModuleType] | None = None,
 ) -> Rewards:
     """The rewards that a configuration names.
 
@@ -106,6 +107,7 @@ def resolve_rewards(
         entries: ``config.rewards``, or what stands there in a file: names, or values with a ``name``.
         say: prints one line when a reward fails on a sample.
         policy: the model whose completions are scored, for rewards that can use it.
+        modules: files of the user's that have been run, by path; added to.
 
     Raises:
         ConfigError: there is none; a setting is wrong; a file or a function isn't there or cannot be used; a package
@@ -118,7 +120,7 @@ def resolve_rewards(
             "or file.py:function of yours"
         )
     found: list[Reward] = []
-    modules: dict[Path, ModuleType] = {}
+    modules = {} if modules is None else modules
     for number, given in enumerate(entries):
         where = f"rewards.{number}"
         entry = _entry(given, where)

@@ -24,9 +24,9 @@ class RewardModelSettings(BaseModel):
     """Settings of ``reward-model``.
 
     Attributes:
-        model: a run of ``method: reward``; or a transformers model that ends in one score per sequence
-            (``AutoModelForSequenceClassification`` with ``num_labels`` 1), a folder or a Hub name; or the folder of a
-            PEFT adapter on such a one. An adapter whose base is the policy's is put on that base.
+        model: a run of ``method: reward``, or a checkpoint of its adapter; or a transformers model that ends in one
+            score per sequence (``AutoModelForSequenceClassification`` with ``num_labels`` 1), a folder or a Hub name;
+            or the folder of a PEFT adapter on such a one. An adapter whose base is the policy's is put on that base.
         max_length: the longest sequence in tokens that is scored; unset, as many as the model has positions. A longer
             one is a fault of its sample.
         batch_tokens: how many tokens are scored at a time, padding counted.
@@ -185,17 +185,17 @@ def _load(reference: str) -> tuple[Any, Any]:
     from ft_core.models.loading import load_run
     from ft_core.plugins import MethodSpec, registry
     from ft_core.runs import Run
-    from ft_rl.rewards.stored import stored_adapter
+    from ft_rl.rewards.stored import run_of, stored_adapter
 
-    run = Run(reference)
-    if run.path.is_dir() and run.is_run:
-        run = Run.open(reference)
+    stored, run = stored_adapter(reference), run_of(reference)
+    if run is not None:
+        run = Run.open(run.path)
         if registry().get(MethodSpec, run.config.method).head != "score":
             raise RunError(f"{reference} was trained with {run.config.method}: it gives no scores")
-        return load_run(run, say=lambda line: None)
-    stored = stored_adapter(reference)
+        checkpoint = None if stored is None or stored.folder == run.adapter else stored.folder
+        return load_run(run, say=lambda line: None, adapter=checkpoint)
     if stored is not None:
-        return _load(str(stored.folder.parent)) if stored.trained is not None else _adapted(stored)
+        return _adapted(stored)
 
     import torch
     from transformers import AutoModelForSequenceClassification

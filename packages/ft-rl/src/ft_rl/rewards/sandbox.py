@@ -97,7 +97,7 @@ def run_python(
             then), or the standard library only.
 
     Raises:
-        NoIsolation: the machine doesn't allow one of the namespaces.
+        NoIsolation: the machine doesn't allow one of the namespaces, or a file of Python's is not there; names it.
     """
     limits = limits or Limits()
     if not sys.platform.startswith("linux"):
@@ -137,6 +137,8 @@ def run_python(
                 process.stdout.close()
     output, told, result = read.values()
     said: dict[str, Any] = json.loads(told.splitlines()[0]) if told.strip() else {}
+    if said.get("missing"):  # nothing that the kernel forbids
+        raise NoIsolation(f"code cannot be run in its sandbox: {said['refused']}")
     if "refused" in said:
         raise NoIsolation(
             f"this machine doesn't allow the isolation that code is run in ({said['refused']}): it takes user "

@@ -13,8 +13,9 @@ It reads a JSON object from standard input, goes into namespaces of its own, and
 Calls of the system that Python does well without are refused (seccomp): those that make memory which no limit counts,
 or that have let code out of such a place before.
 
-What goes wrong before the code runs is written to the descriptor ``status`` as ``{"refused": "…"}``, how the code ended
-as ``{"exit": n}`` or ``{"signal": n}``. Only the standard library is used: nothing else is there to be imported.
+What goes wrong before the code runs is written to the descriptor ``status`` as ``{"refused": "…", "missing": …}`` (whether
+a file is not there), how the code ended as ``{"exit": n}`` or ``{"signal": n}``. Only the standard library is used: nothing
+else is there to be imported.
 """
 
 import contextlib
@@ -80,16 +81,18 @@ WORK = "/ft-work"
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def called(name: str, *arguments: object) -> None:
-    """A function of the C library's that says 0 for success."""
+def called(name: str, *arguments: object, paths: tuple[str, ...] = ()) -> None:
+    """A function of the C library's that says 0 for success; ``paths``, one or two, are what an error is about."""
     if getattr(libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
+        first, second = (*paths, None, None)[:2]
+        raise OSError(number, f"{name}: {os.strerror(number)}", first, None, second)
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
     words = [word.encode() if word is not None else None for word in (source, target, kind, options)]
-    called("mount", words[0], words[1], words[2], ctypes.c_ulong(flags), words[3])
+    paths = (source, target) if source.startswith("/") else (target,)
+    called("mount", words[0], words[1], words[2], ctypes.c_ulong(flags), words[3], paths=paths)
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -264,9 +267,16 @@ def run_code(job: dict[str, Any], limited: bool) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What was wrong, in words."""
-    said = error.strerror if isinstance(error, OSError) else None
-    return said or str(error) or type(error).__name__
+    """What was wrong, in words, and with which file."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error) or type(error).__name__
+    files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return f"{error.strerror}: {' -> '.join(files)}" if files else error.strerror
+
+
+def refusal(error: BaseException) -> dict[str, Any]:
+    """What is told of an error before the code runs; whether it is a file that is not there, and no right."""
+    return {"refused": reason(error), "missing": isinstance(error, FileNotFoundError)}
 
 
 def tell(status: int, what: dict[str, Any]) -> None:
@@ -295,7 +305,7 @@ def main() -> None:
             try:
                 run_code(job, limited)
             except BaseException as error:
-                tell(status, {"refused": reason(error)})
+                tell(status, refusal(error))
             os._exit(1)
         # The first process of a namespace takes all orphans; when it ends, the kernel kills whoever is left.
         while True:
@@ -305,7 +315,7 @@ def main() -> None:
         tell(status, {"signal": os.WTERMSIG(how)} if os.WIFSIGNALED(how) else {"exit": os.WEXITSTATUS(how)})
         os._exit(0)
     except BaseException as error:
-        tell(status, {"refused": reason(error)})
+        tell(status, refusal(error))
         os._exit(1)
 
 
