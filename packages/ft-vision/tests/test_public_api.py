@@ -6,9 +6,11 @@ import importlib
 
 EXPECTED = {
     "ft_vision": ["ImageError", "__version__", "read_image"],
+    "ft_vision.families": [],
+    "ft_vision.families.qwen": ["describe_qwen2_5_vl", "describe_qwen3_vl"],
     "ft_vision.images": ["FORMATS", "ImageError", "MAX_BYTES", "MAX_PIXELS", "read_image"],
     "ft_vision.pixels": ["to_8_bit", "upright"],
-    "ft_vision.plugin": ["VISION"],
+    "ft_vision.plugin": ["QWEN2_5_VL", "QWEN3_VL", "VISION"],
 }
 
 

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from ft_kernels import AttentionPlan, plan_attention
 
-__all__ = ["Batch", "batch_of"]
+__all__ = ["BATCH", "Batch", "batch_of"]
+
+BATCH = "ft_batch"
+"""The keyword by which the backbone hands the batch's documents to its layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,9 @@ def batch_of(
 
     Args:
         attention_mask: ``[B, S]``, nonzero where a token is no padding, or None; anything else is not understood.
-        position_ids: as the caller gave them; None means that each row counts from 0.
+        position_ids: as the caller gave them; None means that each row counts from 0. Those of time, height and width,
+            ``[3, B, S]``, say nothing of documents, so that each row is one; before them there may be those of the
+            text, ``[4, B, S]``, which are then as ``[B, S]`` are.
         lengths: of the documents in the batch's one row, or None; a list for each group of documents that share how
             they begin (:func:`ft_kernels.plan_attention`). They spare a look at the positions, which waits for the GPU.
         keywords: further keywords of the forward pass; transformers' ``cu_seq_lens_q`` and ``max_length_q`` do as well.
@@ -88,6 +93,9 @@ def batch_of(
             return None
         if len(padded) == shape[0]:
             padded = None  # no padding at all
+    if position_ids is not None and position_ids.dim() == 3:
+        # Time, height and width; text positions, which say where documents begin, come before them where there are any.
+        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     if position_ids is None:
         return Batch(None if padded is None else plan_attention(lengths=padded))
     if position_ids.dim() != 2 or position_ids.shape[-1] != shape[1]:

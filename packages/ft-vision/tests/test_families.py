@@ -1,0 +1,167 @@
+"""The language side of every family computes by the fast layers what transformers' own compute, with images in it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ft_kernels
+from ft_core import fast
+from ft_core.data.collating import LENGTHS
+from ft_core.fast.find import unwrapped
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_models import FAMILIES, START, VOCABULARY, make
+
+SHARE = 5e-5
+"""fp32, a few hundred sums in each of some ten layers, rounded at 6e-8: of each, and of their gradients."""
+
+
+def step(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the gradient of every parameter that has one.
+
+    transformers' own layers have no use for the lengths, and keep documents apart only where no cache is made.
+    """
+    path = fast.fast_path_of(model)
+    if path is None or not path.on:
+        given = {name: value for name, value in batch.items() if name != LENGTHS} | {"use_cache": False}
+    else:
+        given = dict(batch)
+    model.zero_grad()
+    loss = model(**given).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one: Any, two: Any, share: float = SHARE) -> None:
+    assert abs(one[0] - two[0]) <= share * abs(two[0])
+    assert one[1].keys() == two[1].keys()
+    largest = max(g.norm() for g in two[1].values())
+    for name, gradient in two[1].items():
+        # Some gradients are nothing but rounding: that of k's bias moves no score.
+        assert (one[1][name] - gradient).norm() <= share * max(gradient.norm(), 1e-3 * largest), name
+
+
+@contextmanager
+def attentions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The plans that packed attention is called with: the proof that the fast layers compute."""
+    plans: list[Any] = []
+    own = ft_kernels.packed_attention
+
+    def spy(*args: Any, **keywords: Any) -> Tensor:
+        plans.append(keywords.get("plan"))
+        return own(*args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ft_kernels, "packed_attention", spy)
+        yield plans
+
+
+def batches(family: str, model: Any) -> dict[str, dict[str, Any]]:
+    """Images alone and beside text, padded, and packed into a row."""
+    made, plain = FAMILIES[family], unwrapped(model)
+    documents = [made.document(plain, 1, 2), made.document(plain, 2, 0), made.document(plain, 3, 1, 7)]
+    return {
+        "one": documents[0],
+        "text": documents[1],
+        "padded": made.padded([documents[0], documents[2]]),
+        "packed": made.packed(plain, [documents[0], documents[2]]),
+        "mixed": made.packed(plain, documents),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trained", ["lora", "all", "projector"])
+def test_losses_and_gradients_are_those_of_transformers_layers(family, trained, monkeypatch):
+    model = make(family, trained)
+    forms = batches(family, model)
+    if trained == "projector":
+        del forms["text"]  # nothing of it is trained
+    plain = {form: step(model, batch) for form, batch in forms.items()}
+    fast.enable(model)
+    for form, batch in forms.items():
+        with attentions(monkeypatch) as plans:
+            found = step(model, batch)
+        assert len(plans) == 3, form  # one for each layer
+        if LENGTHS in batch:
+            assert all(list(plan.lengths) == batch[LENGTHS] for plan in plans)
+        assert_same(found, plain[form])
+    towers = [name for name in plain["one"][1] if FAMILIES[family].tower in name]
+    projectors = [name for name in plain["one"][1] if FAMILIES[family].projector in name]
+    assert bool(towers) == (trained != "projector")
+    assert projectors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_document_in_a_row_is_as_it_is_alone(family):
+    model = make(family, "lora")
+    made, plain = FAMILIES[family], unwrapped(model)
+    documents = [made.document(plain, 1, 1), made.document(plain, 2, 2, 12), made.document(plain, 3, 0)]
+    fast.enable(model)
+    counts = [int((each["labels"][:, 1:] != -100).sum()) for each in documents]
+    alone = [step(model, each) for each in documents]
+    loss = sum(n * each[0] for n, each in zip(counts, alone, strict=True)) / sum(counts)
+    # Every document alone: a text's alone has no gradient for the tower.
+    gradients = {
+        name: sum(n * each[1][name] for n, each in zip(counts, alone, strict=True) if name in each[1]) / sum(counts)
+        for name in alone[0][1]
+    }
+    row = made.packed(plain, documents)
+    assert_same(step(model, row), (loss, gradients))
+    # The text positions say as well where documents begin, without any lengths.
+    del row[LENGTHS]
+    assert_same(step(model, row), (loss, gradients))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_other_document_changes_nothing(family):
+    """Bit for bit: what the second document is does not reach the first one's states."""
+    model = make(family, "projector").eval()
+    fast.enable(model)
+    made = FAMILIES[family]
+    first, second = made.document(model, 1, 1), made.document(model, 2, 1)
+    row = made.packed(model, [second, first])
+    other = {**row, "input_ids": row["input_ids"].clone()}
+    length = second["input_ids"].shape[1]
+    other["input_ids"][:, 0] = START
+    for each in (row, other):
+        del each["labels"]
+    with torch.no_grad():
+        one, two = (model(**each, use_cache=False).logits for each in (row, other))
+    assert torch.equal(one[:, length:], two[:, length:])
+    assert not torch.equal(one[:, :length], two[:, :length])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_transformers_own(family):
+    model = make(family, "projector").eval()
+    document = FAMILIES[family].document(model, 1, 1)
+    del document["labels"]
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCABULARY}
+    plain = model.generate(**document, **settings)
+    fast.enable(model)
+    assert torch.equal(model.generate(**document, **settings), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_switched_off_and_taken_out(family, monkeypatch):
+    model = make(family, "lora")
+    given = batches(family, model)["packed"]
+    plain = step(model, given)
+    path = fast.enable(model)
+    path.on = False
+    with attentions(monkeypatch) as plans:
+        assert_same(step(model, given), plain, 0.0)
+    path.on = True
+    path.undo()
+    assert not plans
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+    copy.deepcopy(model)
