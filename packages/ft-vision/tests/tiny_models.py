@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -37,22 +38,21 @@ class Family:
     """How a family's models and batches are made.
 
     Attributes:
-        make: a model with random weights. see: the pixels of images as its processor makes them, and how many tokens
-            stand for each.
-        join: the names of what the processor makes and the dimension along which more images are more.
+        make: a model with random weights.
+        see: the pixels of images, and what goes with them, as its processor makes them for one row.
         types: the keyword that says which tokens are an image's, or None.
-        tower: a name in the paths of the tower's parameters. projector: of what follows it.
+        tower, projector: what the paths of their parameters have in them.
         three: whether positions are of time, height and width.
+        rows: whether images lie in a row of their own for each row of tokens, ``[B, images, ...]``.
     """
 
     make: Callable[[], Any]
-    see: Callable[[Sequence[Image.Image]], tuple[dict[str, Tensor], list[int]]]
-    join: dict[str, int]
+    see: Callable[[list[Image.Image]], dict[str, Tensor]]
     types: str | None = None
     tower: str = "vision_tower"
     projector: str = "multi_modal_projector"
     three: bool = False
-    more: dict[str, Any] = field(default_factory=dict)
+    rows: bool = False
 
     def document(self, model: Any, seed: int, images: int, length: int = 9) -> Document:
         """One row: text, each image between a start and an end, text; labels on the second half of the text."""
@@ -60,9 +60,9 @@ class Family:
         words = torch.randint(1, 80, (length,), generator=generator).tolist()
         sizes = ((32, 32), (48, 32))
         pictures = [picture(seed * 10 + i, *sizes[i % 2]) for i in range(images)]
-        seen, counts = self.see(pictures) if pictures else ({}, [])
+        seen = self.see(pictures) if pictures else {}
         ids, where = words[:2], [0, 0]
-        for count in counts:
+        for count in self._counts(model, seen, images):
             ids += [START, *[IMAGE] * count, END]
             where += [0, *[1] * count, 0]
         where += [0] * (length - 2)
@@ -72,6 +72,14 @@ class Family:
         if self.types is not None:
             made[self.types] = torch.tensor([where])
         return made
+
+    def _counts(self, model: Any, seen: dict[str, Tensor], images: int) -> list[int]:
+        """How many tokens stand for each image."""
+        if not images:
+            return []
+        with torch.no_grad():
+            features = [len(each) for each in model.get_image_features(**seen).pooler_output]
+        return features if len(features) == images else [sum(features) // images] * images
 
     def positions(self, model: Any, document: Document) -> Tensor:
         """``[1, S]``, or with those of time, height and width after them ``[4, 1, S]``."""
@@ -86,74 +94,142 @@ class Family:
     def packed(self, model: Any, documents: Sequence[Document]) -> dict[str, Any]:
         """One row of documents."""
         batch: dict[str, Any] = {}
-        for name in dict.fromkeys(name for each in documents for name in each):
-            parts = [each[name] for each in documents if name in each]
-            batch[name] = torch.cat(parts, self.join.get(name, -1))
+        for name in _names(documents):
+            along = -1 if name in ("input_ids", "labels", self.types) else int(self.rows)
+            batch[name] = _joined([each[name] for each in documents if name in each], along)
         batch["position_ids"] = torch.cat([self.positions(model, each) for each in documents], -1)
         batch[LENGTHS] = [each["input_ids"].shape[1] for each in documents]
         return batch
 
     def padded(self, documents: Sequence[Document]) -> dict[str, Any]:
         """A row for each document, padded on the right."""
-        longest = max(each["input_ids"].shape[1] for each in documents)
         batch: dict[str, Any] = {}
-        for name in dict.fromkeys(name for each in documents for name in each):
-            parts = [each[name] for each in documents if name in each]
-            if name not in self.join:
-                fill = -100 if name == "labels" else 0
-                parts = [torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=fill) for x in parts]
-            batch[name] = torch.cat(parts, 0)
+        for name in _names(documents):
+            fill = -100 if name == "labels" else 0
+            batch[name] = _joined([each[name] for each in documents if name in each], 0, fill)
         lengths = torch.tensor([each["input_ids"].shape[1] for each in documents])
-        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         return batch
 
 
-def _qwen_images(images: Sequence[Image.Image], patch: int) -> tuple[dict[str, Tensor], list[int]]:
-    from transformers import Qwen2VLImageProcessorPil
-
-    # Each has its own size here: of 2 x 2 and 2 x 3 tokens.
-    processor = Qwen2VLImageProcessorPil(patch_size=patch, size={"shortest_edge": 256, "longest_edge": 4096})
-    made = processor(images=list(images), return_tensors="pt")
-    return dict(made), [int(grid.prod()) // 4 for grid in made["image_grid_thw"]]
+def _names(documents: Sequence[Document]) -> list[str]:
+    return list(dict.fromkeys(name for each in documents for name in each))
 
 
-def _qwen3() -> Any:
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    vision = {
-        "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 8, "out_hidden_size": 32,
-        "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
-    }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    text = {**TEXT, "head_dim": 8, "rope_parameters": rope}
-    ids = {"image_token_id": IMAGE, "vision_start_token_id": START, "vision_end_token_id": END, "video_token_id": 93}
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+def _joined(parts: Sequence[Tensor], along: int, fill: int = 0) -> Tensor:
+    """One after the other along a dimension, filled up in the others."""
+    along %= parts[0].dim()
+    sizes = [max(part.shape[i] for part in parts) for i in range(parts[0].dim())]
+    filled = []
+    for part in parts:
+        more = [(0, 0 if i == along else sizes[i] - part.shape[i]) for i in range(part.dim())]
+        filled.append(torch.nn.functional.pad(part, [n for pair in reversed(more) for n in pair], value=fill))
+    return torch.cat(filled, along)
 
 
-def _qwen2_5() -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def _by(processor: str, rows: bool = False, **settings: Any) -> Callable[[list[Image.Image]], dict[str, Tensor]]:
+    """What one of transformers' image processors makes with Pillow alone."""
 
-    vision = {
-        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 8, "out_hidden_size": 32,
-        "window_size": 32, "fullatt_block_indexes": [1],
-    }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    text = {**TEXT, "rope_parameters": rope}
-    ids = {"image_token_id": IMAGE, "vision_start_token_id": START, "vision_end_token_id": END, "video_token_id": 93}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    def see(images: list[Image.Image]) -> dict[str, Tensor]:
+        made = getattr(transformers, processor)(**settings)(images=[images] if rows else images, return_tensors="pt")
+        return {name: torch.as_tensor(value) for name, value in made.items()}
+
+    return see
 
 
-_QWEN: dict[str, Any] = {
-    "see": lambda images: _qwen_images(images, 8),
-    "join": {"pixel_values": 0, "image_grid_thw": 0},
+def _qwen(kind: str, vision: dict[str, Any], text: dict[str, Any], rope: dict[str, Any]) -> Callable[[], Any]:
+    def build() -> Any:
+        seen = {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 8, "out_hidden_size": 32}
+        angles = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], **rope}
+        config = getattr(transformers, f"{kind}Config")(
+            text_config={**TEXT, **text, "rope_parameters": angles},
+            vision_config={**seen, **vision},
+            image_token_id=IMAGE,
+            video_token_id=93,
+            vision_start_token_id=START,
+            vision_end_token_id=END,
+        )
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+    return build
+
+
+def _guest(kind: str, text: dict[str, Any], vision: dict[str, Any], **settings: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        seen = {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        }
+        config = getattr(transformers, f"{kind}Config")(
+            text_config={**TEXT, **text}, vision_config={**seen, **vision}, image_token_id=IMAGE, **settings
+        )
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+    return build
+
+
+LLAMA, MISTRAL = {"model_type": "llama"}, {"model_type": "mistral", "head_dim": 8, "sliding_window": 9}
+CLIP, PIXTRAL = {"model_type": "clip_vision_model"}, {"model_type": "pixtral", "image_size": 64, "head_dim": 8}
+GRID = [[32, 64], [64, 32]]
+SMALL: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+ROW: dict[str, Any] = {
+    "rows": True,
+    "do_image_splitting": False,
+    "size": {"longest_edge": 32},
+    "max_image_size": {"longest_edge": 32},
+}
+QWEN: dict[str, Any] = {
+    # Images keep their sizes: they are 2 x 2 and 2 x 3 tokens.
+    "see": _by("Qwen2VLImageProcessorPil", patch_size=8, size={"shortest_edge": 256, "longest_edge": 4096}),
     "types": "mm_token_type_ids",
     "tower": "visual.blocks",
     "projector": "visual.merger",
     "three": True,
 }
 FAMILIES: dict[str, Family] = {
-    "qwen3_vl": Family(make=_qwen3, **_QWEN),
-    "qwen2_5_vl": Family(make=_qwen2_5, **_QWEN),
+    "qwen3_vl": Family(
+        make=_qwen(
+            "Qwen3VL",
+            {"depth": 3, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+            {"head_dim": 8},
+            {"mrope_interleaved": True},
+        ),
+        **QWEN,
+    ),
+    "qwen2_5_vl": Family(
+        make=_qwen("Qwen2_5_VL", {"depth": 2, "window_size": 32, "fullatt_block_indexes": [1]}, {}, {}), **QWEN
+    ),
+    "llava": Family(make=_guest("Llava", LLAMA, CLIP), see=_by("LlavaImageProcessorPil", **SMALL)),
+    "pixtral": Family(
+        make=_guest("Llava", MISTRAL, PIXTRAL, vision_feature_layer=-1, vision_feature_select_strategy="full"),
+        see=_by("PixtralImageProcessorPil", size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}),
+    ),
+    "llava_next": Family(
+        make=_guest("LlavaNext", LLAMA, CLIP, image_grid_pinpoints=GRID),
+        see=_by("LlavaNextImageProcessorPil", **SMALL, image_grid_pinpoints=GRID),
+    ),
+    "smolvlm": Family(
+        make=_guest("SmolVLM", LLAMA, {}, scale_factor=2),
+        see=_by("SmolVLMImageProcessorPil", **ROW),
+        tower="vision_model",
+        projector="connector",
+        rows=True,
+    ),
+    "idefics3": Family(
+        make=_guest("Idefics3", LLAMA, {}, scale_factor=2),
+        see=_by("Idefics3ImageProcessorPil", **ROW),
+        tower="vision_model",
+        projector="connector",
+        rows=True,
+    ),
+    "mistral3": Family(
+        make=_guest("Mistral3", MISTRAL, PIXTRAL, spatial_merge_size=2),
+        see=_by("PixtralImageProcessorPil", size={"longest_edge": 64}, patch_size={"height": 16, "width": 16}),
+    ),
 }
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from ft_core.plugins.specs import ArchitectureSpec, ModalitySpec
 
-__all__ = ["QWEN2_5_VL", "QWEN3_VL", "VISION"]
+__all__ = [
+    "IDEFICS3",
+    "LLAVA",
+    "LLAVA_NEXT",
+    "MISTRAL3",
+    "QWEN2_5_VL",
+    "QWEN3_VL",
+    "SMOLVLM",
+    "VISION",
+]
 
 VISION = ModalitySpec(
     name="vision",
@@ -14,10 +23,14 @@ VISION = ModalitySpec(
 )
 
 
-def _family(name: str, summary: str, module: str) -> ArchitectureSpec:
-    describe = f"ft_vision.families.{module}:describe_{name}"
-    return ArchitectureSpec(name=name, summary=summary, model_types=(name,), describe=describe)
+def _family(name: str, summary: str, describe: str) -> ArchitectureSpec:
+    return ArchitectureSpec(name=name, summary=summary, model_types=(name,), describe=f"ft_vision.families.{describe}")
 
 
-QWEN3_VL = _family("qwen3_vl", "Qwen 3-VL, dense: images, and video by time, height and width", "qwen")
-QWEN2_5_VL = _family("qwen2_5_vl", "Qwen 2.5-VL: images, and video by time, height and width", "qwen")
+QWEN3_VL = _family("qwen3_vl", "Qwen 3-VL, dense: positions of time, height and width", "qwen:describe_qwen3_vl")
+QWEN2_5_VL = _family("qwen2_5_vl", "Qwen 2.5-VL: positions of time, height and width", "qwen:describe_qwen2_5_vl")
+LLAVA = _family("llava", "LLaVA and Pixtral, over any text model that is known", "guests:describe_language_model")
+LLAVA_NEXT = _family("llava_next", "LLaVA-NeXT, over any text model that is known", "guests:describe_language_model")
+MISTRAL3 = _family("mistral3", "Mistral Small 3.1 and its relatives that see", "guests:describe_language_model")
+SMOLVLM = _family("smolvlm", "SmolVLM, over any text model that is known", "guests:describe_text_model")
+IDEFICS3 = _family("idefics3", "Idefics 3, over any text model that is known", "guests:describe_text_model")
