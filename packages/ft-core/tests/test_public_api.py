@@ -152,7 +152,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.fast.swap": ["FastPath", "disable", "enable", "fast_path_of"],
     "ft_core.fast.tighten": ["tighten"],
     "ft_core.fast.verify": ["Float64", "Ledger", "Line", "verify"],
-    "ft_core.fast.whole": ["BodyForward", "ModelForward", "caches"],
+    "ft_core.fast.whole": ["BodyForward", "ModelForward", "takes"],
     "ft_core.fast.wide": ["Wide"],
     "ft_core.generation": [
         "encode_prompt",

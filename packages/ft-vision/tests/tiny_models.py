@@ -44,6 +44,7 @@ class Family:
         tower, projector: what the paths of their parameters have in them.
         three: whether positions are of time, height and width.
         rows: whether images lie in a row of their own for each row of tokens, ``[B, images, ...]``.
+        packs_wrongly: whether transformers by itself computes a row of documents other than each alone.
     """
 
     make: Callable[[], Any]
@@ -53,6 +54,7 @@ class Family:
     projector: str = "multi_modal_projector"
     three: bool = False
     rows: bool = False
+    packs_wrongly: bool = False
 
     def document(self, model: Any, seed: int, images: int, length: int = 9) -> Document:
         """One row: text, each image between a start and an end, text; labels on the second half of the text."""
@@ -132,7 +134,7 @@ def _by(processor: str, rows: bool = False, **settings: Any) -> Callable[[list[I
 
     def see(images: list[Image.Image]) -> dict[str, Tensor]:
         made = getattr(transformers, processor)(**settings)(images=[images] if rows else images, return_tensors="pt")
-        return {name: torch.as_tensor(value) for name, value in made.items()}
+        return {name: torch.as_tensor(value) for name, value in made.items() if name != "num_crops"}
 
     return see
 
@@ -170,6 +172,24 @@ def _guest(kind: str, text: dict[str, Any], vision: dict[str, Any], **settings: 
         return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
     return build
+
+
+def _gemma() -> Any:
+    seen = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = {**TEXT, "head_dim": 8, "sliding_window": 3, "layer_types": layers, "query_pre_attn_scalar": 10}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=seen, image_token_id=IMAGE, mm_tokens_per_image=4, boi_token_id=START,
+        eoi_token_id=END,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config)
 
 
 LLAMA, MISTRAL = {"model_type": "llama"}, {"model_type": "mistral", "head_dim": 8, "sliding_window": 9}
@@ -229,6 +249,12 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family(
         make=_guest("Mistral3", MISTRAL, PIXTRAL, spatial_merge_size=2),
         see=_by("PixtralImageProcessorPil", size={"longest_edge": 64}, patch_size={"height": 16, "width": 16}),
+    ),
+    "gemma3": Family(
+        make=_gemma,
+        see=_by("Gemma3ImageProcessorPil", size={"height": 32, "width": 32}),
+        types="token_type_ids",
+        packs_wrongly=True,
     ),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ft_core.plugins.specs import ArchitectureSpec, ModalitySpec
 
 __all__ = [
+    "GEMMA3",
     "IDEFICS3",
     "LLAVA",
     "LLAVA_NEXT",
@@ -34,3 +35,4 @@ LLAVA_NEXT = _family("llava_next", "LLaVA-NeXT, over any text model that is know
 MISTRAL3 = _family("mistral3", "Mistral Small 3.1 and its relatives that see", "guests:describe_language_model")
 SMOLVLM = _family("smolvlm", "SmolVLM, over any text model that is known", "guests:describe_text_model")
 IDEFICS3 = _family("idefics3", "Idefics 3, over any text model that is known", "guests:describe_text_model")
+GEMMA3 = _family("gemma3", "Gemma 3 with images, whose tokens see each other both ways", "gemma:describe_gemma3")

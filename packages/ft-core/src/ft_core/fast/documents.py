@@ -32,6 +32,11 @@ class Batch:
 
     plan: AttentionPlan | None
 
+    @property
+    def images(self) -> bool:
+        """Whether there are runs of tokens that see what follows them in it."""
+        return self.plan is not None and self.plan.together is not None
+
     def counted(self, tokens: int) -> int:
         """As a batch of how many tokens this one, of so many, counts in what computing a layer takes.
 
@@ -41,6 +46,19 @@ class Batch:
         shared = self.plan is not None and self.plan.branches is not None
         return max(tokens, -(-self.plan.copied_total // 3)) if shared and self.plan is not None else tokens
 
+    def seeing(self, shape: tuple[int, int], together: Tensor) -> Batch | None:
+        """This batch ``[B, S]``, in which tokens of a run see what follows them in it; None if that is not to be had.
+
+        Args:
+            together: bool ``[B, S]``, true at tokens of such runs. Waits for the GPU once.
+        """
+        if not bool(together.any()):
+            return self
+        if self.plan is not None and self.plan.branches is not None:
+            return None  # documents that share how they begin are copied; what runs in them is not known
+        lengths = [shape[1]] * shape[0] if self.plan is None else self.plan.host_lengths()
+        return Batch(plan_attention(lengths=lengths, together=together))
+
     def pairs(self, x: Tensor, window: int | None) -> Tensor:
         """The mask of pairs of tokens ``[B, 1, S, S]``, true where one sees the other, for a layer of x ``[B, S, H]``.
 
@@ -49,6 +67,11 @@ class Batch:
         if self.plan is not None and self.plan.branches is not None:
             return self.plan.pairs(window, x.device)[None, None]
         rows, length = x.shape[:2]
+        if self.plan is not None and self.images:
+            number = torch.arange(rows * length, device=x.device).view(rows, 1, 1, length)
+            first, last = self.plan.intervals(True, window, rows * length, x.device)[:2].view(2, rows, 1, length, 1)
+            within: Tensor = (number >= first) & (number <= last)
+            return within
         here = torch.arange(length, device=x.device)
         distance = here[:, None] - here
         seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)

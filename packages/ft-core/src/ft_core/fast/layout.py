@@ -102,6 +102,8 @@ class Layout:
         backbone: the path of the stack of layers.
         body: the path of what calls the stack of layers, where images or sounds are merged with the text before; None
             where the head follows the stack itself.
+        together: a keyword of the body's, int ``[B, S]``: neighbours of which it is 1 see what follows among them, too,
+            as an image's tokens do in Gemma 3. None where all tokens see only what is before them.
         layers, norm, rotary: attributes of the stack: the list of layers, the last norm, the module of the angles.
         head: the path of the language-model head.
         heads, kv_heads, head_dim: sizes of the attention.
@@ -120,6 +122,7 @@ class Layout:
     head_dim: int
     backbone: str = "model"
     body: str | None = None
+    together: str | None = None
     layers: str = "layers"
     norm: str = "norm"
     rotary: str = "rotary_emb"

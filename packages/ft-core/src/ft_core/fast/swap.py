@@ -28,7 +28,7 @@ from ft_core.fast.layer import DecoderLayer, norm
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
 from ft_core.fast.offload import HostMemory
-from ft_core.fast.whole import BodyForward, ModelForward, caches
+from ft_core.fast.whole import BodyForward, ModelForward, takes
 
 __all__ = ["FastPath", "disable", "enable", "fast_path_of"]
 
@@ -261,14 +261,12 @@ class _BackboneForward(Forward):
         use_cache: bool | None = None,
         **keywords: Any,
     ) -> Any:
-        model = self.path.model
         tokens = input_ids if input_ids is not None else inputs_embeds
         keywords = {**self.path.told, **keywords}
         lengths = keywords.pop(LENGTHS, None)
-        wants_cache = caches(model, use_cache)
         choosing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         batch = keywords.pop(BATCH, None)
-        if self.path.on and tokens is not None and past_key_values is None and (model.training or not wants_cache):
+        if tokens is not None and takes(self.path, past_key_values, use_cache):
             if batch is None and not keywords.get("output_attentions"):
                 shape = (tokens.shape[0], tokens.shape[1])
                 batch = batch_of(shape, attention_mask, position_ids, lengths, keywords)

@@ -20,29 +20,66 @@ from ft_core.models.rotary import changes
 if TYPE_CHECKING:
     from ft_core.fast.swap import FastPath
 
-__all__ = ["BodyForward", "ModelForward", "caches"]
+__all__ = ["BodyForward", "ModelForward", "takes"]
 
 
-def caches(model: Any, use_cache: bool | None) -> bool:
-    """Whether a call of the model fills a key-value cache."""
-    config = model.config if hasattr(model.config, "use_cache") else model.config.get_text_config()
-    return bool(config.use_cache) if use_cache is None else use_cache
+def takes(path: FastPath, past_key_values: Any, use_cache: bool | None) -> bool:
+    """Whether the fast layers compute a call: they are on, and no key-value cache is read or, but in training, filled.
+
+    In training none is filled unless one is given, whatever the model's configuration says.
+    """
+    if not path.on or past_key_values is not None:
+        return False
+    config = path.model.config
+    config = config if hasattr(config, "use_cache") else config.get_text_config()
+    return path.model.training or not (config.use_cache if use_cache is None else use_cache)
 
 
 class BodyForward(Forward):
-    """That of a model of images and text, which calls the layers' stack. What only that can use goes past it: a vision
-    tower hands further keywords on to attention of its own."""
+    """That of a model of images and text, which calls the layers' stack. What only the stack can use goes past it: a
+    vision tower hands further keywords on to attention of its own."""
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         path, told = self.path, {name: keywords.pop(name) for name in (LENGTHS, BATCH) if name in keywords}
-        cached = keywords.get("past_key_values") is not None
-        if path.on and path.model.training and not args and not cached and keywords.get("use_cache") is None:
+        past, use_cache = keywords.get("past_key_values"), keywords.get("use_cache")
+        fast = not args and takes(path, past, use_cache)
+        if fast and path.model.training:
             keywords["use_cache"] = False  # some make a cache themselves, which the layers would have to fill
+        if path.layout.together is not None and not args and past is None:
+            self._see(fast, told, keywords)
         before, path.told = path.told, told
         try:
             return self.own(*args, **keywords)
         finally:
             path.told = before
+
+    def _see(self, fast: bool, told: dict[str, Any], keywords: dict[str, Any]) -> None:
+        """Tell the stack the documents of a batch in which images' tokens may see each other, or hand on the masks that
+        they are; neither where the batch is no documents, so that transformers makes its masks."""
+        path = self.path
+        types, mask = keywords.get(path.layout.together or ""), keywords.get("attention_mask")
+        tokens = keywords.get("input_ids") if keywords.get("input_ids") is not None else keywords.get("inputs_embeds")
+        if tokens is None or BATCH in told or keywords.get("output_attentions"):
+            return
+        shape = (tokens.shape[0], tokens.shape[1])
+        batch = batch_of(shape, mask, keywords.get("position_ids"), told.get(LENGTHS), keywords)
+        if batch is not None and types is not None:
+            batch = batch.seeing(shape, types == 1) if tuple(types.shape) == shape else None
+        if batch is None:
+            return
+        config = path.model.config.get_text_config()
+        if fast:
+            told[BATCH] = batch
+            keywords["attention_mask"] = dict.fromkeys(config.layer_types)  # given some, none are made
+        elif mask is None and batch.images and config._attn_implementation in ("eager", "sdpa"):
+            # Of a row of documents transformers (5.17 to 5.23 at least) looks images up, for layers with a window, by
+            # a token's number in its document, as if that were its place in the row.
+            windows = {"sliding_attention": config.sliding_window}
+            pairs = {kind: batch.pairs(tokens[..., None], windows.get(kind)) for kind in set(config.layer_types)}
+            if config._attn_implementation == "eager":
+                dtype = path.model.dtype
+                pairs = {k: (~v).to(dtype).mul_(torch.finfo(dtype).min) for k, v in pairs.items()}
+            keywords["attention_mask"] = pairs
 
 
 class ModelForward(Forward):
