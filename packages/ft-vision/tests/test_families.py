@@ -17,6 +17,7 @@ import ft_kernels
 from ft_core import fast
 from ft_core.data.collating import LENGTHS
 from ft_core.fast.find import unwrapped
+from ft_core.fast.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import FAMILIES, START, VOCABULARY, make
@@ -212,3 +213,44 @@ def test_gemma_without_types_and_with_somebody_listening(monkeypatch):
         with attentions(monkeypatch) as plans:
             assert_same(step(model, each), expected)
         assert not plans
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("parameters", ["adapter", "all"])
+def test_verify_with_images(family, parameters):
+    """Against real float64: towers and projectors too, in rows of documents and in rows of their own."""
+    made, plain = FAMILIES[family], make(family, "projector")
+    documents = [made.document(plain, 1, 2), made.document(plain, 2, 0, 12), made.document(plain, 3, 1)]
+    inputs = [made.packed(plain, documents), made.padded([documents[0], documents[2]]), documents[1]]
+    ledger = verify(
+        lambda exact: make(family, "none"),
+        name="tiny",
+        dtype=torch.float32,
+        parameters=parameters,
+        inputs=inputs,
+    )
+    assert not ledger.mismatches
+    assert (ledger.family, ledger.layers, ledger.batches) == (FAMILIES[family].type or family, 3, 3)
+    assert ledger.tokens == max(each["input_ids"].numel() for each in inputs)
+    assert ledger.ratio < 1.5
+    assert any(made.tower in line.name for line in ledger.lines)
+    assert 0 < ledger.summary()["median_plain"] < 100 * torch.finfo(torch.float32).eps
+
+
+def test_verify_finds_what_is_wrong_with_images(monkeypatch):
+    made, plain = FAMILIES["gemma3"], make("gemma3", "projector")
+    inputs = [made.document(plain, 1, 1)]
+    causal = ft_kernels.plan_attention
+    monkeypatch.setattr("ft_core.fast.documents.plan_attention", lambda together=None, **given: causal(**given))
+    ledger = verify(lambda exact: make("gemma3", "none"), name="tiny", dtype=torch.float32, inputs=inputs)
+    assert ledger.mismatches
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_before_training(family):
+    model = make(family, "lora")
+    path = fast.enable(model)
+    fast.trial(path)
+    for form, batch in batches(family, model).items():
+        result = fast.compare(path, model, {**batch, "use_cache": False})
+        assert result.mismatch is None, form

@@ -44,6 +44,7 @@ class Family:
         tower, projector: what the paths of their parameters have in them.
         three: whether positions are of time, height and width.
         rows: whether images lie in a row of their own for each row of tokens, ``[B, images, ...]``.
+        type: the configuration's model type, where it is not the family's name.
         packs_wrongly: whether transformers by itself computes a row of documents other than each alone.
     """
 
@@ -54,6 +55,7 @@ class Family:
     projector: str = "multi_modal_projector"
     three: bool = False
     rows: bool = False
+    type: str | None = None
     packs_wrongly: bool = False
 
     def document(self, model: Any, seed: int, images: int, length: int = 9) -> Document:
@@ -227,6 +229,7 @@ FAMILIES: dict[str, Family] = {
     "pixtral": Family(
         make=_guest("Llava", MISTRAL, PIXTRAL, vision_feature_layer=-1, vision_feature_select_strategy="full"),
         see=_by("PixtralImageProcessorPil", size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}),
+        type="llava",
     ),
     "llava_next": Family(
         make=_guest("LlavaNext", LLAMA, CLIP, image_grid_pinpoints=GRID),
@@ -263,7 +266,8 @@ def make(family: str, trained: str, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model in training mode, and what is trained of it.
 
     Args:
-        trained: ``lora``, an adapter on all linear layers, the tower's too; ``all``; ``projector``, that alone.
+        trained: ``lora``, an adapter on all linear layers, the tower's too; ``all``; ``projector``, that alone; or
+            ``none``, which leaves it to the caller.
     """
     from peft import LoraConfig, get_peft_model
 
