@@ -135,7 +135,15 @@ def _by(processor: str, rows: bool = False, **settings: Any) -> Callable[[list[I
     """What one of transformers' image processors makes with Pillow alone."""
 
     def see(images: list[Image.Image]) -> dict[str, Tensor]:
-        made = getattr(transformers, processor)(**settings)(images=[images] if rows else images, return_tensors="pt")
+        try:
+            made = getattr(transformers, processor)(**settings)(
+                images=[images] if rows else images, return_tensors="pt"
+            )
+        except ImportError:  # transformers 5.17 has some of them with torchvision only
+            assert rows
+            pixels = [np.asarray(image.resize((32, 32)), np.float32) / 127.5 - 1 for image in images]
+            values = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)[None]
+            made = {"pixel_values": values, "pixel_attention_mask": torch.ones(1, len(images), 32, 32).long()}
         return {name: torch.as_tensor(value) for name, value in made.items() if name != "num_crops"}
 
     return see
