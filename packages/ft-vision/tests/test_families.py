@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import ft_kernels
 from ft_core import fast
@@ -20,7 +21,7 @@ from ft_core.fast.find import unwrapped
 from ft_core.fast.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import FAMILIES, START, VOCABULARY, make
+from tiny_models import FAMILIES, SEEN, START, TEXT, VOCABULARY, make
 
 SHARE = 5e-5
 """fp32, a few hundred sums in each of some ten layers, rounded at 6e-8: of each, and of their gradients."""
@@ -124,7 +125,12 @@ def test_a_document_in_a_row_is_as_it_is_alone(family):
     row = made.packed(plain, documents)
     assert_same(step(model, row), (loss, gradients))
     # The text positions say as well where documents begin, without any lengths.
-    del row[LENGTHS]
+    lengths = torch.tensor(row.pop(LENGTHS))
+    assert_same(step(model, row), (loss, gradients))
+    # And so do transformers' own keywords, which a tower must not take for its own.
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    longest = int(lengths.max())
+    row |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     assert_same(step(model, row), (loss, gradients))
 
 
@@ -254,3 +260,66 @@ def test_the_check_before_training(family):
     for form, batch in batches(family, model).items():
         result = fast.compare(path, model, {**batch, "use_cache": False})
         assert result.mismatch is None, form
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("choice", ["recompute", ["offload-input", "inputs", "keep"]], ids=str)
+def test_layers_computed_again(family, choice):
+    """Gradients are the same bit for bit, what is added between layers included; a trainer's checkpointing stays out
+    of the layers, and in the tower."""
+    model = make(family, "lora")
+    path = fast.enable(model)
+    given = batches(family, model)["packed"]
+    path.choose("keep")
+    kept = step(model, given)
+    path.choose(choice)
+    assert_same(step(model, given), kept, 0.0)
+    unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    with pytest.warns(UserWarning, match="gradient_checkpointing is left out"):
+        assert_same(step(model, given), kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_saved_and_loaded_by_transformers(family, tmp_path):
+    """A few steps on the fast layers lower the loss; plain transformers reads what is saved and answers alike."""
+    model, made = make(family, "all"), FAMILIES[family]
+    path = fast.enable(model)
+    row = batches(family, model)["mixed"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(**row).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    fresh = type(model).from_pretrained(tmp_path).eval()
+    assert fast.fast_path_of(fresh) is None
+    model.eval()
+    document = made.document(model, 5, 1)
+    with torch.no_grad():
+        ours, theirs = (each(**document, use_cache=False) for each in (model, fresh))
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=SHARE, atol=0.0)
+    del document["labels"]
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCABULARY}
+    assert torch.equal(model.generate(**document, **settings), fresh.generate(**document, **settings))
+    assert path.on
+
+
+def test_a_text_model_that_nobody_knows():
+    config = LlavaConfig(
+        text_config={"model_type": "olmo2", **TEXT}, vision_config={**SEEN, "model_type": "clip_vision_model"}
+    )
+    with pytest.raises(fast.NotFast, match="the family olmo2 is not known to them"):
+        fast.enable(LlavaForConditionalGeneration(config))
+
+
+def test_an_encoder_is_no_gemma_of_ours():
+    model = make("gemma3", "none")
+    model.config.text_config.use_bidirectional_attention = True
+    with pytest.raises(fast.NotFast, match="its text model is an encoder"):
+        fast.enable(model)

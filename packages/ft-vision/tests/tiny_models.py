@@ -25,6 +25,14 @@ TEXT: dict[str, Any] = {
     "max_position_embeddings": 256,
     "pad_token_id": 0,
 }
+SEEN: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 Document = dict[str, Tensor]
 
 
@@ -168,16 +176,8 @@ def _qwen(kind: str, vision: dict[str, Any], text: dict[str, Any], rope: dict[st
 
 def _guest(kind: str, text: dict[str, Any], vision: dict[str, Any], **settings: Any) -> Callable[[], Any]:
     def build() -> Any:
-        seen = {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-        }
         config = getattr(transformers, f"{kind}Config")(
-            text_config={**TEXT, **text}, vision_config={**seen, **vision}, image_token_id=IMAGE, **settings
+            text_config={**TEXT, **text}, vision_config={**SEEN, **vision}, image_token_id=IMAGE, **settings
         )
         return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
@@ -185,18 +185,10 @@ def _guest(kind: str, text: dict[str, Any], vision: dict[str, Any], **settings: 
 
 
 def _gemma() -> Any:
-    seen = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-    }
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     text = {**TEXT, "head_dim": 8, "sliding_window": 3, "layer_types": layers, "query_pre_attn_scalar": 10}
     config = transformers.Gemma3Config(
-        text_config=text, vision_config=seen, image_token_id=IMAGE, mm_tokens_per_image=4, boi_token_id=START,
+        text_config=text, vision_config=SEEN, image_token_id=IMAGE, mm_tokens_per_image=4, boi_token_id=START,
         eoi_token_id=END,
     )  # fmt: skip
     return transformers.Gemma3ForConditionalGeneration(config)

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from ft_core.fast.layout import Layout, at
-from ft_core.plugins import ArchitectureSpec, registry, resolve
+from ft_core.installing import how_to_install
+from ft_core.plugins import EXTRAS, ArchitectureSpec, registry, resolve
 
 __all__ = ["NotFast", "described", "layout_of", "unwrapped"]
 
@@ -35,8 +36,8 @@ def layout_of(model: Any) -> Layout:
     """
     config, text = model.config, model.config.get_text_config()
     # A model of images and text is a family of its own, though its layers may be those of a Llama.
-    given = config if config is text or _spec(config.model_type) is not None else text
-    layout = described(given)
+    own = config is text or _extra(config.model_type) is not None or _spec(config.model_type) is not None
+    layout = described(config if own else text)
     _check(model, text, layout)
     return layout
 
@@ -51,6 +52,8 @@ def described(config: Any) -> Layout:
         NotFast: the family is unknown, or has no layout for this configuration.
     """
     spec = _spec(config.model_type)
+    if spec is None and (extra := _extra(config.model_type)) is not None:
+        raise NotFast(f"the family {config.model_type} needs a package that is not here: {how_to_install(extra)}")
     if spec is None:
         raise NotFast(f"the family {config.model_type} is not known to them (`ft models` lists those that are)")
     try:
@@ -67,6 +70,11 @@ def _spec(model_type: str) -> ArchitectureSpec | None:
         if model_type in spec.model_types:
             return spec
     return None
+
+
+def _extra(model_type: str) -> str | None:
+    """The extra of ft-core that brings the family, whether it is installed or not."""
+    return EXTRAS[ArchitectureSpec.group].get(model_type)
 
 
 def _check(model: Any, config: Any, layout: Layout) -> None:

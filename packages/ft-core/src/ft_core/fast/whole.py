@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BodyForward", "ModelForward", "takes"]
 
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""transformers' keywords for the documents of a row."""
+
 
 def takes(path: FastPath, past_key_values: Any, use_cache: bool | None) -> bool:
     """Whether the fast layers compute a call: they are on, and no key-value cache is read or, but in training, filled.
@@ -40,9 +43,10 @@ class BodyForward(Forward):
     vision tower hands further keywords on to attention of its own."""
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        path, told = self.path, {name: keywords.pop(name) for name in (LENGTHS, BATCH) if name in keywords}
-        past, use_cache = keywords.get("past_key_values"), keywords.get("use_cache")
-        fast = not args and takes(path, past, use_cache)
+        path, past = self.path, keywords.get("past_key_values")
+        fast = not args and takes(path, past, keywords.get("use_cache"))
+        names = (LENGTHS, BATCH, *(BOUNDS if fast else ()))
+        told = {name: keywords.pop(name) for name in names if name in keywords}
         if fast and path.model.training:
             keywords["use_cache"] = False  # some make a cache themselves, which the layers would have to fill
         if path.layout.together is not None and not args and past is None:
@@ -62,7 +66,7 @@ class BodyForward(Forward):
         if tokens is None or BATCH in told or keywords.get("output_attentions"):
             return
         shape = (tokens.shape[0], tokens.shape[1])
-        batch = batch_of(shape, mask, keywords.get("position_ids"), told.get(LENGTHS), keywords)
+        batch = batch_of(shape, mask, keywords.get("position_ids"), told.get(LENGTHS), {**keywords, **told})
         if batch is not None and types is not None:
             batch = batch.seeing(shape, types == 1) if tuple(types.shape) == shape else None
         if batch is None:
