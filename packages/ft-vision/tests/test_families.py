@@ -323,3 +323,45 @@ def test_an_encoder_is_no_gemma_of_ours():
     model.config.text_config.use_bidirectional_attention = True
     with pytest.raises(fast.NotFast, match="its text model is an encoder"):
         fast.enable(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_video(family, monkeypatch):
+    """Frames by time, height and width; Qwen 3-VL has those of each time in a run of their own, between timestamps."""
+    model = make(family, "lora")
+    generator = torch.Generator().manual_seed(0)
+    runs = [[93] * 4, [93] * 4] if family == "qwen3_vl" else [[93] * 8]
+    ids = [5, 6, *[token for run in runs for token in (7, START, *run, 92)], 8, 9, 10, 11]
+    given = {
+        "input_ids": torch.tensor([ids]),
+        "labels": torch.tensor([[-100] * (len(ids) - 3) + ids[-3:]]),
+        "mm_token_type_ids": torch.tensor([[2 * (token == 93) for token in ids]]),
+        "pixel_values_videos": torch.randn(2 * 4 * 4, 3 * 2 * 8 * 8, generator=generator),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+    }
+    plain = step(model, given)
+    assert any(FAMILIES[family].tower in name for name in plain[1])
+    fast.enable(model)
+    with attentions(monkeypatch) as plans:
+        assert_same(step(model, given), plain)
+    assert len(plans) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_under_autocast(family):
+    """As it is trained on a GPU, against float64: weights in bf16, pixels as the processor made them."""
+    made, plain = FAMILIES[family], make(family, "projector")
+    inputs = [made.document(plain, seed, 2, 12) for seed in range(1, 4)]
+    ledger = verify(
+        lambda exact: make(family, "none").to(torch.bfloat16), name="tiny", dtype=torch.bfloat16, inputs=inputs
+    )
+    assert not ledger.mismatches
+    assert ledger.ratio < 1.25
+    # The check before the first step, at which B is still zero, says nothing either.
+    model = make(family, "lora").to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float().mul_("lora_A" in name)
+    path = fast.enable(model)
+    for each in inputs:
+        assert fast.compare(path, model, {**each, "use_cache": False}, torch.bfloat16).mismatch is None
