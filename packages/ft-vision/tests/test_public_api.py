@@ -6,9 +6,23 @@ import importlib
 
 EXPECTED = {
     "ft_vision": ["ImageError", "__version__", "read_image"],
+    "ft_vision.families": [],
+    "ft_vision.families.gemma": ["describe_gemma3"],
+    "ft_vision.families.guests": ["describe_language_model", "describe_text_model"],
+    "ft_vision.families.qwen": ["describe_qwen2_5_vl", "describe_qwen3_vl"],
     "ft_vision.images": ["FORMATS", "ImageError", "MAX_BYTES", "MAX_PIXELS", "read_image"],
     "ft_vision.pixels": ["to_8_bit", "upright"],
-    "ft_vision.plugin": ["VISION"],
+    "ft_vision.plugin": [
+        "GEMMA3",
+        "IDEFICS3",
+        "LLAVA",
+        "LLAVA_NEXT",
+        "MISTRAL3",
+        "QWEN2_5_VL",
+        "QWEN3_VL",
+        "SMOLVLM",
+        "VISION",
+    ],
 }
 
 

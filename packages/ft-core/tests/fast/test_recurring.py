@@ -14,10 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_core import fast
 from ft_core.fast import graphs as graphs_module
-from ft_core.fast.documents import Batch
+from ft_core.fast.documents import BATCH, Batch
 from ft_core.fast.graphs import AFTER, MOST, Graphs, Pace
 from ft_core.fast.recurring import documents_plan, filled_up, recurring_length
-from ft_core.fast.swap import BATCH
 
 
 @pytest.mark.parametrize("total", [1, 63, 64, 65, 1000, 1024, 1025, 4095, 4097, 7777, 100_000])

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import functools
+from importlib.metadata import entry_points
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from ft_core import fast
+from ft_core.fast import find
+from ft_core.plugins import Registry
 
 
 def tiny(**more):
@@ -70,3 +80,17 @@ def test_a_forward_that_somebody_replaced():
     fast.disable(model)
     layer.forward = functools.partial(layer.forward)
     assert "something else has replaced the forward of its LlamaDecoderLayer" in refused(model)
+
+
+def test_a_family_of_a_package_that_is_not_here(monkeypatch):
+    """A LLaVA's layers are a Llama's, but it is no Llama; the words say what knows it."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    seen = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **vision}
+    config = LlavaConfig(vision_config=seen, text_config={"model_type": "llama", "vocab_size": 50, **text})
+    model = LlavaForConditionalGeneration(config)
+    monkeypatch.setattr(
+        find, "registry", lambda: Registry([p for p in entry_points(group="ft.architectures") if p.name == "llama"])
+    )
+    with pytest.raises(fast.NotFast, match="the family llava needs a package that is not here: pip install"):
+        fast.enable(model)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from ft_core.plugins.specs import ModalitySpec
+from ft_core.plugins.specs import ArchitectureSpec, ModalitySpec
 
-__all__ = ["VISION"]
+__all__ = [
+    "GEMMA3",
+    "IDEFICS3",
+    "LLAVA",
+    "LLAVA_NEXT",
+    "MISTRAL3",
+    "QWEN2_5_VL",
+    "QWEN3_VL",
+    "SMOLVLM",
+    "VISION",
+]
 
 VISION = ModalitySpec(
     name="vision",
@@ -12,3 +22,17 @@ VISION = ModalitySpec(
     read="ft_vision.images:read_image",
     extensions=(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
 )
+
+
+def _family(name: str, summary: str, describe: str) -> ArchitectureSpec:
+    return ArchitectureSpec(name=name, summary=summary, model_types=(name,), describe=f"ft_vision.families.{describe}")
+
+
+QWEN3_VL = _family("qwen3_vl", "Qwen 3-VL, dense: positions of time, height and width", "qwen:describe_qwen3_vl")
+QWEN2_5_VL = _family("qwen2_5_vl", "Qwen 2.5-VL: positions of time, height and width", "qwen:describe_qwen2_5_vl")
+LLAVA = _family("llava", "LLaVA and Pixtral, over any text model that is known", "guests:describe_language_model")
+LLAVA_NEXT = _family("llava_next", "LLaVA-NeXT, over any text model that is known", "guests:describe_language_model")
+MISTRAL3 = _family("mistral3", "Mistral Small 3.1 and its relatives that see", "guests:describe_language_model")
+SMOLVLM = _family("smolvlm", "SmolVLM, over any text model that is known", "guests:describe_text_model")
+IDEFICS3 = _family("idefics3", "Idefics 3, over any text model that is known", "guests:describe_text_model")
+GEMMA3 = _family("gemma3", "Gemma 3 with images, whose tokens see each other both ways", "gemma:describe_gemma3")

@@ -58,7 +58,7 @@ def bound(dtype: torch.dtype, layers: int, terms: int, int8: bool = False) -> fl
     """The largest distance that rounding explains.
 
     Args:
-        dtype: what is computed in. layers: how many. terms: of the longest sum.
+        dtype: what is computed in. layers: how many a gradient passes. terms: of the longest sum.
         int8: whether transformers' own layers round the inputs of their products to 8 bits.
 
     Each layer rounds some sixteen results, whose errors of half a unit in the last place are independent, and which are
@@ -96,8 +96,20 @@ def compare(path: FastPath, model: nn.Module, batch: dict[str, Any], dtype: torc
     computed = dtype or next(iter(model.parameters())).dtype
     terms = max(path.model.config.get_text_config().intermediate_size, batch["input_ids"].numel())
     rounded = device.type == "cuda" and any(type(m).__name__ == "Linear8bitLt" for m in path.model.modules())
-    limit = bound(computed, len(path.layers), terms, rounded)
+    limit = bound(computed, len(path.layers) + _before(path), terms, rounded)
     return Comparison((float(fast_loss), float(plain_loss)), distances, limit)
+
+
+def _before(path: FastPath) -> int:
+    """How many layers there are that gradients reach through the stack's: those of a tower, if any of it is trained.
+
+    They are transformers' own on both sides, but round what comes to them, which differs.
+    """
+    if path.layout.body is None:
+        return 0
+    stack = {id(module) for module in at(path.model, path.layout.backbone).modules()}
+    lists = [m for m in path.model.modules() if isinstance(m, nn.ModuleList) and id(m) not in stack]
+    return sum(len(each) for each in lists if any(p.requires_grad for p in each.parameters()))
 
 
 def trial(path: FastPath) -> None:

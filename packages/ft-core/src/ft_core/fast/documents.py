@@ -16,7 +16,10 @@ from torch import Tensor
 
 from ft_kernels import AttentionPlan, plan_attention
 
-__all__ = ["Batch", "batch_of"]
+__all__ = ["BATCH", "Batch", "batch_of"]
+
+BATCH = "ft_batch"
+"""The keyword by which the backbone hands the batch's documents to its layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,11 @@ class Batch:
 
     plan: AttentionPlan | None
 
+    @property
+    def images(self) -> bool:
+        """Whether there are runs of tokens that see what follows them in it."""
+        return self.plan is not None and self.plan.together is not None
+
     def counted(self, tokens: int) -> int:
         """As a batch of how many tokens this one, of so many, counts in what computing a layer takes.
 
@@ -38,6 +46,19 @@ class Batch:
         shared = self.plan is not None and self.plan.branches is not None
         return max(tokens, -(-self.plan.copied_total // 3)) if shared and self.plan is not None else tokens
 
+    def seeing(self, shape: tuple[int, int], together: Tensor) -> Batch | None:
+        """This batch ``[B, S]``, in which tokens of a run see what follows them in it; None if that is not to be had.
+
+        Args:
+            together: bool ``[B, S]``, true at tokens of such runs. Waits for the GPU once.
+        """
+        if not bool(together.any()):
+            return self
+        if self.plan is not None and self.plan.branches is not None:
+            return None  # documents that share how they begin are copied; what runs in them is not known
+        lengths = [shape[1]] * shape[0] if self.plan is None else self.plan.host_lengths()
+        return Batch(plan_attention(lengths=lengths, together=together))
+
     def pairs(self, x: Tensor, window: int | None) -> Tensor:
         """The mask of pairs of tokens ``[B, 1, S, S]``, true where one sees the other, for a layer of x ``[B, S, H]``.
 
@@ -46,6 +67,11 @@ class Batch:
         if self.plan is not None and self.plan.branches is not None:
             return self.plan.pairs(window, x.device)[None, None]
         rows, length = x.shape[:2]
+        if self.plan is not None and self.images:
+            number = torch.arange(rows * length, device=x.device).view(rows, 1, 1, length)
+            first, last = self.plan.intervals(True, window, rows * length, x.device)[:2].view(2, rows, 1, length, 1)
+            within: Tensor = (number >= first) & (number <= last)
+            return within
         here = torch.arange(length, device=x.device)
         distance = here[:, None] - here
         seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
@@ -67,7 +93,9 @@ def batch_of(
 
     Args:
         attention_mask: ``[B, S]``, nonzero where a token is no padding, or None; anything else is not understood.
-        position_ids: as the caller gave them; None means that each row counts from 0.
+        position_ids: as the caller gave them; None means that each row counts from 0. Those of time, height and width,
+            ``[3, B, S]``, say nothing of documents, so that each row is one; before them there may be those of the
+            text, ``[4, B, S]``, which are then as ``[B, S]`` are.
         lengths: of the documents in the batch's one row, or None; a list for each group of documents that share how
             they begin (:func:`ft_kernels.plan_attention`). They spare a look at the positions, which waits for the GPU.
         keywords: further keywords of the forward pass; transformers' ``cu_seq_lens_q`` and ``max_length_q`` do as well.
@@ -88,6 +116,9 @@ def batch_of(
             return None
         if len(padded) == shape[0]:
             padded = None  # no padding at all
+    if position_ids is not None and position_ids.dim() == 3:
+        # Time, height and width; text positions, which say where documents begin, come before them where there are any.
+        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     if position_ids is None:
         return Batch(None if padded is None else plan_attention(lengths=padded))
     if position_ids.dim() != 2 or position_ids.shape[-1] != shape[1]:

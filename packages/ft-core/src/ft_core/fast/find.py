@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from ft_core.fast.layout import Layout, at
-from ft_core.plugins import ArchitectureSpec, registry, resolve
+from ft_core.installing import how_to_install
+from ft_core.plugins import EXTRAS, ArchitectureSpec, registry, resolve
 
-__all__ = ["NotFast", "layout_of", "unwrapped"]
+__all__ = ["NotFast", "described", "layout_of", "unwrapped"]
 
 
 class NotFast(Exception):
@@ -33,27 +34,52 @@ def layout_of(model: Any) -> Layout:
     Raises:
         NotFast: the family is unknown, or this model has parts that the layout doesn't know.
     """
-    config = model.config.get_text_config()
+    config, text = model.config, model.config.get_text_config()
+    # A model of images and text is a family of its own, though its layers may be those of a Llama.
+    own = config is text or _extra(config.model_type) is not None or _spec(config.model_type) is not None
+    layout = described(config if own else text)
+    _check(model, text, layout)
+    return layout
+
+
+def described(config: Any) -> Layout:
+    """The layout that a configuration's family states.
+
+    Args:
+        config: transformers', of a language model or of one that sees or hears, too.
+
+    Raises:
+        NotFast: the family is unknown, or has no layout for this configuration.
+    """
     spec = _spec(config.model_type)
+    if spec is None and (extra := _extra(config.model_type)) is not None:
+        raise NotFast(f"the family {config.model_type} needs a package that is not here: {how_to_install(extra)}")
+    if spec is None:
+        raise NotFast(f"the family {config.model_type} is not known to them (`ft models` lists those that are)")
     try:
         layout: Layout = resolve(spec.describe)(config)
     except (ValueError, AttributeError) as error:
         raise NotFast(str(error)) from error
-    _check(model, config, layout)
     return layout
 
 
-def _spec(model_type: str) -> ArchitectureSpec:
+def _spec(model_type: str) -> ArchitectureSpec | None:
     known = registry()
     for name in known.names(ArchitectureSpec.group):
         spec = known.get(ArchitectureSpec, name)
         if model_type in spec.model_types:
             return spec
-    raise NotFast(f"the family {model_type} is not known to them (`ft models` lists those that are)")
+    return None
+
+
+def _extra(model_type: str) -> str | None:
+    """The extra of ft-core that brings the family, whether it is installed or not."""
+    return EXTRAS[ArchitectureSpec.group].get(model_type)
 
 
 def _check(model: Any, config: Any, layout: Layout) -> None:
     try:
+        at(model, layout.outer)
         backbone = at(model, layout.backbone)
         layers = at(backbone, layout.layers)
         at(backbone, layout.norm), at(backbone, layout.rotary)

@@ -99,8 +99,12 @@ class Layout:
 
     Attributes:
         layer_class: the name of the class of its layers: a model with another one is not this family's.
-        backbone: the path of the stack of layers; the next three are attributes of it.
-        layers, norm, rotary: the list of layers, the last norm, the module that computes the angles.
+        backbone: the path of the stack of layers.
+        body: the path of what calls the stack of layers, where images or sounds are merged with the text before; None
+            where the head follows the stack itself.
+        together: a keyword of the body's, int ``[B, S]``: neighbours of which it is 1 see what follows among them, too,
+            as an image's tokens do in Gemma 3. None where all tokens see only what is before them.
+        layers, norm, rotary: attributes of the stack: the list of layers, the last norm, the module of the angles.
         head: the path of the language-model head.
         heads, kv_heads, head_dim: sizes of the attention.
         norms, norm_form, attention, mlp: the parts of a layer.
@@ -117,6 +121,8 @@ class Layout:
     kv_heads: int
     head_dim: int
     backbone: str = "model"
+    body: str | None = None
+    together: str | None = None
     layers: str = "layers"
     norm: str = "norm"
     rotary: str = "rotary_emb"
@@ -129,6 +135,11 @@ class Layout:
     logit_softcap: float | None = None
     logit_scale: float = 1.0
     plain: bool = False
+
+    @property
+    def outer(self) -> str:
+        """The path of what takes the model's inputs and gives the states that the head reads."""
+        return self.body or self.backbone
 
     @classmethod
     def of(cls, config: Any, layer_class: str, **parts: Any) -> Layout:

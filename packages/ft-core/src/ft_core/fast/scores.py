@@ -180,7 +180,7 @@ class Backbone:
         if path is not None:
             path.own_head = True
         try:
-            states: Tensor = at(self.model, self.layout.backbone)(**inputs, use_cache=False).last_hidden_state
+            states: Tensor = at(self.model, self.layout.outer)(**inputs, use_cache=False).last_hidden_state
         finally:
             if path is not None:
                 path.own_head = False

@@ -20,22 +20,18 @@ from ft_core.data.collating import LENGTHS
 from ft_core.fast.again import Choice, compute_by_choice, without_checkpointing
 from ft_core.fast.blocks import Keep
 from ft_core.fast.choose import TILE, Chooser, Sizes
-from ft_core.fast.documents import Batch, batch_of
+from ft_core.fast.documents import BATCH, Batch, batch_of
 from ft_core.fast.find import NotFast, layout_of, unwrapped
-from ft_core.fast.forwards import Forward, has_other, silent
+from ft_core.fast.forwards import Forward, has_other
 from ft_core.fast.graphs import Graphs, Pace
-from ft_core.fast.head import as_count, can_fuse, loss_of
 from ft_core.fast.layer import DecoderLayer, norm
 from ft_core.fast.layout import Layout, at
 from ft_core.fast.linears import is_plain
 from ft_core.fast.offload import HostMemory
-from ft_core.fast.recurring import documents_plan, filled_up, recurring_length, recurs
-from ft_core.models.rotary import changes
+from ft_core.fast.whole import BodyForward, ModelForward, takes
 
 __all__ = ["FastPath", "disable", "enable", "fast_path_of"]
 
-BATCH = "ft_batch"
-"""The keyword by which the backbone hands the batch's documents to its layers."""
 HANDLE = "_ft_fast_path"
 
 
@@ -52,6 +48,7 @@ class FastPath:
         graphs: recorded steps, for batches of rows without padding (``graphs.on = False`` does without), and for rows
             of documents where the host is slower than the GPU (``graphs.documents = False`` does without these alone).
         pace: which of the two it is.
+        told: what the backbone is to know of the batch under way, where it is called by what merges images and text.
         tile: how many tokens a layer computes at a time, attention aside, in batches of more; None for all, until
             ``auto`` needs tiles. They save memory for long sequences, and compute gate and up again in backward
             whatever the layer keeps (:func:`ft_kernels.mlp_block`), where layers' halves are one operation each.
@@ -66,6 +63,7 @@ class FastPath:
     tile: int | None = None
     chooser: Chooser = field(init=False)
     own_head: bool = False
+    told: dict[str, Any] = field(default_factory=dict)
     _changed: list[nn.Module] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -198,7 +196,8 @@ def enable(model: Any) -> FastPath:
     layout = layout_of(model)
     backbone = at(model, layout.backbone)
     layers = list(at(backbone, layout.layers))
-    for part in (backbone, *layers):
+    body = at(model, layout.outer)
+    for part in (body, backbone, *layers):
         if has_other(part):
             raise NotFast(f"something else has replaced the forward of its {type(part).__name__}")
     path = FastPath(model, layout)
@@ -206,8 +205,10 @@ def enable(model: Any) -> FastPath:
         path.put(_LayerForward(path, layer, DecoderLayer(layer, layout)))
     path.put(_NormForward(path, at(backbone, layout.norm)))
     path.put(_BackboneForward(path, backbone))
+    if body is not backbone:
+        path.put(BodyForward(path, body))
     if isinstance(getattr(model, layout.head, None), nn.Module) and not has_other(model):
-        path.put(_ModelForward(path, model, backbone))
+        path.put(ModelForward(path, model, body))
     vars(model)[HANDLE] = path
     return path
 
@@ -260,13 +261,12 @@ class _BackboneForward(Forward):
         use_cache: bool | None = None,
         **keywords: Any,
     ) -> Any:
-        model = self.path.model
         tokens = input_ids if input_ids is not None else inputs_embeds
+        keywords = {**self.path.told, **keywords}
         lengths = keywords.pop(LENGTHS, None)
-        wants_cache = model.config.use_cache if use_cache is None else use_cache
         choosing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self.path.on and tokens is not None and past_key_values is None and (model.training or not wants_cache):
-            batch = keywords.pop(BATCH, None)
+        batch = keywords.pop(BATCH, None)
+        if tokens is not None and takes(self.path, past_key_values, use_cache):
             if batch is None and not keywords.get("output_attentions"):
                 shape = (tokens.shape[0], tokens.shape[1])
                 batch = batch_of(shape, attention_mask, position_ids, lengths, keywords)
@@ -287,114 +287,3 @@ class _BackboneForward(Forward):
                 use_cache=use_cache,
                 **keywords,
             )
-
-
-class _ModelForward(Forward):
-    def __init__(self, path: FastPath, module: nn.Module, backbone: nn.Module) -> None:
-        super().__init__(path, module)
-        self.backbone = backbone
-
-    def __call__(self, *args: Any, labels: Tensor | None = None, **keywords: Any) -> Any:
-        layout = self.path.layout
-        head = getattr(self.path.model, layout.head)
-        some = keywords.get("logits_to_keep")  # a number, 0 for all; or positions
-        asked = args or isinstance(some, Tensor) or some or keywords.get("return_dict") is False
-        if not self.path.on or not self.path.model.training or labels is None or asked or not can_fuse(head):
-            return self.own(*args, labels=labels, **keywords)
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        count, shifted = keywords.pop("num_items_in_batch", None), keywords.pop("shift_labels", None)
-        for name in ("logits_to_keep", "return_dict"):
-            keywords.pop(name, None)
-        known = labels if shifted is None else shifted
-        self.path.own_head = True
-        try:
-            loss = self._replayed(head, known, count, shifted is not None, **keywords)
-            if loss is not None:
-                return CausalLMOutputWithPast(loss=loss)
-            timed = known.is_cuda and self.path.graphs.documents and keywords.get(LENGTHS) is not None
-            if timed:
-                self.path.pace.begin(known.device)
-            outputs = self.backbone(**keywords)
-        finally:
-            self.path.own_head = False
-        if timed:  # the head is a few launches of much work: at its end the GPU is behind, whoever set the pace
-            self.path.pace.end(known.device, recurring_length(known.numel()))
-        loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None,
-                       max_memory=self.path.chooser.head)  # fmt: skip
-        return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
-
-    def _replayed(
-        self,
-        head: nn.Module,
-        labels: Tensor,
-        count: Any,
-        shifted: bool,
-        *,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        use_cache: Any = None,
-        **others: Any,
-    ) -> Tensor | None:
-        """The loss by a recorded step; None where it has to be computed.
-
-        Rows of tokens without padding are recorded as they are. A row of documents, whose lengths are stated, is filled
-        up to a length that comes again, where the host is slower than the GPU.
-        """
-        path, lengths = self.path, others.pop(LENGTHS, None)
-        if input_ids is None or not input_ids.is_cuda or any(value is not None for value in others.values()):
-            return None
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        wanted = path.graphs.on and (lengths is None or path.graphs.documents)
-        if not wanted or several or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        tokens = input_ids.numel() if lengths is None else recurring_length(input_ids.numel())
-        if not path.chooser.recordable(tokens, None if lengths is None else input_ids.device):
-            path.graphs.drop()
-            return None
-        given = {"ids": input_ids, "labels": labels.to(input_ids.device)}
-        if lengths is not None:
-            if attention_mask is not None or not recurs(input_ids, position_ids, lengths, head, path.layout.head_dim):
-                return None
-            assert position_ids is not None
-            given = filled_up(given["ids"], given["labels"], position_ids, lengths)
-        else:
-            batch = batch_of((input_ids.shape[0], input_ids.shape[1]), attention_mask, None, None, {})
-            if batch is None or batch.plan is not None or position_ids is not None:
-                return None
-
-        def compute(
-            ids: Tensor, labels: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
-            count: Tensor | None = None,
-        ) -> Tensor:  # fmt: skip
-            keywords: dict[str, Any] = {}
-            if documents is not None:
-                keywords = {"position_ids": positions, BATCH: Batch(documents_plan(documents))}
-            with contextlib.ExitStack() as stack:
-                for decoder in path.decoders:
-                    stack.enter_context(decoder.blocks.set_aside())
-                hidden = self.backbone(input_ids=ids, use_cache=False, **keywords).last_hidden_state
-                return loss_of(head, path.layout, hidden, labels, count, shifted=shifted, max_memory=path.chooser.head)
-
-        if count is not None:
-            given["count"] = as_count(count, input_ids.device)
-        look = functools.partial(self._looks, shifted)
-        if lengths is None:
-            return path.graphs.loss(compute, given, look, path.model)
-        return path.graphs.loss(compute, given, look, path.model, lambda: path.pace.by_host(tokens), fresh=True)
-
-    def _looks(self, shifted: bool) -> tuple[Any, Any] | None:
-        """What a recorded step depends on but for its input, and what that is made of; None where none can be."""
-        path = self.path
-        halves = [half for decoder in path.decoders for half in decoder.blocks.halves()]
-        rotary = at(self.backbone, path.layout.rotary)
-        if None in halves or not silent([self.backbone, getattr(path.model, path.layout.head)]) or changes(rotary):
-            return None
-        parameters = list(path.model.parameters())
-        key = (
-            shifted, path.tile, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
-            tuple((decoder.blocks.keep, decoder.choice) for decoder in path.decoders), tuple(map(id, halves)),
-            tuple((id(parameter), parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
-        )  # fmt: skip
-        return key, (halves, parameters)

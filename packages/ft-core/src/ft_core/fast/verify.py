@@ -151,6 +151,7 @@ def verify(
     batches: int = 5,
     tokens: int = 256,
     seed: int = 0,
+    inputs: Sequence[Mapping[str, Any]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Ledger:
     """Compare the fast layers of a model, transformers' own and float64.
@@ -161,6 +162,8 @@ def verify(
         dtype: what it is trained in.
         parameters: whose gradients: those of an adapter on all linear layers with random A and B, or all.
         batches, tokens: how many batches, of so many tokens in three documents each.
+        inputs: batches with labels instead of these, as a collator makes them: with images, say. Numbers in them are
+            widened for float64.
         progress: told what comes next.
 
     Raises:
@@ -179,16 +182,24 @@ def verify(
         elif quantization != "none" and frozen is None:
             frozen = _dequantized(model)
         config = model.config.get_text_config()
-        family, layers = config.model_type, config.num_hidden_layers
+        family, layers = model.config.model_type, config.num_hidden_layers
         model = _prepared(model, parameters, seed, torch.float64 if role == "exact" else None)
         if role == "fast":
             enable(model)
+        elif inputs is not None:
+            enable(model).on = False  # it takes the lengths of documents out, and sees to masks that would be wrong
         results[role] = []
-        for i in range(batches):
-            progress(f"{role}: batch {i + 1} of {batches}")
-            batch = _batch(config.vocab_size, tokens, seed + i, next(model.parameters()).device)
+        for i in range(len(inputs) if inputs is not None else batches):
+            progress(f"{role}: batch {i + 1} of {len(inputs) if inputs is not None else batches}")
+            device = next(model.parameters()).device
+            if inputs is None:
+                batch = _batch(config.vocab_size, tokens, seed + i, device)
+            else:
+                batch = {name: _given(value, device, role) for name, value in inputs[i].items() if name != "use_cache"}
             results[role].append(_step(model, batch, role, dtype))
         del model
+    if inputs is not None:
+        batches, tokens = len(inputs), max(given["input_ids"].numel() for given in inputs)
     return Ledger(
         name, family, str(dtype).removeprefix("torch."), quantization, parameters, layers, batches, tokens,
         _loss_errors(results), _lines(results), torch.finfo(dtype).eps / 4,
@@ -225,6 +236,12 @@ def _batch(vocabulary: int, tokens: int, seed: int, device: torch.device) -> dic
     labels = torch.where(positions == 0, -100, ids)
     given = {"input_ids": ids, "labels": labels, "position_ids": positions}
     return {name: value.to(device) for name, value in given.items()}
+
+
+def _given(value: Any, device: torch.device, role: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, torch.float64 if role == "exact" and value.is_floating_point() else value.dtype)
 
 
 def _step(model: Any, batch: Mapping[str, Any], role: str, dtype: torch.dtype) -> tuple[float, Gradients]:
@@ -264,19 +281,23 @@ def _loss_errors(results: dict[str, list[tuple[float, Gradients]]]) -> tuple[flo
 
 
 def _lines(results: dict[str, list[tuple[float, Gradients]]]) -> tuple[Line, ...]:
-    names = list(results["exact"][0][1])
+    names = list(dict.fromkeys(name for _, exact in results["exact"] for name in exact))
     errors: dict[str, dict[str, list[float]]] = {role: {name: [] for name in names} for role in ("fast", "plain")}
     for i, (_, exact) in enumerate(results["exact"]):
         longest = max(float(g.norm()) for g in exact.values())
         for role in ("fast", "plain"):
             made = results[role][i][1]
             for name in names:
-                scale = max(float(exact[name].norm()), FEW * longest)
-                given = made.get(name)
-                error = math.inf if given is None else float((given.double() - exact[name]).norm()) / scale
-                errors[role][name].append(error)
+                errors[role][name].append(_error(made.get(name), exact.get(name), longest))
     pairs = {name: tuple(zip(errors["fast"][name], errors["plain"][name], strict=True)) for name in names}
     return tuple(Line(name, mean(errors["fast"][name]), mean(errors["plain"][name]), pairs[name]) for name in names)
+
+
+def _error(given: Tensor | None, exact: Tensor | None, longest: float) -> float:
+    """The relative distance of a gradient; one that should not be there, or is not, is infinitely wrong."""
+    if given is None or exact is None:
+        return 0.0 if given is exact else math.inf  # a batch of text alone has none for what sees
+    return float((given.double() - exact).norm()) / max(float(exact.norm()), FEW * longest)
 
 
 def _dequantized(model: Any) -> dict[str, Tensor]:

@@ -39,6 +39,9 @@ EXTRAS: dict[str, dict[str, str]] = {
         "rl",
     ),
     "ft.modalities": {"vision": "vision", "stt": "speech"},
+    "ft.architectures": dict.fromkeys(
+        ("gemma3", "idefics3", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm"), "vision"
+    ),
     "ft.rollouts": dict.fromkeys(("transformers", "vllm", "vllm-colocate"), "rl"),
     "ft.exporters": dict.fromkeys(("gguf", "ollama", "open-webui", "vllm", "sglang", "hub"), "export"),
     "ft.commands": {"merge": "export"},

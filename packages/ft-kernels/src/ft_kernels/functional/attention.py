@@ -29,6 +29,7 @@ def plan_attention(
     position_ids: Tensor | None = None,
     branches: Sequence[Sequence[int]] | None = None,
     max_length: int | None = None,
+    together: Tensor | None = None,
 ) -> AttentionPlan:
     """Where the documents of a batch lie: made once a batch, handed to every layer's :func:`packed_attention`.
 
@@ -52,9 +53,13 @@ def plan_attention(
             shared once, then what follows, in this order; each token sees what is shared and what it follows itself.
         max_length: the longest document or more. Needed only to leave a tensor on its GPU; it is believed, so too small
             a number gives wrong results.
+        together: bool ``[T]`` or ``[B, S]``, true at tokens that see what follows them too, as far as their run of such
+            tokens within their document goes: what an image is in Gemma 3 (arXiv:2503.19786). A window bounds what a
+            token sees before it and nothing else, as in transformers. "triton", "flex" and "reference" compute it;
+            "auto" takes one of these.
 
     Raises:
-        TypeError: a tensor's dtype is not an integer.
+        TypeError: a tensor's dtype is not an integer, or that of ``together`` not bool.
         ValueError: none or more than one of the first four is given, or what is given describes no documents.
     """
     given = {"lengths": lengths, "cu_seqlens": cu_seqlens, "position_ids": position_ids, "branches": branches}
@@ -64,6 +69,12 @@ def plan_attention(
             f"plan_attention: got {' and '.join(names) or 'no documents'}; "
             "give one of lengths, cu_seqlens, position_ids, branches"
         )
+    if together is not None:
+        if together.dtype != torch.bool:
+            raise TypeError(f"plan_attention: together has dtype {together.dtype}; use bool")
+        if branches is not None:
+            raise ValueError("plan_attention: got together and branches; what is shared cannot see what follows it")
+        together = together.flatten()
     if branches is not None:
         return _branched(branches, max_length)
     source = given[names[0]]
@@ -76,7 +87,7 @@ def plan_attention(
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"plan_attention: cu_seqlens has shape {list(cu_seqlens.shape)}; use [documents + 1]")
         if cu_seqlens.device.type != "cpu" and max_length is not None:
-            return AttentionPlan(cu_seqlens=cu_seqlens.to(torch.int32), max_length=max_length)
+            return AttentionPlan(cu_seqlens=cu_seqlens.to(torch.int32), max_length=max_length, together=together)
         numbers = cu_seqlens.tolist()
         if numbers[0] != 0:
             raise ValueError(f"plan_attention: cu_seqlens begins with {numbers[0]}; it begins with 0")
@@ -89,7 +100,7 @@ def plan_attention(
         begins[:, 1:] = rows[:, 1:] != rows[:, :-1] + 1
         begins = begins.flatten()
         if begins.device.type != "cpu" and max_length is not None:
-            return AttentionPlan(begins=begins, max_length=max_length)
+            return AttentionPlan(begins=begins, max_length=max_length, together=together)
         starts = begins.cpu().nonzero().flatten().tolist()  # counted there, a GPU would be waited for twice
         found = [after - before for before, after in pairwise([*starts, begins.numel()])]
     else:
@@ -103,7 +114,12 @@ def plan_attention(
             "give the longest, or None"
         )
     on_device = cu_seqlens if cu_seqlens is not None and cu_seqlens.device.type != "cpu" else None
-    return AttentionPlan(lengths=found, cu_seqlens=on_device, max_length=max_length)
+    if together is not None and together.numel() != sum(found):
+        raise ValueError(
+            f"plan_attention: together has {together.numel()} tokens, the documents have {sum(found)} in all; give one "
+            "for each"
+        )
+    return AttentionPlan(lengths=found, cu_seqlens=on_device, max_length=max_length, together=together)
 
 
 def _branched(branches: Sequence[Sequence[int]], max_length: int | None) -> SharedPlan:
@@ -284,6 +300,8 @@ def _decide(
     settings = Settings(causal, window, softcap, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), exact)
     if exact and backend not in ("auto", "triton", "chunked"):
         raise ValueError(f"packed_attention: exact with backend={backend!r}; allowed are 'auto', 'triton', 'chunked'")
+    if plan.together is not None and not causal:
+        raise ValueError("packed_attention: causal=False with together; without a causal mask all see each other")
     recurring = not given or plan.recurs
     return _backend(q, plan, settings, sinks is not None, recurring, backend), plan, settings
 
@@ -302,6 +320,7 @@ def _backend(q: Tensor, plan: AttentionPlan, settings: Settings, sinks: bool, re
         window=settings.window is not None,
         softcap=settings.softcap is not None,
         sinks=sinks,
+        together=plan.together is not None,
     )
     if backend == "auto":
         return "triton" if settings.exact and why_not("triton", case) is None else choose(case)

@@ -39,7 +39,7 @@ def _reference(
     bounds = plan.cu_seqlens(q.device)
     with torch.autocast(q.device.type, enabled=False):  # its products are of fp32 numbers, as they are
         return packed_attention_reference.packed_attention(
-            q, k, v, bounds, sinks, settings.causal, settings.window, settings.softcap, settings.scale
+            q, k, v, bounds, sinks, settings.causal, settings.window, settings.softcap, settings.scale, plan.together
         )
 
 

@@ -51,6 +51,7 @@ class Case:
         mean_length: of the documents, where the host knows their lengths; else 0.
         recurring: batches of the same lengths will follow, as far as one can tell (``ROUND``).
         causal, window, softcap, sinks: the settings, as far as they change anything.
+        together: some tokens see what follows them, in their run.
         installed: of "triton" and "flash_attn" those that are there.
         hip: an AMD card.
     """
@@ -68,6 +69,7 @@ class Case:
     window: bool = False
     softcap: bool = False
     sinks: bool = False
+    together: bool = False
     installed: frozenset[str] = frozenset({"triton"})
     hip: bool = False
 
@@ -85,6 +87,8 @@ def choose(case: Case) -> Backend:
     - Hopper and later, other documents: ``HOPPER_MIXED``. Softcap and sinks too: flex has both.
     - Ampere and Ada: FlashAttention-2 is at its best there, and needs no compilation; it has no softcap.
     - Whatever is left from Ampere on (softcap, heads of odd sizes): our own kernel, which does all.
+    - Runs that see each other both ways (images) are in what our kernel and flex compute; where neither can, the whole
+      mask is made.
     - Before Ampere there is neither, and Triton computes products there without the tensor cores: torch's attention,
       a batch for each length; in chunks what it doesn't know.
     """
@@ -103,7 +107,8 @@ def choose(case: Case) -> Backend:
     elif case.device == "cuda":
         preferred.append("triton")
     preferred.append("sdpa")
-    return next((backend for backend in preferred if why_not(backend, case) is None), "chunked")
+    last: Backend = "reference" if case.together else "chunked"
+    return next((backend for backend in preferred if why_not(backend, case) is None), last)
 
 
 def why_not(backend: str, case: Case) -> str | None:
@@ -115,6 +120,8 @@ def why_not(backend: str, case: Case) -> str | None:
     def lacks(*names: str) -> str | None:
         return next((f"it knows no {name.removeprefix('a ')}" for name in names if settings[name]), None)
 
+    if case.together and backend not in ("triton", "flex", "reference"):
+        return "it knows no tokens that see what follows them"
     if backend in ("chunked", "reference"):
         return None
     if backend == "sdpa":
@@ -174,6 +181,7 @@ def case_of(
     window: bool = False,
     softcap: bool = False,
     sinks: bool = False,
+    together: bool = False,
 ) -> Case:
     """The case of a tensor ``[T, H, D]`` on this machine."""
     return Case(
@@ -190,6 +198,7 @@ def case_of(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        together=together,
         installed=_INSTALLED,
         hip=torch.version.hip is not None,
     )

@@ -29,6 +29,7 @@ class AttentionPlan:
         max_length: the longest document; where the host doesn't know it, the bound that the caller gave.
         total: the number of tokens, or None where it is known on the device only.
         count: the number of documents, or None where it is known on the device only.
+        together: bool ``[total]``, true at tokens that see what follows them in their run, within a document; or None.
         branches: for documents that share how they begin, the lengths of what each group shares and of what follows.
     """
 
@@ -46,6 +47,7 @@ class AttentionPlan:
         cu_seqlens: Tensor | None = None,
         begins: Tensor | None = None,
         max_length: int | None = None,
+        together: Tensor | None = None,
     ) -> None:
         # Empty documents change nothing.
         self.lengths = None if lengths is None else tuple(length for length in lengths if length)
@@ -56,6 +58,7 @@ class AttentionPlan:
             self.count = cu_seqlens.numel() - 1
         self._given_cu_seqlens = cu_seqlens
         self._begins = begins
+        self.together = together
         self._kept: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
@@ -122,9 +125,25 @@ class AttentionPlan:
             if window is not None:
                 lo = torch.maximum(lo, here - (window - 1))
                 last = torch.minimum(last, here + (window - 1))
-            return torch.stack([lo, here, here, last]).int()
+            if self.together is None:
+                return torch.stack([lo, here, here, last]).int()
+            first, final = self._runs(start, self.together.to(device))
+            return torch.stack([lo, final, first, last]).int()
 
         return self.keep(("intervals", causal, window, total, device), make)
+
+    @staticmethod
+    def _runs(start: Tensor, together: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the last token of each token's run; of one that is in none, itself."""
+        here = torch.arange(len(start), device=start.device)
+        opens = torch.ones_like(together)
+        opens[1:] = ~together[1:] | ~together[:-1] | (start[1:] != start[:-1])
+        first = torch.where(opens, here, 0).cummax(0).values
+        # A run ends where the next token opens one.
+        closes = torch.ones_like(opens)
+        closes[:-1] = opens[1:]
+        final = torch.where(closes, here, len(here)).flip(0).cummin(0).values.flip(0)
+        return first, final
 
     def pairs(self, window: int | None, device: torch.device) -> Tensor:
         """bool ``[total, total]``, true where a token sees another: for those who compute with masks of that size."""

@@ -18,6 +18,7 @@ def packed_attention(
     window: int | None,
     softcap: float | None,
     scale: float,
+    together: Tensor | None = None,
 ) -> Tensor:
     """As :func:`ft_kernels.functional.packed_attention` for ``[T, H, D]``, differentiable by torch, twice too."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -31,7 +32,12 @@ def packed_attention(
     document = torch.bucketize(here, cu_seqlens.to(q.device).long()[1:], right=True)
     seen = document[:, None] == document[None]
     if causal:
-        seen = seen & (here[:, None] >= here[None])
+        before = here[:, None] >= here[None]
+        if together is not None:
+            together = together.to(q.device)
+            run = torch.cumsum(~together, 0)  # tokens of a run have one number, that of what is before it
+            before = before | (together[:, None] & together[None] & (run[:, None] == run[None]))
+        seen = seen & before
     if window is not None:
         seen = seen & (here[:, None] - here[None] < window)
     scores = scores.masked_fill(~seen, float("-inf"))
