@@ -69,6 +69,7 @@ class EvaluationJob:
         progress: called with (done, total, what) as the work goes on.
         kept: what the method keeps from one measurement to the next of the same job, by names of its own: that of the
             training (:attr:`ft_core.training.Job.kept`), or of all that ``ft eval`` measures.
+        processor: as :attr:`ft_core.training.Job.processor`.
     """
 
     config: TrainConfig
@@ -80,6 +81,7 @@ class EvaluationJob:
     max_new_tokens: int = 128
     progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
     kept: dict[str, Any] = field(default_factory=dict)
+    processor: Any = None
 
 
 def evaluate_answers(job: EvaluationJob) -> Evaluation:
@@ -305,16 +307,18 @@ def evaluate(
 
     from ft_core.config.load import method_settings
     from ft_core.data import read_rows
-    from ft_core.models import load_base, load_run
+    from ft_core.models import find_model, load_base, load_run
     from ft_core.plugins import MethodSpec, registry, resolve
     from ft_core.report import write_report
     from ft_core.runs import Run, write_json
+    from ft_core.training.modality import of_modality
+    from ft_core.training.prepare import prepare_processor
 
     folder = Run.open(run)
     config = folder.config
     spec = registry().get(MethodSpec, config.method)
     if data is not None:
-        rows = list(read_rows(data, spec.formats, seed=config.training.seed))
+        rows = list(read_rows(data, spec.formats, seed=config.training.seed, form=of_modality(config, "rows")))
         name = str(data)
     else:
         rows = folder.held_out()
@@ -323,11 +327,12 @@ def evaluate(
             raise RunError(f"{folder.path} kept no rows for evaluation: give some with --data FILE")
     total = len(rows)
     rows = rows[:limit] if limit else rows
-    measure = resolve(spec.evaluate)
+    measure = of_modality(config, "evaluate") or resolve(spec.evaluate)
     kept: dict[str, Any] = {}
 
     def job(model: Any, tokenizer: Any) -> EvaluationJob:
         made = EvaluationJob(config, method_settings(config), model, tokenizer, rows, answers=answers, kept=kept)
+        made.processor = prepare_processor(config, find_model(config.model), tokenizer)
         if progress:
             made.progress = progress
         return made
