@@ -6,9 +6,24 @@ import importlib
 
 EXPECTED = {
     "ft_vision": ["ImageError", "__version__", "read_image"],
-    "ft_vision.images": ["FORMATS", "ImageError", "MAX_BYTES", "MAX_PIXELS", "read_image"],
-    "ft_vision.pixels": ["to_8_bit", "upright"],
+    "ft_vision.collating": ["UnusableImage", "VisionCollator", "collator", "collator_for", "packs"],
+    "ft_vision.documents": [
+        "COUNTS",
+        "IMAGES",
+        "VisionRenderer",
+        "dataset",
+        "image_token_of",
+        "images_of",
+        "tokenize",
+    ],
+    "ft_vision.evaluating": ["evaluate"],
+    "ft_vision.families": ["FAMILIES", "Family", "family_of"],
+    "ft_vision.images": ["FORMATS", "ImageError", "MAX_BYTES", "MAX_PIXELS", "image_size", "read_image"],
+    "ft_vision.loading": ["adapter_options", "load_for_training", "load_processor", "settings_of"],
+    "ft_vision.pixels": ["is_turned", "to_8_bit", "upright"],
     "ft_vision.plugin": ["VISION"],
+    "ft_vision.rows": ["image_name", "normalise", "open_reference", "reference_of"],
+    "ft_vision.settings": ["VisionSettings"],
 }
 
 
