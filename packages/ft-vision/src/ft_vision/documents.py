@@ -22,8 +22,6 @@ from ft_vision.loading import settings_of
 from ft_vision.rows import image_name, open_reference
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ft_core.training import Job
 
 __all__ = ["COUNTS", "IMAGES", "VisionRenderer", "dataset", "image_token_of", "images_of", "tokenize"]
@@ -183,8 +181,11 @@ def _fault(row: Row, renderer: VisionRenderer) -> str | None:
     return None
 
 
-def dataset(job: Job, rows: Sequence[Row], name: str) -> Dataset:
+def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
     """Training rows, packed up to ``max_length`` where packing is on; see :attr:`ft_core.plugins.ModalitySpec.dataset`.
+
+    Returns:
+        a ``datasets.Dataset``, with the columns that :class:`ft_vision.collating.VisionCollator` takes.
 
     Raises:
         DataError: as :func:`tokenize`; or no row is left.
