@@ -13,7 +13,9 @@ from ft_vision.images import FORMATS
 
 def test_the_modality_is_registered_and_reads(tmp_path: object) -> None:
     spec = registry().get(ModalitySpec, "vision")
-    assert spec.load is None
+    for reference in (spec.load, spec.settings, spec.processor, spec.rows, spec.adapter, spec.dataset, spec.collator):
+        assert callable(resolve(str(reference)))
+    assert callable(resolve(str(spec.evaluate)))
     assert spec.read is not None
     buffer = io.BytesIO()
     Image.new("RGB", (3, 2), "red").save(buffer, "PNG")

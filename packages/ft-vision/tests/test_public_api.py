@@ -10,8 +10,6 @@ EXPECTED = {
     "ft_vision.families.gemma": ["describe_gemma3"],
     "ft_vision.families.guests": ["describe_language_model", "describe_text_model"],
     "ft_vision.families.qwen": ["describe_qwen2_5_vl", "describe_qwen3_vl"],
-    "ft_vision.images": ["FORMATS", "ImageError", "MAX_BYTES", "MAX_PIXELS", "read_image"],
-    "ft_vision.pixels": ["to_8_bit", "upright"],
     "ft_vision.plugin": [
         "GEMMA3",
         "IDEFICS3",
@@ -23,6 +21,23 @@ EXPECTED = {
         "SMOLVLM",
         "VISION",
     ],
+    "ft_vision.collating": ["UnusableImage", "VisionCollator", "collator", "collator_for", "packs"],
+    "ft_vision.documents": [
+        "COUNTS",
+        "IMAGES",
+        "VisionRenderer",
+        "dataset",
+        "image_token_of",
+        "images_of",
+        "tokenize",
+    ],
+    "ft_vision.evaluating": ["evaluate"],
+    "ft_vision.families.parts": ["FAMILIES", "Family", "family_of"],
+    "ft_vision.images": ["FORMATS", "ImageError", "MAX_BYTES", "MAX_PIXELS", "image_size", "read_image"],
+    "ft_vision.loading": ["adapter_options", "load_for_training", "load_processor", "settings_of"],
+    "ft_vision.pixels": ["is_turned", "to_8_bit", "upright"],
+    "ft_vision.rows": ["image_name", "normalise", "open_reference", "reference_of"],
+    "ft_vision.settings": ["VisionSettings"],
 }
 
 

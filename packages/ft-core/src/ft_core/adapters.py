@@ -31,6 +31,7 @@ def add_lora(
     bias: str = "none",
     modules_to_save: list[str] | None = None,
     init_lora_weights: Literal[True, "gaussian", "loftq"] = True,
+    exclude: str | None = None,
 ) -> PeftModel:
     """Attach a LoRA adapter (Hu et al. 2021, arXiv:2106.09685): y = W x + (alpha/r) B A x, B starting at zero.
 
@@ -42,6 +43,7 @@ def add_lora(
         targets: ``all-linear`` (every linear layer save the head; the experts of a mixture stay frozen, see
             :func:`dense_targets`) or names of linear modules, such as ``q_proj``.
         rslora, dora, bias, modules_to_save, init_lora_weights: as in :class:`ft_core.config.LoraSettings`.
+        exclude: a regular expression; modules whose whole name it matches stay as they are (``exclude_modules``).
 
     Returns:
         A ``peft.PeftModel``; any transformers or TRL trainer runs it. The adapter's weights are float32. On a GPU a
@@ -66,6 +68,7 @@ def add_lora(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,  # PEFT takes any number
         lora_dropout=dropout,
+        exclude_modules=exclude,
         target_modules=(dense_targets(model) or targets) if targets == "all-linear" else targets,
         use_rslora=rslora,
         use_dora=dora,
@@ -137,8 +140,11 @@ def _check_names(model: Any, key: str, names: list[str]) -> None:
     modules = [name for name, module in model.named_modules() if name and not list(module.children())]
     lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
     lasts = [name for name in lasts if not name.isdigit()]
+    allowed = modules
+    if key == "lora.modules_to_save":  # a module of several layers can be trained whole too
+        allowed = [name for name, _ in model.named_modules() if name]
     for name in names:
-        if not any(module == name or module.endswith("." + name) for module in modules):
+        if not any(module == name or module.endswith("." + name) for module in allowed):
             close = difflib.get_close_matches(name, lasts, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"{key}: the model has no module {name!r}{hint} (it has: {', '.join(lasts)})")

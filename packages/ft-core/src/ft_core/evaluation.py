@@ -70,6 +70,7 @@ class EvaluationJob:
         kept: what the method keeps from one measurement to the next of the same job, by names of its own: that of the
             training (:attr:`ft_core.training.Job.kept`), or of all that ``ft eval`` measures.
         say: prints one line; ``ft eval`` has it on stderr, since stdout is for what was measured.
+        processor: as :attr:`ft_core.training.Job.processor`.
     """
 
     config: TrainConfig
@@ -82,6 +83,7 @@ class EvaluationJob:
     progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
     kept: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
+    processor: Any = None
 
 
 def evaluate_answers(job: EvaluationJob) -> Evaluation:
@@ -307,16 +309,18 @@ def evaluate(
 
     from ft_core.config.load import method_settings
     from ft_core.data import read_rows
-    from ft_core.models import load_base, load_run
+    from ft_core.models import find_model, load_base, load_run
     from ft_core.plugins import MethodSpec, registry, resolve
     from ft_core.report import write_report
     from ft_core.runs import Run, write_json
+    from ft_core.training.modality import of_modality
+    from ft_core.training.prepare import prepare_processor
 
     folder = Run.open(run)
     config = folder.config
     spec = registry().get(MethodSpec, config.method)
     if data is not None:
-        rows = list(read_rows(data, spec.formats, seed=config.training.seed))
+        rows = list(read_rows(data, spec.formats, seed=config.training.seed, form=of_modality(config, "rows")))
         name = str(data)
     else:
         rows = folder.held_out()
@@ -325,12 +329,13 @@ def evaluate(
             raise RunError(f"{folder.path} kept no rows for evaluation: give some with --data FILE")
     total = len(rows)
     rows = rows[:limit] if limit else rows
-    measure = resolve(spec.evaluate)
+    measure = of_modality(config, "evaluate") or resolve(spec.evaluate)
     kept: dict[str, Any] = {}
 
     def job(model: Any, tokenizer: Any) -> EvaluationJob:
         settings = method_settings(config)
         made = EvaluationJob(config, settings, model, tokenizer, rows, answers=answers, kept=kept, say=say)
+        made.processor = prepare_processor(config, find_model(config.model), tokenizer)
         if progress:
             made.progress = progress
         return made

@@ -160,6 +160,11 @@ def _open_run(path: Path, name: str) -> Source:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ExportError(f"{path / 'config.yaml'} is not YAML: {error}") from error
     config = config if isinstance(config, dict) else {}
+    if (task := config.get("task", "text")) != "text":
+        raise ExportError(
+            f"{path} was trained with task: {task}: only models of text are merged and exported yet; "
+            "transformers and PEFT load its adapter and merge it (merge_and_unload)"
+        )
     quantization, lora, dtype = config.get("quantization"), config.get("lora"), environment.get("dtype")
     base = environment.get("base_model")
     adapter = path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else None

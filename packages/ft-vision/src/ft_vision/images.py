@@ -16,9 +16,9 @@ from typing import IO, Any, Literal
 from PIL import Image, ImageFile
 
 from ft_core.errors import FtError
-from ft_vision.pixels import to_8_bit, upright
+from ft_vision.pixels import is_turned, to_8_bit, upright
 
-__all__ = ["FORMATS", "MAX_BYTES", "MAX_PIXELS", "ImageError", "read_image"]
+__all__ = ["FORMATS", "MAX_BYTES", "MAX_PIXELS", "ImageError", "image_size", "read_image"]
 
 FORMATS = ("png", "jpeg", "webp", "gif", "bmp", "tiff")
 """The formats that are read."""
@@ -94,17 +94,46 @@ def read_image(
         return _finish(name, source, mode)
 
     name, data = _read_bytes(source, max_bytes)
+    with _checked(name, data, max_pixels, formats) as image:
+        return _finish(name, image, mode)
+
+
+def image_size(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of the image that :func:`read_image` gives, from the header: no pixel is decoded.
+
+    Args:
+        source: a path, or the encoded bytes.
+        max_pixels: as for :func:`read_image`.
+
+    Raises:
+        ImageError: as :func:`read_image`, save for what shows only in the pixels.
+    """
+    name, data = _read_bytes(source, MAX_BYTES)
+    with _checked(name, data, max_pixels, FORMATS) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # some versions of Pillow say its size as it is, others as it is meant
+            tags: Any = getattr(image, "tag_v2", {})
+            width, height = int(tags[256]), int(tags[257])  # ImageWidth, ImageLength
+        return (height, width) if is_turned(image) else (width, height)
+
+
+def _checked(name: str, data: bytes, max_pixels: int, formats: Sequence[str]) -> ImageFile.ImageFile:
+    """The image, open but not decoded, of a format and size that are accepted."""
     found = _format_of(data)
     if found is None or found not in formats:
         what = f"is a {found} file" if found else "holds no image format that is known here"
         raise ImageError(f"{name}: {what}; read are {', '.join(formats)}: convert it to one of them")
     if size := _early_size(found, data):
         _check_size(name, size, max_pixels)
-    with _open(name, found, data) as image:
+    image = _open(name, found, data)
+    try:
         _check_size(name, image.size, max_pixels)
         if found == "tiff":
             _check_tiles(name, image, max_pixels)
-        return _finish(name, image, mode)
+    except ImageError:
+        image.close()
+        raise
+    return image
 
 
 def _read_bytes(source: str | os.PathLike[str] | bytes | IO[bytes], max_bytes: int) -> tuple[str, bytes]:

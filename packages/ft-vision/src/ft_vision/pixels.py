@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
-__all__ = ["to_8_bit", "upright"]
+__all__ = ["is_turned", "to_8_bit", "upright"]
 
 _ORIENTATION = 0x0112  # EXIF 2.32, table 4; the same tag as TIFF's
 _BITS_PER_SAMPLE = 258
@@ -51,12 +51,20 @@ def to_8_bit(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
 
 def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     """``pixels`` turned or mirrored as the EXIF data of ``image`` say."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # EXIF data are foreign bytes too; what cannot be read says nothing
-        return pixels
-    turn = _TURNS.get(orientation)
+    turn = _TURNS.get(_orientation(image))
     return pixels if turn is None else pixels.transpose(turn)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF data of ``image`` say that width and height change places."""
+    return _orientation(image) in (5, 6, 7, 8)
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # EXIF data are foreign bytes too; what cannot be read says nothing
+        return 1
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:

@@ -22,10 +22,12 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.data.reading import check_sources
     from ft_core.plugins import MethodSpec, registry
     from ft_core.runs import Run
+    from ft_core.training.modality import of_modality
 
     folder = Run.open(args.run)  # a wrong path is said before anything heavy is imported
     if args.data is not None:
-        check_sources(args.data, registry().get(MethodSpec, folder.config.method).formats)
+        formats = registry().get(MethodSpec, folder.config.method).formats
+        check_sources(args.data, formats, of_modality(folder.config, "rows"))
     from ft_core.console import progress, quiet, say
 
     quiet()

@@ -78,6 +78,8 @@ def _next(config: TrainConfig, run: Path, *, evaluated: bool) -> list[list[str]]
     from ft_core.plugins import MethodSpec, registry
 
     words = [["eval", str(run)]] if evaluated else []  # where no rows were held out it has nothing to measure
+    if config.task != "text":  # the others read nothing else yet
+        return words
     speaks = registry().get(MethodSpec, config.method).head == "language-model"  # a score is no answer
     if speaks:
         words.append(["chat", str(run)])

@@ -23,6 +23,7 @@ __all__ = [
     "check_config",
     "load_config",
     "method_settings",
+    "modality_settings",
     "parse_overrides",
     "read_rope_scaling",
     "reward_settings",
@@ -62,12 +63,12 @@ def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
         if values.get("quantization") == "fp8":
             raise ConfigError("quantization: 'fp8' is not available in this version (allowed: none, nf4, int8)")
         # Before the rest, so that `modle: …` is not told that `model` is missing.
-        _check_top_level(values, values.get("method", TrainConfig.model_fields["method"].default))
+        _check_top_level(values, *(values.get(k, TrainConfig.model_fields[k].default) for k in ("method", "task")))
         try:
             config = TrainConfig.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError(_one_line(error, TrainConfig, "")) from None
-    _check_top_level(config.sections, config.method)
+    _check_top_level(config.sections, config.method, config.task)
     try:
         modality = registry().get(ModalitySpec, config.task)
     except PluginError as error:
@@ -75,6 +76,10 @@ def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
     if modality.load is None:
         raise PluginError(f"task: {config.task!r} cannot be trained by the installed version ({modality.summary})")
     method_settings(config)
+    if modality.methods and config.method not in modality.methods:
+        what = f"{config.method!r} does not train the task {config.task!r} yet"
+        raise ConfigError(f"method: {what} (allowed: {', '.join(modality.methods)})")
+    modality_settings(config)
     _check_rewards(config)
     return config
 
@@ -85,14 +90,23 @@ def method_settings(config: TrainConfig) -> BaseModel:
         spec = registry().get(MethodSpec, config.method)
     except PluginError as error:
         raise PluginError(f"method: {error}") from error
-    model: type[BaseModel] = resolve(spec.settings)
-    section = config.sections.get(config.method)
+    return _section(config, config.method, resolve(spec.settings))
+
+
+def modality_settings(config: TrainConfig) -> BaseModel | None:
+    """The section of the modality that ``task`` names, as :func:`method_settings`; None where it has none."""
+    spec = registry().get(ModalitySpec, config.task)
+    return _section(config, config.task, resolve(spec.settings)) if spec.settings else None
+
+
+def _section(config: TrainConfig, name: str, model: type[BaseModel]) -> BaseModel:
+    section = config.sections.get(name)
     if section is not None and not isinstance(section, Mapping):
-        raise ConfigError(f"{config.method}: {_shown(section)} is not allowed (allowed: keys with values)")
+        raise ConfigError(f"{name}: {_shown(section)} is not allowed (allowed: keys with values)")
     try:
         return model.model_validate(dict(section or {}))
     except ValidationError as error:
-        raise ConfigError(_one_line(error, model, config.method)) from None
+        raise ConfigError(_one_line(error, model, name)) from None
 
 
 def reward_settings(entry: RewardEntry, where: str) -> BaseModel | None:
@@ -121,13 +135,9 @@ def reward_settings(entry: RewardEntry, where: str) -> BaseModel | None:
     except ValidationError as error:
         unknown = [e["loc"][0] for e in error.errors() if e["type"] == "extra_forbidden" and len(e["loc"]) == 1]
         if unknown:
-            key = str(unknown[0])
-            raise ConfigError(_unknown(key, f"{where}.", [*RewardEntry.model_fields, *_keys(model)])) from None
+            keys = [*RewardEntry.model_fields, *(f.alias or name for name, f in model.model_fields.items())]
+            raise ConfigError(_unknown(str(unknown[0]), f"{where}.", keys)) from None
         raise ConfigError(_one_line(error, model, where)) from None
-
-
-def _keys(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _check_rewards(config: TrainConfig) -> None:
@@ -188,6 +198,8 @@ def to_yaml(config: TrainConfig, *, header: bool = True) -> str:
     """
     values = config.model_dump(mode="json")
     values[config.method] = method_settings(config).model_dump(mode="json")
+    if (settings := modality_settings(config)) is not None:
+        values[config.task] = settings.model_dump(mode="json")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     if not header:
         return text
@@ -232,18 +244,20 @@ def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _check_top_level(values: Iterable[Any], method: Any) -> None:
-    """A top-level key that the schema doesn't have must be the section of the method in use."""
+def _check_top_level(values: Iterable[Any], method: Any, task: Any) -> None:
+    """A top-level key that the schema doesn't have must be the section of the method or the modality in use."""
     methods = {*registry().names("ft.methods"), *EXTRAS["ft.methods"]}
     for key in values:
         if not isinstance(key, str):
             raise ConfigError(f"unknown key {key!r}: a key is a word (allowed: {', '.join(TrainConfig.model_fields)})")
-        if key in TrainConfig.model_fields or key == method:
+        if key in TrainConfig.model_fields or key in (method, task):
             continue
         if key in methods and method not in methods:
             continue  # what is wrong is the method
         if key in methods:
             raise ConfigError(f"{key}: these are settings of the method {key!r}, but the method is {method!r}")
+        if key in registry().names("ft.modalities"):
+            raise ConfigError(f"{key}: these are settings of the task {key!r}, but the task is {task!r}")
         section = [method] if isinstance(method, str) else []
         raise ConfigError(_unknown(key, "", [*TrainConfig.model_fields, *section]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,38 +83,50 @@ def _documents(feature: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Ten
     return pairs
 
 
-def keeps_documents_apart(model: PreTrainedModel) -> bool:
+def keeps_documents_apart(
+    model: PreTrainedModel,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] | None = None,
+) -> bool:
     """Whether the model computes in a padding-free batch what it computes for each document alone.
 
-    Tried on the model itself, with two documents of 16 random tokens in a row. The second's logits (of a model that
-    ends in a score, its last hidden states) must not change when the first's tokens do, and must equal those of the
-    second alone. Families whose layers carry a state along the row
+    Tried on the model itself, with two documents in a row, of 16 random tokens unless others are given. The second's
+    logits (of a model that ends in a score, its last hidden states) must not change when the first's tokens do, and
+    must equal those of the second alone. Families whose layers carry a state along the row
     (state-space models and other linear attention) or that take no position ids fail; they are trained with
     ``Collator(padding_free=False)``. The model's mode and weights stay as they are.
 
     The bounds are shares of the largest of these. Rows of equal shape leave no room for rounding, save where a mixture
     of experts regroups its tokens (3e-7 measured in fp32), and leaking families moved by 4e-3 to 0.5: 1e-3. Different
     shapes may sum in another order, whose error grows over the layers: 32 units in the last place where that is more.
+
+    Args:
+        documents: three to try instead: two of equal length for the first's place, and the second.
+        collate: makes a batch of some of them; a padding-free :class:`Collator` otherwise.
     """
     import torch
 
     from ft_core.models.modes import modes_kept
 
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    one, two, second = (torch.randint(vocabulary, (16,), generator=generator).tolist() for _ in range(3))
-    collate = Collator(pad_token_id=0)
+    if documents is None:
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = model.config.get_text_config().vocab_size
+        drawn = [torch.randint(vocabulary, (16,), generator=generator).tolist() for _ in range(3)]
+        documents = [{"input_ids": ids, "labels": ids} for ids in drawn]
+    one, two, second = documents
+    last = len(second["input_ids"])
+    collate = collate or Collator(pad_token_id=0)
     with modes_kept(model), torch.no_grad():
         model.eval()
         results = []
-        for documents in ([one, second], [two, second], [second]):
-            batch = collate([{"input_ids": ids, "labels": ids} for ids in documents])
-            batch = {key: value.to(model.device) if key != "use_cache" else value for key, value in batch.items()}
+        for row in ([one, second], [two, second], [second]):
+            made = collate(row)
+            batch = {key: value.to(model.device) if key != "use_cache" else value for key, value in made.items()}
             del batch["labels"]
-            made = model(**batch).logits
-            if made.dim() == 2:  # a score, which is of one token
-                made = getattr(model, model.base_model_prefix)(**batch).last_hidden_state
-            results.append(made[0, -16:])
+            found = model(**batch).logits
+            if found.dim() == 2:  # a score, which is of one token
+                found = getattr(model, model.base_model_prefix)(**batch).last_hidden_state
+            results.append(found[0, -last:])
     one_before, two_before, alone = results
     largest = alone.abs().max()
     unmoved = (one_before - two_before).abs().max() <= 1e-3 * largest

@@ -109,7 +109,8 @@ def _content(value: Any, name: str) -> str:
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise DataError(f"{name} has a part of type {kind!r}: this method reads text parts only")
+            hint = " (task: vision trains on images)" if kind in ("image", "image_url") else ""
+            raise DataError(f"{name} has a part of type {kind!r}: this method reads text parts only{hint}")
     return "".join(_string(part.get("text"), f"{name}'s text") for part in value)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ft_core.data.files import EXTENSIONS, at, nearest, read_file
-from ft_core.data.formats import FORMATS, check_columns, needs, recognise
+from ft_core.data.formats import FORMATS, Format, check_columns, needs, recognise
 from ft_core.data.rows import Rows, encode
 from ft_core.errors import DataError
 
@@ -21,12 +21,15 @@ AT_ONCE = 2**25
 """Bytes of a file that is parsed whole up to which a look at its first row costs nothing."""
 _WHOLE = (".json", ".txt")
 
+Form = Callable[[Mapping[str, Any], Format, Path | None], dict[str, Any]]
+"""From a row, its format and the folder of its file (None: it is the Hub's) to a normal form."""
+
 _HUB_NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)((:(?P<config>[\w.-]+))?:(?P<split>\w[^/\\]*))?"
 )
 
 
-def read_rows(sources: Any, formats: Sequence[str], *, seed: int) -> Rows:
+def read_rows(sources: Any, formats: Sequence[str], *, seed: int, form: Form | None = None) -> Rows:
     """Read the data that a configuration names.
 
     A source is one of:
@@ -46,6 +49,7 @@ def read_rows(sources: Any, formats: Sequence[str], *, seed: int) -> Rows:
             that the seed draws.
         formats: the names of the formats that the method can train on.
         seed: for the fractions of weights.
+        form: brings a row to its normal form instead of ``format.normalise``, for rows of more than text.
 
     Returns:
         the rows in normal form, in the order of the sources.
@@ -55,7 +59,7 @@ def read_rows(sources: Any, formats: Sequence[str], *, seed: int) -> Rows:
     """
     parts = []
     for number, (path, weight, format) in enumerate(_sources(sources)):
-        part = Rows.of_encoded(chain.from_iterable(_read_source(path, format, formats)))
+        part = Rows.of_encoded(chain.from_iterable(_read_source(path, format, formats, form=form)))
         if weight != 1:
             part = part.weighted(weight, seed=f"{seed}:weight:{number}")
             if not len(part):
@@ -64,7 +68,7 @@ def read_rows(sources: Any, formats: Sequence[str], *, seed: int) -> Rows:
     return parts[0] if len(parts) == 1 else Rows.joined(parts)
 
 
-def check_sources(sources: Any, formats: Sequence[str]) -> None:
+def check_sources(sources: Any, formats: Sequence[str], form: Form | None = None) -> None:
     """Look whether data is there, and at the first row of each source's first file, as :func:`read_rows` would.
 
     The Hub is not asked, and a large file that can only be parsed whole is not read.
@@ -73,7 +77,7 @@ def check_sources(sources: Any, formats: Sequence[str]) -> None:
         DataError: as :func:`read_rows` raises it.
     """
     for name, _, format in _sources(sources):
-        rows = next(_read_source(name, format, formats))
+        rows = next(_read_source(name, format, formats, form=form))
         path = Path(name).expanduser()
         if path.is_dir():
             path = _files(path)[0]
@@ -134,7 +138,7 @@ def _source(source: Any) -> tuple[str, float, str | None]:
 
 
 def _read_source(
-    name: str, format: str | None, formats: Sequence[str], *, streaming: bool = False
+    name: str, format: str | None, formats: Sequence[str], *, streaming: bool = False, form: Form | None = None
 ) -> Iterator[Iterator[bytes]]:
     """The rows of each file of a source, encoded."""
     path = Path(name).expanduser()
@@ -143,17 +147,17 @@ def _read_source(
         if not files:
             raise DataError(f"{name}: the folder has no data files; {_extensions()} are read")
         for file in files:
-            yield _read_one(str(file), read_file(file), format, formats)
+            yield _read_one(str(file), read_file(file), format, formats, form, file.parent)
         return
     if path.exists():
         if path.suffix.lower() not in EXTENSIONS:
             raise DataError(f"{name}: data files end in {_extensions()}, not in {path.suffix or 'no extension'!r}")
-        yield _read_one(name, read_file(path), format, formats)
+        yield _read_one(name, read_file(path), format, formats, form, path.parent)
         return
     on_hub = _HUB_NAME.fullmatch(name)
     if path.suffix.lower() in EXTENSIONS or on_hub is None or path.is_symlink():
         raise DataError(f"{name}: no such file or folder{nearest(path)}")
-    yield _read_one(name, _read_hub(path, **on_hub.groupdict(), streaming=streaming), format, formats)
+    yield _read_one(name, _read_hub(path, **on_hub.groupdict(), streaming=streaming), format, formats, form, None)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -207,7 +211,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_one(
-    name: str, numbered: Iterable[tuple[int, Any]], format: str | None, formats: Sequence[str]
+    name: str,
+    numbered: Iterable[tuple[int, Any]],
+    format: str | None,
+    formats: Sequence[str],
+    form: Form | None = None,
+    folder: Path | None = None,
 ) -> Iterator[bytes]:
     """The rows of one file, each checked, normalised and encoded."""
     count = 0
@@ -222,7 +231,7 @@ def _read_one(
             if chosen.name not in formats:
                 raise DataError(f"is in the {chosen.name} format, which this method cannot train on; {needs(formats)}")
             check_columns(row, chosen)
-            encoded = encode(chosen.normalise(row))
+            encoded = encode(chosen.normalise(row) if form is None else form(row, chosen, folder))
         except DataError as error:
             raise DataError(f"{at(name, number)}: {error}") from None
         yield encoded

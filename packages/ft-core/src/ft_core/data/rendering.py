@@ -51,6 +51,7 @@ class Draft:
         end: whether the tokenizer's end-of-sequence token follows, trained.
         mask: for each token whether it is trained, where the chat template's markers say so; ``spans`` is then empty.
         splittable: whether a document that is too long is cut into pieces instead of cut off.
+        uncuttable: whether it is left out instead: a cut could go through an image.
     """
 
     text: str
@@ -58,6 +59,7 @@ class Draft:
     end: bool = False
     mask: tuple[int, ...] | None = None
     splittable: bool = False
+    uncuttable: bool = False
 
 
 def alpaca_template(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]]) -> str | None:
@@ -93,16 +95,31 @@ def render_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     return Renderer(tokenizer).prompt(row)
 
 
+def _in_parts(messages: Messages) -> list[dict[str, Any]]:
+    """Messages with every content as a list of parts: the templates of some processors read nothing else."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else dict(message)
+        for message in messages
+    ]
+
+
 class Renderer:
     """Writes rows as text for one tokenizer.
+
+    Args:
+        tokenizer: the model's.
+        processor: has the chat template in the tokenizer's place, where a message may hold more than text: it is
+            handed every message's content as a list of parts.
 
     Attributes:
         special: the tokenizer's special and added tokens, save white space; a turn ends with one of them.
         special_ids: their ids.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, processor: Any = None) -> None:
+        self._tokenizer, self._processor = tokenizer, processor
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         added = {**tokenizer.get_added_vocab(), **special}
         self.special = tuple(token for token in added if token.strip())
@@ -113,10 +130,11 @@ class Renderer:
         body, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         adds_bos = tokenizer.bos_token_id is not None and whole[:1] == [tokenizer.bos_token_id] != body[:1]
         self._bos = str(tokenizer.bos_token) if adds_bos else ""
-        self._has_template = tokenizer.chat_template is not None
-        self._asks_as_alpaca = tokenizer.chat_template in (None, *_ALPACA_TEMPLATES)
+        template = (tokenizer if processor is None else processor).chat_template
+        self._has_template = template is not None
+        self._asks_as_alpaca = template in (None, *_ALPACA_TEMPLATES)
         # the mask of the template's markers needs character offsets, which only the fast tokenizers have
-        self._has_markers = bool(_MARKER.search(str(tokenizer.chat_template))) and tokenizer.is_fast
+        self._has_markers = bool(_MARKER.search(str(template))) and tokenizer.is_fast and processor is None
 
     def drafts(self, row: Mapping[str, Any]) -> list[Draft]:
         """The documents that a row gives: one, save for a conversation whose template rewrites earlier turns.
@@ -204,6 +222,8 @@ class Renderer:
 
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         try:
+            if self._processor is not None:
+                return self._processor.apply_chat_template(_in_parts(plain), tools=tools, **options)
             return self._tokenizer.apply_chat_template(plain, tools=tools, **options)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             roles = ", ".join(message["role"] for message in messages)

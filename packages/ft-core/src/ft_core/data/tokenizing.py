@@ -36,6 +36,7 @@ class Tokenized(Sequence[dict[str, list[int]]]):
         dropped: documents left out for want of a trained token: the prompt fills ``max_length``, or the text is empty.
         empty: those of them whose text is empty.
         pieces: documents that came from splitting overlong plain text.
+        left_out: those of them that are too long and may not be cut.
         tokens: tokens in all.
         trained_tokens: labels that are not -100.
     """
@@ -44,6 +45,7 @@ class Tokenized(Sequence[dict[str, list[int]]]):
         self._ids, self._labels, self._starts = array("i"), array("i"), array("q", [0])
         self.lengths, self.row_of = array("i"), array("q")
         self.rows = self.overlong = self.dropped = self.empty = self.pieces = self.trained_tokens = 0
+        self.left_out = 0
 
     @property
     def tokens(self) -> int:
@@ -123,6 +125,8 @@ def _lists(offsets: Any, values: Any) -> Any:
 class RowTokenizer:
     """Tokenizes some rows at a time; the arguments are those of :func:`tokenize_rows`.
 
+    ``renderer`` writes the rows instead of the tokenizer's own :class:`Renderer`, where they hold more than text.
+
     Raises:
         DataError: ``max_length`` is below 2, or the tokenizer has no end-of-sequence token.
     """
@@ -130,6 +134,7 @@ class RowTokenizer:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     train_on: Literal["answers", "all"] = "answers"
+    renderer: Renderer | None = None
     _renderer: Renderer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -137,7 +142,7 @@ class RowTokenizer:
             raise DataError(f"max_length must be at least 2, not {self.max_length}: a token is predicted from another")
         if self.tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token, so the model could not learn to stop")
-        object.__setattr__(self, "_renderer", Renderer(self.tokenizer))
+        object.__setattr__(self, "_renderer", self.renderer or Renderer(self.tokenizer))
 
     def __call__(self, numbered: Sequence[tuple[int, Mapping[str, Any]]], result: Tokenized) -> None:
         """Add the documents of rows in normal form, each with its number from 0, to what was tokenized before.
@@ -161,7 +166,10 @@ class RowTokenizer:
                 overlong |= len(ids) > self.max_length
                 all_on = self.train_on == "all"
                 labels = [token if all_on or on else IGNORE for token, on in zip(ids, mask, strict=True)]
-                if one.splittable and len(ids) > self.max_length:
+                if one.uncuttable and len(ids) > self.max_length:
+                    result.left_out += 1
+                    result.dropped += 1
+                elif one.splittable and len(ids) > self.max_length:
                     for start in range(0, len(ids), self.max_length):
                         end = start + self.max_length
                         result.pieces += result._append(ids[start:end], labels[start:end], number)

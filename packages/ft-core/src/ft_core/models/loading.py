@@ -121,20 +121,22 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_for_training(
-    source: ModelSource, config: TrainConfig, device: Device, head: str = "language-model"
+    source: ModelSource, config: TrainConfig, device: Device, head: str = "language-model", auto: Any = None
 ) -> PreTrainedModel:
     """The model that ``config`` trains: quantized or 16-bit under an adapter, 32-bit weights when trained in full.
+    ``auto`` is the auto class of transformers that knows it, where that is not the one for ``head``.
 
     Full fine-tuning keeps float32 weights and computes in 16 bits under autocast: an update at a usual learning rate is
     smaller than half a bfloat16 step of the weight and would be lost.
     """
     dtype = "float32" if config.lora is None else device.dtype
     trained = None
-    if config.lora is not None and not config.lora.dora and config.lora.modules_to_save is None:
+    if config.lora is not None and not config.lora.dora and config.lora.modules_to_save is None and auto is None:
         trained = config.lora.model_dump(include={"r", "alpha", "dropout", "targets"})
         tokens = config.max_length  # in rows of their own, or packed into one; a few for the trial before
         trained["shapes"] = ((config.training.batch_size, tokens), (1, tokens), (1, 160))
-    model = _load(source, device, config.quantization, dtype, head, config.max_length, config.rope_scaling, trained)
+    scaling = config.rope_scaling
+    model = _load(source, device, config.quantization, dtype, head, config.max_length, scaling, trained, auto)
     model.config.use_cache = False
     if device.type == "cpu":
         _keep_trainable(model)
@@ -161,6 +163,7 @@ def _load(
     max_length: int | None,
     scaling: RopeScaling | None,
     trained: dict[str, Any] | None = None,
+    auto: Any = None,
 ) -> PreTrainedModel:
     """``trained``: how it will be trained, for :func:`ft_core.fast.compile_ahead`; None if it may not be."""
     import torch
@@ -169,7 +172,7 @@ def _load(
 
     from ft_core.models.pretrained import from_pretrained
 
-    auto = AutoModelForCausalLM if head == "language-model" else AutoModelForSequenceClassification
+    auto = auto or (AutoModelForCausalLM if head == "language-model" else AutoModelForSequenceClassification)
     options: dict[str, Any] = {}
     try:
         config = AutoConfig.from_pretrained(
@@ -341,6 +344,7 @@ def _first_sentence(error: BaseException) -> str:
 def load_base(run: Run, *, say: Callable[[str], None] = print) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A run's base model as it was before training (quantized as it was trained), and the tokenizer."""
     from ft_core.plugins import MethodSpec, registry
+    from ft_core.training.modality import of_modality
 
     config = run.config
     source = find_model(config.model)
@@ -350,10 +354,11 @@ def load_base(run: Run, *, say: Callable[[str], None] = print) -> tuple[PreTrain
         from transformers import set_seed
 
         set_seed(config.training.seed)  # a new head starts from random numbers: the same as when it was trained
-    scaling = config.rope_scaling
-    model = _load(
-        source, device, config.quantization, device.dtype, head, config.max_length if scaling else None, scaling
-    )
+    if config.task != "text":
+        model = of_modality(config, "load")(source, config, device, head)
+    else:
+        length = config.max_length if config.rope_scaling else None
+        model = _load(source, device, config.quantization, device.dtype, head, length, config.rope_scaling)
     say(f"{source.name} on {device}")
     return model.eval(), load_tokenizer(source)
 
@@ -383,11 +388,15 @@ def load_run(
         return adapted.eval(), tokenizer
     if run.model.is_dir():
         from ft_core.plugins import MethodSpec, registry
+        from ft_core.training.modality import of_modality
 
         source = find_model(str(run.model))
         device = pick_device()
         head = registry().get(MethodSpec, run.config.method).head
-        model = _load(source, device, "none", device.dtype, head, None, None)  # its own config.json has the scaling
+        if run.config.task != "text":
+            model = of_modality(run.config, "load")(source, run.config, device, head)
+        else:
+            model = _load(source, device, "none", device.dtype, head, None, None)  # its own config.json has the scaling
         say(f"{run.path} on {device}")
         return model.eval(), load_tokenizer(source)
     if run.finished:

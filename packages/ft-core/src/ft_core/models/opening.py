@@ -47,6 +47,7 @@ def open_model(reference: str, *, say: Callable[[str], None] = print) -> tuple[A
     from ft_core.models.source import find_model
     from ft_core.plugins import MethodSpec, registry
     from ft_core.runs import Run
+    from ft_core.training.modality import check_text_only
 
     run = Run(reference)
     if not (run.path.is_dir() and run.is_run):
@@ -54,6 +55,7 @@ def open_model(reference: str, *, say: Callable[[str], None] = print) -> tuple[A
         say(f"{reference} on {model.device}")
         return model, tokenizer
     run = Run.open(reference)
+    check_text_only(run.config, "this command")
     method = run.config.method
     if registry().get(MethodSpec, method).head != "language-model":
         raise RunError(f"{reference} was trained with {method}: its model gives scores and writes no text")

@@ -118,12 +118,34 @@ class ModalitySpec(Spec):
         extensions: file name endings that ``read`` takes, lower case, with the dot.
         load: reference to the function that loads a model of this modality for training, or None where the installed
             version cannot train one yet: a configuration that asks for it is refused in one line.
+        settings: reference to the pydantic model of the modality's own section of the configuration, which stands under
+            its name; None if it has none.
+        methods: the methods that train it; empty: all.
+        processor: reference to ``f(source, config, tokenizer)``, what turns this input into tensors. It is handed on in
+            ``Job.processor`` and saved beside what was trained (``save_pretrained``).
+        rows: reference to ``f(row, format, folder) -> row``, which brings a row to a normal form that can be written as
+            JSON, instead of ``format.normalise(row)``; ``folder`` is that of the data file, None for the Hub's.
+        adapter: reference to ``f(model, config) -> dict``, keyword arguments of :func:`ft_core.add_lora` that take the
+            place of the configuration's.
+        dataset: reference to ``f(job, rows, name) -> datasets.Dataset`` of training rows, instead of tokenized text;
+            ``name`` is ``train`` or ``held_out``.
+        collator: reference to ``f(job)``, which makes a collator of those rows, as :class:`ft_core.data.Collator` is.
+            It may set ``dataloader_*`` arguments in ``job.arguments``.
+        evaluate: reference to a function that measures in the place of the method's.
     """
 
     group: ClassVar[str] = "ft.modalities"
     read: str | None = None
     extensions: tuple[str, ...] = ()
     load: str | None = None
+    settings: str | None = None
+    methods: tuple[str, ...] = ()
+    processor: str | None = None
+    rows: str | None = None
+    adapter: str | None = None
+    dataset: str | None = None
+    collator: str | None = None
+    evaluate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

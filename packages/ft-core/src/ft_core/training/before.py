@@ -8,6 +8,7 @@ from ft_core.models.source import check_local
 from ft_core.plugins import MethodSpec, registry
 from ft_core.runs import Run
 from ft_core.training.disk import disk_folder
+from ft_core.training.modality import of_modality
 
 __all__ = ["check_before", "check_data"]
 
@@ -34,6 +35,7 @@ def check_data(config: TrainConfig, *, held_out: bool = True) -> None:
         DataError: one line, the same as where it is read.
     """
     formats = registry().get(MethodSpec, config.method).formats
-    check_sources(config.data, formats)
+    form = of_modality(config, "rows")
+    check_sources(config.data, formats, form)
     if config.eval_data is not None and held_out:
-        check_sources(config.eval_data, formats)
+        check_sources(config.eval_data, formats, form)

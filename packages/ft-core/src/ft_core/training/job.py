@@ -28,6 +28,7 @@ class Job:
         eval_rows: held-out rows, or None.
         arguments: keyword arguments for the method's ``transformers.TrainingArguments`` subclass: folders, schedule,
             precision, seed, logging and saving. A method adds its own and overrides none of these.
+        processor: what makes tensors of the task's other inputs (``ModalitySpec.processor``), or None.
         callbacks: callbacks to hand to the trainer (metrics, progress, interruption).
         counts: numbers about the data for the run's summary; a method adds to it (``train_tokens``, …).
         say: prints one line to the person who started the run.
@@ -46,6 +47,7 @@ class Job:
     counts: dict[str, int] = field(default_factory=dict)
     say: Callable[[str], None] = print
     kept: dict[str, Any] = field(default_factory=dict)
+    processor: Any = None
 
 
 def build_trainer(build: Callable[[Job], Any], job: Job) -> Any:

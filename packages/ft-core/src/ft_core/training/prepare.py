@@ -15,8 +15,9 @@ from typing import Any
 from ft_core.config import TrainConfig
 from ft_core.errors import ConfigError, RunError
 from ft_core.models import Device, ModelSource
-from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
+from ft_core.plugins import MethodSpec, registry, resolve
 from ft_core.runs import RUN_FORMAT, Run
+from ft_core.training.modality import of_modality
 
 __all__ = [
     "check_method",
@@ -26,6 +27,7 @@ __all__ = [
     "environment",
     "fingerprint",
     "prepare_model",
+    "prepare_processor",
     "prepare_rows",
 ]
 
@@ -101,11 +103,12 @@ def prepare_rows(
     from ft_core.data.rows import shared
 
     seed = config.training.seed
-    rows = read_rows(config.data, spec.formats, seed=seed)
+    form = of_modality(config, "rows")
+    rows = read_rows(config.data, spec.formats, seed=seed, form=form)
     if config.eval_data is not None:
         if held_out:
             return rows, held_out
-        measured = read_rows(config.eval_data, spec.formats, seed=seed)
+        measured = read_rows(config.eval_data, spec.formats, seed=seed, form=form)
         if count := shared(rows, measured):
             verb = "is" if count == 1 else "are"
             say(
@@ -126,6 +129,12 @@ def fingerprint(rows: Rows) -> str:
     return digest.hexdigest()
 
 
+def prepare_processor(config: TrainConfig, source: ModelSource, tokenizer: Any) -> Any:
+    """What makes tensors of the task's other inputs, sharing the tokenizer; None where there are none."""
+    load = of_modality(config, "processor")
+    return None if load is None else load(source, config, tokenizer)
+
+
 def prepare_model(
     config: TrainConfig, spec: MethodSpec, source: ModelSource, device: Device, say: Callable[[str], None]
 ) -> Any:
@@ -134,14 +143,15 @@ def prepare_model(
 
     from ft_core.adapters import add_lora, dense_targets
 
-    load = resolve(str(registry().get(ModalitySpec, config.task).load))
+    load, adapter = of_modality(config, "load"), of_modality(config, "adapter")
     set_seed(config.training.seed)  # the adapter, and a new head, start from random numbers
     model = load(source, config, device, spec.head)
     if config.lora is None:
         return model
     if config.lora.targets == "all-linear" and (targets := dense_targets(model)) is not None:
         say(f"the experts of this model stay frozen (adapters on them cannot be merged); trained: {', '.join(targets)}")
-    return add_lora(model, **config.lora.model_dump())
+    options = {} if adapter is None else adapter(model, config)
+    return add_lora(model, **{**config.lora.model_dump(), **options})
 
 
 def environment(

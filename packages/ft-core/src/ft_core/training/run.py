@@ -31,6 +31,7 @@ from ft_core.training.disk import disk_folder
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.lock import held
 from ft_core.training.memory import InUse, memory_capped, memory_errors_said
+from ft_core.training.modality import of_modality
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
     check_method,
@@ -40,6 +41,7 @@ from ft_core.training.prepare import (
     environment,
     fingerprint,
     prepare_model,
+    prepare_processor,
     prepare_rows,
 )
 from ft_core.training.ranks import Ranks
@@ -135,6 +137,7 @@ def _train(
     planned = foresee(config, source, device, say)
     used.optimizer = optimizer_of(config, planned)
     tokenizer = load_tokenizer(source)
+    processor = prepare_processor(config, source, tokenizer)
     train_rows, held_out = prepare_rows(config, spec, run.held_out() if resuming else (), say)
     data_sha256 = fingerprint(train_rows)
     if resuming and run.environment.get("data_sha256") != data_sha256:
@@ -163,6 +166,7 @@ def _train(
             callbacks=[],
             counts={"train_rows": len(train_rows), "held_out_rows": len(held_out or ())},
             say=say,
+            processor=processor,
         )
         session = _Session(run, spec, job, ranks, {"load": peak_memory()})
         if resuming:
@@ -261,9 +265,10 @@ class _Session:
         cut = f"the first {len(rows)} of {total} held-out rows (ft eval measures all)"
         job.say(f"measuring {what} training on {cut if len(rows) < total else counted(total, 'held-out row')}")
         with as_loaded(model):
+            evaluate = of_modality(job.config, "evaluate") or resolve(self.spec.evaluate)
             asked = EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)
-            asked.kept, asked.say = job.kept, job.say
-            measured: Evaluation = resolve(self.spec.evaluate)(asked)
+            asked.kept, asked.say, asked.processor = job.kept, job.say, job.processor
+            measured: Evaluation = evaluate(asked)
         # Eight answers are for reading; a share of eight would not be a measurement.
         measured.metrics.pop("exact_match", None)
         return measured
@@ -307,7 +312,7 @@ class _Session:
             if template is not None:
                 self.job.tokenizer.chat_template = template
                 self.job.say("the tokenizer is saved with Alpaca's prompt as its chat template: ask as was trained")
-            self.job.tokenizer.save_pretrained(beside)
+            (self.job.processor or self.job.tokenizer).save_pretrained(beside)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(beside, target)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from ft_core.console import counted
 from ft_core.data.collating import IGNORE
 from ft_core.errors import ConfigError
+from ft_core.training.modality import of_modality
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ft_core.data import Collator
     from ft_core.training.job import Job
 
-__all__ = ["SftSettings", "build", "check_head"]
+__all__ = ["MIXES", "SftSettings", "build", "check_head"]
 
 
 WASTE = 0.25
@@ -26,6 +27,9 @@ WASTE = 0.25
 
 FEW_LOGITS = 2**27
 """Logits that may exist at once on a CPU: half a gigabyte in float32."""
+
+MIXES = "this model would mix the documents of a packed row: each is a padded row of its own"
+"""Said of a model that cannot be trained on packed rows."""
 
 LEFT_OUT = ("{} text is empty", "no token of {} answer is within max_length")
 """Why rows are, which have no token to train on; {} is its or their."""
@@ -52,7 +56,6 @@ def build(job: Job) -> Trainer:
     """
     from trl import SFTConfig, SFTTrainer
 
-    from ft_core.data import keeps_documents_apart
     from ft_core.fast import fast_path_of
     from ft_core.training.trainer import RunTrainerMixin
     from ft_kernels.functional import cross_entropy
@@ -91,11 +94,10 @@ def build(job: Job) -> Trainer:
             return loss
 
     check_head(job.model)
-    padding_free = keeps_documents_apart(job.model)
-    if not padding_free:
-        job.say("this model would mix the documents of a packed row: each is a padded row of its own")
-    train = _dataset(job, job.train_rows, "train")
-    held_out = _dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
+    dataset, collator = of_modality(job.config, "dataset") or _dataset, of_modality(job.config, "collator") or _collator
+    collate = collator(job)
+    train = dataset(job, job.train_rows, "train")
+    held_out = dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
     # Rows come prepared: TRL neither tokenizes, packs nor pads.
     arguments = SFTConfig(
         **job.arguments,
@@ -106,12 +108,7 @@ def build(job: Job) -> Trainer:
     return SftTrainer(
         model=job.model,
         args=arguments,
-        data_collator=_collate(
-            job.tokenizer.pad_token_id,
-            padding_free=padding_free,
-            on_cpu=job.arguments["use_cpu"],
-            lengths=fast_path_of(job.model) is not None,
-        ),
+        data_collator=collate,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=job.tokenizer,
@@ -171,6 +168,17 @@ class _Either:
     def _pick(self, lengths: Sequence[int]) -> Collator:
         wasted = max(lengths) * len(lengths) / sum(lengths) - 1
         return self.padded if wasted <= WASTE else self.free
+
+
+def _collator(job: Job) -> Collator | _Either:
+    from ft_core.data import keeps_documents_apart
+    from ft_core.fast import fast_path_of
+
+    padding_free = keeps_documents_apart(job.model)
+    if not padding_free:
+        job.say(MIXES)
+    on_cpu, lengths = job.arguments["use_cpu"], fast_path_of(job.model) is not None
+    return _collate(job.tokenizer.pad_token_id, padding_free=padding_free, on_cpu=on_cpu, lengths=lengths)
 
 
 def _collate(pad: int, *, padding_free: bool, on_cpu: bool, lengths: bool) -> Collator | _Either:

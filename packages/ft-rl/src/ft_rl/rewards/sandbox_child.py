@@ -13,9 +13,9 @@ It reads a JSON object from standard input, goes into namespaces of its own, and
 Calls of the system that Python does well without are refused (seccomp): those that make memory which no limit counts,
 or that have let code out of such a place before.
 
-What goes wrong before the code runs is written to the descriptor ``status`` as ``{"refused": "…", "missing": …}`` (whether
-a file is not there), how the code ended as ``{"exit": n}`` or ``{"signal": n}``. Only the standard library is used: nothing
-else is there to be imported.
+What goes wrong before the code runs is written to the descriptor ``status`` as ``{"refused": "…", "missing": …}``
+(whether a file is not there), how the code ended as ``{"exit": n}`` or ``{"signal": n}``. Only the standard library is
+used: nothing else is there to be imported.
 """
 
 import contextlib

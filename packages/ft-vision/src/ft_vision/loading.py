@@ -1,0 +1,186 @@
+"""Models that see and their processors: transformers' own objects, without torchvision."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ft_core.errors import ConfigError, ModelError
+from ft_vision.families.parts import Family, family_of
+from ft_vision.settings import VisionSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ft_core.config import TrainConfig
+    from ft_core.models import Device, ModelSource
+
+__all__ = ["adapter_options", "load_for_training", "load_processor", "settings_of"]
+
+VIDEO = "video_preprocessor_config.json"
+
+
+def settings_of(config: TrainConfig) -> VisionSettings:
+    """The configuration's section ``vision``, checked."""
+    from ft_core.config.load import modality_settings
+
+    return cast(VisionSettings, modality_settings(config))
+
+
+def load_for_training(source: ModelSource, config: TrainConfig, device: Device, head: str) -> PreTrainedModel:
+    """The model that ``config`` trains, as :func:`ft_core.models.load_for_training`; its parts frozen or not.
+
+    With an adapter everything else is frozen by PEFT. Trained in full, the tower and the projector are frozen here
+    unless the section ``vision`` says ``full``.
+
+    Raises:
+        ModelError: it cannot be loaded, or is of no known family.
+        ConfigError: ``vision`` asks for what cannot be trained.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from ft_core.models import load_for_training as load
+
+    family = family_of(_config_of(source), source.reference)
+    settings = settings_of(config)
+    for part in ("tower", "projector"):
+        how = getattr(settings, part)
+        if how == "lora" and config.lora is None:
+            raise ConfigError(f"vision.{part}: lora needs lora (it is null: allowed are frozen, full)")
+        if how == "full" and config.quantization != "none":
+            raise ConfigError(
+                f"vision.{part}: full needs quantization: none (it is {config.quantization}: allowed are frozen, lora)"
+            )
+    model = load(source, config, device, head, AutoModelForImageTextToText)
+    model.config.get_text_config().use_cache = False
+    if config.lora is None:
+        for name in _frozen(family, settings, ("frozen",)):
+            model.get_submodule(f"model.{name}").requires_grad_(False)
+    return model
+
+
+def adapter_options(model: Any, config: TrainConfig) -> dict[str, Any]:
+    """What :func:`ft_core.add_lora` is told beside ``lora``: which parts have no adapter, which are trained whole.
+
+    The names that ``lora.targets`` matches are often those of the tower's layers too, so that they are left out by
+    their place, not by their name.
+    """
+    family, settings = family_of(model.config, config.model), settings_of(config)
+    without = _frozen(family, settings, ("frozen", "full"))
+    options: dict[str, Any] = {}
+    if without:
+        options["exclude"] = rf"(.*\.)?({'|'.join(map(re.escape, without))})(\..*)?"
+    whole = [name for part in _frozen(family, settings, ("full",)) for name in _modules(model, part)]
+    if whole:
+        given = None if config.lora is None else config.lora.modules_to_save
+        options["modules_to_save"] = [*(given or ()), *whole]
+    return options
+
+
+def _frozen(family: Family, settings: VisionSettings, how: tuple[str, ...]) -> list[str]:
+    """The modules of the parts that are trained in one of these ways."""
+    parts = ((settings.tower, family.tower), (settings.projector, family.projector))
+    return [name for trained, names in parts if trained in how for name in names]
+
+
+def _modules(model: Any, name: str) -> Iterator[str]:
+    """A module by the end of its name that is no other's; of a list, which PEFT cannot put aside, its members."""
+    import torch
+
+    module = model.get_submodule(f"model.{name}")
+    if isinstance(module, torch.nn.ModuleList):
+        yield from (f"{name}.{number}" for number in range(len(module)))
+    else:
+        yield name
+
+
+def _config_of(source: ModelSource) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    except Exception as error:  # an unknown type, a key missing, or a field that the class refuses
+        raise ModelError(f"the model {source.reference} cannot be used: {_line(error)}") from error
+
+
+def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model's processor for images and text, with this tokenizer and the pixel budget of ``vision``.
+
+    Where a family's processor wants one for videos too, which needs torchvision, it is made without: the images' own
+    processor works with Pillow alone.
+
+    Raises:
+        ModelError: it cannot be loaded, or it has no chat template.
+        ConfigError: a pixel budget for images that all have the same size.
+    """
+    from transformers import AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    own = _config_of(source)
+    family = family_of(own, source.reference)
+    try:
+        known = PROCESSOR_MAPPING[type(own)]
+        without = _without_videos(known, source.path) if "video_processor" in known.get_attributes() else AutoProcessor
+        processor = without.from_pretrained(source.path, trust_remote_code=False)
+    except ImportError as error:
+        raise ModelError(
+            f"the processor of {source.reference} needs a library that is not installed: {_line(error)}"
+        ) from error
+    except Exception as error:  # its files may lack or hold anything
+        raise ModelError(f"the processor of {source.reference} cannot be loaded: {_line(error)}") from error
+    processor.tokenizer = tokenizer
+    if processor.chat_template is None:
+        processor.chat_template = tokenizer.chat_template
+    if processor.chat_template is None:
+        raise ModelError(
+            f"the processor of {source.reference} has no chat template, so that conversations cannot be written as it "
+            "knows them: take a model that was tuned to answer"
+        )
+    _bound(processor.image_processor, settings_of(config), family, source.reference)
+    return processor
+
+
+def _without_videos(known: Any, folder: Path) -> Any:
+    """A processor's class that is made of an image processor and a tokenizer alone, and saved under its own name."""
+
+    class Processor(known):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            made = super().save_pretrained(save_directory, *args, **kwargs)
+            if (folder / VIDEO).is_file():  # for whoever reads it where there is a processor for videos
+                shutil.copyfile(folder / VIDEO, Path(save_directory) / VIDEO)
+            return made
+
+    Processor.__name__ = Processor.__qualname__ = known.__name__
+    return Processor
+
+
+def _bound(images: Any, settings: VisionSettings, family: Family, name: str) -> None:
+    """Give the processor the pixel budget."""
+    given = [key for key in ("max_pixels", "min_pixels") if getattr(settings, key) is not None]
+    if not given:
+        return
+    if not family.has_grids:
+        raise ConfigError(
+            f"vision.{given[0]}: {name} sees every image at the same size, {dict(images.size)}; remove the key"
+        )
+    # the names are transformers': of these families they are numbers of pixels, not of edges
+    size = dict(images.size)
+    if settings.max_pixels is not None:
+        size["longest_edge"] = settings.max_pixels
+        size["shortest_edge"] = min(size["shortest_edge"], settings.max_pixels)
+    if settings.min_pixels is not None:
+        size["shortest_edge"] = settings.min_pixels
+        size["longest_edge"] = max(size["longest_edge"], settings.min_pixels)
+    images.size = size if isinstance(images.size, dict) else type(images.size)(**size)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"

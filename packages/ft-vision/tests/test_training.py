@@ -1,0 +1,213 @@
+"""`ft train` with `task: vision`, from a configuration to a whole run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "gemma3", "llava")
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_trains_to_a_whole_run(name: str, configure: Any, ft: Any, tmp_path: Path, family: Any) -> None:
+    made = ft("train", configure(name, eval_split=4, training={"max_steps": 8, "learning_rate": 2.0e-2}))
+    assert made.code == 0, made.err
+    run = tmp_path / "run"
+    found = losses(run)
+    assert len(found) == 8
+    assert sum(found[-2:]) < 0.97 * sum(found[:2])
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["metrics"]["loss"]["after"] < evaluation["metrics"]["loss"]["before"]
+    assert len(evaluation["samples"]) == 4
+    assert evaluation["samples"][0]["prompt"].endswith("which digit?")
+    assert "digit-" in evaluation["samples"][0]["prompt"]
+    assert evaluation["samples"][0]["expected"] in set("0123")
+    assert {"config.yaml", "environment.json", "summary.json", "report.html", "held_out.jsonl"} <= {
+        path.name for path in run.iterdir()
+    }
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["data"]["images"] == 12
+    assert summary["data"]["bad_image_rows"] == 0
+
+    # what is saved loads in plain transformers and PEFT, with the processor that it was trained with
+    from peft import PeftModel
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText
+
+    plain = AutoModelForImageTextToText.from_pretrained(family(name))
+    adapted = PeftModel.from_pretrained(plain, run / "adapter")
+    trained = [key for key in adapted.state_dict() if "lora_B" in key]
+    assert trained
+    assert all("language_model" in key for key in trained)
+    assert all(adapted.state_dict()[key].any() for key in trained)
+    AutoImageProcessor.from_pretrained(run / "adapter")
+
+
+def test_it_learns_what_is_drawn_and_not_what_is_likely(configure: Any, ft: Any, digits: Any, tmp_path: Path) -> None:
+    path = configure(
+        "qwen3_vl",
+        rows=digits(8, digits=2),
+        lora=None,
+        vision={"tower": "full", "projector": "full"},
+        training={"max_steps": 150, "learning_rate": 3.0e-3, "scheduler": "constant", "save_every": 1000},
+    )
+    made = ft("train", path)
+    assert made.code == 0, made.err
+    # The answers are right, on rows that it was trained on; `ft eval` finds the images beside the file.
+    measured = ft("eval", tmp_path / "run", "--data", tmp_path / "rows.jsonl", "--json")
+    assert measured.code == 0, measured.err
+    metrics = json.loads(measured.out[measured.out.index("{") :])["metrics"]
+    assert metrics["exact_match"]["after"] == 1.0
+    assert metrics["exact_match"]["before"] <= 0.5
+    assert metrics["loss"]["after"] < metrics["loss"]["before"]
+    # Two tokens are trained of each answer, the digit and the end: who doesn't look gets ln(2) / 2 at best.
+    assert sum(losses(tmp_path / "run")[-5:]) / 5 < 0.5 * math.log(2) / 2
+
+
+@pytest.mark.parametrize(("tower", "projector"), [("lora", "lora"), ("full", "full"), ("frozen", "full")])
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
+def test_each_part_is_trained_as_the_configuration_says(
+    name: str, tower: str, projector: str, configure: Any, ft: Any, tmp_path: Path, family: Any
+) -> None:
+    made = ft("train", configure(name, vision={"tower": tower, "projector": projector}, training={"max_steps": 2}))
+    assert made.code == 0, made.err
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    from ft_vision.families.parts import FAMILIES as KNOWN
+
+    plain = AutoModelForImageTextToText.from_pretrained(family(name))
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    trained = PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").merge_and_unload().state_dict()
+    # A bias that nothing of the loss depends on (of keys, under a softmax) stays even where it is trained.
+    for how, parts in ((tower, KNOWN[name].tower), (projector, KNOWN[name].projector)):
+        for part in parts:
+            keys = [key for key in before if f"model.{part}." in key]
+            changed = [key for key in keys if not torch.equal(before[key], trained[key])]
+            assert keys
+            if how == "frozen":
+                assert not changed
+            elif how == "lora":
+                assert all(before[key].dim() == 2 for key in changed)
+            else:
+                assert len(changed) > 0.5 * len(keys)
+    if "lora" in (tower, projector):
+        assert any("vision" in key or "visual" in key for key in before if not torch.equal(before[key], trained[key]))
+    assert any("language_model" in key and not torch.equal(before[key], trained[key]) for key in before)
+
+
+def test_a_run_that_was_stopped_goes_on_the_same(configure: Any, ft: Any, tmp_path: Path) -> None:
+    training = {"max_steps": 4, "save_every": 2}
+    assert ft("train", configure(training=training, output=str(tmp_path / "whole"))).code == 0
+    path = configure(training=training)
+    assert ft("train", path).code == 0
+    run = tmp_path / "run"
+    # As if it had been killed after the checkpoint of step 2.
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(run / "adapter")
+    (run / "summary.json").unlink()
+    made = ft("train", path, "--resume")
+    assert made.code == 0, made.err
+    assert "going on from step 2" in made.err + made.out
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_batches_are_the_same_from_a_worker(configure: Any, ft: Any, tmp_path: Path) -> None:
+    assert ft("train", configure(vision={"workers": 0})).code == 0
+    made = ft("train", configure(vision={"workers": 1}, output=str(tmp_path / "ahead")))
+    assert made.code == 0, made.err
+    assert losses(tmp_path / "ahead") == losses(tmp_path / "run")
+
+
+def test_packing_changes_no_loss(configure: Any, ft: Any, tmp_path: Path) -> None:
+    """All rows in one step: packed into few rows, each a row of its own, and in full 32 bits of both."""
+    common: dict[str, Any] = {"lora": None, "training": {"max_steps": 1, "batch_size": 16}}
+    assert ft("train", configure(**common)).code == 0
+    assert ft("train", configure(**common, packing=False, output=str(tmp_path / "apart"))).code == 0
+    packed, apart = losses(tmp_path / "run")[0], losses(tmp_path / "apart")[0]
+    # The forward pass is in bfloat16: 8 bits, and the mean over 32 tokens of a loss near 5.
+    assert abs(packed - apart) < 2.0**-8 * packed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "dpo"}, "dpo"),
+        ({"vision": {"towr": "lora"}}, "unknown key 'vision.towr'; did you mean 'vision.tower'?"),
+        ({"vision": {"tower": "half"}}, "vision.tower: 'half' is not allowed (allowed: frozen, lora, full)"),
+        ({"vision": {"tower": "lora"}, "lora": None}, "vision.tower: lora needs lora"),
+        ({"vision": {"min_pixels": 9, "max_pixels": 4}}, "vision.min_pixels: 9 is more than vision.max_pixels 4"),
+        (
+            {"task": "text", "vision": {"tower": "lora"}},
+            "these are settings of the task 'vision', but the task is 'text'",
+        ),
+        ({"quantization": "nf4", "vision": {"projector": "full"}}, "vision.projector: full needs quantization: none"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_in_one_line(
+    changes: dict[str, Any], message: str, configure: Any, ft: Any
+) -> None:
+    made = ft("train", configure(**changes))
+    assert made.code == 2
+    assert message in made.message
+
+
+def test_a_budget_for_images_of_one_size_is_refused(configure: Any, ft: Any) -> None:
+    made = ft("train", configure("llava", vision={"max_pixels": 100}))
+    assert made.code == 2
+    assert "sees every image at the same size" in made.message
+
+
+def test_a_model_of_text_is_refused(configure: Any, ft: Any, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    made = ft("train", configure(model=str(tmp_path / "text")))
+    assert made.code == 2
+    assert len(made.err.strip().splitlines()) <= 2
+
+
+def test_bad_images_are_counted(configure: Any, ft: Any, digits: Any, tmp_path: Path) -> None:
+    rows = digits(6)
+    (tmp_path / "images" / "digit-1-1-56x56.png").write_bytes(b"no image")
+    made = ft("train", configure(rows=rows))
+    assert made.code == 2
+    assert "row 2: " in made.message
+    assert "digit-1-1-56x56.png: holds no image format" in made.message
+    made = ft("train", configure(rows=rows, vision={"on_bad_image": "skip"}), "--overwrite")
+    assert made.code == 0, made.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["data"]["bad_image_rows"], summary["data"]["images"]) == (1, 5)
+
+
+def test_what_does_not_read_images_yet_says_so(configure: Any, ft: Any, tmp_path: Path) -> None:
+    path = configure(eval_split=2, training={"max_steps": 1})
+    for words in (("plan", path, "--gpu", "RTX 4090"), ("bench", path)):
+        made = ft(*words)
+        assert made.code == 2, words
+        assert "does not know the task 'vision' yet" in made.message
+    done = ft("train", path)
+    assert done.code == 0
+    assert done.out.rstrip().endswith(f"next: ft eval {tmp_path / 'run'}")
+    assert ft("eval", tmp_path / "run").code == 0
+    (tmp_path / "prompts.txt").write_text("which digit?\n")
+    for words in (
+        ("chat", tmp_path / "run"),
+        ("generate", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "answers.jsonl"),
+    ):
+        made = ft(*words)
+        assert made.code == 2, words
+        assert "does not know the task 'vision' yet" in made.message
+    pytest.importorskip("ft_export")
+    made = ft("merge", tmp_path / "run", "--out", tmp_path / "merged")
+    assert made.code == 2
+    assert "was trained with task: vision: only models of text are merged" in made.message
