@@ -203,6 +203,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.models.positions": ["check_length", "check_scaled", "fit_to_model", "positions", "rope_of", "scale"],
     "ft_core.models.pretrained": ["STREAMED", "from_pretrained"],
     "ft_core.models.rotary": ["CHANGING", "changes", "rope_types"],
+    "ft_core.models.savable": ["make_savable"],
     "ft_core.models.source": ["ModelSource", "check_folder", "check_local", "find_model", "read_ahead", "weight_files"],
     "ft_core.models.streaming": ["Entry", "Reader", "Slice", "read_headers"],
     "ft_core.planning": [

@@ -10,7 +10,7 @@ EXPECTED = {
     "ft_rl": ["__version__"],
     "ft_rl.begun_again": ["BegunAgainMixin", "longest_prompts", "made_up"],
     "ft_rl.collating": ["LabelledCollator", "PairCollator", "padded"],
-    "ft_rl.dpo": ["DpoSettings", "build", "evaluate", "margins_of"],
+    "ft_rl.dpo": ["DpoSettings", "build", "check", "evaluate", "margins_of"],
     "ft_rl.environments": ["Environment", "EnvironmentClass", "Episode", "play", "resolve_environment"],
     "ft_rl.episodes": ["Episodes", "REWARD", "Written", "bridge", "environment_reward"],
     "ft_rl.grpo": [
@@ -25,7 +25,7 @@ EXPECTED = {
         "scored_by",
     ],
     "ft_rl.grpo_trainer": ["GrpoTrainer", "make_engine"],
-    "ft_rl.kto": ["KtoSettings", "build", "evaluate"],
+    "ft_rl.kto": ["KtoSettings", "build", "check", "evaluate"],
     "ft_rl.likelihoods": ["Likelihoods", "batches_of", "likelihoods"],
     "ft_rl.loads": ["answers", "completions", "pairs", "pairs_with_reference", "with_values"],
     "ft_rl.objectives": [
@@ -90,7 +90,7 @@ EXPECTED = {
         "VLLM_COLOCATE",
     ],
     "ft_rl.policy": ["PolicyForward", "Scores", "check_layers", "put_head"],
-    "ft_rl.ppo": ["PpoSettings", "build", "evaluate"],
+    "ft_rl.ppo": ["PpoSettings", "build", "check", "evaluate"],
     "ft_rl.ppo_trainer": ["PpoTrainer"],
     "ft_rl.preference": ["pair_samples", "pairs_dataset", "samples_of", "say_dropout", "shown", "too_long"],
     "ft_rl.prompts": ["as_completion", "check_conversations", "prompt_ids"],

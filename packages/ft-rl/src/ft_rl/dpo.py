@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from ft_core.config import TrainConfig
     from ft_core.evaluation import Evaluation, EvaluationJob
     from ft_core.training import Job
 
-__all__ = ["DpoSettings", "build", "evaluate", "margins_of"]
+__all__ = ["DpoSettings", "build", "check", "evaluate", "margins_of"]
 
 Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -90,11 +91,22 @@ class DpoSettings(BaseModel):
         return value
 
 
+def check(config: TrainConfig) -> None:
+    """Refuse what an adapter that is switched off does not take back, before anything is loaded.
+
+    Raises:
+        ConfigError: see :func:`ft_rl.reference.check_reference`.
+    """
+    from ft_rl.reference import check_reference
+
+    check_reference(config)
+
+
 def build(job: Job) -> Trainer:
     """The trainer of one run; see :class:`ft_core.training.Job`.
 
     Raises:
-        ConfigError: an adapter on the head, or trained biases.
+        ConfigError: an adapter on the head.
         DataError: the rows cannot be tokenized, or none is short enough for ``max_length``.
     """
     from trl import DPOConfig, DPOTrainer
@@ -103,7 +115,6 @@ def build(job: Job) -> Trainer:
     from ft_core.training.trainer import RunTrainerMixin
     from ft_rl.collating import PairCollator
     from ft_rl.preference import pairs_dataset, say_dropout
-    from ft_rl.reference import check_reference
     from ft_rl.trainers import PolicyTrainerMixin
 
     class DpoTrainer(PolicyTrainerMixin, RunTrainerMixin, DPOTrainer):
@@ -112,7 +123,6 @@ def build(job: Job) -> Trainer:
     settings = job.settings
     assert isinstance(settings, DpoSettings)
     check_head(job.model)
-    check_reference(job.config)
     say_dropout(job, settings.disable_dropout)
     train = pairs_dataset(job, job.train_rows, "train")
     held_out = pairs_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None

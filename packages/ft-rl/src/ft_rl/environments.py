@@ -123,7 +123,7 @@ def resolve_environment(
         found()
     except FtError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the user's code raises what it likes
         raise ConfigError(
             f"{where}: {name}() fails: {type(error).__name__}: {error}; an environment is made without arguments"
         ) from error
@@ -215,7 +215,7 @@ def _asked(call: Callable[[], Any], environment: EnvironmentClass, i: int, promp
         return call()
     except FtError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the user's code raises what it likes
         raise _wrong(environment, i, prompt, place, f"raises {type(error).__name__}: {error}") from error
 
 

@@ -146,15 +146,18 @@ class GspoSettings(GrpoSettings):
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse an engine or an environment that cannot be had, before anything is loaded.
+    """Refuse an engine, an environment or groups that cannot be had, before anything is loaded.
 
     Raises:
         PluginError: there is no engine of that name; lists those that are installed.
-        ConfigError: the engine refuses the configuration, or as :func:`ft_rl.environments.resolve_environment`.
+        ConfigError: the engine refuses the configuration, groups do not fill a step, what an adapter trains is not
+            taken back for a reference, or as :func:`ft_rl.environments.resolve_environment`.
     """
     from ft_core.config.load import method_settings
     from ft_core.plugins import RolloutSpec, registry, resolve
+    from ft_core.training.ranks import Ranks
     from ft_rl.environments import resolve_environment
+    from ft_rl.reference import check_reference
 
     settings = method_settings(config)
     assert isinstance(settings, WritingSettings)
@@ -164,6 +167,10 @@ def check(config: TrainConfig) -> None:
         resolve(spec.check)(config, values)
     if settings.environment is not None:
         resolve_environment(settings.environment, f"{config.method}.environment")
+    if isinstance(settings, GrpoSettings):
+        generations_of(config, settings, Ranks().count)
+        if settings.beta:
+            check_reference(config)
 
 
 def generations_of(config: TrainConfig, settings: GrpoSettings, processes: int = 1) -> int:

@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from ft_core.config import TrainConfig
     from ft_core.evaluation import Evaluation, EvaluationJob
     from ft_core.training import Job
 
-__all__ = ["KtoSettings", "build", "evaluate"]
+__all__ = ["KtoSettings", "build", "check", "evaluate"]
 
 
 class KtoSettings(BaseModel):
@@ -39,6 +40,26 @@ class KtoSettings(BaseModel):
     disable_dropout: bool = True
 
 
+def check(config: TrainConfig) -> None:
+    """Refuse what KTO cannot train with, before anything is loaded.
+
+    Raises:
+        ConfigError: trained biases, or a batch of one row, which has no other answer.
+    """
+    from ft_core.config.load import method_settings
+    from ft_core.errors import ConfigError
+    from ft_rl.reference import check_reference
+
+    settings = method_settings(config)
+    assert isinstance(settings, KtoSettings)
+    if settings.loss_type == "kto" and config.training.batch_size < 2:
+        raise ConfigError(
+            "training.batch_size: 1 is not allowed with kto, which estimates the divergence from the other rows of a "
+            "batch: raise it (and lower training.gradient_accumulation), or set kto.loss_type: apo_zero_unpaired"
+        )
+    check_reference(config)
+
+
 def build(job: Job) -> Trainer:
     """The trainer of one run; see :class:`ft_core.training.Job`.
 
@@ -46,17 +67,16 @@ def build(job: Job) -> Trainer:
     in each epoch: the divergence is estimated from a batch's prompts with each other's answers.
 
     Raises:
-        ConfigError: an adapter on the head, trained biases, or a batch of one row, which has no other answer.
+        ConfigError: an adapter on the head.
         DataError: the rows cannot be tokenized, or none is short enough for ``max_length``.
     """
     from trl import KTOConfig, KTOTrainer
 
-    from ft_core.errors import ConfigError, DataError
+    from ft_core.errors import DataError
     from ft_core.training.sft import check_head
     from ft_core.training.trainer import RunTrainerMixin
     from ft_rl.collating import LabelledCollator
     from ft_rl.preference import say_dropout
-    from ft_rl.reference import check_reference
     from ft_rl.trainers import PolicyTrainerMixin
 
     class KtoTrainer(PolicyTrainerMixin, RunTrainerMixin, KTOTrainer):
@@ -67,13 +87,7 @@ def build(job: Job) -> Trainer:
     settings = job.settings
     assert isinstance(settings, KtoSettings)
     estimates = settings.loss_type == "kto"
-    if estimates and job.config.training.batch_size < 2:
-        raise ConfigError(
-            "training.batch_size: 1 is not allowed with kto, which estimates the divergence from the other rows of a "
-            "batch: raise it (and lower training.gradient_accumulation), or set kto.loss_type: apo_zero_unpaired"
-        )
     check_head(job.model)
-    check_reference(job.config)
     say_dropout(job, settings.disable_dropout)
     train = _dataset(job, job.train_rows, "train")
     held_out = _dataset(job, job.eval_rows, "held_out") if job.eval_rows else None

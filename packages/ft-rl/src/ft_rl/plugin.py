@@ -47,6 +47,7 @@ DPO = MethodSpec(
     evaluate="ft_rl.dpo:evaluate",
     formats=("preference",),
     load="ft_rl.loads:pairs_with_reference",
+    check="ft_rl.dpo:check",
 )
 
 ORPO = MethodSpec(
@@ -67,6 +68,7 @@ KTO = MethodSpec(
     evaluate="ft_rl.kto:evaluate",
     formats=("labelled", "preference"),
     load="ft_rl.loads:answers",
+    check="ft_rl.kto:check",
 )
 
 GRPO = MethodSpec(
@@ -102,7 +104,7 @@ PPO = MethodSpec(
     formats=("prompt",),
     rewards=True,
     load="ft_rl.loads:with_values",
-    check="ft_rl.grpo:check",
+    check="ft_rl.ppo:check",
 )
 
 TRANSFORMERS = RolloutSpec(

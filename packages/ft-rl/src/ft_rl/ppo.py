@@ -16,9 +16,10 @@ from ft_rl.grpo import WritingSettings, evaluate, prompts_dataset, scored_by
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from ft_core.config import TrainConfig
     from ft_core.training import Job
 
-__all__ = ["PpoSettings", "build", "evaluate"]
+__all__ = ["PpoSettings", "build", "check", "evaluate"]
 
 
 class PpoSettings(WritingSettings):
@@ -52,30 +53,40 @@ class PpoSettings(WritingSettings):
     missing_eos_penalty: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
-def build(job: Job) -> Trainer:
-    """The trainer of one run; see :class:`ft_core.training.Job`. A step updates on all completions of its batch.
+def check(config: TrainConfig) -> None:
+    """As :func:`ft_rl.grpo.check`, and what PPO cannot train, before anything is loaded.
 
     Raises:
-        ConfigError: no adapter, or one on the head; several processes; a model that ft's layers cannot compute; wrong
-            rewards.
-        DataError: no prompt is short enough, too few of them, or a reward's column is missing.
+        PluginError, ConfigError: see there. ConfigError: no adapter, or several processes.
     """
-    from trl import GRPOConfig
-
     from ft_core.training.ranks import Ranks
-    from ft_core.training.sft import check_head
-    from ft_rl.policy import check_layers
-    from ft_rl.ppo_trainer import PpoTrainer
+    from ft_rl import grpo
     from ft_rl.reference import check_reference
 
-    settings, config = job.settings, job.config
-    assert isinstance(settings, PpoSettings)
     if config.lora is None:
         raise ConfigError("lora: null is not allowed with ppo, whose policy and values are adapters of one base")
     if Ranks().count > 1:
         raise ConfigError("method: ppo trains in one process; start it without torchrun")
-    check_head(job.model)
     check_reference(config)
+    grpo.check(config)
+
+
+def build(job: Job) -> Trainer:
+    """The trainer of one run; see :class:`ft_core.training.Job`. A step updates on all completions of its batch.
+
+    Raises:
+        ConfigError: an adapter on the head; a model that ft's layers cannot compute; wrong rewards.
+        DataError: no prompt is short enough, too few of them, or a reward's column is missing.
+    """
+    from trl import GRPOConfig
+
+    from ft_core.training.sft import check_head
+    from ft_rl.policy import check_layers
+    from ft_rl.ppo_trainer import PpoTrainer
+
+    settings, config = job.settings, job.config
+    assert isinstance(settings, PpoSettings)
+    check_head(job.model)
     check_layers(job.model, "ppo")
     if settings.kl_target is not None and not settings.kl_coef:
         raise ConfigError("ppo.kl_target: needs a ppo.kl_coef above 0 to begin with")

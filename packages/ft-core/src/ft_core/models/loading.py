@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ft_core.errors import ConfigError, ModelError, RunError
 from ft_core.models.device import Device, pick_device
 from ft_core.models.positions import check_length, check_scaled, scale
+from ft_core.models.savable import make_savable
 from ft_core.models.source import ModelSource, find_model, read_ahead
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ __all__ = [
 
 Quantization = Literal["none", "nf4", "int8"]
 DTYPES = ("bfloat16", "float16", "float32")
-
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""The fields of a generation configuration that mean something only if it samples."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
@@ -211,7 +209,7 @@ def _load(
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise ModelError(f"the model {source.reference} cannot be loaded: {_first_sentence(error)}") from error
     _check_weights(model, report, source, head)
-    _make_savable(model)
+    make_savable(model)
     if scaling is not None:
         check_scaled(model, scaling, source.reference)
     if head == "score" and model.config.get_text_config().pad_token_id is None:
@@ -259,31 +257,6 @@ def load_layers(source: ModelSource, device: Device, quantization: str, dtype: s
     if device.type == "cpu":
         _keep_trainable(model)
     return model
-
-
-def _make_savable(model: Any) -> None:
-    """Mend a generation configuration that transformers reads but refuses to write, which would end the first save.
-
-    Published models have a temperature without ``do_sample``, say. Such fields have no effect; the tokens that begin,
-    end and pad a text are kept in any case.
-    """
-    config = getattr(model, "generation_config", None)
-    if config is None or _is_savable(config):
-        return
-    if config.do_sample is not True:
-        for name in SAMPLING:
-            setattr(config, name, None)
-    if not _is_savable(config):
-        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-        model.generation_config = type(config)(**{name: getattr(config, name) for name in tokens})
-
-
-def _is_savable(config: Any) -> bool:
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_weights(model: Any, report: dict[str, Any], source: ModelSource, head: str) -> None:

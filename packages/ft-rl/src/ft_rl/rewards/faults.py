@@ -131,7 +131,7 @@ class Reward:
                 _Fault(error.errors[i]) if i in error.errors else _checked(value)
                 for i, value in enumerate(error.values)
             ]
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the user's code raises what it likes
             fault = _Fault(f"raises {_where(error)}")
             if count <= 1:
                 return [fault] * count
@@ -183,7 +183,7 @@ def _shown(value: Any) -> str:
     return f"{text if len(text) <= 40 else text[:39] + '…'} ({type(value).__name__})"
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """The error with the innermost line of Python that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename.rpartition('/')[2]}, line {frames[-1].lineno})" if frames else ""

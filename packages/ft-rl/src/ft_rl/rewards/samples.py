@@ -80,7 +80,7 @@ def score_each(count: int, score: Callable[[int], float | None]) -> list[float |
             values.append(score(i))
         except FtError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the user's code raises what it likes
             values.append(None)
             errors[i] = f"{type(error).__name__}: {error}"
     if errors:
