@@ -211,3 +211,30 @@ def test_what_does_not_read_images_yet_says_so(configure: Any, ft: Any, tmp_path
     made = ft("merge", tmp_path / "run", "--out", tmp_path / "merged")
     assert made.code == 2
     assert "was trained with task: vision: only models of text are merged" in made.message
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["a row a document", "packed"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fast_layers_train_alike(
+    name: str, packing: bool, configure: Any, ft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with the kernels' references in their places: the losses are those of transformers' own layers."""
+    import dataclasses
+
+    from ft_core.models import device, loading
+    from ft_core.training import run, speed
+
+    pick = device.pick_device
+    for module in (run, loading):
+        monkeypatch.setattr(module, "pick_device", lambda: dataclasses.replace(pick(), dtype="float32"))
+    found = []
+    for kernels in (False, True):
+        monkeypatch.setattr(speed, "runs_kernels", lambda device, kernels=kernels: kernels)
+        output = str(tmp_path / f"run-{kernels}")
+        steps = {"max_steps": 4, "batch_size": 2, "learning_rate": 1.0e-2}
+        made = ft("train", configure(name, output=output, packing=packing, training=steps))
+        assert made.code == 0, made.err
+        assert ("fast layers: checked against transformers' own" in made.out + made.err) == kernels
+        found.append(losses(Path(output)))
+    # Rounding in float32, which AdamW's first steps, by the signs of gradients, carry on.
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
