@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +111,47 @@ def test_a_proof_is_on_the_disk_before_it_is_in_its_place(tmp_path: Path, monkey
     assert path.read_text(encoding="utf-8") == '{\n "a": "ö"\n}\n'
     save_proof(tmp_path, {"a": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["proof.json"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_two_exports_into_one_folder_keep_both_proofs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """What the others wrote or took away while a file was flushed and renamed, minutes for a large one."""
+    from ft_export.exporting import PROOF
+    from ft_export.gguf.checking import proven_file
+
+    made: Any = SimpleNamespace(architecture="llama", vocabulary=SimpleNamespace(pre="default"))
+
+    def files() -> dict[str, Any]:
+        said: dict[str, Any] = json.loads((tmp_path / PROOF).read_text())
+        assert said["proof_format"] == 1
+        return {name: entry["found"] for name, entry in said["files"].items()}
+
+    def export(name: str, found: int, between: Any = None) -> None:
+        with proven_file(tmp_path / name) as (partial, prove):
+            partial.write_text(name)
+            assert prove(made, {"found": found}, []) == tmp_path / PROOF
+            if between is not None:
+                between()
+
+    export("a", 1, lambda: export("b", 1))
+    assert files() == {"a": 1, "b": 1}
+    # Each made again while the other is: neither's old entry comes back.
+    export("a", 2, lambda: export("b", 2))
+    assert files() == {"a": 2, "b": 2}
+    # A third one comes in while the file is flushed to the disk, or else the new proof.
+    flush, calls = os.fsync, [0]
+
+    def late(handle: int) -> None:
+        calls[0] += 1
+        if calls[0] == number:
+            export("c", 3)
+        flush(handle)
+
+    export("a", 3, lambda: monkeypatch.setattr(os, "fsync", late))
+    assert files() == {"a": 3, "b": 2, "c": 3}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", PROOF]
 
 
 def test_one_place_writes_proofs() -> None:

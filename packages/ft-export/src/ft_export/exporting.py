@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def check_target(folder: Path, source: Source, marker: str, overwrite: bool) -> 
         raise ExportError(f"{folder} holds something else (it has no {PROOF}): choose another folder with --out")
 
 
-def save_proof(folder: Path, said: Mapping[str, Any]) -> Path:
+def save_proof(folder: Path, said: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> Path:
     """Write a folder's :data:`PROOF`, beside its place and renamed: at any moment it is the old one or the new one."""
     with new_proof(folder, said) as path:
         pass
@@ -84,16 +85,35 @@ def save_proof(folder: Path, said: Mapping[str, Any]) -> Path:
 
 
 @contextmanager
-def new_proof(folder: Path, said: Mapping[str, Any]) -> Iterator[Path]:
+def new_proof(folder: Path, said: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> Iterator[Path]:
     """:func:`save_proof` in two steps: written before the block, and in its place after it if it ends well.
+
+    Args:
+        said: what it says; or a function that reads what is there and gives it with what is new. That is asked once
+            more right before the new one takes its place, and what came in meanwhile is in it.
 
     Yields:
         Its place.
     """
     path = folder / PROOF
     with new_file(path) as partial:
-        partial.write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if not callable(said):
+            _write(partial, said)
+            yield path
+            return
+        written = said()
+        _write(partial, written)
         yield path
+        while True:
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())  # nothing that takes time lies between the last look and the renaming
+            if (now := said()) == written:
+                return
+            _write(partial, written := now)
+
+
+def _write(partial: Path, said: Mapping[str, Any]) -> None:
+    partial.write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_name(source: Source) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_export import __version__
+from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, new_proof, save_proof
 from ft_export.folders import new_file
 from ft_export.gguf.converter import Converted
@@ -180,12 +181,19 @@ def proven_file(file: Path, key: str | None = None) -> Iterator[tuple[Path, Prov
 def _proof(file: Path, made: Converted, found: Mapping[str, Any], lines: list[str]) -> Iterator[Path]:
     """Write ``proof.json`` with the file's entry beside its place, which it takes when the block ends well.
 
-    Entries of other files in the folder stay.
+    Entries of other files in the folder stay, those that another export writes meanwhile too.
     """
     path = file.parent / PROOF
-    proof = read_json(path) if path.is_file() else {}
-    said = proof.get("files")
-    others = {name: entry for name, entry in said.items() if name != file.name} if isinstance(said, dict) else {}
+
+    def others() -> dict[str, Any]:
+        try:
+            said = read_json(path).get("files")
+        except ExportError:
+            if path.exists():
+                raise
+            return {}  # none yet, or just taken away with its last entry
+        return {name: entry for name, entry in said.items() if name != file.name} if isinstance(said, dict) else {}
+
     entry = {
         "architecture": made.architecture,
         "pre_tokenizer": made.vocabulary.pre,
@@ -194,9 +202,9 @@ def _proof(file: Path, made: Converted, found: Mapping[str, Any], lines: list[st
         **found,
         "checks": lines,
     }
-    with new_proof(file.parent, {"proof_format": 1, "files": {**others, file.name: entry}}):
-        if others:
-            save_proof(file.parent, {"proof_format": 1, "files": others})
+    with new_proof(file.parent, lambda: {"proof_format": 1, "files": {**others(), file.name: entry}}):
+        if others():
+            save_proof(file.parent, lambda: {"proof_format": 1, "files": others()})
         else:
             path.unlink(missing_ok=True)
         yield path
