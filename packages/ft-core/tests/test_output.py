@@ -150,6 +150,26 @@ def test_paths_are_kept_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Run(tmp_path.anchor)
 
 
+def test_a_run_that_never_took_a_step_stands_in_nobodys_way(
+    configure: Any, tmp_path: Path, ft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a fault in the first step leaves is overwritten by the corrected configuration."""
+    from ft_core.training.replan import ReplanningMixin
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RunError("a reward is wrong")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplanningMixin, "training_step", fails)
+        failed = ft("train", configure(training={"max_steps": 1}))
+    assert (failed.code, failed.message) == (2, "ft train: a reward is wrong")
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    config = configure(training={"max_steps": 1, "learning_rate": 1e-3})
+    assert ft("train", config).code == 0
+    assert not list(tmp_path.glob(".run*"))
+    assert "already holds a run" in ft("train", config).message
+
+
 # -- what a killed overwriting left
 
 

@@ -108,6 +108,15 @@ class Run:
             and not any(self.checkpoints.iterdir())
         )
 
+    @property
+    def _never_trained(self) -> bool:
+        """Whether this is a run that ended before its first step, by a fault in a reward, say: nothing of value."""
+        later = (self.adapter, self.model, self.path / self.SUMMARY, self.path / self.REPORT)
+        if not self.is_run or any(path.exists() for path in later) or not self.checkpoints.is_dir():
+            return False
+        trained = any(row.get("kind") == "train" for row in _rows(self.path / self.METRICS))
+        return not trained and not any(self.checkpoints.iterdir())
+
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """An existing run.
@@ -191,7 +200,7 @@ class Run:
         if not self.is_run and not self._is_stub:
             names = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
             raise RunError(f"output {self.path} holds other files ({names}, …): give an empty or a new folder")
-        if self.is_run and not (resume or overwrite):
+        if self.is_run and not (resume or overwrite or self._never_trained):
             raise RunError(
                 f"output {self.path} already holds a run: go on with --resume, or start anew with --overwrite"
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ft_core.errors import PluginError
 from ft_core.fast.layout import Layout, at
 from ft_core.installing import how_to_install
 from ft_core.plugins import EXTRAS, ArchitectureSpec, registry, resolve
@@ -66,7 +67,10 @@ def described(config: Any) -> Layout:
 def _spec(model_type: str) -> ArchitectureSpec | None:
     known = registry()
     for name in known.names(ArchitectureSpec.group):
-        spec = known.get(ArchitectureSpec, name)
+        try:
+            spec = known.get(ArchitectureSpec, name)
+        except PluginError:
+            continue  # one that cannot be imported harms no other; `ft plugins` names it
         if model_type in spec.model_types:
             return spec
     return None

@@ -103,7 +103,8 @@ def checked(kind: type[S], given: dict[str, Any], engine: str) -> S:
     if first["type"] == "extra_forbidden":
         raise ConfigError(f"unknown key {key!r} (allowed with engine {engine}: {', '.join(kind.model_fields)})")
     value = "what is given" if "@" in str(first["input"]) else repr(first["input"])  # which may hold a password
-    raise ConfigError(f"{key}: {value} is not allowed (allowed: {first['msg'].removeprefix('Value error, ')})")
+    allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    raise ConfigError(f"{key}: {value} is not allowed (allowed: {allowed})")
 
 
 class Engine(Protocol):
