@@ -165,10 +165,10 @@ def tests(session: nox.Session, package: str) -> None:
     # Measured, Python takes 1.6 times as long; triton's interpreter, one thread of Python, three times.
     if "--cov" in session.posargs and package != "ft-kernels":
         words += [f"--cov={module_of(package)}", "--cov-report=term"]
-    if package in ("ft-kernels", "ft-core", "ft-rl", "ft-export"):
+    if package in ("ft-kernels", "ft-core", "ft-rl", "ft-vision", "ft-export"):
         words += ["-n", "2"]
         env["OMP_NUM_THREADS"] = "1"  # a thread for each of the two processes
-    if package in ("ft-core", "ft-rl", "ft-export"):
+    if package in ("ft-core", "ft-rl", "ft-vision", "ft-export"):
         # Fixtures of a file share the models that they make; the order is that of the package's conftest.py.
         words += ["--dist", "loadfile", "--no-loadscope-reorder"]
     words += [word for word in session.posargs if word != "--cov"]
