@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft_core.errors import DataError, RunError
 from ft_core.memory import enough_memory
+from ft_core.models.modes import modes_kept
 from ft_core.prompts import encode_prompt, encode_prompts, render, render_chat, room, stop_ids
 
 if TYPE_CHECKING:
@@ -112,11 +113,10 @@ def generate_ids(
     last = _last_position(model)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     answers = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
     if progress:
         progress(0, len(order))
-    try:
+    with modes_kept(model):
+        model.eval()
         decoder = _decoder(model, fast)
         start = 0
         while start < len(order):
@@ -146,8 +146,6 @@ def generate_ids(
             start += len(batch)
             if progress:
                 progress(start, len(order))
-    finally:
-        model.train(was_training)
     return answers
 
 
