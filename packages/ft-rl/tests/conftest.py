@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import random
 import sys
@@ -136,3 +138,11 @@ def make_model(folder: Path, steepness: float = 1.0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings compute in float32 also where the processor is fast in a 16-bit format, as stand-ins for engines do."""
+    run = importlib.import_module("ft_core.training.run")
+    device = dataclasses.replace(run.pick_device(), dtype="float32")
+    monkeypatch.setattr(run, "pick_device", lambda: device)

@@ -10,7 +10,7 @@ EXPECTED = {
     "ft_rl": ["__version__"],
     "ft_rl.begun_again": ["BegunAgainMixin", "longest_prompts", "made_up"],
     "ft_rl.collating": ["LabelledCollator", "PairCollator", "padded"],
-    "ft_rl.dpo": ["DpoSettings", "build", "check", "evaluate", "margins_of"],
+    "ft_rl.dpo": ["DpoSettings", "build", "evaluate", "margins_of"],
     "ft_rl.environments": ["Environment", "EnvironmentClass", "Episode", "play", "resolve_environment"],
     "ft_rl.episodes": ["Episodes", "REWARD", "Written", "bridge", "environment_reward"],
     "ft_rl.grpo": [

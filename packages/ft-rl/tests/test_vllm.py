@@ -6,8 +6,6 @@ the engine has handed it. That vLLM speaks so is looked at by ``integration_test
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import json
 import re
 import shlex
@@ -178,14 +176,6 @@ def serve() -> Iterator[Callable[[Path], tuple[StandIn, str]]]:
     for server in servers:
         server.shutdown()
         server.server_close()
-
-
-@pytest.fixture
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings compute in float32 also where the processor is fast in a 16-bit format, as the stand-in does."""
-    run = importlib.import_module("ft_core.training.run")
-    device = dataclasses.replace(run.pick_device(), dtype="float32")
-    monkeypatch.setattr(run, "pick_device", lambda: device)
 
 
 def config(toy: Any, model: Path, folder: Path, method: str, url: str, **settings: Any) -> dict[str, Any]:

@@ -188,14 +188,6 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[LLM]]:
     importlib.reload(own)
 
 
-@pytest.fixture
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings compute in float32 also where the processor is fast in a 16-bit format, as the stand-in does."""
-    run = importlib.import_module("ft_core.training.run")
-    device = dataclasses.replace(run.pick_device(), dtype="float32")
-    monkeypatch.setattr(run, "pick_device", lambda: device)
-
-
 def config(toy: Any, model: Path, folder: Path, method: str = "grpo", **changes: Any) -> dict[str, Any]:
     prompts = [{"prompt": row["prompt"].strip()} for row in toy.rows(48, seed=1)]
     toy.write_rows(folder / "prompts.jsonl", prompts)

@@ -129,7 +129,7 @@ def made_up(words: Sequence[int], lengths: Sequence[int], new: int, device: torc
     def text(count: int) -> Tensor:
         return torch.tensor((list(words) * (count // len(words) + 1))[:count], device=device)
 
-    prompts = torch.stack([torch.cat([text(width)[: width - n] * 0, text(n)]) for n in lengths])
+    prompts = torch.stack([torch.nn.functional.pad(text(n), (width - n, 0)) for n in lengths])
     for row, n in enumerate(lengths):
         prompts[row, width - n] = row  # each begins otherwise: what rows share is computed once, and takes less
     mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=device)

@@ -9,11 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from ft_core.config import TrainConfig
     from ft_core.evaluation import Evaluation, EvaluationJob
     from ft_core.training import Job
 
-__all__ = ["DpoSettings", "build", "check", "evaluate", "margins_of"]
+__all__ = ["DpoSettings", "build", "evaluate", "margins_of"]
 
 Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -89,17 +88,6 @@ class DpoSettings(BaseModel):
         if value is not None and len(value) != count:
             raise ValueError(f"one weight for each loss: {count}")
         return value
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse what an adapter that is switched off does not take back, before anything is loaded.
-
-    Raises:
-        ConfigError: see :func:`ft_rl.reference.check_reference`.
-    """
-    from ft_rl.reference import check_reference
-
-    check_reference(config)
 
 
 def build(job: Job) -> Trainer:

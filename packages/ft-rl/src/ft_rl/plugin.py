@@ -47,7 +47,7 @@ DPO = MethodSpec(
     evaluate="ft_rl.dpo:evaluate",
     formats=("preference",),
     load="ft_rl.loads:pairs_with_reference",
-    check="ft_rl.dpo:check",
+    check="ft_rl.reference:check_reference",
 )
 
 ORPO = MethodSpec(
