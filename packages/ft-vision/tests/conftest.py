@@ -19,6 +19,14 @@ CHATML = (
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 GEMMA = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "gemma3", "llava")
 
 
@@ -156,19 +164,11 @@ def _make_gemma3(folder: Path) -> None:
     extra = {"boi_token": GEMMA[0], "eoi_token": GEMMA[1], "image_token": GEMMA[2]}
     tokenizer = _tokenizer(folder, GEMMA, GEMMA[0], extra)
     boi, eoi, image = tokenizer.convert_tokens_to_ids(GEMMA)
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 56,
-        "patch_size": 14,
-    }
     config = t.Gemma3Config(
         text_config=_text(
             tokenizer, sliding_window=32, query_pre_attn_scalar=16, layer_types=["sliding_attention", "full_attention"]
         ),
-        vision_config=vision,
+        vision_config=TOWER,
         mm_tokens_per_image=4,
         boi_token_index=boi,
         eoi_token_index=eoi,
@@ -185,18 +185,9 @@ def _make_llava(folder: Path) -> None:
     import transformers as t
 
     tokenizer = _tokenizer(folder, ["<image>"], "<image>", {"image_token": "<image>"})
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 56,
-        "patch_size": 14,
-        "model_type": "clip_vision_model",
-    }
     config = t.LlavaConfig(
         text_config={**_text(tokenizer), "model_type": "llama"},
-        vision_config=vision,
+        vision_config={**TOWER, "model_type": "clip_vision_model"},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
     )
