@@ -73,6 +73,10 @@ class Blocks:
         finally:
             self._known = known
 
+    def forget(self) -> None:
+        """Forget what was made of weights that lie elsewhere now."""
+        self._known.clear()
+
     def undo(self) -> None:
         """Forget what was made, and give the weights memory of their own again."""
         self._known.clear()

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "Linear", "base_of", "frozen", "is_plain", "numbers", "read", "state", "trains", "updates"]
+__all__ = [
+    "LENT", "Adapter", "Linear", "base_of", "frozen", "is_plain", "numbers", "read", "state", "trains", "updates",
+]  # fmt: skip
+
+LENT = "_ft_lent"
+"""The mark of a parameter whose memory comes and goes (``ft_core.fast.lent``): where it lies says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,8 @@ def state(module: Any) -> tuple[Any, ...]:
 
 
 def _place(weight: Tensor) -> int:
-    """Where the numbers lie; 0 for a tensor that is made of others (a shard)."""
-    return weight.data_ptr() if type(weight) in _HAVE_MEMORY else 0
+    """Where the numbers lie; 0 for a tensor that is made of others (a shard), or whose memory comes and goes."""
+    return weight.data_ptr() if type(weight) in _HAVE_MEMORY and not hasattr(weight, LENT) else 0
 
 
 _HAVE_MEMORY = (Tensor, nn.Parameter)

@@ -15,6 +15,7 @@ from ft_core.data.collating import LENGTHS
 from ft_core.fast.find import NotFast, layout_of, unwrapped
 from ft_core.fast.head import can_fuse
 from ft_core.fast.layout import Layout, at
+from ft_core.fast.lent import head_lent
 from ft_core.fast.linears import read
 from ft_core.fast.sharing import LEAST, MOST, groups_of, saved
 from ft_core.fast.swap import fast_path_of
@@ -225,19 +226,20 @@ class Scorer(Backbone):
         linear = read(getattr(self.model, self.layout.head))
         assert linear is not None
         path, adapter = fast_path_of(self.model), linear.adapter
-        made = kernels.linear_logprob(
-            hidden,
-            linear.weight,
-            targets,
-            bias=linear.bias,
-            lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
-            temperature=temperature,
-            softcap=self.layout.logit_softcap,
-            logit_scale=self.layout.logit_scale,
-            entropy=entropy,
-            top1=top1,
-            max_memory=MEMORY if path is None else path.chooser.head,
-        )
+        with head_lent(path):
+            made = kernels.linear_logprob(
+                hidden,
+                linear.weight,
+                targets,
+                bias=linear.bias,
+                lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
+                temperature=temperature,
+                softcap=self.layout.logit_softcap,
+                logit_scale=self.layout.logit_scale,
+                entropy=entropy,
+                top1=top1,
+                max_memory=MEMORY if path is None else path.chooser.head,
+            )
         return TokenLogProbs(made, None, None) if isinstance(made, Tensor) else made
 
     @torch.no_grad()
@@ -251,7 +253,7 @@ class Scorer(Backbone):
         if self.layout.logit_softcap is not None:
             return hidden.new_full(hidden.shape[:1], float("nan"), dtype=torch.float32)
         adapter, scale = linear.adapter, self.layout.logit_scale / temperature
-        with torch.autocast(hidden.device.type, enabled=False):
+        with head_lent(fast_path_of(self.model)), torch.autocast(hidden.device.type, enabled=False):
             mean = linear.weight.mean(0, dtype=torch.float32)
             if adapter is not None:
                 mean = mean + adapter.scaling * adapter.b.mean(0, dtype=torch.float32) @ adapter.a.float()

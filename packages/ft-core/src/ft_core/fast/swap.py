@@ -26,6 +26,7 @@ from ft_core.fast.forwards import Forward, has_other
 from ft_core.fast.graphs import Graphs, Pace
 from ft_core.fast.layer import DecoderLayer, norm
 from ft_core.fast.layout import Layout, at
+from ft_core.fast.lent import LentWeights
 from ft_core.fast.linears import is_plain
 from ft_core.fast.offload import HostMemory
 from ft_core.fast.whole import BodyForward, ModelForward, takes
@@ -52,6 +53,7 @@ class FastPath:
         tile: how many tokens a layer computes at a time, attention aside, in batches of more; None for all, until
             ``auto`` needs tiles. They save memory for long sequences, and compute gate and up again in backward
             whatever the layer keeps (:func:`ft_kernels.mlp_block`), where layers' halves are one operation each.
+        lent: weights that live in the host's memory (see :meth:`lend`).
     """
 
     model: Any
@@ -64,6 +66,7 @@ class FastPath:
     chooser: Chooser = field(init=False)
     own_head: bool = False
     told: dict[str, Any] = field(default_factory=dict)
+    lent: LentWeights | None = None
     _changed: list[nn.Module] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -105,6 +108,25 @@ class FastPath:
         """
         self.chooser.want(what, memory)
         self.host.begin()
+
+    def lend(self, layers: int | None = None, *, ends: bool = True) -> None:
+        """Let frozen weights live in the host's memory, from where each layer's come while the one before computes.
+
+        No step is recorded then. What is computed stays the same bit for bit; :meth:`undo` brings them back.
+
+        Args:
+            layers: how many layers lend theirs, the first ones first; None for all.
+            ends: whether the embedding and the head do, too.
+
+        Raises:
+            RunError: the host's memory cannot hold them.
+        """
+        self.graphs.drop()
+        for decoder in self.decoders:
+            decoder.blocks.halves()  # what 16-bit weights need beside them is made while they are here
+        self.lent = LentWeights(self, layers, ends=ends)
+        for decoder in self.decoders:
+            decoder.blocks.forget()  # some weights lie elsewhere now
 
     @contextlib.contextmanager
     def choosing(self, tokens: int, device: torch.device) -> Iterator[None]:
@@ -155,6 +177,9 @@ class FastPath:
         One that somebody has wrapped since (TRL's trainers wrap the model's) stays, and does nothing any more.
         """
         self.on = False
+        if self.lent is not None:
+            self.lent.end()
+            self.lent = None
         for decoder in self.decoders:
             decoder.blocks.undo()
         for module in self._changed:
@@ -219,6 +244,15 @@ class _LayerForward(Forward):
         self.fast = fast
 
     def __call__(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
+        lent = self.path.lent
+        if lent is None:
+            return self._computed(hidden_states, *args, **keywords)
+        lent.come(self.module)
+        out = self._computed(hidden_states, *args, **keywords)
+        lent.done(self.module, out)
+        return out
+
+    def _computed(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
         batch: Batch | None = keywords.pop(BATCH, None)
         if batch is None:
             return self.own(hidden_states, *args, **keywords)

@@ -14,6 +14,7 @@ from ft_core.fast.documents import BATCH, Batch, batch_of
 from ft_core.fast.forwards import Forward, silent
 from ft_core.fast.head import as_count, can_fuse, loss_of
 from ft_core.fast.layout import at
+from ft_core.fast.lent import head_lent
 from ft_core.fast.recurring import documents_plan, filled_up, recurring_length, recurs
 from ft_core.models.rotary import changes
 
@@ -119,8 +120,9 @@ class ModelForward(Forward):
             self.path.own_head = False
         if timed:  # the head is a few launches of much work: at its end the GPU is behind, whoever set the pace
             self.path.pace.end(known.device, recurring_length(known.numel()))
-        loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None,
-                       max_memory=self.path.chooser.head)  # fmt: skip
+        with head_lent(self.path):
+            loss = loss_of(head, layout, outputs.last_hidden_state, known, count, shifted=shifted is not None,
+                           max_memory=self.path.chooser.head)  # fmt: skip
         return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
 
     def _replayed(
@@ -144,6 +146,8 @@ class ModelForward(Forward):
         path, lengths = self.path, others.pop(LENGTHS, None)
         if path.layout.body is not None:
             return None  # images come in all numbers and sizes
+        if path.lent is not None:
+            return None  # weights lie elsewhere at each step
         if input_ids is None or not input_ids.is_cuda or any(value is not None for value in others.values()):
             return None
         several = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ft_kernels as kernels
-from ft_core.fast.linears import Linear, base_of
+from ft_core.fast.linears import LENT, Linear, base_of
 
 __all__ = ["Wide"]
 
@@ -38,6 +38,8 @@ class Wide:
         rank = -(-rank // ALIGN) * ALIGN
         known = self.weights.get(group)
         if known is None or known.room < rank or not _is_view(known, found):
+            if any(hasattr(weight, LENT) for weight in found):
+                return found if len(found) > 1 else found[0]  # it may not be there to be copied
             known = kernels.widen(found, rank)
             for weight, part in zip(found, known.parts(), strict=True):
                 weight.data = part

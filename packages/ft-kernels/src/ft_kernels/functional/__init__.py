@@ -3,7 +3,7 @@
 from ft_kernels.functional.activations import geglu, swiglu
 from ft_kernels.functional.attention import AttentionPlan, packed_attention, plan_attention
 from ft_kernels.functional.blocks import AttentionBlock, Keep, MLPBlock, Norm, attention_block, mlp_block
-from ft_kernels.functional.few_rows import decode_attention, nf4_linear, rope_append, row_linear
+from ft_kernels.functional.few_rows import decode_attention, gather_rows, nf4_linear, rope_append, row_linear
 from ft_kernels.functional.heads import Lora, TokenLogProbs, linear_cross_entropy, linear_logprob
 from ft_kernels.functional.lora import lora_linear, lora_qkv
 from ft_kernels.functional.lora_mlp import Activation, lora_mlp
@@ -35,6 +35,7 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "fp8_quantize",
+    "gather_rows",
     "geglu",
     "int8_dequantize",
     "layer_norm",

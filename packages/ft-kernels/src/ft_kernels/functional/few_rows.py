@@ -19,7 +19,7 @@ from ft_kernels.ops.nf4_linear.autograd import MOST_PARTS, nf4_linear_op
 from ft_kernels.ops.refusals import refuse_gradients
 from ft_kernels.ops.row_linear.autograd import row_linear_op
 
-__all__ = ["decode_attention", "nf4_linear", "rope_append", "row_linear"]
+__all__ = ["decode_attention", "gather_rows", "nf4_linear", "rope_append", "row_linear"]
 
 MOST_ROWS = 128
 """Rows up to which a weight is expanded on the way to the product; above, it pays to do so in memory first."""
@@ -257,3 +257,21 @@ def _check_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, w
     if window is not None and window < 1:
         raise ValueError(f"{name}: window={window}; a window is 1 or more, or None")
     refuse_gradients(name, q, keys, values)
+
+
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table that may lie in the host's pinned memory, where the index is on a GPU: no more than they travel.
+
+    Args:
+        table: ``[N, W]``, on the index's device, or in the host's memory. index: int32 or int64 ``[M]``.
+
+    Returns:
+        ``[M, W]`` in the table's dtype, on the index's device; without a graph.
+
+    A table in memory that is not pinned, or on a device without Triton, is read by the host, which waits for the index.
+    """
+    if use_triton(table.new_empty(0, device=index.device)) and (table.is_cuda or table.is_pinned()):
+        from ft_kernels.ops.shared_rows import kernels
+
+        return kernels.gather_rows(table.detach(), index)
+    return table.detach()[index.to(table.device)].to(index.device)

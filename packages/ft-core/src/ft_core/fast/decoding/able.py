@@ -11,6 +11,7 @@ from torch import nn
 from ft_core.fast.find import NotFast, layout_of, unwrapped
 from ft_core.fast.forwards import has_other
 from ft_core.fast.layout import Layout, at
+from ft_core.fast.linears import LENT
 
 __all__ = ["able"]
 
@@ -31,6 +32,8 @@ def able(model: Any) -> Layout:
     layout = layout_of(plain)
     if not layout.plain:
         raise NotFast("its family's layout does not say that its layers are all that it computes (Layout.plain)")
+    if any(hasattr(parameter, LENT) for parameter in plain.parameters()):
+        raise NotFast("its weights live in the host's memory")
     form, attention = layout.norms, layout.attention
     if form.after_attention or form.after_mlp or layout.residual_scale != 1.0 or attention.softcap:
         raise NotFast("its layers have norms after a branch, a scaled residual or a bound on the scores")

@@ -43,3 +43,18 @@ def sum_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
             index.shape[1], BLOCK=block, BY_HAND=rounds_by_hand(x.dtype), num_warps=4 if block <= 1024 else 8,
         )  # fmt: skip
     return out
+
+
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+    """See :func:`ft_kernels.gather_rows`: sums of one row each."""
+    if table.stride(1) != 1:
+        table = table.contiguous()
+    count, width = index.shape[0], table.shape[1]
+    out = dispatch.allocate((count, width), table.dtype, index.device)
+    if out.numel():
+        block = min(power_of_2(width), WIDEST)
+        launch(
+            "gather_rows", _sum_rows, (count, cdiv(width, block)), index.device, table, index, out, table.stride(0),
+            width, 1, BLOCK=block, BY_HAND=rounds_by_hand(table.dtype), num_warps=4 if block <= 1024 else 8,
+        )  # fmt: skip
+    return out
