@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ft_core.errors import ConfigError, ModelError
 from ft_vision.families.parts import Family, family_of
+from ft_vision.families.towers import tell_lengths
 from ft_vision.settings import VisionSettings
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def load_for_training(source: ModelSource, config: TrainConfig, device: Device, 
             )
     model = load(source, config, device, head, AutoModelForImageTextToText)
     model.config.get_text_config().use_cache = False
+    if device.type == "cuda":
+        tell_lengths(model)
     if config.lora is None:
         for name in _frozen(family, settings, ("frozen",)):
             model.get_submodule(f"model.{name}").requires_grad_(False)

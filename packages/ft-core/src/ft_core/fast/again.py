@@ -35,7 +35,7 @@ CHOICES: tuple[Choice, ...] = ("keep", "inputs", "recompute", "offload", "offloa
 
 
 def compute_by_choice(
-    choice: Choice, compute: Callable[..., Tensor], x: Tensor, able: bool, parameters: Sequence[Tensor],
+    choice: Choice, compute: Callable[..., Tensor], x: Tensor, able: bool, trained: Callable[[], Sequence[Tensor]],
     host: HostMemory,
 ) -> Tensor:  # fmt: skip
     """A layer's output, with a graph that keeps what the choice says.
@@ -45,7 +45,7 @@ def compute_by_choice(
             output's numbers are not wanted, only its graph.
         x: ``[B, S, H]``.
         able: whether the layer's halves are one operation each.
-        parameters: all that compute differentiates beside x.
+        trained: gives all that compute differentiates beside x.
         host: where offloaded tensors wait.
     """
     if choice == "keep" or not torch.is_grad_enabled():
@@ -56,6 +56,7 @@ def compute_by_choice(
         if choice == "offload":
             with host.layer():
                 return compute(x, keep="inputs")
+    parameters = trained()
     if not x.requires_grad and not parameters:
         return compute(x)
     with host.layer() if choice in ("offload", "offload-input") else contextlib.nullcontext():

@@ -149,6 +149,7 @@ class LentWeights:
         self._place = {id(module): place for place, module in enumerate(modules)}
         self._groups: list[_Group | None] = [None] * len(modules)
         self._head: _Group | None = None
+        self._table: _Group | None = None  # of the embedding, which never comes but to stay
         self._forwards: list[Forward] = []
         self._ending = False
         for place, module in enumerate(modules[:count]):
@@ -207,7 +208,7 @@ class LentWeights:
         self._forwards.clear()
 
     def _all(self) -> list[_Group]:
-        return [group for group in (*self._groups, self._head) if group is not None]
+        return [group for group in (*self._groups, self._head, self._table) if group is not None]
 
     def _set_out(self, place: int) -> None:
         group = self._groups[place] if 0 <= place <= self._last else self._head if place > self._last else None
@@ -241,17 +242,19 @@ class LentWeights:
             group.leave()
 
     def _take_ends(self, path: FastPath, stream: torch.cuda.Stream | None, pin: bool) -> None:
-        model, layout = path.model, path.layout
-        embedding, head = model.get_input_embeddings(), getattr(model, layout.head, None)
-        own = [module for module in (embedding, head) if isinstance(module, nn.Module)]
-        taken = _worth(parameter for module in own for parameter in module.parameters())
-        if not taken:
-            return
-        self._head = _Group(taken, stream, pin)
-        if isinstance(embedding, nn.Embedding) and hasattr(embedding.weight, LENT):
-            self._put(_RowsForward(path, embedding, self._head, lambda: self._set_out(0)))
-        if isinstance(head, nn.Module) and any(hasattr(p, LENT) for p in head.parameters()):
+        model = path.model
+        embedding, head = model.get_input_embeddings(), getattr(model, path.layout.head, None)
+        if isinstance(head, nn.Module) and (taken := _worth(head.parameters())):
+            self._head = _Group(taken, stream, pin)
             self._put(_HeadForward(path, head, self.head))
+        if isinstance(embedding, nn.Embedding):
+            tied = self._head is not None and hasattr(embedding.weight, LENT)
+            if not tied and _worth([embedding.weight]):
+                self._table = _Group([embedding.weight], stream, pin)
+            if hasattr(embedding.weight, LENT):
+                group = self._head if tied else self._table
+                assert group is not None
+                self._put(_RowsForward(path, embedding, group, lambda: self._set_out(0)))
 
     def _put(self, forward: Forward) -> None:
         forward.module.forward = forward  # type: ignore[assignment]

@@ -268,11 +268,13 @@ class _LayerForward(Forward):
         if choice == "keep" or not torch.is_grad_enabled():
             return compute(hidden_states)
         able = plain and self.fast.blocks.takes(hidden_states)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        out = compute_by_choice(choice, compute, hidden_states, able, parameters, self.path.host)
+        out = compute_by_choice(choice, compute, hidden_states, able, self._trained, self.path.host)
         if self.module is self.path.layers[0]:
             self.path.chooser.watch(out)
         return out
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.module.parameters() if p.requires_grad]
 
     def _by_itself(self, args: Any, keywords: dict[str, Any], x: Tensor, **ignored: Any) -> Any:
         with without_checkpointing([self.module] if getattr(self.module, "gradient_checkpointing", False) else []):

@@ -37,9 +37,11 @@ class Wide:
             return found if len(found) > 1 else found[0]
         rank = -(-rank // ALIGN) * ALIGN
         known = self.weights.get(group)
+        if any(hasattr(weight, LENT) for weight in found):  # they may not be there to be looked at, or copied
+            if known is not None and known.room >= rank:
+                return known
+            return found if len(found) > 1 else found[0]
         if known is None or known.room < rank or not _is_view(known, found):
-            if any(hasattr(weight, LENT) for weight in found):
-                return found if len(found) > 1 else found[0]  # it may not be there to be copied
             known = kernels.widen(found, rank)
             for weight, part in zip(found, known.parts(), strict=True):
                 weight.data = part

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ft_core.training.behind import LogsBehindMixin
 from ft_core.training.optimizers import forget_overrides, queued
 from ft_core.training.replan import ReplanningMixin
 from ft_core.training.schedule import renewed, rising
+from ft_core.training.walks import clearing_known, mode_known, parameters_known
 
 __all__ = ["MANIFEST", "RunTrainerMixin", "last_whole_checkpoint", "storage_error"]
 
@@ -35,6 +37,7 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
 
     _staging: Path | None = None
     _flops_a_token: int | None = None
+    _has_mode: bool = False
     optimizer_cls_and_kwargs: Any
     lr_scheduler: Any
     keep_checkpoints: int = 2
@@ -86,8 +89,10 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own; afterwards nothing but the trainer holds the model."""
+        self._has_mode = False
         try:
-            return super().train(*args, **kwargs)
+            with clearing_known(self.model, self._trained):
+                return super().train(*args, **kwargs)
         finally:
             forget_overrides(self.model)
 
@@ -107,7 +112,21 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
                 count = self.accelerator.reduce(count.to(self.args.device))
             # Without a mask one process counts on the host; a sum on a GPU, a mask's or all processes', is waited for.
             self.state.num_input_tokens_seen += int(count)
-        return super().training_step(model, inputs, *args, **kwargs)
+        # The first step sets every module's mode: an adapter's wrapping is in training mode around a model that is not.
+        with mode_known(model) if self._has_mode else nullcontext():
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self._has_mode = True
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        with parameters_known(model, self._trained) if model is self.model else nullcontext():
+            return super()._clip_grad_norm(model)
+
+    def _trained(self) -> list[torch.Tensor]:
+        """What the optimizer updates; all parameters before there is one."""
+        if self.optimizer is None:
+            return list(type(self.model).parameters(self.model))
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers counts them, but its walk over all parameters, at each step, is made once."""

@@ -1,0 +1,60 @@
+"""Qwen's vision towers without waiting: transformers asks the GPU for the lengths of the images three times a layer.
+
+Each time the host waits until all that it has launched is done, and the language model's layers are then launched as
+slowly as they come. The lengths are the same in all layers, or two kinds where some have windows: here they are asked
+for once each, and the layers are handed what the host then knows. What is computed stays the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ft_core.fast.forwards import Replaced, has_other
+
+__all__ = ["tell_lengths"]
+
+KINDS = ("Qwen3VLVisionAttention", "Qwen2_5_VLVisionAttention")
+"""transformers' modules whose forward takes ``cu_seqlens`` and splits by them, but with a flash attention."""
+KNOWN = 2
+"""How many kinds of lengths a tower's pass has: of images, and of windows in them."""
+
+
+def tell_lengths(model: nn.Module) -> int:
+    """Let the tower's attention layers split by lengths that the host knows; how many layers there are."""
+    lengths, found = _Lengths(), 0
+    for module in model.modules():
+        if type(module).__name__ not in KINDS or has_other(module):
+            continue
+        if not isinstance(vars(module).get("forward"), _AttentionForward):
+            module.forward = _AttentionForward(module, lengths)  # type: ignore[assignment]
+        found += 1
+    return found
+
+
+class _Lengths:
+    """The host's copies of the last few bounds."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, Tensor]] = []
+
+    def of(self, bounds: Tensor) -> Tensor:
+        if bounds.device.type == "cpu":
+            return bounds
+        for asked, known in self._known:
+            if asked is bounds:
+                return known
+        self._known = [*self._known[1 - KNOWN :], (bounds, bounds.cpu())]
+        return self._known[-1][1]
+
+
+class _AttentionForward(Replaced):
+    def __init__(self, module: nn.Module, lengths: _Lengths) -> None:
+        super().__init__(module)
+        self._lengths = lengths
+
+    def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, *args: Any, **keywords: Any) -> Any:
+        if "flash" not in str(self.module.config._attn_implementation):  # that wants them on the GPU
+            cu_seqlens = self._lengths.of(cu_seqlens)
+        return self.own(hidden_states, cu_seqlens, *args, **keywords)
