@@ -21,6 +21,7 @@ EXPECTED = {
         "SMOLVLM",
         "VISION",
     ],
+    "ft_vision.answering": ["VisionAnswerer", "knows"],
     "ft_vision.collating": ["UnusableImage", "VisionCollator", "collator", "collator_for", "packs"],
     "ft_vision.documents": [
         "COUNTS",
