@@ -277,3 +277,19 @@ def test_without_ft_vision_it_says_what_to_install(
             assert (done.code, done.out) == (2, "")
             assert "modality 'vision' is not installed: pip install" in done.message
             assert done.err.count("\n") == 1
+    listed = ft("models")
+    assert "not installed: gemma3, idefics3, llava" in listed.out
+    assert ft("plan", tmp_path / "config.yaml", "--gpu", "H200").message.startswith(
+        "ft plan: task: modality 'vision' is not installed: pip install"
+    )
+
+
+def test_what_is_listed_mentions_vision(ft: Any) -> None:
+    listed = {row["name"]: row for row in json.loads(ft("models", "--json").out)}
+    assert (listed["qwen3_vl"]["images"], listed["qwen3"]["images"]) == (True, False)
+    assert "what sees is transformers' own" in ft("models").out
+    told = json.loads(ft("doctor", "--json").out)
+    assert "vision" in told["tasks"]
+    assert told["images"].startswith("Pillow ")
+    assert "\nimages     Pillow " in ft("doctor").out
+    assert "vision        ft-vision" in ft("plugins").out

@@ -32,6 +32,7 @@ VISION = ModalitySpec(
     evaluate="ft_vision.evaluating:evaluate",
     knows="ft_vision.answering:knows",
     answerer="ft_vision.answering:VisionAnswerer",
+    plan="ft_vision.planning:VisionFronts",
 )
 
 

@@ -19,7 +19,8 @@ CHOSEN = {
 LABELS = {
     "weights": "weights", "16-bit copies": "16-bit copies of the weights", "head": "head: logits and their gradient",
     "one layer": "one layer backwards", "update": "the optimizer's update", "optimizer": "optimizer's state",
-    "workspace": "cuBLAS' workspace", "batch": "the batch and its angles",
+    "workspace": "cuBLAS' workspace", "batch": "the batch and its angles", "images": "the images' pixels",
+    "tower": "vision tower, forward or backward",
 }  # fmt: skip
 
 

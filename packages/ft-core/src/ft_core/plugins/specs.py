@@ -136,6 +136,9 @@ class ModalitySpec(Spec):
             and not loaded, is of this modality; None where none is taken for one.
         answerer: reference to ``f(target: ft_core.models.opening.Target)``, which makes what `ft generate` and
             `ft chat` answer with, an :class:`ft_core.answering.Answerer`.
+        plan: reference to ``f(config, source: ft_core.models.ModelSource)``, which makes what a plan knows of the parts
+            before the language model, a :class:`ft_core.planning.front.Fronts`; of ``source`` only ``config.json`` need
+            be there.
     """
 
     group: ClassVar[str] = "ft.modalities"
@@ -152,6 +155,7 @@ class ModalitySpec(Spec):
     evaluate: str | None = None
     knows: str | None = None
     answerer: str | None = None
+    plan: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
