@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ft_core.config.load import check_config
+from ft_core.config.load import check_config, load_config
 from ft_core.models import find_model, pick_device
 from ft_core.planning import Planner, with_memory
 from ft_core.planning.blueprint import Blueprint
@@ -129,6 +129,93 @@ def test_a_tower_of_many_layers_is_counted_by_three(name: str, family: Callable[
     assert counted[0] == counted[1]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layer_that_is_computed_again_keeps_its_input(name: str, family: Callable[[str], Path]) -> None:
+    """Two layers more keep two inputs more; without, far more."""
+    config = a_config(family(name), "lora", "lora", True)
+    kept: dict[tuple[int, bool], int] = {}
+    vision = VisionFronts(config, find_model(config.model))._config.vision_config
+    key = "depth" if hasattr(vision, "depth") else "num_hidden_layers"
+    for depth in (3, 5):
+        fronts = VisionFronts(config, find_model(config.model))
+        setattr(fronts._config.vision_config, key, depth)
+        for again in (False, True):
+            counted, _, layers = fronts._count((), (), config.lora.model_dump_json(), again)
+            assert layers == depth
+            kept[depth, again] = counted.kept
+    patches = counted.patches + (name == "llava")  # and the token that stands for the whole image
+    itemsize = 4 if name == "llava" else 2  # CLIP's norm before its layers leaves 32 bits
+    assert kept[5, True] - kept[3, True] == 2 * patches * vision.hidden_size * itemsize
+    assert kept[5, False] - kept[3, False] > 8 * (kept[5, True] - kept[3, True])
+
+
+def test_a_tower_is_computed_again_where_that_is_asked_for_or_nothing_fits_without(ft: Any, tmp_path: Path) -> None:
+    """A tower of Qwen3-VL-2B's shape; only its configuration is there."""
+    import transformers as t
+
+    text = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+    text |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16, "out_hidden_size": 2048}
+    folder = tmp_path / "model"
+    t.Qwen3VLConfig(
+        text_config=text, vision_config={**vision, "deepstack_visual_indexes": [5, 11, 17]}
+    ).save_pretrained(folder)
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    lora = {"tower": "lora", "projector": "lora"}
+    path = write_plan(tmp_path, folder, rows, max_length=4096, vision=lora, training={"batch_size": 2})
+    free, asked = planned(ft, path), planned(ft, path, "activations=recompute")
+    bound, kept = planned(ft, path, "memory=24GiB"), planned(ft, path, "activations=keep")
+    assert [one["tower_again"] for one in (free, asked, bound, kept)] == [False, True, True, False]
+    # 32768 patches and 24 layers; by hand: two norms' inputs and outputs in 32 bits (16 bytes a number of the width),
+    # their copies for qkv and fc1 (4), q, k and v (6, turned once more in 32 and 16 bits), the attention's output (2),
+    # fc1's and the activation's (16); with an adapter's, more than
+    more = free["memory"]["peak"] - asked["memory"]["peak"]
+    assert more > 32768 * 24 * 1024 * (16 + 4 + 6 + 2 + 16) * 0.7
+    assert bound["memory"]["peak"] <= bound["memory"]["limit"] < free["memory"]["peak"]
+    assert asked["time"]["micro_batch"]["vision tower"] > free["time"]["micro_batch"]["vision tower"]
+    assert "those of the vision tower computed again" in ft("plan", path, "--gpu", "H200", "memory=24GiB").out
+    # a tower that is frozen keeps nothing that could be computed again
+    frozen = planned(ft, path, "activations=recompute", "vision.tower=frozen", "vision.projector=frozen")
+    assert not frozen["tower_again"]
+    assert frozen["memory"]["peak"] < asked["memory"]["peak"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
+def test_training_computes_the_tower_again(
+    name: str, configure: Any, ft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the fast layers, with the kernels' references in their places: to the same losses."""
+    from ft_core.models import device, loading
+    from ft_core.training import run, speed
+
+    pick = device.pick_device
+    for module in (run, loading):
+        monkeypatch.setattr(module, "pick_device", lambda: dataclasses.replace(pick(), dtype="float32"))
+    monkeypatch.setattr(speed, "runs_kernels", lambda device: True)
+    found, computed = [], []
+    for activations in ("keep", "recompute"):
+        output = tmp_path / activations
+        config = configure(
+            name, output=str(output), activations=activations, vision={"tower": "lora", "projector": "lora"}
+        )
+        calls: list[int] = []
+        once = torch.utils.checkpoint.checkpoint
+        monkeypatch.setattr(
+            torch.utils.checkpoint,
+            "checkpoint",
+            lambda *a, calls=calls, once=once, **k: calls.append(1) or once(*a, **k),
+        )
+        made = ft("train", config)
+        assert made.code == 0, made.err
+        monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", once)
+        rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        found.append([row["loss"] for row in rows if row["kind"] == "train"])
+        computed.append(len(calls))
+    assert found[0] == found[1]
+    assert computed[0] == 0
+    assert computed[1] >= 2 * 3  # each of two layers in each of three steps
+
+
 @pytest.mark.parametrize("how", ["both adapted", "both whole", "all in full", "full without the tower"])
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
 def test_what_is_trained_is_what_the_training_trains(name: str, how: str, family: Callable[[str], Path]) -> None:
@@ -226,3 +313,27 @@ def test_a_model_of_text_is_no_plan_of_images(ft: Any, tmp_path: Path) -> None:
     done = ft("plan", write_plan(tmp_path, tmp_path, [{"messages": []}]), "--gpu", "H200")
     assert done.code == 2
     assert done.err.count("\n") == 1
+
+
+def test_a_training_on_a_gpu_plans_with_the_tower(
+    family: Callable[[str], Path], digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the card itself is real: there is none here."""
+    from ft_core import planning
+    from ft_core.models import Device
+    from ft_core.training.speed import foresee
+
+    monkeypatch.setattr(planning, "card_here", lambda: planning.find_card("H100"))
+    device = Device("cuda", "H100", "bfloat16", 80 * 2**30, 79 * 2**30)
+    found = []
+    for tower in ("frozen", "full"):
+        path = write_plan(tmp_path, family("qwen3_vl"), digits(4), vision={"tower": tower})
+        config = load_config(path)
+        said: list[str] = []
+        plan = foresee(config, find_model(config.model), device, said.append)
+        assert plan is not None
+        assert len(said) == 1
+        found.append(plan.peak.parts)
+    assert found[0]["activations kept"] < found[1]["activations kept"]
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[1]["trained whole"] > 0

@@ -192,7 +192,7 @@ def test_bad_images_are_counted(configure: Any, ft: Any, digits: Any, tmp_path: 
 def test_what_does_not_read_images_yet_says_so(configure: Any, ft: Any, tmp_path: Path) -> None:
     done = ft("train", configure(eval_split=2, training={"max_steps": 1}))
     assert done.code == 0
-    assert done.out.rstrip().endswith(f"next: ft eval {tmp_path / 'run'}")
+    assert done.out.rstrip().endswith(f"next: ft eval {tmp_path / 'run'}  |  ft chat {tmp_path / 'run'}")
     assert ft("eval", tmp_path / "run").code == 0
     pytest.importorskip("ft_export")
     made = ft("merge", tmp_path / "run", "--out", tmp_path / "merged")

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ft_core.errors import FtError
+from ft_core.errors import FtError, ModelError
 from ft_core.models import load_tokenizer
 from ft_core.planning.front import Front, stands_in
 from ft_vision.documents import image_token_of
@@ -50,7 +50,7 @@ class VisionFronts:
         from ft_vision.loading import _config_of
 
         self.auto: Any = AutoModelForImageTextToText
-        self._config = _config_of(source)
+        self._config, self._name = _config_of(source), source.reference
         self._family = family_of(self._config, source.reference)
         tower, projector = (
             tuple(f"model.{name}" for name in names) for names in (self._family.tower, self._family.projector)
@@ -68,7 +68,10 @@ class VisionFronts:
             tuple(n for how, names in each if how == wanted for n in names) for wanted in ("frozen", "full")
         )
         lora = None if config.lora is None else config.lora.model_dump_json()
-        counted, flops = self._count(frozen, whole, lora)
+        counted, flops, depth = self._count(frozen, whole, lora, False)
+        again = counted.kept
+        if counted.kept and settings.tower != "frozen":
+            again = self._count(frozen, whole, lora, True)[0].kept
         vision, text = self._config.vision_config, self._config.get_text_config()
         hidden = int(vision.hidden_size)
         inner = int(getattr(vision, "intermediate_size", 0) or 4 * hidden)
@@ -81,6 +84,8 @@ class VisionFronts:
             share=self._share,
             inputs=4 * counted.pixels / counted.tokens,
             kept=counted.kept / counted.tokens,
+            kept_again=again / counted.tokens,
+            layer=(counted.kept - again) / max(depth, 1) / counted.tokens,
             features=2 * int(text.hidden_size) * (1 + deep),
             # a layer's perceptron and its norm in 32 bits; forward or backward, of each the larger half
             work=patches * (4 * inner + 12 * hidden),
@@ -91,8 +96,14 @@ class VisionFronts:
             notes=(f"images are assumed to be {self._share:.0%} of a row's tokens{beside}", ROUGH),
         )
 
-    def _counted(self, frozen: tuple[str, ...], whole: tuple[str, ...], lora: str | None) -> tuple[Counted, float]:
-        """Of one image: what is counted, and operations of its tower's forward pass."""
+    def _counted(
+        self, frozen: tuple[str, ...], whole: tuple[str, ...], lora: str | None, again: bool
+    ) -> tuple[Counted, float, int]:
+        """Of one image: what is counted, operations of its tower's forward pass, and the tower's layers.
+
+        Args:
+            again: whether those are computed again in backward.
+        """
         import torch
 
         config = copy.deepcopy(self._config)
@@ -107,9 +118,14 @@ class VisionFronts:
         blocks = _blocks(model, self._tower)
         depth = len(model.get_submodule(blocks)) if blocks else 0
         model = materialize(model, frozen, whole, None if lora is None else _settings(lora), self.modules)
-        counted = count_tower(model, self._family.has_grids, blocks)
+        for layer in model.get_submodule(blocks) if blocks else ():
+            layer.gradient_checkpointing = again
+        try:
+            counted = count_tower(model, self._family.has_grids, blocks)
+        except ValueError as error:
+            raise ModelError(f"the model {self._name} cannot be planned: its tower takes no image ({error})") from error
         scores = 4.0 * counted.patches * int(config.vision_config.hidden_size) * depth
-        return counted, counted.patches * (2.0 * numbers + scores)
+        return counted, counted.patches * (2.0 * numbers + scores), depth
 
 
 def _settings(lora: str) -> LoraSettings:

@@ -135,7 +135,10 @@ def _handed_on(made: Any) -> tuple[list[Tensor], Any]:
 
 @contextmanager
 def _noted(model: Any) -> Iterator[Callable[[], int]]:
-    """Note what autograd saves; the function says how many bytes of it are still kept, weights left out."""
+    """Note what autograd saves; the function says how many bytes of it are still kept, weights left out.
+
+    Of layers that are computed again (``gradient_checkpointing``) that is what they are handed.
+    """
     own = {_place(tensor) for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"}
     alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
@@ -149,8 +152,36 @@ def _noted(model: Any) -> Iterator[Callable[[], int]]:
         sizes = {_place(one.tensor): one.tensor.untyped_storage().nbytes() for one in alive}
         return sum(size for place, size in sizes.items() if place not in own)
 
+    held = []
+
+    def again(layer: Callable[..., Any], *args: Any) -> Any:
+        given = [one for one in (*args, *getattr(layer, "keywords", {}).values()) if isinstance(one, Tensor)]
+        held.extend(_Saved(tensor) for tensor in given)
+        alive.update(held)
+        with torch.no_grad():
+            made = layer(*args)
+        found = made[0] if isinstance(made, tuple) else made
+        needs = torch.ones((), requires_grad=True)  # backward goes on into it
+        found = _Through.apply(found, needs)  # type: ignore[no-untyped-call]
+        return (found, *made[1:]) if isinstance(made, tuple) else found
+
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module._gradient_checkpointing_func = again
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         yield kept
+
+
+class _Through(torch.autograd.Function):
+    """A layer's output that was made without a graph, as a node of one that keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, needs: Tensor) -> Tensor:
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("nothing is differentiated here")
 
 
 class _Saved:

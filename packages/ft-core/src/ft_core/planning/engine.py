@@ -111,6 +111,7 @@ class Plan:
                 "largest_kept": self.largest_kept, "most_tried": MOST_ROWS,
             },
             "tile": peak.tile,
+            "tower_again": peak.tower_again,
             "head_rows": peak.head_rows,
             "optimizer": peak.optimizer,
             "time": None if times is None else {
@@ -161,10 +162,23 @@ class Planner:
         return _better(plain, paged, limit_of(config, card)) if fit else plain
 
     def _peak(self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str) -> Peak:
+        """A tower's layers are computed again where that was asked for, or where nothing fits without."""
+        front, choice = self.front(config), wanted or config.activations
+        kept = self._tiled(config, card, wanted, optimizer, front)
+        if front is None or front.kept_again >= front.kept or choice == "keep":
+            return kept
+        if choice == "auto" and self.blueprint.layout is not None and _easily(kept, limit_of(config, card)):
+            return kept
+        lean = self._tiled(config, card, wanted, optimizer, front.again())
+        return lean if choice != "auto" else _better(kept, lean, limit_of(config, card))
+
+    def _tiled(
+        self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str, front: Front | None
+    ) -> Peak:  # fmt: skip
         outline, limit = self.outline(config), limit_of(config, card)
 
         def peak(tile: int | None, choice: str | None = wanted) -> Peak:
-            return peak_of(self.blueprint, outline, self._step(config, card, tile, choice, optimizer))
+            return peak_of(self.blueprint, outline, self._step(config, card, tile, choice, optimizer, front))
 
         whole = peak(None)
         tokens = config.training.batch_size * load_of(config).sequences * config.max_length
@@ -203,7 +217,9 @@ class Planner:
         """Of a step of it."""
         outline = self.outline(config)
         recorded = why_not_recorded(self.blueprint, config, card, peak, limit_of(config, card)) is None
-        step = self._step(config, card, peak.tile, None, peak.optimizer)
+        front = self.front(config)
+        front = front.again() if front is not None and peak.tower_again else front
+        step = self._step(config, card, peak.tile, None, peak.optimizer, front)
         return times_of(
             self.blueprint, outline, step, peak, card, config.training.gradient_accumulation, recorded
         )  # fmt: skip
@@ -228,7 +244,10 @@ class Planner:
         filled = replace(step, rows=1, length=recurring_length(step.tokens))
         return peak_of(self.blueprint, outline, filled).step
 
-    def _step(self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None, optimizer: str) -> Step:
+    def _step(
+        self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None, optimizer: str,
+        front: Front | None = None,
+    ) -> Step:  # fmt: skip
         load = load_of(config)
         return Step(
             rows=config.training.batch_size * load.sequences,
@@ -245,7 +264,7 @@ class Planner:
             tile=tile,
             dense=card.capability >= (9, 0),
             held=self._held(load.held),
-            front=self.front(config),
+            front=front,
         )
 
     def _held(self, each: Sequence[Held]) -> dict[str, int]:

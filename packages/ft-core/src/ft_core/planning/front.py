@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ft_core.config import TrainConfig
@@ -22,8 +22,10 @@ class Front:
         frozen: modules that have no adapter and are not trained, by their paths.
         whole: modules that are trained whole, beside an adapter if there is one.
         share: of a row's tokens, how many are such pieces.
-        inputs: bytes of the batch. kept: bytes from forward to backward. features: bytes of what it gives.
-        work: bytes while it is computed alone, forward or backward.
+        inputs: bytes of the batch. kept: bytes from forward to backward. kept_again: the same where its layers are
+            computed again. features: bytes of what it gives.
+        work: bytes while it is computed alone, forward or backward. layer: bytes that one of its layers keeps.
+        recomputed: whether its layers are computed again.
         flops: operations of the forward pass. passes: of all its passes, in forward passes.
         copies: bytes of 16-bit copies of its weights, where those are in 32 and trained.
         itemsize: bytes of a number of ``whole``, and of its gradient, beside an adapter.
@@ -36,14 +38,23 @@ class Front:
     share: float = 1.0
     inputs: float = 0.0
     kept: float = 0.0
+    kept_again: float = 0.0
     features: float = 0.0
     work: float = 0.0
+    layer: float = 0.0
+    recomputed: bool = False
     flops: float = 0.0
     passes: float = 1.0
     copies: int = 0
     itemsize: int = 2
     row_tokens: float | None = None
     notes: tuple[str, ...] = ()
+
+    def again(self) -> Front:
+        """The same, its layers computed again in backward."""
+        return replace(
+            self, kept=self.kept_again, work=self.work + self.layer, passes=self.passes + 1, recomputed=True
+        )  # fmt: skip
 
 
 class Fronts(Protocol):

@@ -86,6 +86,7 @@ class Peak:
             exact: whether the family is known and only an adapter is trained, which is what was measured.
         tile: tokens of a sequence tile. refused: the host cannot hold what is to be offloaded.
         optimizer: as transformers calls it. disk: bytes that the host's memory cannot hold.
+        tower_again: whether the layers of a tower, before the model's own, are computed again.
     """
 
     parts: dict[str, int]
@@ -99,6 +100,7 @@ class Peak:
     refused: bool = False
     optimizer: str = "adamw_8bit"
     disk: int = 0
+    tower_again: bool = False
 
     @property
     def step(self) -> int:
@@ -223,6 +225,7 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         refused=refused,
         optimizer=step.optimizer,
         disk=0 if refused else max(moved - step.host, 0),
+        tower_again=front.recomputed,
     )
 
 
