@@ -128,13 +128,14 @@ def test_the_doctor(ft: Any) -> None:
 
     told = ft("doctor")
     assert (told.code, told.err) == (0, "")
-    for name in ("python", "system", "device", "disk", "libraries", "packages", "methods", "exporters"):
+    for name in ("python", "system", "device", "disk", "libraries", "packages", "methods", "tasks", "exporters"):
         assert f"\n{name:<10} " in "\n" + told.out
     report = json.loads(ft("doctor", "--json").out)
     assert report["packages"]["ft-core"] == ft_core.__version__
     assert report["libraries"]["torch"]
     assert report["device"]["type"] in ("cpu", "cuda", "mps")
     assert "sft" in report["methods"]
+    assert "text" in report["tasks"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes close otherwise there")

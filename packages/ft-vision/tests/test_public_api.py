@@ -21,6 +21,7 @@ EXPECTED = {
         "SMOLVLM",
         "VISION",
     ],
+    "ft_vision.answering": ["VisionAnswerer", "knows"],
     "ft_vision.collating": ["UnusableImage", "VisionCollator", "collator", "collator_for", "packs"],
     "ft_vision.documents": [
         "COUNTS",
@@ -36,8 +37,10 @@ EXPECTED = {
     "ft_vision.images": ["FORMATS", "ImageError", "MAX_BYTES", "MAX_PIXELS", "image_size", "read_image"],
     "ft_vision.loading": ["adapter_options", "load_for_training", "load_processor", "settings_of"],
     "ft_vision.pixels": ["is_turned", "to_8_bit", "upright"],
+    "ft_vision.planning": ["VisionFronts", "materialize"],
     "ft_vision.rows": ["image_name", "normalise", "open_reference", "reference_of"],
     "ft_vision.settings": ["VisionSettings"],
+    "ft_vision.tower": ["Counted", "count_tower"],
 }
 
 

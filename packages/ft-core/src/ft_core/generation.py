@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from threading import Event, Thread
@@ -27,10 +27,14 @@ __all__ = [
     "render_chat",
     "stop_ids",
     "stream",
+    "stream_ids",
 ]
 
 BATCH_TOKENS = 8192
 """Prompts are batched up to about this many tokens, answer included, padding counted."""
+
+Inputs = Callable[[Sequence[int]], Mapping[str, Any]]
+"""From the numbers of prompts that are answered together, from 0, to what ``generate`` of the model is handed."""
 
 LESS_MEMORY = "shorten the prompts or the answers (--max-new-tokens), or free memory that other programs hold"
 
@@ -81,6 +85,7 @@ def generate_ids(
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
     fast: bool | None = None,
+    inputs: Inputs | None = None,
 ) -> list[str]:
     """Answer prompts given as token ids, in batches of similar length.
 
@@ -97,6 +102,8 @@ def generate_ids(
         batch_tokens: the most tokens (prompt and answer, padded) in a batch.
         progress: called with (answered, all).
         fast: False never answers by the fast layers; True does so on any device, or refuses.
+        inputs: makes a batch of prompts that are more than text: ``input_ids`` and ``attention_mask``, int64 [B, S],
+            padded on the left, and whatever else the model takes. transformers answers them then.
 
     Returns:
         The answers in the order of ``prompts``, without special tokens.
@@ -117,7 +124,7 @@ def generate_ids(
         progress(0, len(order))
     with modes_kept(model):
         model.eval()
-        decoder = _decoder(model, fast)
+        decoder = _decoder(model, fast if inputs is None else False)
         start = 0
         while start < len(order):
             new = left[order[start]]
@@ -131,11 +138,11 @@ def generate_ids(
                 if decoder is not None and _able(decoder, fast, len(given), longest + new):
                     said = decoder.answers(given, new=new, stops=stops, temperature=temperature, top_p=top_p)
                 else:
-                    ids, mask = _left_padded(given, tokenizer.pad_token_id or 0, model.device)
+                    asked = _left_padded(given, tokenizer.pad_token_id or 0) if inputs is None else inputs(batch)
                     settings = _settings(tokenizer, stops, new, temperature, top_p)
                     with _no_settings_of_its_own(model), torch.inference_mode():
                         out = model.generate(
-                            input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=tokenizer, **last
+                            **_on(model.device, asked), generation_config=settings, tokenizer=tokenizer, **last
                         )
                     said = [
                         list(takewhile(lambda token: token not in stops, tokens))
@@ -195,7 +202,7 @@ def _last_position(model: Any) -> dict[str, Any]:
     return {"logits_to_keep": torch.tensor([-1])}
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Any, Any]:
+def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
     import torch
 
     longest = max(map(len, rows))
@@ -204,7 +211,11 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :] = torch.tensor(list(row), dtype=torch.long)
         mask[i, longest - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _on(device: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def generate(
@@ -261,6 +272,37 @@ def stream(
         DataError: the conversation fills the model's positions, or the chat template refuses it.
         RunError: the memory is too small, or the fast layers were asked for and cannot answer.
     """
+    text = render(messages if tokenizer.chat_template else messages[-1]["content"], tokenizer, None)
+    yield from stream_ids(
+        model,
+        tokenizer,
+        encode_prompt(text, tokenizer),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stopped=stopped,
+        fast=fast,
+    )
+
+
+def stream_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stopped: Event | None = None,
+    fast: bool | None = None,
+    inputs: Inputs | None = None,
+) -> Generator[str, None, None]:
+    """As :func:`stream`, of a prompt's token ids; ``inputs`` as for :func:`generate_ids`.
+
+    Raises:
+        DataError: the prompt is empty or fills the model's positions.
+        RunError: as :func:`stream`.
+    """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -280,19 +322,17 @@ def stream(
             if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in stops:
                 super().put(value)
 
-    text = render(messages if tokenizer.chat_template else messages[-1]["content"], tokenizer, None)
-    prompt = encode_prompt(text, tokenizer)
     stops = stop_ids(model, tokenizer)
     new = room(model, len(prompt), max_new_tokens, "the conversation")
     settings = _settings(tokenizer, stops, new, temperature, top_p)
-    ids, mask = _left_padded([prompt], 0, model.device)
+    asked = _on(model.device, _left_padded([prompt], 0) if inputs is None else inputs([0]))
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     memory = enough_memory(f"answering {len(prompt)} tokens with up to {new}", LESS_MEMORY)
     failed: list[BaseException] = []
-    decoder = _decoder(model, fast)
+    decoder = _decoder(model, fast if inputs is None else False)
 
     def write(decoder: Decoder) -> None:
-        streamer.put(ids)
+        streamer.put(asked["input_ids"])
         steps = decoder.steps([prompt], new=new, temperature=temperature, top_p=top_p)
         try:
             for tokens in steps:
@@ -311,8 +351,7 @@ def stream(
                     return
                 with _no_settings_of_its_own(model):
                     model.generate(
-                        input_ids=ids,
-                        attention_mask=mask,
+                        **asked,
                         generation_config=settings,
                         stopping_criteria=StoppingCriteriaList([Closed()]),
                         streamer=streamer,

@@ -104,6 +104,20 @@ def test_with_much_memory_all_is_kept_at_once(monkeypatch):
     assert chooser.head == GIB
 
 
+def test_a_batch_beside_which_more_is_kept_is_looked_at_anew(monkeypatch):
+    """Of as many tokens, but of more images, of which a tower that is trained keeps something."""
+    gpu, chooser = Gpu(monkeypatch, 80 * GIB, 15 * GIB), chooser_for()
+    varying = Chooser(lambda: SIZES, 32, lambda: 42 * 10**6, True)
+    for one in (chooser, varying):
+        assert gpu.step(one, 4096, GIB) == ["keep"] * 32
+    gpu.used += 55 * GIB
+    with pytest.raises(AssertionError):  # which does not fit
+        gpu.step(chooser, 4096, GIB)
+    assert "keep" not in gpu.step(varying, 4096, GIB)
+    gpu.used -= 55 * GIB
+    assert gpu.step(varying, 4096, GIB).count("keep") == 32
+
+
 def test_with_little_memory_the_first_batch_is_lean_and_the_rest_is_spent(monkeypatch):
     gpu, chooser = Gpu(monkeypatch, 24 * GIB, 15 * GIB), chooser_for()
     assert gpu.step(chooser, 4096, GIB) == ["inputs"] * 32

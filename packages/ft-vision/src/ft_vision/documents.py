@@ -72,6 +72,16 @@ class VisionRenderer(Renderer):
         text, expected = super().prompt(row)
         return self._expanded(Draft(text, ()), row["images"]).text, expected
 
+    def question(self, row: Row) -> str:
+        """A conversation that is to be answered, ready for the answer, with each image written out.
+
+        Raises:
+            DataError: as :meth:`drafts`.
+        """
+        text = self._render(row["messages"], row.get("tools"), prompting=True)
+        self._check(text.count(self.processor.image_token), row)
+        return self._expanded(Draft(text, ()), row["images"]).text
+
     def word(self, size: tuple[int, int]) -> str:
         """What stands for an image of this width and height in a text.
 

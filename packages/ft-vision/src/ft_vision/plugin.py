@@ -30,6 +30,9 @@ VISION = ModalitySpec(
     dataset="ft_vision.documents:dataset",
     collator="ft_vision.collating:collator",
     evaluate="ft_vision.evaluating:evaluate",
+    knows="ft_vision.answering:knows",
+    answerer="ft_vision.answering:VisionAnswerer",
+    plan="ft_vision.planning:VisionFronts",
 )
 
 

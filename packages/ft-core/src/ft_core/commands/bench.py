@@ -26,12 +26,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from ft_core import console
     from ft_core.config import load_config
-    from ft_core.training.modality import check_text_only
     from ft_core.training.timing import PARTS, time_steps
 
     console.quiet()
     config = load_config(args.config, args.overrides)
-    check_text_only(config, "ft bench")
     timing = time_steps(config, args.steps, say=console.say)
     if args.json:
         print(json.dumps(timing.as_json(), indent=2))

@@ -7,9 +7,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event, current_thread, main_thread
 from types import FrameType
 
+from ft_core.answering import Answerer, Question, answerer_of, turn
 from ft_core.commands.arguments import count, share, temperature
 from ft_core.errors import DataError
 
@@ -18,6 +20,9 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder, or a model as in a configuration")
+    parser.add_argument(
+        "--image", action="append", metavar="FILE", help="an image that the first message is about; may be given again"
+    )
     parser.add_argument("--system", help="a system message to begin with")
     parser.add_argument("--max-new-tokens", type=count, default=1024, metavar="N")
     parser.add_argument(
@@ -28,22 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ft_core.console import quiet, say
-    from ft_core.models.opening import check_reference, open_model
+    from ft_core.models.opening import check_reference
 
     check_reference(args.run)
     quiet()
-    from ft_core.generation import stream
-
+    answerer = answerer_of(args.run, images=bool(args.image))
+    images = [_image(answerer, path) for path in args.image or ()]
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 is a character not understood, no end
-    model, tokenizer = open_model(args.run, say=say)
-    if not tokenizer.chat_template:
+    answerer.open(say)
+    if not answerer.tokenizer.chat_template and not answerer.images:  # a model that sees has its processor's
         if args.system:
             raise DataError("the model's tokenizer has no chat template, so it knows no system message: leave --system")
         say("this model has no chat template: each line is a new text that it goes on from, nothing is remembered")
     first = [{"role": "system", "content": args.system}] if args.system else []
     history = list(first)
-    say("Ctrl-C stops an answer, Ctrl-D (or Ctrl-C at the prompt) ends. /new starts over.")
+    shows = " /image FILE shows an image with the next message." if answerer.images else ""
+    say(f"Ctrl-C stops an answer, Ctrl-D (or Ctrl-C at the prompt) ends. /new starts over.{shows}")
     while True:
         try:
             asked = input("> " if sys.stdin.isatty() else "").strip()
@@ -53,14 +59,21 @@ def run(args: argparse.Namespace) -> int:
         if not asked:
             continue
         if asked == "/new":
-            history = list(first)
+            history, images = list(first), []
             continue
-        history.append({"role": "user", "content": asked})
+        if asked == "/image" or asked.startswith("/image "):
+            try:
+                images.append(_image(answerer, asked.removeprefix("/image").strip().strip("'\"")))
+            except DataError as error:
+                if not sys.stdin.isatty():
+                    raise
+                say(str(error))
+            continue
+        history.append(turn(asked, images))
         pieces = []
-        answer = stream(
-            model,
-            tokenizer,
+        answer = answerer.stream(
             history,
+            Path.cwd(),
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
@@ -84,7 +97,22 @@ def run(args: argparse.Namespace) -> int:
         finally:
             answer.close()
         print()
+        images = []
         history.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def _image(answerer: Answerer, path: str) -> str:
+    """The path of an image that can be shown.
+
+    Raises:
+        DataError: it cannot be, or the model sees none.
+    """
+    if not answerer.images:
+        raise DataError("/image: this model sees no images")
+    if not path:
+        raise DataError("/image: give the file of an image")
+    answerer.check([Question("an image", (path,))], Path.cwd())
+    return path
 
 
 @contextmanager

@@ -51,6 +51,15 @@ def _advice(device: Any, libraries: dict[str, str | None]) -> list[str]:
     return found
 
 
+def _images() -> str | None:
+    """What makes pixels of images; None where nothing here reads any."""
+    if _version("ft-vision") is None:
+        return None
+    torchvision = _version("torchvision")
+    without = "no torchvision, which nothing here needs" if torchvision is None else f"torchvision {torchvision}"
+    return f"Pillow {_version('pillow')}, {without}"
+
+
 def run(args: argparse.Namespace) -> int:
     from ft_core.models.device import pick_device
     from ft_core.plugins import registry
@@ -61,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     problems = [f"{p.entry.name} ({p.entry.group}) of {p.entry.source}: {p.reason}" for p in registry().check()]
     packages = {name: _version(name) for name in ("ft-core", *PACKAGES)}
     methods = registry().names("ft.methods")
+    tasks = registry().names("ft.modalities")
     exporters = registry().names("ft.exporters")
     advice = _advice(device, libraries)
     if args.json:
@@ -71,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
             "libraries": libraries,
             "packages": packages,
             "methods": methods,
+            "tasks": tasks,
+            "images": _images(),
             "exporters": exporters,
             "disk_free": disk.free,
             "missing": advice,
@@ -86,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         ("libraries", ", ".join(f"{n} {v}" for n, v in libraries.items() if v)),
         ("packages", ", ".join(f"{n} {v}" for n, v in packages.items() if v)),
         ("methods", ", ".join(methods)),
+        ("tasks", ", ".join(tasks)),
+        *([("images", images)] if (images := _images()) else []),
         ("exporters", ", ".join(exporters) or "none"),
     ]
     for name, value in rows:

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List every architecture in the registry; those that cannot be described say why."""
-    from ft_core.plugins import ArchitectureSpec, registry
+    from ft_core.installing import how_to_install
+    from ft_core.plugins import EXTRAS, ArchitectureSpec, registry
 
     known = registry()
     rows = [_row(known.get(ArchitectureSpec, name)) for name in known.names(ArchitectureSpec.group)]
@@ -28,7 +29,15 @@ def run(args: argparse.Namespace) -> int:
     print("families whose layers ft computes with its own kernels; any other model of transformers trains on its own\n")
     for row in rows:
         parts = row["problem"] or f"{', '.join(row['parts'])}: {'all' if row['fast'] else 'not all'} on the fast path"
+        if row["images"]:
+            parts += "; what sees is transformers' own"
         print(f"{row['name']:{width}}  {row['summary']}\n{'':{width}}  {parts}")
+    absent: dict[str, list[str]] = {}
+    for name, extra in EXTRAS[ArchitectureSpec.group].items():
+        if name not in known.names(ArchitectureSpec.group):
+            absent.setdefault(extra, []).append(name)
+    for extra, names in absent.items():
+        print(f"\nnot installed: {', '.join(names)} ({how_to_install(extra)})")
     return 0
 
 
@@ -42,6 +51,6 @@ def _row(spec: Any) -> dict[str, Any]:
 
         layout = resolve(spec.describe)(CONFIG_MAPPING[spec.model_types[0]]())
     except Exception as error:
-        return {**row, "parts": [], "fast": False, "problem": f"cannot be described: {error}"}
+        return {**row, "parts": [], "fast": False, "images": False, "problem": f"cannot be described: {error}"}
     parts = [part for part in PARTS if part != "rotary" or layout.attention.rotary]
-    return {**row, "parts": parts, "fast": len(parts) == len(PARTS), "problem": None}
+    return {**row, "parts": parts, "fast": len(parts) == len(PARTS), "images": layout.body is not None, "problem": None}

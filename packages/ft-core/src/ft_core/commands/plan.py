@@ -39,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     from ft_core.training.before import check_data
     from ft_core.training.disk import disk_folder
-    from ft_core.training.modality import check_text_only
 
-    check_text_only(config, "ft plan")
     check_data(config)  # a training that would be refused does not fit
     if args.gpu is None and memory is None:  # that is for this machine, whose folders are here
         disk_folder(config)

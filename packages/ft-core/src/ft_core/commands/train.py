@@ -75,14 +75,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _next(config: TrainConfig, run: Path, *, evaluated: bool) -> list[list[str]]:
     """The commands that this run can be handed to as it is."""
-    from ft_core.plugins import MethodSpec, registry
+    from ft_core.plugins import MethodSpec, ModalitySpec, registry
 
     words = [["eval", str(run)]] if evaluated else []  # where no rows were held out it has nothing to measure
+    speaks = registry().get(MethodSpec, config.method).head == "language-model"  # a score is no answer
+    if speaks and (config.task == "text" or registry().get(ModalitySpec, config.task).answerer is not None):
+        words.append(["chat", str(run)])
     if config.task != "text":  # the others read nothing else yet
         return words
-    speaks = registry().get(MethodSpec, config.method).head == "language-model"  # a score is no answer
-    if speaks:
-        words.append(["chat", str(run)])
     if config.lora is not None and "merge" in registry().names("ft.commands"):
         words.append(["merge", str(run)])
     if speaks and "gguf" in registry().names("ft.exporters"):

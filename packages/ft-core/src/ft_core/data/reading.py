@@ -92,21 +92,21 @@ class RowStream(Iterable[dict[str, Any]]):
     .json and .txt files are read whole, one at a time. The order is that of the sources, whose weights must be 1.
 
     Args:
-        sources, formats: as for :func:`read_rows`.
+        sources, formats, form: as for :func:`read_rows`.
 
     Raises:
         DataError: a source is wrong, or, while it is iterated, a row; with file, line and what is allowed.
     """
 
-    def __init__(self, sources: Any, formats: Sequence[str]) -> None:
-        self._sources, self._formats = _sources(sources), formats
+    def __init__(self, sources: Any, formats: Sequence[str], *, form: Form | None = None) -> None:
+        self._sources, self._formats, self._form = _sources(sources), formats, form
         for path, weight, _ in self._sources:
             if weight != 1:
                 raise DataError(f"{path}: weight {weight}: the rows of a stream are not counted, so its weight is 1")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for path, _, format in self._sources:
-            for row in chain.from_iterable(_read_source(path, format, self._formats, streaming=True)):
+            for row in chain.from_iterable(_read_source(path, format, self._formats, streaming=True, form=self._form)):
                 yield json.loads(row)
 
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ft_core.fast.offload import HostMemory
 
-__all__ = ["CHOICES", "Choice", "compute_by_choice", "without_checkpointing"]
+__all__ = ["CHOICES", "Choice", "compute_by_choice", "in_words", "without_checkpointing"]
 
 Choice = Literal["keep", "inputs", "recompute", "offload", "offload-input"]
 """What a layer keeps.
@@ -134,3 +134,13 @@ class _State:
             if self._own is not None:
                 torch.cuda.set_rng_state(self._own, self._device)
             yield
+
+
+def in_words(choices: Sequence[Choice]) -> str:
+    """What layers do, such as ``2 of 4 layers kept, 2 of 4 layers computed again``."""
+    counts = {choice: sum(c == choice for c in choices) for choice in CHOICES}
+    words = {
+        "keep": "kept", "inputs": "partly computed again", "recompute": "computed again", "offload": "offloaded",
+        "offload-input": "computed again from offloaded inputs",
+    }  # fmt: skip
+    return ", ".join(f"{count} of {len(choices)} layers {words[choice]}" for choice, count in counts.items() if count)

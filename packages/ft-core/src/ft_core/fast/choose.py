@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ft_core.fast.again import CHOICES, Choice
+from ft_core.fast.again import CHOICES, Choice, in_words
 from ft_core.fast.layout import Layout
 from ft_core.fast.recurring import recurring_length
 
@@ -177,17 +177,19 @@ class Chooser:
         head: bytes that the head may use at a time.
         tiles: whether a batch has come whose layers would not fit one by one, other than in tiles of ``TILE`` tokens.
         tight: whether a batch has not fitted, so that nothing is kept that was not measured (:meth:`tighten`).
+        varies: whether batches of as many tokens leave different amounts of memory, as where a vision tower that is
+            trained keeps something of each image.
     """
 
-    def __init__(self, sizes: Callable[[], Sizes], layers: int, trained: Callable[[], int]) -> None:
+    def __init__(self, sizes: Callable[[], Sizes], layers: int, trained: Callable[[], int], varies: bool = False):
         self.wanted: Literal["auto"] | Choice | Sequence[Choice] = "auto"
         self.cap: int | None = None
         self.head = self._most_head = HEAD
         self.tight = self.tiles = self._told = False
-        self._sizes, self._layers, self._trained = sizes, layers, trained
+        self._sizes, self._layers, self._trained, self.varies = sizes, layers, trained, varies
         self.chosen: list[Choice] = ["keep"] * layers
         self._wished = self.chosen
-        self._fits = self._held = 0
+        self._fits = self._held = self._fitted_beside = 0
         self._measured: _Measured | None = None
         self._plans: dict[int, tuple[int, list[Choice]]] = {}
 
@@ -262,7 +264,7 @@ class Chooser:
         """
         if self.wanted != "auto" and tokens > self._held and "offload" in self.wanted:
             self.chosen = self._held_by_host(tokens, host)
-        if tokens <= self._fits or device.type != "cuda" or (self.wanted != "auto" and self.cap is None):
+        if self._fits_again(tokens, device) or device.type != "cuda" or (self.wanted != "auto" and self.cap is None):
             if self.wanted == "auto":
                 self.chosen = ["recompute" if self.tight else "keep"] * self._layers
             return self.chosen
@@ -295,7 +297,7 @@ class Chooser:
             self._told = True
             warnings.warn(
                 "the fast layers choose themselves what is computed again (here: "
-                f"{_described(self.chosen)}), so the trainer's gradient_checkpointing is left out; "
+                f"{in_words(self.chosen)}), so the trainer's gradient_checkpointing is left out; "
                 "ft_core.fast.fast_path_of(model).choose('recompute') recomputes every layer",
                 stacklevel=2,
             )
@@ -339,7 +341,7 @@ class Chooser:
             return measured.choices
         sure = None if self.tight else self._sure(tokens, sizes, limit - used, logits)
         if sure == "keep":
-            self._fits = tokens
+            self._fits, self._fitted_beside = tokens, used
             return ["keep"] * self._layers
         likely = limit - used - counted(tokens, sizes, self._trained(), self.head) - LOGITS * logits
         self.tiles = self.tiles or (tokens > TILE and likely < 0)
@@ -352,6 +354,12 @@ class Chooser:
             choices = fit_on_disk(self._layers, tokens, 0, sizes, in_host, disk, likely)
         self._measured = _Measured(tokens, choices, used, torch.cuda.max_memory_allocated(device), LOGITS * logits)
         return choices
+
+    def _fits_again(self, tokens: int, device: torch.device) -> bool:
+        """Whether a batch is no longer than one that was found to fit, beside as much as there was then."""
+        if tokens > self._fits or not self.varies or device.type != "cuda":
+            return tokens <= self._fits
+        return torch.cuda.memory_allocated(device) <= self._fitted_beside + SLACK
 
     def _sure(self, tokens: int, sizes: Sizes, free: int, logits: int) -> Choice | None:
         """What all layers can keep without a measurement, None if even that is in doubt."""
@@ -389,12 +397,3 @@ def _limit(device: torch.device, cap: int | None) -> int:
     if share is not None:
         limit = min(limit, int(share(device) * total))
     return int((limit if cap is None else min(limit, cap)) * (1 - MARGIN))
-
-
-def _described(choices: Sequence[Choice]) -> str:
-    counts = {choice: sum(c == choice for c in choices) for choice in CHOICES}
-    words = {
-        "keep": "kept", "inputs": "partly computed again", "recompute": "computed again", "offload": "offloaded",
-        "offload-input": "computed again from offloaded inputs",
-    }  # fmt: skip
-    return ", ".join(f"{count} of {len(choices)} layers {words[choice]}" for choice, count in counts.items() if count)

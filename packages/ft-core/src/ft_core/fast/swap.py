@@ -70,7 +70,7 @@ class FastPath:
     _changed: list[nn.Module] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.chooser = Chooser(self._sizes, len(self.layers), self._trained)
+        self.chooser = Chooser(self._sizes, len(self.layers), self._trained, self.layout.body is not None)
 
     @property
     def layers(self) -> list[nn.Module]:

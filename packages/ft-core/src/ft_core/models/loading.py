@@ -85,12 +85,14 @@ def load_found(
     trained: dict[str, Any] | None = None,
     *,
     scaling: RopeScaling | None = None,
+    auto: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """:func:`load` for a model that was found; ``trained`` as for :func:`_load`."""
+    """:func:`load` for a model that was found; ``trained`` and ``auto`` as for :func:`_load`."""
     read_ahead(source)
     device = pick_device()
     tokenizer = load_tokenizer(source)
-    loaded = _load(source, device, quantization, dtype or device.dtype, "language-model", max_length, scaling, trained)
+    number = dtype or device.dtype
+    loaded = _load(source, device, quantization, number, "language-model", max_length, scaling, trained, auto)
     loaded.eval()
     return loaded, tokenizer
 
@@ -163,7 +165,8 @@ def _load(
     trained: dict[str, Any] | None = None,
     auto: Any = None,
 ) -> PreTrainedModel:
-    """``trained``: how it will be trained, for :func:`ft_core.fast.compile_ahead`; None if it may not be."""
+    """``trained``: how it will be trained, for :func:`ft_core.fast.compile_ahead`; None if it may not be. ``auto``:
+    transformers' auto class, where it is not that of ``head``."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -13,6 +13,7 @@ from ft_core.config import LoraSettings, TrainConfig
 from ft_core.errors import ConfigError, ModelError
 from ft_core.models import gguf
 from ft_core.models.source import ModelSource, check_local
+from ft_core.planning.front import Front, stands_in
 
 __all__ = ["Blueprint", "Matrix", "Outline", "find_outline", "outline_of"]
 
@@ -36,7 +37,9 @@ class Outline:
     """What is trained, and how.
 
     Attributes:
-        trained: how many numbers each trained tensor has. targets: names of the adapted layers. rank: of an adapter.
+        trained: how many numbers each trained tensor has, an adapter's and, in full training, the model's. whole: those
+            of modules that are trained whole beside an adapter. targets: names of the adapted layers. rank: of an
+            adapter.
         able: whether the fast layers' halves are one operation each. full: no adapter, all is trained.
     """
 
@@ -45,6 +48,12 @@ class Outline:
     rank: int
     able: bool
     full: bool
+    whole: tuple[int, ...] = ()
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """How many numbers each tensor has that the optimizer updates."""
+        return self.trained + self.whole
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Blueprint:
 
     Attributes:
         name: of the model. text: its text configuration. layout: of its family, None if that is unknown.
+        names: of the parameters. apart: modules that stand before the layers, such as a vision tower.
         reason: why it has none. linears: all linear layers but the head. head: the head.
         tensors: how many numbers each parameter has. modules: names of all modules.
         used: the share of a mixture's experts that one token goes through. experts: numbers in stacked experts.
@@ -72,6 +82,13 @@ class Blueprint:
     experts: int
     stored: str | None
     dense: tuple[str, ...] | None
+    names: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+
+    @property
+    def inner(self) -> tuple[Matrix, ...]:
+        """The linear layers of the language model alone."""
+        return tuple(m for m in self.linears if not stands_in(m.name, self.apart)) if self.apart else self.linears
 
     @property
     def parameters(self) -> int:
@@ -81,8 +98,9 @@ class Blueprint:
     @property
     def used_numbers(self) -> float:
         """Numbers of the layers' matrices that one token is multiplied with; of a mixture's experts a share."""
-        routed = self.experts + sum(m.count for m in self.linears if ".experts." in m.name)
-        return sum(m.count for m in self.linears) + self.experts - routed * (1 - self.used)
+        inner = self.inner
+        routed = self.experts + sum(m.count for m in inner if ".experts." in m.name)
+        return sum(m.count for m in inner) + self.experts - routed * (1 - self.used)
 
     @property
     def layers(self) -> int:
@@ -90,8 +108,13 @@ class Blueprint:
         return int(self.text.num_hidden_layers)
 
     @classmethod
-    def of(cls, source: ModelSource, head: str = "language-model") -> Blueprint:
+    def of(
+        cls, source: ModelSource, head: str = "language-model", auto: Any = None, apart: tuple[str, ...] = ()
+    ) -> Blueprint:
         """Of a folder with a ``config.json``.
+
+        Args:
+            auto: transformers' auto class, where it is not that of ``head``. apart: see :class:`Blueprint`.
 
         Raises:
             ModelError: its configuration cannot be used.
@@ -103,7 +126,7 @@ class Blueprint:
         from ft_core.models.loading import _first_sentence
 
         score = head == "score"
-        auto = AutoModelForSequenceClassification if score else AutoModelForCausalLM
+        auto = auto or (AutoModelForSequenceClassification if score else AutoModelForCausalLM)
         try:
             config = AutoConfig.from_pretrained(
                 source.path, trust_remote_code=False, **({"num_labels": 1} if score else {})
@@ -118,10 +141,12 @@ class Blueprint:
             layout = layout_of(model)
         except NotFast as why:
             reason = str(why)
-        return cls._read(source.name, model, layout, reason, stored, score)
+        return cls._read(source.name, model, layout, reason, stored, score, apart)
 
     @classmethod
-    def _read(cls, name: str, model: Any, layout: Any, reason: str, stored: str | None, score: bool) -> Blueprint:
+    def _read(
+        cls, name: str, model: Any, layout: Any, reason: str, stored: str | None, score: bool, apart: tuple[str, ...]
+    ) -> Blueprint:
         import torch
 
         text = model.config.get_text_config()
@@ -153,23 +178,29 @@ class Blueprint:
         return cls(
             name=name, text=text, layout=layout, reason=reason, linears=tuple(linears), head=head,
             tensors=tensors, modules=tuple(path for path, _ in model.named_modules()), used=share, experts=experts,
-            stored=stored, dense=dense,
+            stored=stored, dense=dense, names=tuple(path for path, _ in model.named_parameters()), apart=apart,
         )  # fmt: skip
 
-    def outline(self, lora: LoraSettings | None) -> Outline:
-        """What this adapter, or None, makes of the model.
+    def outline(self, lora: LoraSettings | None, front: Front | None = None) -> Outline:
+        """What this adapter, or None, makes of the model; ``front`` says what is trained of what stands before it.
 
         Raises:
             ConfigError: a target or module that the model doesn't have.
         """
+        front = front or Front()
+        sizes = list(zip(self.names, self.tensors, strict=True)) if self.apart else []
         if lora is None:
-            return Outline(self.tensors, frozenset(), 0, False, True)
+            kept = [count for name, count in sizes if not stands_in(name, front.frozen)]
+            return Outline(tuple(kept) if self.apart else self.tensors, frozenset(), 0, False, True)
         for key, wanted in (("targets", lora.targets), ("modules_to_save", lora.modules_to_save)):
             if isinstance(wanted, list):
                 self._check_names(f"lora.{key}", wanted)
         names = self.dense if lora.targets == "all-linear" else tuple(lora.targets)
         targets, trained = [], []
+        without = (*front.frozen, *front.whole)
         for matrix in self.linears:
+            if without and stands_in(matrix.name, without):
+                continue
             if names is None or any(matrix.name == n or matrix.name.endswith("." + n) for n in names):
                 targets.append(matrix.name)
                 trained += [lora.r * matrix.into, matrix.out * lora.r]
@@ -189,7 +220,8 @@ class Blueprint:
             and len(layout.attention.qkv) == 3
             and len(layout.mlp.gate_up) == 2
         )
-        return Outline(tuple(trained), frozenset(targets), lora.r, able, False)
+        whole = tuple(count for name, count in sizes if stands_in(name, front.whole))
+        return Outline(tuple(trained), frozenset(targets), lora.r, able, False, whole)
 
     def _check_names(self, key: str, names: list[str]) -> None:
         lasts = dict.fromkeys(path.rpartition(".")[2] for path in self.modules)

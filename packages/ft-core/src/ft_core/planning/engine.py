@@ -8,17 +8,18 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.fast.choose import MARGIN
-from ft_core.fast.graphs import SHARE as SHARE_RECORDED
-from ft_core.fast.recurring import LONGEST, recurring_length
+from ft_core.fast.recurring import recurring_length
 from ft_core.memory import bytes_of
 from ft_core.models.positions import positions
 from ft_core.models.source import ModelSource
-from ft_core.planning.blueprint import Blueprint, outline_of
+from ft_core.planning.blueprint import Blueprint, Outline, outline_of
 from ft_core.planning.cards import Card
+from ft_core.planning.front import Front, Fronts, fronts_of
 from ft_core.planning.load import Held, load_of
+from ft_core.planning.notes import HOST_ASSUMED, notes_of, why_not_recorded
 from ft_core.planning.peak import ALONE, TILE, Peak, Step, peak_of
 from ft_core.planning.rows import count_rows, steps_of
-from ft_core.planning.speed import LAUNCHES, Times, times_of
+from ft_core.planning.speed import Times, times_of
 from ft_core.planning.weights import states_of, weight_bytes
 from ft_core.plugins import MethodSpec, registry
 from ft_core.training.arguments import few_steps
@@ -27,12 +28,8 @@ __all__ = [
     "CONTEXT", "HOST_ASSUMED", "MOST_ROWS", "Plan", "Planner", "limit_of", "most", "plan", "with_length", "with_rows",
 ]  # fmt: skip
 
-NOTABLE = 0.1
-"""The share of a step's time that the GPU waits for the host's launches, from which it is worth a note."""
 CONTEXT = 600 * 2**20
 """Bytes that CUDA takes of the card for itself and the kernels that are loaded: 500 to 650 MiB, by card and driver."""
-HOST_ASSUMED = 64 * 2**30
-"""Bytes of host memory beside a card that is not here."""
 SHARE = 0.8
 """Of the host's memory, what may be pinned (``ft_core.fast.offload``)."""
 GAPS = 0.95
@@ -114,6 +111,7 @@ class Plan:
                 "largest_kept": self.largest_kept, "most_tried": MOST_ROWS,
             },
             "tile": peak.tile,
+            "tower_again": peak.tower_again,
             "head_rows": peak.head_rows,
             "optimizer": peak.optimizer,
             "time": None if times is None else {
@@ -131,12 +129,20 @@ class Planner:
 
     Attributes:
         blueprint: the model's sizes. host: bytes of host memory that may be pinned. disk: bytes of the disk that
-            activations may take beyond them.
+            activations may take beyond them. fronts: what stands before the layers.
     """
 
-    def __init__(self, blueprint: Blueprint, host: int, disk: int = 0) -> None:
+    def __init__(self, blueprint: Blueprint, host: int, disk: int = 0, fronts: Fronts | None = None) -> None:
         self.blueprint, self.host, self.disk = blueprint, host, disk
-        self._counted: dict[Held, int] = {}
+        self._fronts, self._counted = fronts, dict[Held, int]()
+
+    def front(self, config: TrainConfig) -> Front | None:
+        """What stands before the model's layers, None for a model of text."""
+        return None if self._fronts is None else self._fronts(config)
+
+    def outline(self, config: TrainConfig) -> Outline:
+        """What a configuration trains of the model."""
+        return self.blueprint.outline(config.lora, self.front(config))
 
     def peak(self, config: TrainConfig, card: Card, wanted: str | None = None) -> Peak:
         """The peak of a configuration: with a sequence tile only where it doesn't easily fit without.
@@ -148,7 +154,7 @@ class Planner:
         plain = self._peak(config, card, wanted, named)
         if named != "adamw_8bit" or _easily(plain, limit_of(config, card)):
             return plain
-        state = states_of(self.blueprint.outline(config.lora).trained, "paged_adamw_8bit").host
+        state = states_of(self.outline(config).all, "paged_adamw_8bit").host
         if not 0 < state <= self.host:
             return plain
         paged = self._peak(config, card, wanted, "paged_adamw_8bit")
@@ -156,10 +162,23 @@ class Planner:
         return _better(plain, paged, limit_of(config, card)) if fit else plain
 
     def _peak(self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str) -> Peak:
-        outline, limit = self.blueprint.outline(config.lora), limit_of(config, card)
+        """A tower's layers are computed again where that was asked for, or where nothing fits without."""
+        front, choice = self.front(config), wanted or config.activations
+        kept = self._tiled(config, card, wanted, optimizer, front)
+        if front is None or front.kept_again >= front.kept or choice == "keep":
+            return kept
+        if choice == "auto" and self.blueprint.layout is not None and _easily(kept, limit_of(config, card)):
+            return kept
+        lean = self._tiled(config, card, wanted, optimizer, front.again())
+        return lean if choice != "auto" else _better(kept, lean, limit_of(config, card))
+
+    def _tiled(
+        self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str, front: Front | None
+    ) -> Peak:  # fmt: skip
+        outline, limit = self.outline(config), limit_of(config, card)
 
         def peak(tile: int | None, choice: str | None = wanted) -> Peak:
-            return peak_of(self.blueprint, outline, self._step(config, card, tile, choice, optimizer))
+            return peak_of(self.blueprint, outline, self._step(config, card, tile, choice, optimizer, front))
 
         whole = peak(None)
         tokens = config.training.batch_size * load_of(config).sequences * config.max_length
@@ -196,9 +215,11 @@ class Planner:
 
     def times(self, config: TrainConfig, card: Card, peak: Peak) -> Times | None:
         """Of a step of it."""
-        outline = self.blueprint.outline(config.lora)
-        recorded = _why_not_recorded(config, card, peak) is None
-        step = self._step(config, card, peak.tile, None, peak.optimizer)
+        outline = self.outline(config)
+        recorded = why_not_recorded(self.blueprint, config, card, peak, limit_of(config, card)) is None
+        front = self.front(config)
+        front = front.again() if front is not None and peak.tower_again else front
+        step = self._step(config, card, peak.tile, None, peak.optimizer, front)
         return times_of(
             self.blueprint, outline, step, peak, card, config.training.gradient_accumulation, recorded
         )  # fmt: skip
@@ -216,14 +237,17 @@ class Planner:
         tokens, counted as 1.76; 0.64 for up to 1024, counted as 0.44: what torch's blocks and several recordings leave
         unused in the pool is not counted.
         """
-        outline = self.blueprint.outline(config.lora)
+        outline = self.outline(config)
         if times is None or not times.replayed or not (outline.able or outline.full):
             return 0
         step = self._step(config, card, peak.tile, "keep", peak.optimizer)
         filled = replace(step, rows=1, length=recurring_length(step.tokens))
         return peak_of(self.blueprint, outline, filled).step
 
-    def _step(self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None, optimizer: str) -> Step:
+    def _step(
+        self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None, optimizer: str,
+        front: Front | None = None,
+    ) -> Step:  # fmt: skip
         load = load_of(config)
         return Step(
             rows=config.training.batch_size * load.sequences,
@@ -235,13 +259,12 @@ class Planner:
             wanted=wanted or config.activations,
             limit=limit_of(config, card),
             # Activations have what the optimizer's state leaves of it.
-            host=max(
-                self.host - load.adapters * states_of(self.blueprint.outline(config.lora).trained, optimizer).host, 0
-            ),
+            host=max(self.host - load.adapters * states_of(self.outline(config).all, optimizer).host, 0),
             disk=self.disk,
             tile=tile,
             dense=card.capability >= (9, 0),
             held=self._held(load.held),
+            front=front,
         )
 
     def _held(self, each: Sequence[Held]) -> dict[str, int]:
@@ -320,16 +343,19 @@ def plan(
         ModelError: the model's configuration cannot be used, or that of another that the method holds beside it.
     """
     spec = registry().get(MethodSpec, config.method)
-    planner = Planner(Blueprint.of(source, spec.head), int(SHARE * (HOST_ASSUMED if host is None else host)), disk)
-    blueprint = planner.blueprint
-    peak = planner.peak(config, card)
-    steps, counted = steps_of(config, None if quick else count_rows(config))
-    outline, times = blueprint.outline(config.lora), planner.times(config, card, peak)
+    fronts = fronts_of(config, source)
+    known = () if fronts is None else (fronts.auto, fronts.modules)
+    blueprint = Blueprint.of(source, spec.head, *known)
+    planner = Planner(blueprint, int(SHARE * (HOST_ASSUMED if host is None else host)), disk, fronts)
+    peak, front = planner.peak(config, card), planner.front(config)
+    row_tokens = None if front is None else front.row_tokens
+    steps, counted = steps_of(config, None if quick else count_rows(config), row_tokens, text=front is None)
+    outline, times = planner.outline(config), planner.times(config, card, peak)
     doubt = None if steps is None else few_steps(config, steps)
     return Plan(
         model=source.name,
         parameters=blueprint.parameters,
-        trained=sum(outline.trained),
+        trained=sum(outline.all),
         config=config,
         card=card,
         limit=limit_of(config, card),
@@ -341,54 +367,6 @@ def plan(
         largest_kept=0 if quick else planner.largest(config, card, "keep"),
         steps=steps,
         counted=counted,
-        notes=(*([doubt] if doubt else []), *_notes(planner, config, card, peak, times, host)),
+        notes=(*([doubt] if doubt else []), *notes_of(planner, config, card, peak, times, host)),
         planner=planner,
     )
-
-
-def _why_not_recorded(config: TrainConfig, card: Card, peak: Peak) -> str | None:
-    """Why steps are computed kernel by kernel even where the host is slower than the GPU, or None."""
-    if config.memory != "auto":
-        return "the memory is bounded"
-    if config.max_length > LONGEST:
-        return f"documents may have more than {LONGEST} tokens"
-    if card.capability < (8, 0):
-        return "the card is older than Ampere"
-    if not set(peak.choices) <= {"keep", "inputs"}:
-        return "layers are computed again, or offloaded"
-    # A recording keeps what a step takes to itself.
-    room = limit_of(config, card) - peak.total + peak.step
-    return None if peak.step <= SHARE_RECORDED * room else "a step takes more than half of the memory that is free"
-
-
-def _notes(
-    planner: Planner, config: TrainConfig, card: Card, peak: Peak, times: Times | None, host: int | None
-) -> list[str]:  # fmt: skip
-    blueprint, notes = planner.blueprint, []
-    if blueprint.layout is None:
-        notes.append(
-            f"rough: trained on transformers' own layers with checkpointing, logits whole ({blueprint.reason})"
-        )
-    elif config.lora is None:
-        notes.append("rough: full fine-tuning, fp32 weights under autocast; its memory was not measured")
-    elif not blueprint.outline(config.lora).able:
-        notes.append("rough: this adapter is computed by single operations, whose memory was not measured")
-    load = load_of(config)
-    if load.reference or load.written or load.adapters > 1:
-        notes.append(f"times are those of one pass with gradients; a step of {config.method} has more")
-    if config.packing:
-        notes.append(f"rows are assumed full: {config.max_length} tokens each, one document (shorter ones are faster)")
-    else:
-        notes.append(f"rows are assumed full: {config.max_length} tokens each, the longest batch")
-    reason = _why_not_recorded(config, card, peak)
-    if times is not None and times.parts.get(LAUNCHES, 0.0) > NOTABLE * times.batch and reason is not None:
-        notes.append(f"steps are launched kernel by kernel, none is recorded: {reason}")
-    if not card.peak:
-        notes.append("no times: nothing is known of this card but its memory (--gpu names one)")
-    elif card.basis == "estimated":
-        notes.append(f"times are estimated: ft was never measured on {card.name}")
-    elif card.basis == "from H200":
-        notes.append("times are estimated from the H200's, which has the same processor")
-    if host is None:
-        notes.append(f"host memory assumed: {HOST_ASSUMED / 2**30:.0f} GiB")
-    return notes

@@ -15,6 +15,7 @@ import torch
 from ft_core.fast.again import Choice
 from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, TILE, Sizes, fit_on_disk
 from ft_core.planning.blueprint import Blueprint, Outline
+from ft_core.planning.front import Front
 from ft_core.planning.load import ROW, Load
 from ft_core.planning.weights import room_bytes, states_of, weight_bytes
 from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
@@ -45,6 +46,7 @@ class Step:
         load: what the method makes of a micro-batch; ``rows`` are its sequences already.
         dense: whether attention is cuDNN's (Hopper and later), for times.
         held: bytes of what stays in memory beside the model, by part.
+        front: what stands before the layers, None for a model of text.
     """
 
     rows: int
@@ -60,11 +62,16 @@ class Step:
     load: Load = ROW
     dense: bool = True
     held: Mapping[str, int] = field(default_factory=dict)
+    front: Front | None = None
 
     @property
     def tokens(self) -> int:
         """Of a micro-batch, padding included."""
         return self.rows * self.length
+
+    def pieces(self, each: float) -> int:
+        """Bytes of what stands before the layers, of so many a token of it."""
+        return 0 if self.front is None else int(self.tokens * self.front.share * each)
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,11 @@ class Peak:
         parts: on the GPU, as torch counts them; their sum is ``total``. host: pinned host memory. paged: the
             optimizer's state that the system moves between host and GPU.
         choices: of the layers, first layer first. head_rows: of logits at a time. moment: ``forward`` (of the last
-            layer), ``head``, ``layer``, ``update``, ``reference`` or ``rollout``. exact: whether the family is known
-            and only an adapter is trained, which is what was measured.
+            layer), ``head``, ``layer``, ``update``, ``reference``, ``rollout``, or ``tower`` (before the layers).
+            exact: whether the family is known and only an adapter is trained, which is what was measured.
         tile: tokens of a sequence tile. refused: the host cannot hold what is to be offloaded.
         optimizer: as transformers calls it. disk: bytes that the host's memory cannot hold.
+        tower_again: whether the layers of a tower, before the model's own, are computed again.
     """
 
     parts: dict[str, int]
@@ -92,6 +100,7 @@ class Peak:
     refused: bool = False
     optimizer: str = "adamw_8bit"
     disk: int = 0
+    tower_again: bool = False
 
     @property
     def step(self) -> int:
@@ -104,7 +113,7 @@ class Peak:
         return sum(self.parts.values())
 
 
-PASSING = ("batch", "gradients", "activations kept", "head", "one layer", "update", "reference", "rollout")
+PASSING = ("batch", "gradients", "activations kept", "head", "one layer", "update", "reference", "rollout", "tower")
 """Parts of a peak that come and go with each step."""
 WORK = {"forward": "one layer", "layer": "one layer"}
 """What is worked with at a moment, where it is not called as the moment is."""
@@ -146,41 +155,53 @@ def peak_of(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
 def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
     itemsize = 4 if outline.full else 2
     counts = [*outline.trained] * step.load.adapters
-    states, trained = states_of(counts, step.optimizer), sum(counts)
-    tokens = step.tokens
+    states, trained = states_of([*counts, *outline.whole], step.optimizer), sum(counts)
+    tokens, front = step.tokens, step.front or Front()
+    whole = front.itemsize * sum(outline.whole)
     fixed = {
         "weights": weight_bytes(blueprint, step.quantization, itemsize),
         "room for updates": room_bytes(blueprint, outline) if step.quantization == "none" else 0,
         "adapters": 0 if outline.full else 4 * trained,
+        "trained whole": whole,
         "optimizer": states.gpu,
         "workspace": WORKSPACE,
     }
     if outline.full:  # autocast keeps a 16-bit copy of each product's weight from forward to backward
-        fixed["16-bit copies"] = 2 * sum(m.count for m in (*blueprint.linears, blueprint.head))
+        fixed["16-bit copies"] = 2 * sum(m.count for m in (*blueprint.inner, blueprint.head)) + front.copies
     if not outline.full and blueprint.stored is not None:
         fixed["weights"] = weight_bytes(blueprint, blueprint.stored, itemsize)
     fixed |= step.held
     width = int(getattr(blueprint.layout, "head_dim", 0) or 128)
     fixed["batch"] = tokens * (3 * 8 + 4 * width)  # ids, labels and the labels moved by one; cos and sin
+    if step.front is not None:
+        fixed["batch"] += tokens * 5 * 8  # four positions of a token, and what kind it is
+        fixed["images"] = step.pieces(front.inputs)
+    before, features = step.pieces(front.kept), step.pieces(front.features)
     used = sum(fixed.values())
     layer = Layer.of(blueprint)
     sizes = _sizes(blueprint, outline, layer)
     beside = _beside(blueprint, outline, step, layer)
-    head, rows = _head(blueprint, outline, step, layer, used)
-    gradients = 4 * trained
+    head, rows = _head(blueprint, outline, step, layer, used + before)
+    gradients = 4 * trained + whole
     if blueprint.layout is None:
         choices: list[Choice] = ["keep" if step.wanted == "keep" else "recompute"] * blueprint.layers
         refused = False
     else:
-        choices, refused = _choices(blueprint, step, layer, sizes, beside, used, head, gradients)
+        choices, refused = _choices(
+            blueprint, step, layer, sizes, beside, used + before + features, head, gradients
+        )  # fmt: skip
     kept = [tokens * sizes.kept[choice] for choice in choices]
     moments = _moments(kept, [beside[choice] for choice in choices], head, gradients, step.accumulates)
+    for name, (waits, sums, work) in moments.items():  # the tower's own backward comes last
+        moments[name] = (waits + before + (features if name == "head" else 0), sums, work)
+    if step.front is not None:
+        moments["tower"] = (before, gradients if before or step.accumulates else 0, step.pieces(front.work))
     moments["update"] = (0, gradients, states.step)
     if outline.able and blueprint.layout is not None:
         ahead = _forward(blueprint, step, layer, choices)
-        moments["forward"] = (sum(kept), gradients if step.accumulates else 0, ahead)
+        moments["forward"] = (sum(kept) + before + features, gradients if step.accumulates else 0, ahead)
     if step.load.reference:  # the gradient that the head has made waits beside the activations
-        waiting = sum(kept) + 2 * layer.hidden * tokens
+        waiting = sum(kept) + before + 2 * layer.hidden * tokens
         moments["reference"] = (waiting, moments["head"][1], _without_gradients(blueprint, step, layer, head))
     if step.load.written:
         moments["rollout"] = (0, 0, _written(blueprint, step))
@@ -204,6 +225,7 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         refused=refused,
         optimizer=step.optimizer,
         disk=0 if refused else max(moved - step.host, 0),
+        tower_again=front.recomputed,
     )
 
 

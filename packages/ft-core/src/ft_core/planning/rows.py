@@ -76,8 +76,14 @@ def _rows_of(file: Path) -> int | None:
         return None
 
 
-def steps_of(config: TrainConfig, count: Count | None) -> tuple[int | None, str]:
-    """Optimizer steps of the run, None if unknown; and how they were counted."""
+def steps_of(
+    config: TrainConfig, count: Count | None, row_tokens: float | None = None, text: bool = True
+) -> tuple[int | None, str]:
+    """Optimizer steps of the run, None if unknown; and how they were counted.
+
+    Args:
+        row_tokens: of a row, the mean, where that is known. text: whether else a row's bytes are those of its text.
+    """
     training = config.training
     if training.max_steps is not None:
         return training.max_steps, "training.max_steps"
@@ -87,7 +93,12 @@ def steps_of(config: TrainConfig, count: Count | None) -> tuple[int | None, str]
         gone = [name for name in local if not Path(name).expanduser().exists()]
         return None, f"{gone[0]} is not there" if gone else "the rows of the data are not counted here"
     batch = training.batch_size
-    if config.packing:
+    if config.packing and row_tokens is not None:
+        packed = max(math.ceil(count.rows * row_tokens / config.max_length), 1)
+        said = f"{counted(count.rows, 'row')} packed into about {packed:,}, at {row_tokens:.0f} tokens each"
+    elif config.packing and not text:
+        return None, "the tokens of the data's images are not counted here"
+    elif config.packing:
         packed = max(math.ceil(count.bytes / LETTERS / config.max_length), 1)
         said = f"{counted(count.rows, 'row')} packed into about {packed:,}, at {LETTERS} bytes a token"
     else:

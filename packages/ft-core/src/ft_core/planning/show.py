@@ -19,7 +19,8 @@ CHOSEN = {
 LABELS = {
     "weights": "weights", "16-bit copies": "16-bit copies of the weights", "head": "head: logits and their gradient",
     "one layer": "one layer backwards", "update": "the optimizer's update", "optimizer": "optimizer's state",
-    "workspace": "cuBLAS' workspace", "batch": "the batch and its angles",
+    "workspace": "cuBLAS' workspace", "batch": "the batch and its angles", "images": "the images' pixels",
+    "tower": "vision tower, forward or backward",
 }  # fmt: skip
 
 
@@ -31,6 +32,8 @@ def line(plan: Plan) -> str:
     if plan.times is not None:
         words.append(f"{_short(plan.times.rate)} tokens a second")
     words.append(_chosen(plan))
+    if plan.peak.tower_again:
+        words.append("the vision tower's computed again")
     if plan.peak.tile:
         words.append(f"tiles of {plan.peak.tile} tokens")
     if plan.peak.disk:
@@ -60,7 +63,7 @@ def table(plan: Plan, ways: Sequence[str] = ()) -> str:
         _row("host memory", peak.host + peak.paged),
         *([_row("disk, for what the host cannot hold", peak.disk)] if peak.disk else []),
         "",
-        f"layers         {_chosen(plan)}",
+        f"layers         {_chosen(plan)}{'; those of the vision tower computed again' if peak.tower_again else ''}",
         f"micro-batch    {_batch(plan)}",
         f"sequence tile  {f'{peak.tile} tokens' if peak.tile else 'none needed'}",
         f"head           {peak.head_rows} rows of logits at a time",

@@ -123,6 +123,8 @@ def times_of(
         "memory passes": moved / (card.bandwidth * PASSES),
         "gaps": LAUNCH * layers / 32,
     }
+    if step.front is not None:
+        parts["vision tower"] = step.pieces(step.front.flops * step.front.passes) / products
     kind = blueprint.stored or step.quantization
     if kind != "none":
         each = 2.56 if kind == "nf4" else 3.0
@@ -136,8 +138,8 @@ def times_of(
     if replayed := able and computed <= BEHIND * launched:
         launched = REPLAY * layers + BESIDE
     parts[LAUNCHES] = (computed**BOTH + launched**BOTH) ** (1 / BOTH) - computed
-    states: States = states_of(outline.trained, step.optimizer)
-    update = states.moved / (card.bandwidth * PASSES) + UPDATE * len(outline.trained)
+    states: States = states_of(outline.all, step.optimizer)
+    update = states.moved / (card.bandwidth * PASSES) + UPDATE * len(outline.all)
     update += 2 * states.host / card.link if states.host else 0.0
     return Times(parts, update, accumulation, tokens, replayed)
 

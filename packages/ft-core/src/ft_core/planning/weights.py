@@ -54,7 +54,7 @@ def room_bytes(blueprint: Blueprint, outline: Outline, itemsize: int = 2) -> int
         return 0
     groups = {name: number for number, names in enumerate(_groups(layout)) for name in names}
     sizes: dict[tuple[str, int], list[int]] = {}  # of each group of each layer: outputs, inputs, ranks
-    for matrix in blueprint.linears:
+    for matrix in blueprint.inner:
         place = next((number for name, number in groups.items() if matrix.name.endswith("." + name)), None)
         if place is None:
             continue

@@ -132,6 +132,13 @@ class ModalitySpec(Spec):
         collator: reference to ``f(job)``, which makes a collator of those rows, as :class:`ft_core.data.Collator` is.
             It may set ``dataloader_*`` arguments in ``job.arguments``.
         evaluate: reference to a function that measures in the place of the method's.
+        knows: reference to ``f(source: ft_core.models.ModelSource) -> bool``, whether a model that is no run's, found
+            and not loaded, is of this modality; None where none is taken for one.
+        answerer: reference to ``f(target: ft_core.models.opening.Target)``, which makes what `ft generate` and
+            `ft chat` answer with, an :class:`ft_core.answering.Answerer`.
+        plan: reference to ``f(config, source: ft_core.models.ModelSource)``, which makes what a plan knows of the parts
+            before the language model, a :class:`ft_core.planning.front.Fronts`; of ``source`` only ``config.json`` need
+            be there.
     """
 
     group: ClassVar[str] = "ft.modalities"
@@ -146,6 +153,9 @@ class ModalitySpec(Spec):
     dataset: str | None = None
     collator: str | None = None
     evaluate: str | None = None
+    knows: str | None = None
+    answerer: str | None = None
+    plan: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

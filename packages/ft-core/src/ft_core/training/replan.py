@@ -124,12 +124,14 @@ class ReplanningMixin(_Base):
     def _tighter(self, inputs: dict[str, Any]) -> str | None:
         """Let the model keep less from now on, and say how in words; None where that cannot be."""
         from ft_core.fast import fast_path_of
+        from ft_core.fast.elsewhere import recompute_elsewhere
         from ft_core.fast.tighten import tighten
 
         if not self.replans or self.accelerator.num_processes > 1:
             return None  # the other processes are in the middle of their step
         path = fast_path_of(self.model)
         if path is not None and path.on:
+            recompute_elsewhere(path)
             return tighten(path, tokens_in(inputs), self.args.device)
         on = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         if on or not getattr(self.model, "supports_gradient_checkpointing", False):

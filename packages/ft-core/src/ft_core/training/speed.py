@@ -85,11 +85,13 @@ def recomputes(
 ) -> bool:
     """Whether the trainer has to compute activations again (transformers' checkpointing of whole layers).
 
-    The fast layers choose by themselves, as ``activations`` and ``memory`` say. Without them ``activations: auto``
+    The fast layers choose by themselves, as ``activations`` and ``memory`` say; a vision tower that is trained is
+    computed again where that is asked for or planned. Without them ``activations: auto``
     keeps on a CPU and computes again on a GPU, and nothing is offloaded. Long sequences are computed in tiles where the
     plan has found that they would not fit whole.
     """
     from ft_core import fast
+    from ft_core.fast.elsewhere import recompute_elsewhere
 
     path = fast.fast_path_of(model)
     if path is not None:
@@ -98,6 +100,8 @@ def recomputes(
         path.choose(config.activations, memory=None if config.memory == "auto" else int(GAPS * bytes_of(config.memory)))
         if planned is not None:
             path.tile = planned.peak.tile
+        if config.activations in ("recompute", "offload") or (planned is not None and planned.peak.tower_again):
+            recompute_elsewhere(path)
         return False
     if config.activations == "offload":
         say("activations: offload needs the fast layers; they are computed again instead")

@@ -22,7 +22,7 @@ from ft_core.training.arguments import trainer_arguments
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.memory import memory_capped
 from ft_core.training.optimizers import optimizer_of
-from ft_core.training.prepare import prepare_model, prepare_rows
+from ft_core.training.prepare import prepare_model, prepare_processor, prepare_rows
 from ft_core.training.speed import foresee, recomputes, speed_up
 
 __all__ = ["PARTS", "Timing", "time_steps"]
@@ -88,6 +88,8 @@ def _time(
     rows, _ = prepare_rows(config.model_copy(update={"eval_split": None, "eval_data": None}), spec)
     planned = foresee(config, source, device, say)
     began = time.perf_counter()
+    tokenizer = load_tokenizer(source)
+    processor = prepare_processor(config, source, tokenizer)
     model = prepare_model(config, spec, source, device, say)
     speed_up(model, device, say)
     loaded = time.perf_counter() - began
@@ -103,8 +105,8 @@ def _time(
             path.host.disk = Path(folder)  # there is no run folder
         arguments |= {"max_steps": warm + steps, "gradient_accumulation_steps": 1, "save_strategy": "no"}
         job = Job(
-            config=config, settings=method_settings(config), model=model, tokenizer=load_tokenizer(source),
-            train_rows=rows, eval_rows=None, arguments=arguments, callbacks=[], say=say,
+            config=config, settings=method_settings(config), model=model, tokenizer=tokenizer,
+            train_rows=rows, eval_rows=None, arguments=arguments, callbacks=[], say=say, processor=processor,
         )  # fmt: skip
         return _timed(build_trainer(resolve(spec.trainer), job), device, loaded, steps, warm)
 
