@@ -35,11 +35,15 @@ def make_seeing(folder: Path, family: str, tokenizer: Any, seed: int = 0, dtype:
     picture = {"gemma3": "<start_of_image>"}.get(family, BEGIN + IMAGE + END if "qwen" in family else IMAGE)
     words = ["<start_of_image>", "<image_soft_token>", "<end_of_image>"] if gemma else [BEGIN, IMAGE, END]
     tokenizer.add_special_tokens({"additional_special_tokens": words})
-    if tokenizer.chat_template and "PICTURE" not in tokenizer.chat_template and not gemma:
+    if gemma:
+        turns = CHAT.replace("<|im_start|>", "<start_of_turn>").replace("<|im_end|>", "<end_of_turn>")
+        tokenizer.chat_template = "{{ bos_token }}" + turns.replace("PICTURE", picture)
+    else:
         tokenizer.chat_template = CHAT.replace("PICTURE", picture)
     begin, image, end = tokenizer.convert_tokens_to_ids(words)
     settings = {
-        "vocab_size": len(tokenizer) + 3, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "vocab_size": len(tokenizer) + 3, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 3 if family == "qwen3_vl" else 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id, **text,

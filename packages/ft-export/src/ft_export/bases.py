@@ -25,6 +25,7 @@ __all__ = [
     "check_complete",
     "check_shape",
     "copy_tokenizer",
+    "empty_model",
     "find_base",
     "load_model",
     "load_tokenizer",
@@ -199,6 +200,21 @@ def attach(model: Any, adapter: Path) -> Any:
         raise ExportError(f"PEFT cannot attach {adapter} to its base: {error}") from error
 
 
+def empty_model(folder: Path, config: Any) -> Any:
+    """The transformers model of a configuration, without weights.
+
+    Raises:
+        ExportError: it is of none that answers texts; names ``folder``.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return model_class(config).from_config(config, trust_remote_code=False)
+    except (*UNREADABLE, RuntimeError) as error:
+        raise ExportError(f"{folder} has a configuration of no language model: {error}") from error
+
+
 def check_complete(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Compare the tensors of a folder with those that its configuration asks for; no weight is made for it.
 
@@ -208,15 +224,9 @@ def check_complete(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ..
     Raises:
         ExportError: one is missing or has another shape; names it.
     """
-    import torch
-
     from ft_export.merging.names import made_of_others, parameter_names
 
-    try:
-        with torch.device("meta"):
-            model = model_class(config).from_config(config, trust_remote_code=False)
-    except (*UNREADABLE, RuntimeError) as error:
-        raise ExportError(f"{folder} has a configuration of no language model: {error}") from error
+    model = empty_model(folder, config)
     names = parameter_names(shapes, model)
     there, made = {names[key]: shape for key, shape in shapes.items()}, made_of_others(model)
     for name, parameter in model.named_parameters():

@@ -68,13 +68,17 @@ def model_class(config: Any) -> Any:
 
 
 def text_config(config: Any) -> Any:
-    """The configuration of the language model; whether its embeddings are the head, too, only the whole one says."""
+    """The configuration of the language model; whether its embeddings are the head, too, only the whole one says.
+
+    It is told, too, to how many of its layers what a tower's layers saw is added (``deepstack_layers``).
+    """
     if not sees(config):
         return config
     import copy
 
     text = copy.deepcopy(config.get_text_config())
-    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", text.tie_word_embeddings))
+    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
+    text.deepstack_layers = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
     return text
 
 
@@ -113,18 +117,19 @@ def draw(width: int, height: int, seed: int = 0) -> Any:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def images_of(row: Row, size: tuple[int, int] | None = None) -> list[Any]:
+def images_of(row: Row, size: tuple[int, int] | None = None, seed: int = 0) -> list[Any]:
     """A row's images as RGB, or drawn ones in the place of those that cannot be read any more; one at least.
 
     Args:
         size: width and height to bring each to; else no more than ``EDGE`` pixels to an edge.
+        seed: of what is drawn.
     """
     given = row.get("images")
     found = []
     for number, reference in enumerate(given if isinstance(given, list) and given else [None]):
         image = _opened(reference)
         if image is None:
-            image = draw(*(size or (EDGE, EDGE * 3 // 4)), seed=number)
+            image = draw(*(size or (EDGE, EDGE * 3 // 4)), seed=seed + number)
         if size is not None:
             image = image.resize(size)
         else:
@@ -274,10 +279,10 @@ def seen_rows(rows: Sequence[Row], tokenizer: Any, processor: Any, model: Any) -
     Raises:
         ExportError: the model does not take its processor's pixels.
     """
-    for row in rows:
+    for seed, row in enumerate(rows):
         messages = question_of(row, whole=True)
         places = sum(one["content"].count(PLACE) for one in messages)
-        images = images_of(row)
+        images = images_of(row, seed=seed)
         images = [images[number % len(images)].copy() for number in range(places)]
         yield seen(rendered(messages, tokenizer, ask=False), images, tokenizer, processor, model)
 

@@ -33,6 +33,7 @@ from ft_export.gguf.rounding import round_weights, rounded_inputs
 from ft_export.gguf.text_check import shown
 from ft_export.gguf.undecided import undecided
 from ft_export.logprobs import Difference, all_logprobs, difference, evaluation_error, token_logprobs
+from ft_export.seeing import Seen, extended
 
 if TYPE_CHECKING:
     import torch
@@ -48,10 +49,16 @@ COARSE = (4.0, 3.0)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a continuation starts from."""
+    """What a continuation starts from.
+
+    Attributes:
+        ids: with what goes with them into transformers, where there are images (:class:`ft_export.seeing.Seen`).
+        asked: what llama.cpp is sent in their place, where there are.
+    """
 
     text: str
     ids: tuple[int, ...]
+    asked: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,12 @@ def compare(
         ExportError: a difference past its bound, or a continuation that ends where it should not or does not end where
             it should. Names the prompt and the token.
     """
-    continuations = [engine.greedy(prompt.ids, count, CANDIDATES) for prompt in prompts]
+    continuations = [engine.greedy(prompt.asked or prompt.ids, count, CANDIDATES) for prompt in prompts]
+    for number, (prompt, run) in enumerate(zip(prompts, continuations, strict=True), 1):
+        if run.read != len(prompt.ids):
+            raise ExportError(
+                f"llama.cpp reads {run.read} tokens of prompt {number}, which has {len(prompt.ids)} in transformers"
+            )
 
     def measured() -> list[torch.Tensor]:
         return [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
@@ -225,15 +237,19 @@ def _perplexity(samples: Sequence[torch.Tensor]) -> float:
 
 def _along(model: Any, prompt: Prompt, run: Continuation) -> torch.Tensor:
     """Log-probabilities from which each token of the continuation was chosen: ``(len(tokens), vocabulary)``."""
-    return all_logprobs(model, [*prompt.ids, *run.tokens[:-1]])[len(prompt.ids) - 1 :]
+    return all_logprobs(model, extended(prompt.ids, run.tokens[:-1]))[len(prompt.ids) - 1 :]
 
 
 def _generate(model: Any, prompt: Prompt, stops: set[int], count: int) -> list[int]:
     """Transformers' own greedy continuation, token by token with its cache, with the token that ends it."""
     import torch
 
-    ids = torch.tensor([prompt.ids])
     chosen: list[int] = []
+    if isinstance(prompt.ids, Seen):  # whole each time: a model's own count of positions is not relied on
+        while len(chosen) < count and (not chosen or chosen[-1] not in stops):
+            chosen.append(int(all_logprobs(model, extended(prompt.ids, chosen))[-1].argmax()))
+        return chosen
+    ids = torch.tensor([prompt.ids])
     cache = None
     with torch.inference_mode():
         while len(chosen) < count:
