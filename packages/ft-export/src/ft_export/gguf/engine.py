@@ -79,6 +79,11 @@ class LlamaCpp:
         answer = self._post("/v1/chat/completions", body)
         return str(answer["choices"][0]["message"].get("content") or ""), str(answer["model"])
 
+    def chat_length(self, model: str, messages: Sequence[dict[str, Any]]) -> int:
+        """How many tokens the OpenAI interface makes of a conversation, its images and the beginning of an answer."""
+        body = {"model": model, "messages": list(messages), "max_tokens": 1, "temperature": 0}
+        return int(self._post("/v1/chat/completions", body)["usage"]["prompt_tokens"])
+
     def template(self) -> str:
         """The file's chat template, as it stands there."""
         return str(self._post("/props", None)["chat_template"])

@@ -25,7 +25,7 @@ from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source
 from ft_export.seeing import sees
 
-__all__ = ["OPTIONS", "export", "new_folder_with_gguf"]
+__all__ = ["OPTIONS", "export", "new_folder_with_gguf", "projector_beside"]
 
 OPTIONS = {
     "adapter": "yes writes a LoRA adapter as it is, in f16 or f32, for llama.cpp to put on its base",
@@ -116,7 +116,7 @@ def export(
     used = _script_for(model, script, pre)
     by: dict[str, Any] = {}
     tower = tower_of(read_config(model))
-    beside = folder / f"mmproj-{name}-{type}.gguf"
+    beside = _beside(file)
     with ExitStack() as stack:
         partial, prove = stack.enter_context(proven_file(file, _key(model, type, pre, name) if used is None else None))
         sight = None
@@ -158,6 +158,16 @@ def export(
         if bounds := budget_of(model, read_config(model), sight.tower):
             serve_by += " --image-min-tokens {} --image-max-tokens {}".format(*bounds)
     return Exported(file, proof, tuple(lines), serve_by)
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f"mmproj-{file.name}")
+
+
+def projector_beside(file: Path) -> Path | None:
+    """The file of the tower and projector that :func:`export` wrote beside a language model's, if it did."""
+    path = _beside(file)
+    return path if path.is_file() else None
 
 
 @contextmanager
