@@ -15,7 +15,14 @@ from ft_export.folders import new_file
 from ft_export.gguf.converter import Converted
 from ft_export.gguf.engine import LlamaCpp, llama_cpp
 from ft_export.gguf.mmproj import Projector
-from ft_export.gguf.pictures import Pictures, budget_of, check_image_template, pictures, without_images
+from ft_export.gguf.pictures import (
+    Pictures,
+    budget_of,
+    check_image_template,
+    leave_unturned,
+    pictures,
+    without_images,
+)
 from ft_export.gguf.proof import FINE, Comparison, Prompt, compare
 from ft_export.gguf.text_check import check_readable, check_stops, check_template, check_tokens, rendered
 from ft_export.gguf.towers import Tower
@@ -81,7 +88,7 @@ def check_in_llama_cpp(
     """
     check_readable(tokenizer)
     rows = read_rows(held_out)
-    model, seen_, pictured = None, None, rows
+    model, seen_, still, pictured = None, None, None, rows
     if sight is not None:
         model, rows = load(), without_images(rows) if held_out is not None else rows
         seen_ = pictures(sight.model, sight.tower, model, pictured, tokenizer)
@@ -115,17 +122,24 @@ def check_in_llama_cpp(
         if seen_ is not None and sight is not None:
             bos = (tokenizer.bos_token or "") if vocabulary.add_bos else ""
             lines.extend(_asked_with_images(engine, tokenizer, sight, seen_, bos))
+            still = leave_unturned(model, [*seen_.prompts, *prompts])
             prompts = [*seen_.asked(engine.marker(), bos), *prompts[: max(1, len(prompts) - len(seen_.prompts))]]
             kinds = {**kinds, **sight.projector.kinds}
         found = compare(engine, model, tokenizer, prompts, type, kinds, set(stops), NEW_TOKENS)
     if seen_ is not None:
         lines.extend(_told_of_images(seen_, found))
+    if still is not None:
+        lines.append(
+            f"llama.cpp leaves {still[0]} of {still[1]} frequencies of positions unturned (mrope_section), and so did "
+            f"transformers here: that moves the likeliest first tokens by {still[2]:.2e} nats"
+        )
     lines.extend(_told(found, prompts[0], type))
     return {
         "texts_with_equal_tokens": texts,
         "conversations_with_equal_template": conversations,
         "stop_tokens": sorted(stops),
         "prompts": len(prompts),
+        "unturned": None if still is None else dict(zip(("frequencies", "of", "nats"), still, strict=True)),
         "prompts_with_images": 0 if seen_ is None else len(seen_.prompts),
         "continuations": found.as_dict(),
     }

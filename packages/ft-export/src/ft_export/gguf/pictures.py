@@ -17,12 +17,14 @@ from typing import Any
 from ft_export.errors import ExportError
 from ft_export.gguf.engine import LlamaCpp
 from ft_export.gguf.proof import Prompt
-from ft_export.gguf.towers import Tower, image_settings
+from ft_export.gguf.towers import Tower, image_settings, unturned
 from ft_export.logprobs import all_logprobs
 from ft_export.samples import Row
 from ft_export.seeing import PLACE, Seen, image_processor, images_of, question_of, rendered, seen
 
-__all__ = ["Pictures", "budget_of", "check_image_template", "pictures", "size_of", "without_images"]
+__all__ = [
+    "Pictures", "budget_of", "check_image_template", "leave_unturned", "pictures", "size_of", "without_images",
+]  # fmt: skip
 
 MOST = 4
 """Prompts with images: each is read a dozen times in fp32."""
@@ -86,6 +88,26 @@ def budget_of(model: Path, config: Any, tower: Tower) -> tuple[int, int] | None:
     least = size.get("shortest_edge") or said.get("min_pixels") or AREA[0] * edge**2
     most = size.get("longest_edge") or said.get("max_pixels") or AREA[1] * edge**2
     return max(1, -(-int(least) // edge**2)), max(1, int(most) // edge**2)
+
+
+def leave_unturned(model: Any, prompts: Sequence[Prompt]) -> tuple[int, int, float] | None:
+    """Let a transformers model leave those frequencies unturned that llama.cpp does; it stays so.
+
+    Returns:
+        How many of how many they are, and by how many nats the prompts' likeliest first tokens move, the mean; None
+        where there are none.
+    """
+    numbers = unturned(model.config)
+    if not numbers:
+        return None
+    before = [all_logprobs(model, prompt.ids)[-1] for prompt in prompts]
+    rotary = model.model.language_model.rotary_emb
+    rotary.inv_freq[numbers] = 0.0
+    moved = []
+    for prompt, said in zip(prompts, before, strict=True):
+        likeliest = said.topk(min(5, said.numel())).indices
+        moved.append(float((all_logprobs(model, prompt.ids)[-1] - said)[likeliest].abs().mean()))
+    return len(numbers), len(rotary.inv_freq), sum(moved) / len(moved)
 
 
 def without_images(rows: Sequence[Row]) -> list[Row]:

@@ -24,12 +24,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
 from ft_export.gguf.engine import Continuation, LlamaCpp
-from ft_export.gguf.rounding import round_weights, rounded_inputs
+from ft_export.gguf.rounding import round_weights, rounded_inputs, rounded_tower
 from ft_export.gguf.text_check import shown
 from ft_export.gguf.undecided import undecided
 from ft_export.logprobs import Difference, all_logprobs, difference, evaluation_error, token_logprobs
@@ -142,6 +142,7 @@ def compare(
     def measured() -> list[torch.Tensor]:
         return [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
 
+    continuations = [_before_images(model, *pair) for pair in zip(prompts, continuations, strict=True)]
     is_coarse = type not in FINE
     texts = [prompt.ids for prompt in prompts]
     skipped = undecided(model, type, measured) or [[False] * len(run.tokens) for run in continuations]
@@ -151,10 +152,12 @@ def compare(
     weighted, after = measured(), token_logprobs(model, texts)
     if is_coarse:
         generated = _generate(model, prompts[0], stops, count)
-    with rounded_inputs(model, kinds):
+    with rounded_inputs(model, kinds), rounded_tower(model):
         coarse = measured()
     exact = weighted if is_coarse else whole
     first = continuations[0]
+    if isinstance(prompts[0].ids, Seen) and not first.stopped:  # it may have been cut
+        generated = generated[: len(first.tokens)]
     if first.stopped and first.tokens[-1] not in stops:
         # llama.cpp ends at every token that looks like an end, transformers at the configured ones
         generated = generated[: len(first.tokens)]
@@ -222,6 +225,14 @@ def compare(
     )
 
 
+def _before_images(model: Any, prompt: Prompt, run: Continuation) -> Continuation:
+    """A continuation up to where it says the token of an image's pieces, for which transformers wants an image."""
+    if not isinstance(prompt.ids, Seen) or model.config.image_token_id not in run.tokens:
+        return run
+    at = run.tokens.index(model.config.image_token_id)
+    return replace(run, tokens=run.tokens[:at], candidates=run.candidates[:at], stopped=False)
+
+
 def _cost(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
     """Of each token's likeliest candidates, as llama.cpp names so many of them."""
     places = [rows.topk(min(CANDIDATES, rows.shape[-1])).indices for rows in one]
@@ -246,9 +257,10 @@ def _generate(model: Any, prompt: Prompt, stops: set[int], count: int) -> list[i
 
     chosen: list[int] = []
     if isinstance(prompt.ids, Seen):  # whole each time: a model's own count of positions is not relied on
-        while len(chosen) < count and (not chosen or chosen[-1] not in stops):
+        ends = {*stops, model.config.image_token_id}
+        while len(chosen) < count and (not chosen or chosen[-1] not in ends):
             chosen.append(int(all_logprobs(model, extended(prompt.ids, chosen))[-1].argmax()))
-        return chosen
+        return chosen[:-1] if chosen and chosen[-1] == model.config.image_token_id else chosen
     ids = torch.tensor([prompt.ids])
     cache = None
     with torch.inference_mode():

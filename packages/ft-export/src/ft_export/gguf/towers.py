@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
 from ft_export.gguf import gemma
-from ft_export.gguf.rope import check_rope
+from ft_export.gguf.rope import check_rope, head_size
 from ft_export.gguf.rules import Operation, same
 from ft_export.runs import read_json
 from ft_export.seeing import sees, text_config
@@ -25,7 +25,7 @@ from ft_export.seeing import sees, text_config
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOWERS", "Tower", "check_gemma3_vl", "check_qwen3_vl", "image_settings", "tower_of"]
+__all__ = ["TOWERS", "Tower", "check_gemma3_vl", "check_qwen3_vl", "image_settings", "tower_of", "unturned"]
 
 GELU = "gelu_pytorch_tanh"
 EPS = 1e-6
@@ -93,6 +93,11 @@ def check_qwen3_vl(config: Any) -> None:
     _need("qwen3vl", vision, needs)
     if not (text.rope_parameters or {}).get("mrope_section"):
         raise ExportError("llama.cpp's qwen3vl rotates in sections, this model has no mrope_section")
+    if sum(text.rope_parameters["mrope_section"]) * 2 != head_size(text):
+        raise ExportError(
+            f"llama.cpp's qwen3vl turns all of a head, this model has sections {text.rope_parameters['mrope_section']} "
+            f"for {head_size(text)} values (mrope_section)"
+        )
     layers = list(vision.deepstack_visual_indexes)
     if layers != sorted(set(layers)):
         raise ExportError(f"llama.cpp's qwen3vl stacks layers in their order, this model has {layers}")
@@ -134,6 +139,19 @@ def _need(name: str, vision: Any, needs: Mapping[str, Any]) -> None:
     for key, value in needs.items():
         if getattr(vision, key, None) != value:
             raise ExportError(f"llama.cpp's {name} has {key} {value}, this model's tower {getattr(vision, key, None)}")
+
+
+def unturned(config: Any) -> list[int]:
+    """The frequencies of queries and keys that llama.cpp's Qwen 3-VL does not turn, by their numbers.
+
+    transformers turns those that fall to no section of height or width by the time; llama.cpp only as many as the
+    time's own section has, and the others by a fourth position, which is 0 (``ggml_mrope_cache_init`` in
+    ``ggml/src/ggml-cpu/ops.cpp``). Of the published models these are two of the slowest frequencies.
+    """
+    if TOWERS["Qwen3VLForConditionalGeneration"] is not tower_of(config):
+        return []
+    sections = text_config(config).rope_parameters["mrope_section"]
+    return [number for number in range(sum(sections)) if number >= 3 * sections[number % 3]]
 
 
 QWEN3_VL_PARTS = {
