@@ -58,7 +58,7 @@ def check_stored(plan: Plan, folder: Path, progress: Progress = silent) -> dict[
         raise ExportError(f"the written files and the model differ in {name}: nothing was written")
     count = counting(progress, len(plan.stored.entries), "tensors checked")
     for name in plan.stored:
-        tensor, was = written.tensor(name), plan.stored.tensor(name)
+        tensor, was = written.tensor(plan.key(name)), plan.stored.tensor(name)
         if name in plan.compressed:
             _check_compressed(plan, name, was, tensor, written.tensor(f"{name}_scale"))
         elif name in plan.cast:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_export import __version__
-from ft_export.bases import TOKENIZER_FILES, load_tokenizer, name_stops, read_config, stop_tokens
+from ft_export.bases import TOKENIZER_FILES, load_tokenizer, local_base, name_stops, read_config, stop_tokens
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name, save_proof, whole_model
@@ -75,7 +75,8 @@ def export_whole(
 
     model = whole_model(source, lines, progress, fits)
     sighted = _check_seeing(model, form, engine, target)
-    plan = plan_whole(model, form)
+    own = local_base(source.base) if sighted and source.adapter is None and source.base else None
+    plan = plan_whole(model, form, own)
     limits = limits_of(model, plan.bytes(), memory, said.get("context"))
     name = file_name(source)
     with new_folder(folder, _key(plan)) as partial:
@@ -83,6 +84,8 @@ def export_whole(
         if there := len(list(partial.glob("*.safetensors"))):
             lines.append(f"went on with an export that was interrupted, of which {there} files were whole")
         whole = write_whole(plan, partial, progress)
+        if plan.names:
+            lines.append(f"{len(plan.names)} tensors have the base's names of them, not those that transformers saved")
         tensors = check_stored(plan, partial, progress)
         lines.append(
             f"{sum(tensors.values())} tensors read back: {tensors['compressed']} compressed to within half a step, "
