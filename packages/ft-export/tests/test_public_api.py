@@ -21,6 +21,7 @@ API = {
         "load_tokenizer",
         "local_base",
         "name_stops",
+        "processor_folder",
         "quantization_of",
         "read_config",
         "same_folder",

@@ -80,6 +80,27 @@ def test_a_projector_that_is_not_the_trained_one_is_found(
     assert not (run / "merged").exists()
 
 
+def test_a_base_without_an_image_processor_is_refused_before_the_merge(make_tokenizer: Any, tmp_path: Path) -> None:
+    base = make_seeing(tmp_path / "base", "gemma3", make_tokenizer())
+    add_adapter(tmp_path / "adapter", base)
+    (base / "preprocessor_config.json").unlink()
+    with pytest.raises(ExportError, match="has no image processor that transformers loads here"):
+        merge(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "merged").exists()
+    made = merge(tmp_path / "adapter", skip_proof=True)
+    assert any(line.startswith("NOT PROVEN") for line in made.lines)
+
+
+def test_a_run_on_a_quantized_base_is_merged_into_the_whole_one(make_tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = make_seeing(tmp_path / "base", "gemma3", make_tokenizer())
+    run = write_run(tmp_path / "run", base, tmp_path / "a.png")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("none", "nf4"))
+    add_adapter(run / "adapter", base)
+    made = merge(run)
+    assert any("log-probabilities against the nf4 run:" in line for line in made.lines)
+
+
 def test_other_tasks_are_refused_in_a_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tmp_path, tmp_path / "a.png")
     (run / "config.yaml").write_text("model: x\ntask: stt\n")

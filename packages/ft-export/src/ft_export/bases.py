@@ -31,6 +31,7 @@ __all__ = [
     "load_tokenizer",
     "local_base",
     "name_stops",
+    "processor_folder",
     "quantization_of",
     "read_config",
     "same_folder",
@@ -286,6 +287,11 @@ def copy_tokenizer(adapter: Path, base: Path, to: Path) -> Path:
     if source is adapter and not _has_template(to) and (base / "chat_template.jinja").is_file():
         shutil.copyfile(base / "chat_template.jinja", to / "chat_template.jinja")
     return source
+
+
+def processor_folder(adapter: Path, base: Path) -> Path:
+    """Where the processor of images is that goes with a merged model: with the adapter if it brings one."""
+    return adapter if any((adapter / name).is_file() for name in PROCESSOR_FILES[:2]) else base
 
 
 def _copy_processor(base: Path, to: Path) -> None:

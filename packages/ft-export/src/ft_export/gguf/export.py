@@ -117,6 +117,8 @@ def export(
     by: dict[str, Any] = {}
     tower = tower_of(read_config(model))
     beside = _beside(file)
+    if tower is not None and beside.exists() and not overwrite:
+        raise ExportError(f"{beside} is already there: pass --overwrite to replace it, or choose another with --out")
     with ExitStack() as stack:
         partial, prove = stack.enter_context(proven_file(file, _key(model, type, pre, name) if used is None else None))
         sight = None

@@ -16,6 +16,7 @@ from ft_export.bases import (
     find_base,
     load_tokenizer,
     name_stops,
+    processor_folder,
     quantization_of,
     read_config,
     same_folder,
@@ -203,6 +204,8 @@ class _Merge:
         as_run = self.source.quantization if method is None and self.source.on_quantized else None
         stored = Checkpoint(self.base)  # checks the files before anything is loaded
         stop_tokens(load_tokenizer(tokenizer_folder(self.adapter.folder, self.base)), self.base)
+        if not self.skip_proof and self.labels is None and sees(read_config(self.base)):
+            image_processor(processor_folder(self.adapter.folder, self.base))  # said before the merge, not after it
         key = self._key(stored) if method is None and as_run is None else None
         clear_unfinished(self.out, key)  # before the space is asked for, of which it may hold much
         # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
