@@ -393,6 +393,19 @@ def make_model() -> ModelMaker:
 
 
 @pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Any]:
+    """`make_tokenizer(kind=None)`: a byte-level tokenizer, or a SentencePiece one of that kind."""
+
+    def make(kind: str | None = None) -> Any:
+        from tokenizers import pre_tokenizers
+
+        plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return _train_tokenizer(plain) if kind is None else _pieces_tokenizer(kind)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def save_pieces_model() -> Callable[[Path, str], None]:
     return _save_pieces_model
 

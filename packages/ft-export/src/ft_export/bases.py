@@ -13,6 +13,7 @@ from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.folders import check_inside
 from ft_export.runs import Rope, read_json
+from ft_export.seeing import model_class
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,13 @@ __all__ = [
     "check_complete",
     "check_shape",
     "copy_tokenizer",
+    "empty_model",
     "find_base",
     "load_model",
     "load_tokenizer",
     "local_base",
     "name_stops",
+    "processor_folder",
     "quantization_of",
     "read_config",
     "same_folder",
@@ -56,7 +59,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "processor_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Of these, what the folder of a tokenizer that comes from an adapter does not have is taken from the base."""
 
 
 def find_base(reference: str) -> Path:
@@ -121,7 +127,7 @@ def load_model(
     """
     import transformers
 
-    kind: Any = transformers.AutoModelForCausalLM
+    kind: Any = model_class(read_config(folder))
     if labels is not None:
         kind, options = transformers.AutoModelForSequenceClassification, {**options, "num_labels": labels}
     try:
@@ -195,6 +201,21 @@ def attach(model: Any, adapter: Path) -> Any:
         raise ExportError(f"PEFT cannot attach {adapter} to its base: {error}") from error
 
 
+def empty_model(folder: Path, config: Any) -> Any:
+    """The transformers model of a configuration, without weights.
+
+    Raises:
+        ExportError: it is of none that answers texts; names ``folder``.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return model_class(config).from_config(config, trust_remote_code=False)
+    except (*UNREADABLE, RuntimeError) as error:
+        raise ExportError(f"{folder} has a configuration of no language model: {error}") from error
+
+
 def check_complete(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Compare the tensors of a folder with those that its configuration asks for; no weight is made for it.
 
@@ -204,16 +225,9 @@ def check_complete(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ..
     Raises:
         ExportError: one is missing or has another shape; names it.
     """
-    import torch
-    import transformers
-
     from ft_export.merging.names import made_of_others, parameter_names
 
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (*UNREADABLE, RuntimeError) as error:
-        raise ExportError(f"{folder} has a configuration of no language model: {error}") from error
+    model = empty_model(folder, config)
     names = parameter_names(shapes, model)
     there, made = {names[key]: shape for key, shape in shapes.items()}, made_of_others(model)
     for name, parameter in model.named_parameters():
@@ -268,9 +282,27 @@ def copy_tokenizer(adapter: Path, base: Path, to: Path) -> Path:
             shutil.copyfile(source / name, to / name)
     if extra.is_dir():
         shutil.copytree(extra, to / extra.name)
+    if source is adapter:
+        _copy_processor(base, to)
     if source is adapter and not _has_template(to) and (base / "chat_template.jinja").is_file():
         shutil.copyfile(base / "chat_template.jinja", to / "chat_template.jinja")
     return source
+
+
+def processor_folder(adapter: Path, base: Path) -> Path:
+    """Where the processor of images is that goes with a merged model: with the adapter if it brings one."""
+    return adapter if any((adapter / name).is_file() for name in PROCESSOR_FILES[:2]) else base
+
+
+def _copy_processor(base: Path, to: Path) -> None:
+    """Take the base's processor where an adapter brought its tokenizer alone, and what it has for videos."""
+    import shutil
+
+    brought = any((to / name).is_file() for name in PROCESSOR_FILES)
+    for name in PROCESSOR_FILES:
+        if (base / name).is_file() and not (to / name).is_file() and (not brought or name.startswith("video")):
+            check_inside(base / name, base)
+            shutil.copyfile(base / name, to / name)
 
 
 def tokenizer_folder(adapter: Path, base: Path) -> Path:
@@ -295,7 +327,9 @@ def stop_tokens(tokenizer: Any, folder: Path) -> list[int]:
         ExportError: a configuration names something that is no token.
     """
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    size = read_json(folder / "config.json").get("vocab_size") if (folder / "config.json").is_file() else None
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    text = config.get("text_config")
+    size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
     rows = max(len(tokenizer), size if isinstance(size, int) else 0)
     for name in ("generation_config.json", "config.json"):
         said = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
@@ -326,10 +360,19 @@ def _turn_end(tokenizer: Any) -> int | None:
     if not tokenizer.chat_template:
         return None
     answer = "an answer"
-    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # a template is a program of the model's, its errors have no common type
+    said = (("user", "a question"), ("assistant", answer))
+    text = ""
+    for as_parts in (False, True):  # templates of models that see may take contents in parts alone
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": words}] if as_parts else words} for role, words in said
+        ]
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # a template is a program of the model's, its errors have no common type
+            continue
+        if answer in text:
+            break
+    if answer not in text:
         return None
     after = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

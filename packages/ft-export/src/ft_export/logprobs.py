@@ -32,7 +32,7 @@ def all_logprobs(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
     device = next(model.parameters()).device
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
+        logits = model(**_inputs(ids, device), use_cache=False).logits[0]
     return torch.log_softmax(logits.float(), dim=-1).cpu()
 
 
@@ -51,14 +51,24 @@ def token_logprobs(
     for ids in samples:
         device = next(model.parameters()).device
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float().cpu()
+            logits = model(**_inputs(ids, device), use_cache=False).logits[0].float().cpu()
         if logits.dim() == 1:
             results.append(logits)
         else:
             chosen = torch.tensor(list(ids[1:])).unsqueeze(1)
-            results.append(torch.log_softmax(logits[:-1], dim=-1).gather(1, chosen).squeeze(1))
+            said = torch.log_softmax(logits[:-1], dim=-1)
+            has_row = chosen.squeeze(1) < logits.shape[-1]  # the token of an image's pieces may be one past the head's
+            results.append(said[has_row].gather(1, chosen[has_row]).squeeze(1))
         count()
     return results
+
+
+def _inputs(ids: Sequence[int], device: Any) -> dict[str, torch.Tensor]:
+    """A batch of one text, with what goes with it (:class:`ft_export.seeing.Seen`)."""
+    import torch
+
+    more: dict[str, torch.Tensor] = getattr(ids, "inputs", {})
+    return {"input_ids": torch.tensor([list(ids)], device=device), **{k: v.to(device) for k, v in more.items()}}
 
 
 def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:

@@ -15,6 +15,8 @@ __all__ = ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"]
 
 RUN_FORMAT = 1
 """The newest version of the run folder's layout that this package reads."""
+TASKS = ("text", "vision")
+"""What runs are merged and exported of (``task`` in their configuration)."""
 NAMED = 5
 """Runs that a message names at most."""
 LOFTQ, LOFTQ_FORMAT = "loftq.json", 1
@@ -160,9 +162,9 @@ def _open_run(path: Path, name: str) -> Source:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ExportError(f"{path / 'config.yaml'} is not YAML: {error}") from error
     config = config if isinstance(config, dict) else {}
-    if (task := config.get("task", "text")) != "text":
+    if (task := config.get("task", "text")) not in TASKS:
         raise ExportError(
-            f"{path} was trained with task: {task}: only models of text are merged and exported yet; "
+            f"{path} was trained with task: {task}: only models of {' and '.join(TASKS)} are merged and exported yet; "
             "transformers and PEFT load its adapter and merge it (merge_and_unload)"
         )
     quantization, lora, dtype = config.get("quantization"), config.get("lora"), environment.get("dtype")

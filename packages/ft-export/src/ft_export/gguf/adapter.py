@@ -34,6 +34,7 @@ from ft_export.merging.merger import fingerprint
 from ft_export.merging.weights_check import half_ulp
 from ft_export.runs import Source
 from ft_export.samples import read_rows, token_ids
+from ft_export.seeing import sees
 
 if TYPE_CHECKING:
     pass
@@ -85,6 +86,8 @@ def read_lora(source: Source, pre: str | None = None) -> LoraFile:
     if source.rope is not None:
         raise ExportError(f"{source.path} was trained with rotary scaling that its base has not: {INSTEAD}")
     base = find_base(reference)
+    if sees(read_config(base)):
+        raise ExportError(f"{base} is a model that sees, whose tower an adapter in llama.cpp cannot change: {INSTEAD}")
     if source.on_quantized or quantization_of(base) is not None:
         raise ExportError(f"{source.path} belongs to a quantized base, whose GGUF file would be another: {INSTEAD}")
     for tensor, change in adapter.changes.items():

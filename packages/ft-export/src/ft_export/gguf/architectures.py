@@ -11,9 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
-from ft_export.gguf import deepseek, experts, gemma, phi3
+from ft_export.gguf import deepseek, experts, gemma, phi3, towers
 from ft_export.gguf.rope import check_rope, context_keys, head_size, llama3_factors, longrope_factors, rope_keys
-from ft_export.gguf.rules import Architecture, Rule
+from ft_export.gguf.rules import Architecture, Rule, same
+from ft_export.seeing import sees, text_config
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,13 @@ def qwen_keys(writer: Any, config: Any) -> None:
     _head_keys(writer, config)
 
 
+def qwen3_vl_keys(writer: Any, config: Any) -> None:
+    """Angles are of time, height and width, in sections of each frequency's places; a fourth section is not used."""
+    qwen_keys(writer, config)
+    writer.add_rope_dimension_sections([*config.rope_parameters["mrope_section"], 0])
+    writer.add_num_deepstack_layers(config.deepstack_layers)
+
+
 def qwen_moe_keys(writer: Any, config: Any) -> None:
     qwen_keys(writer, config)
     experts.expert_keys(writer, config)
@@ -70,6 +78,10 @@ COMMON = (
 )
 HEADS = (("add_head_count_kv", "num_key_value_heads"), ("add_key_length", "head_dim"), ("add_value_length", "head_dim"))
 LAYER = r"(?P<layer>model\.layers\.\d+\.self_attn)"
+
+LANGUAGE = r"model\.language_model\.(?P<name>"
+LANGUAGE_SIDE = Rule(LANGUAGE + ".*)", (("model.{name}", same),))
+"""Of a model that sees: what its language model is called when it is by itself."""
 
 ARCHITECTURES = (
     Architecture(
@@ -100,6 +112,14 @@ ARCHITECTURES = (
         extra_keys=qwen_keys,
     ),
     Architecture(
+        classes=("Qwen3VLForConditionalGeneration",),
+        name="qwen3vl",
+        check=towers.check_qwen3_vl,
+        keys=COMMON,
+        rules=(Rule(r"model\.visual\..*"), LANGUAGE_SIDE),
+        extra_keys=qwen3_vl_keys,
+    ),
+    Architecture(
         classes=("Qwen3MoeForCausalLM",),
         name="qwen3moe",
         check=experts.check_qwen3moe,
@@ -125,6 +145,19 @@ ARCHITECTURES = (
         check=gemma.check_gemma3,
         keys=(*COMMON, *HEADS),
         rules=(Rule(gemma.NORMS, (("{name}", gemma.plus_one),)),),
+        extra_keys=gemma.gemma3_keys,
+        activation="gelu_pytorch_tanh",
+    ),
+    Architecture(
+        classes=("Gemma3ForConditionalGeneration",),
+        name="gemma3",
+        check=towers.check_gemma3_vl,
+        keys=(*COMMON, *HEADS),
+        rules=(
+            Rule(r"model\.(?:vision_tower|multi_modal_projector)\..*"),
+            Rule(LANGUAGE + gemma.NORMS.removeprefix(r"(?P<name>model\."), (("model.{name}", gemma.plus_one),)),
+            LANGUAGE_SIDE,
+        ),
         extra_keys=gemma.gemma3_keys,
         activation="gelu_pytorch_tanh",
     ),
@@ -185,13 +218,19 @@ def find_architecture(config: Any) -> Architecture:
     names = list(getattr(config, "architectures", None) or [])
     for row in ARCHITECTURES:
         if set(names) & set(row.classes):
-            activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", row.activation)
+            text = text_config(config)
+            activation = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", row.activation)
             if activation != row.activation:
                 raise ExportError(
                     f"llama.cpp's {row.name} has the activation {row.activation}, this model has {activation}"
                 )
             row.check(config)
             return row
+    if sees(config):
+        raise ExportError(
+            f"{', '.join(names) or 'it'} is a model that sees, of which GGUF is written, tower and all, for "
+            f"{' and '.join(towers.TOWERS)} alone: export it to vllm, sglang or hub"
+        )
     raise ExportError(
         f"architecture {', '.join(names) or '(none named)'} cannot be converted to GGUF (known: {known()}): if "
         "llama.cpp's own converter knows it, export it to gguf with converter=PATH, a llama.cpp folder"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,45 @@ from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, new_proof, save_proof
 from ft_export.folders import new_file
 from ft_export.gguf.converter import Converted
-from ft_export.gguf.engine import llama_cpp
+from ft_export.gguf.engine import LlamaCpp, llama_cpp
+from ft_export.gguf.mmproj import Projector
+from ft_export.gguf.pictures import (
+    Pictures,
+    budget_of,
+    check_image_template,
+    leave_unturned,
+    pictures,
+    without_images,
+)
 from ft_export.gguf.proof import FINE, Comparison, Prompt, compare
 from ft_export.gguf.text_check import check_readable, check_stops, check_template, check_tokens, rendered
+from ft_export.gguf.towers import Tower
 from ft_export.gguf.vocabulary import Vocabulary
 from ft_export.runs import read_json
 from ft_export.samples import Row, prompt_text, read_rows
 
-__all__ = ["Prove", "check_in_llama_cpp", "proven_file", "versions"]
+__all__ = ["Prove", "Sight", "check_in_llama_cpp", "proven_file", "versions"]
 
 NEW_TOKENS = 24
 LONGEST_PROMPT = 256
 
 Prove = Callable[[Converted, Mapping[str, Any], list[str]], Path]
 """What :func:`proven_file` gives beside the place to write to."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Attributes:
+    projector: the file of a model's tower and projector. tower: its row. model: the folder that both came from.
+    """
+
+    projector: Projector
+    tower: Tower
+    model: Path
+
+    def budget(self, model: Any) -> tuple[int, int] | None:
+        """Tokens that an image may become, as its processor says."""
+        return budget_of(self.model, model.config, self.tower)
 
 
 def check_in_llama_cpp(
@@ -38,6 +64,7 @@ def check_in_llama_cpp(
     kinds: Mapping[str, str],
     lines: list[str],
     adapter: Path | None = None,
+    sight: Sight | None = None,
 ) -> dict[str, Any]:
     """Load a file in llama.cpp, with an adapter's if there is one, and compare it with transformers.
 
@@ -51,6 +78,7 @@ def check_in_llama_cpp(
         kinds: the types of tensors, by the names that they have in what ``load`` gives.
         lines: gets what was found.
         adapter: the GGUF file of an adapter to put on the model.
+        sight: the file of its tower and projector, and where it was made from, of a model that sees.
 
     Returns:
         What goes into ``proof.json``.
@@ -60,10 +88,17 @@ def check_in_llama_cpp(
     """
     check_readable(tokenizer)
     rows = read_rows(held_out)
+    model, seen_, still, pictured = None, None, None, rows
+    if sight is not None:
+        model, rows = load(), without_images(rows) if held_out is not None else rows
+        seen_ = pictures(sight.model, sight.tower, model, pictured, tokenizer)
     prompts = _prompts(rows, tokenizer) or _prompts(read_rows(None), tokenizer)
     vocabulary = made.vocabulary
-    context = max(len(prompt.ids) for prompt in prompts) + NEW_TOKENS + 8
-    with llama_cpp(made.file, context, adapter=adapter) as engine:
+    longest = max(len(prompt.ids) for prompt in [*prompts, *(seen_.prompts if seen_ is not None else ())])
+    eyes: dict[str, Any] = {}
+    if sight is not None:
+        eyes = {"projector": sight.projector.file, "budget": sight.budget(model)}
+    with llama_cpp(made.file, longest + NEW_TOKENS + 8, adapter=adapter, **eyes) as engine:
         written = [*(prompt.text for prompt in prompts), *rendered(tokenizer)]
         how: dict[str, Any] = {"plain": vocabulary.plain, "spaced": vocabulary.spaced}
         if vocabulary.scores:
@@ -83,15 +118,57 @@ def check_in_llama_cpp(
             lines.append("the model has no chat template: none was written")
         ends = check_stops(engine, tokenizer, stops)
         lines.append(f"llama.cpp ends an answer at each of {ends} stop token{'' if ends == 1 else 's'}")
-        found = compare(engine, load(), tokenizer, prompts, type, kinds, set(stops), NEW_TOKENS)
+        model = load() if model is None else model
+        if seen_ is not None and sight is not None:
+            bos = (tokenizer.bos_token or "") if vocabulary.add_bos else ""
+            lines.extend(_asked_with_images(engine, tokenizer, sight, seen_, bos))
+            still = leave_unturned(model, [*seen_.prompts, *prompts])
+            prompts = [*seen_.asked(engine.marker(), bos), *prompts[: max(1, len(prompts) - len(seen_.prompts))]]
+            kinds = {**kinds, **sight.projector.kinds}
+        found = compare(engine, model, tokenizer, prompts, type, kinds, set(stops), NEW_TOKENS)
+    if seen_ is not None:
+        lines.extend(_told_of_images(seen_, found))
+    if still is not None:
+        lines.append(
+            f"llama.cpp leaves {still[0]} of {still[1]} frequencies of positions unturned (mrope_section), and so did "
+            f"transformers here: that moves the likeliest first tokens by {still[2]:.2e} nats"
+        )
     lines.extend(_told(found, prompts[0], type))
     return {
         "texts_with_equal_tokens": texts,
         "conversations_with_equal_template": conversations,
         "stop_tokens": sorted(stops),
         "prompts": len(prompts),
+        "unturned": None if still is None else dict(zip(("frequencies", "of", "nats"), still, strict=True)),
+        "prompts_with_images": 0 if seen_ is None else len(seen_.prompts),
         "continuations": found.as_dict(),
     }
+
+
+def _asked_with_images(engine: LlamaCpp, tokenizer: Any, sight: Sight, seen_: Pictures, bos: str) -> list[str]:
+    answer = check_image_template(engine, tokenizer, sight.tower, seen_, bos)
+    if answer is None:
+        return []
+    return [f"llama.cpp's chat takes an image where the chat template puts it, and answers {answer!r}"]
+
+
+def _told_of_images(seen_: Pictures, found: Comparison) -> list[str]:
+    size = "{} x {}".format(*seen_.images[0].size)
+    lines = [
+        f"{len(seen_.prompts)} of the prompts have an image of {size} pixels, which neither side resizes; the same "
+        f"inverted moves the likeliest first tokens by {seen_.sight:.2e} nats"
+    ]
+    if not seen_.sight > found.bound_mean:
+        lines.append(
+            "NOT PROVEN with images: the model says nearly the same of an image and of the same inverted, so that a "
+            "wrong mmproj file could not be told from a right one"
+        )
+    if seen_.around is not None:
+        lines.append(
+            "llama.cpp's chat puts no blank lines around an image, as the model's processor does (compared with them): "
+            f"without them the likeliest first tokens move by {seen_.around:.2e} nats"
+        )
+    return lines
 
 
 def _exceptions(vocabulary: Vocabulary) -> list[str]:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ft_export.bases import check_complete, read_config
+from ft_export.bases import check_complete, empty_model, read_config
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
-from ft_export.folders import require_space
 from ft_export.gguf.architectures import find_architecture
-from ft_export.gguf.growing import Growing
-from ft_export.gguf.kernels import quantize
+from ft_export.gguf.jobs import Job, Made, write_file
 from ft_export.gguf.mixes import FILE_TYPES, WHOLE, Shape, kind_of
-from ft_export.gguf.rules import Architecture, Output, plan, same
-from ft_export.gguf.streaming import Stream, is_finite, rows_of
+from ft_export.gguf.rules import Architecture, Output, plan
 from ft_export.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
-from ft_export.progress import Progress, counting, silent
+from ft_export.merging.names import parameter_names
+from ft_export.progress import Progress, silent
 from ft_export.runs import Rope
-
-if TYPE_CHECKING:
-    import torch
+from ft_export.seeing import text_config
 
 __all__ = ["TYPES", "Converted", "check_convertible", "check_type", "convert", "require_gguf"]
 
@@ -83,7 +78,7 @@ def check_convertible(
     if rope is not None:
         rope.put(config)
     _check_mixes(find_architecture(config), type)
-    read_vocabulary(tokenizer, config.vocab_size, pre)
+    read_vocabulary(tokenizer, text_config(config).vocab_size, pre)
 
 
 def _check_mixes(architecture: Architecture, type: str) -> None:
@@ -142,53 +137,38 @@ def convert(
     _check_mixes(architecture, type)
     weights = Checkpoint(folder)
     check_complete(folder, config, {name: weights.shape(name) for name in weights})
-    vocabulary = read_vocabulary(folder, config.vocab_size, pre)
+    text = text_config(config)
+    if text is not config:  # names as the model has them: files of models that see have several older ones
+        weights.rename(parameter_names(weights, empty_model(folder, config)))
+    vocabulary = read_vocabulary(folder, text.vocab_size, pre)
     arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(arch, text.num_hidden_layers)
 
-    outputs = plan(architecture, config, list(weights))
+    outputs = plan(architecture, text, list(weights))
     named = [(_gguf_name(names, output, folder), output) for output in outputs]
-    shape = _shape(config, "output.weight" not in dict(named))
-    jobs = [_Job(output, name, weights, config, type, shape, architecture.float32) for name, output in named]
-    there = target.stat().st_size if target.is_file() else 0
-    require_space(target.parent, sum(job.bytes for job in jobs) + 50_000_000 - there, "the GGUF file")
+    shape = _shape(text, "output.weight" not in dict(named))
 
-    # apart from the tensors, since the writer would begin the file anew
-    beginning = target.with_name(f".{target.name}.beginning")
-    writer = gguf.GGUFWriter(beginning, architecture.name)
-    try:
+    def kind(name: str, dimensions: tuple[int, ...]) -> str:
+        return kind_of(name, dimensions, type, shape, architecture.float32)
+
+    jobs = [Job(output, name, weights, text, kind) for name, output in named]
+
+    def write_keys(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(_safe_name(name or folder.absolute().name, vocabulary))
         for method, attribute in architecture.keys:
-            getattr(writer, method)(getattr(config, attribute))
+            getattr(writer, method)(getattr(text, attribute))
         if architecture.extra_keys:
-            architecture.extra_keys(writer, config)
+            architecture.extra_keys(writer, text)
         write_vocabulary(writer, vocabulary)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[type].code])
-        extra = list(architecture.extra_tensors(config)) if architecture.extra_tensors else []
-        writes: list[_Job | _Made] = sorted([*jobs, *(_Made(*one) for one in extra)], key=lambda job: _place(job.name))
-        for job in writes:
-            job.announce(writer)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        head = beginning.read_bytes()
-    finally:
-        writer.close()
-        beginning.unlink(missing_ok=True)
-    written: dict[str, dict[str, Any]] = {}
-    if journal is not None and journal.is_file():
-        progress(0, 0, "reading what an interrupted conversion has left")
-    count = counting(progress, len(writes), "tensors written")
-    with Growing(target, head, {job.name: job.bytes for job in writes}, writer.data_alignment, journal) as file:
-        for job in writes:
-            digest = file.whole.get(job.name) or file.add(job.name, job.stream())
-            written[job.name] = {"type": job.type.name, "shape": list(job.shape), "sha256": digest}
-            count()
+
+    extra = list(architecture.extra_tensors(text)) if architecture.extra_tensors else []
+    writes: list[Job | Made] = sorted([*jobs, *(Made(*one) for one in extra)], key=lambda job: _place(job.name))
+    written, whole = write_file(target, architecture.name, writes, write_keys, journal, progress)
     kinds = {architecture.parameter(source): job.type.name for job in jobs for source in job.output.sources}
-    return Converted(target, architecture.name, vocabulary, written, kinds, len(file.whole))
+    return Converted(target, architecture.name, vocabulary, written, kinds, whole)
 
 
 def check_type(type: str) -> None:
@@ -214,95 +194,8 @@ def _place(name: str) -> tuple[int, str]:
     return (int(found[1]) if found else -1), name
 
 
-class _Made:
-    """A tensor that the source does not have, in fp32."""
-
-    def __init__(self, name: str, value: torch.Tensor) -> None:
-        import gguf
-
-        self.name, self._value, self.shape = name, value, tuple(value.shape)
-        self.type, self.bytes = gguf.GGMLQuantizationType.F32, value.nbytes
-
-    def announce(self, writer: Any) -> None:
-        """Say what will be written."""
-        writer.add_tensor_info(self.name, self.shape, self._value.numpy().dtype, self._value.nbytes)
-
-    def stream(self) -> Stream:
-        """What is written."""
-        return Stream([self._value.numpy()], self._value.nbytes)
-
-
-class _Job:
-    """One tensor on its way into the file; its shape is known before it is loaded."""
-
-    def __init__(
-        self, output: Output, name: str, weights: Checkpoint, config: Any, type: str, shape: Shape,
-        float32: tuple[str, ...],
-    ) -> None:  # fmt: skip
-        import gguf
-        import torch
-
-        self.output, self.name, self.weights, self.config = output, name, weights, config
-        meta = [torch.empty(weights.shape(source), device="meta") for source in output.sources]
-        self.shape = tuple(output.make(meta, config).shape)
-        self.type = gguf.GGMLQuantizationType[kind_of(name, self.shape, type, shape, float32)]
-        block, size = gguf.GGML_QUANT_SIZES[self.type]
-        self.bytes = _product(self.shape) // block * size
-
-    def announce(self, writer: Any) -> None:
-        import gguf
-        import numpy as np
-
-        kinds = gguf.GGMLQuantizationType
-        if self.type in (kinds.F16, kinds.F32):
-            dtype = np.dtype(np.float16 if self.type == kinds.F16 else np.float32)
-            writer.add_tensor_info(self.name, self.shape, dtype, self.bytes)
-        else:
-            shape = gguf.quant_shape_to_byte_shape(self.shape, self.type)
-            writer.add_tensor_info(self.name, shape, np.dtype(np.uint8), self.bytes, raw_dtype=self.type)
-
-    def stream(self) -> Stream:
-        """What is written."""
-        return Stream(map(self._written, self._blocks()), self.bytes)
-
-    def _blocks(self) -> Iterator[torch.Tensor]:
-        if self.output.make is same:
-            yield from self.weights.blocks(self.output.sources[0])
-            return
-        tensors = [self.weights.tensor(source) for source in self.output.sources]
-        yield from rows_of(self.output.make(tensors, self.config))
-
-    def _written(self, block: torch.Tensor) -> Any:
-        import gguf
-
-        kinds = gguf.GGMLQuantizationType
-        if self.type == kinds.F16:
-            half = block.half()
-            if not is_finite(half):
-                self._require_finite(block)
-                raise ExportError(
-                    f"tensor {self.output.name} has values beyond F16's 65504: it cannot be written as f16"
-                )
-            return half.contiguous().numpy()
-        self._require_finite(block)
-        value = block.float().contiguous().numpy()
-        if self.type == kinds.F32:
-            return value
-        return gguf.quants.quantize(value, self.type) if self.type.name in WHOLE else quantize(value, self.type.name)
-
-    def _require_finite(self, block: torch.Tensor) -> None:
-        if not is_finite(block):
-            raise ExportError(f"tensor {self.output.name} holds values that are not finite: the model is broken")
-
-
 def _gguf_name(names: Any, output: Output, folder: Path) -> str:
     name = names.get_name(output.name, try_suffixes=(".weight", ".bias"))
     if name is None:
         raise ExportError(f"{folder}: llama.cpp has no place for the tensor {output.name} of this architecture")
     return str(name)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    import math
-
-    return math.prod(shape)

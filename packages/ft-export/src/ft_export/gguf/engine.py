@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,14 @@ class Continuation:
             llama.cpp gives none.
         text: the tokens as text, without the one that ended it.
         stopped: whether the last token ended it.
+        read: tokens of the prompt, those of images too.
     """
 
     tokens: tuple[int, ...]
     candidates: tuple[dict[int, float], ...]
     text: str
     stopped: bool
+    read: int = 0
 
 
 class LlamaCpp:
@@ -77,6 +79,11 @@ class LlamaCpp:
         answer = self._post("/v1/chat/completions", body)
         return str(answer["choices"][0]["message"].get("content") or ""), str(answer["model"])
 
+    def chat_length(self, model: str, messages: Sequence[dict[str, Any]]) -> int:
+        """How many tokens the OpenAI interface makes of a conversation, its images and the beginning of an answer."""
+        body = {"model": model, "messages": list(messages), "max_tokens": 1, "temperature": 0}
+        return int(self._post("/v1/chat/completions", body)["usage"]["prompt_tokens"])
+
     def template(self) -> str:
         """The file's chat template, as it stands there."""
         return str(self._post("/props", None)["chat_template"])
@@ -101,12 +108,21 @@ class LlamaCpp:
         )
         return [int(one) for one in answer["tokens"]] == [token] and answer["stop_type"] == "eos"
 
-    def greedy(self, ids: Sequence[int], count: int, candidates: int) -> Continuation:
-        """The likeliest token after ``ids``, ``count`` times over; samplers and the prompt cache are off."""
+    def marker(self) -> str:
+        """What stands for an image in a prompt; drawn anew when a server starts."""
+        return str(self._post("/props", None)["media_marker"])
+
+    def greedy(self, ids: Sequence[int] | Mapping[str, Any], count: int, candidates: int) -> Continuation:
+        """The likeliest token after a prompt, ``count`` times over; samplers and the prompt cache are off.
+
+        Args:
+            ids: the prompt; or a text with :meth:`marker` for each image, and the images (``prompt_string``,
+                ``multimodal_data``).
+        """
         answer = self._post(
             "/completion",
             {
-                "prompt": list(ids),
+                "prompt": dict(ids) if isinstance(ids, Mapping) else list(ids),
                 "n_predict": count,
                 "temperature": 0,
                 "n_probs": candidates,
@@ -123,7 +139,8 @@ class LlamaCpp:
         for step, place in zip(steps, places, strict=True):
             if place is not None:
                 candidates_at[place] = {int(top["id"]): float(top["logprob"]) for top in step["top_logprobs"]}
-        return Continuation(tokens, tuple(candidates_at), answer["content"], answer["stop_type"] == "eos")
+        read = int(answer["tokens_evaluated"])
+        return Continuation(tokens, tuple(candidates_at), answer["content"], answer["stop_type"] == "eos", read)
 
 
 def _places(tokens: Sequence[int], known: Sequence[int]) -> list[int | None]:
@@ -159,13 +176,18 @@ def require_llama_cpp() -> None:
 
 
 @contextmanager
-def llama_cpp(file: Path, context: int, alias: str | None = None, adapter: Path | None = None) -> Iterator[LlamaCpp]:
+def llama_cpp(
+    file: Path, context: int, alias: str | None = None, adapter: Path | None = None, projector: Path | None = None,
+    budget: tuple[int, int] | None = None,
+) -> Iterator[LlamaCpp]:  # fmt: skip
     """Load a GGUF file on the CPU; it is unloaded at the end of the block.
 
     Args:
         context: how many tokens a prompt and its continuation may have.
         alias: the name to serve it under, as llama-server's ``--alias``.
         adapter: the GGUF file of a LoRA adapter to put on it, with the scale that it says itself.
+        projector: the GGUF file of a tower and projector, as llama-server's ``--mmproj``.
+        budget: the least and the most tokens that it may make of an image.
 
     Raises:
         ExportError: xllamacpp is not installed, or llama.cpp cannot load the file.
@@ -186,10 +208,15 @@ def llama_cpp(file: Path, context: int, alias: str | None = None, adapter: Path 
     params.port = 0
     if adapter is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    if projector is not None:
+        params.mmproj.path = str(projector)
+        params.mmproj_use_gpu = False
+    if budget is not None:
+        params.image_min_tokens, params.image_max_tokens = budget
     try:
         server = xllamacpp.Server(params)
     except Exception as error:
-        both = file.name if adapter is None else f"{file.name} with {adapter.name}"
+        both = " with ".join(one.name for one in (file, adapter, projector) if one is not None)
         raise ExportError(f"llama.cpp cannot load {both}: {error}") from error
     try:
         engine = LlamaCpp(server.listening_address)

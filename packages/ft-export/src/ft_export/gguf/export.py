@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ft_export.bases import load_model, load_tokenizer, read_config, stop_tokens
 from ft_export.errors import ExportError, one_line
 from ft_export.exporting import Exported, check_options, file_name, whole_model
-from ft_export.folders import clear_inside, key_of, new_folder, scratch_folder, sha256_of
+from ft_export.folders import clear_inside, key_of, new_file, new_folder, scratch_folder, sha256_of
 from ft_export.gguf.adapter import ADAPTER_TYPES, read_lora, serve, write_and_check
-from ft_export.gguf.architectures import is_known
-from ft_export.gguf.checking import check_in_llama_cpp, proven_file, versions
+from ft_export.gguf.architectures import find_architecture, is_known
+from ft_export.gguf.checking import Sight, check_in_llama_cpp, proven_file, versions
 from ft_export.gguf.converter import Converted, check_convertible, check_type, convert, require_gguf
 from ft_export.gguf.engine import require_llama_cpp
+from ft_export.gguf.mmproj import convert_projector, type_of
+from ft_export.gguf.pictures import budget_of
+from ft_export.gguf.towers import tower_of
 from ft_export.gguf.upstream import convert_upstream, find_script
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source
+from ft_export.seeing import sees
 
-__all__ = ["OPTIONS", "export", "new_folder_with_gguf"]
+__all__ = ["OPTIONS", "export", "new_folder_with_gguf", "projector_beside"]
 
 OPTIONS = {
     "adapter": "yes writes a LoRA adapter as it is, in f16 or f32, for llama.cpp to put on its base",
@@ -111,9 +115,20 @@ def export(
     model = whole_model(source, lines, progress, check, skip_proof)
     used = _script_for(model, script, pre)
     by: dict[str, Any] = {}
-    with proven_file(file, _key(model, type, pre, name) if used is None else None) as (partial, prove):
+    tower = tower_of(read_config(model))
+    beside = _beside(file)
+    if tower is not None and beside.exists() and not overwrite:
+        raise ExportError(f"{beside} is already there: pass --overwrite to replace it, or choose another with --out")
+    with ExitStack() as stack:
+        partial, prove = stack.enter_context(proven_file(file, _key(model, type, pre, name) if used is None else None))
+        sight = None
         if used is None:
             made = _converted(model, partial, type, pre, name, lines, progress)
+            if tower is not None:  # in its place first: a language model without it would look whole
+                eyes = stack.enter_context(new_file(beside))
+                projector = convert_projector(model, eyes, type=type_of(type), name=name, progress=progress)
+                sight = Sight(projector, tower, model)
+                lines.append(f"{beside.name} has tower and projector in {projector.type}, for llama.cpp's --mmproj")
             if script is not None:
                 lines.append(f"converter= was not needed: {made.architecture} is in ft-export's own table")
         else:
@@ -131,10 +146,30 @@ def export(
             tokenizer = load_tokenizer(model)
             found = check_in_llama_cpp(
                 made, lambda: load_model(model, torch.float32), tokenizer, stop_tokens(tokenizer, model),
-                source.held_out, type, made.kinds, lines,
+                source.held_out, type, made.kinds, lines, sight=sight,
             )  # fmt: skip
+        if sight is not None:
+            by["mmproj"] = {
+                "file": beside.name, "type": sight.projector.type, "sha256": sha256_of(sight.projector.file),
+                "tensors": sight.projector.tensors,
+            }  # fmt: skip
         proof = prove(made, {"type": type, **by, **found, "tensors": made.tensors}, lines)
-    return Exported(file, proof, tuple(lines), f"llama-server -m {shlex.quote(str(file))} --jinja")
+    serve_by = f"llama-server -m {shlex.quote(str(file))} --jinja"
+    if sight is not None:
+        serve_by += f" --mmproj {shlex.quote(str(beside))}"
+        if bounds := budget_of(model, read_config(model), sight.tower):
+            serve_by += " --image-min-tokens {} --image-max-tokens {}".format(*bounds)
+    return Exported(file, proof, tuple(lines), serve_by)
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f"mmproj-{file.name}")
+
+
+def projector_beside(file: Path) -> Path | None:
+    """The file of the tower and projector that :func:`export` wrote beside a language model's, if it did."""
+    path = _beside(file)
+    return path if path.is_file() else None
 
 
 @contextmanager
@@ -167,8 +202,11 @@ def _script_for(model: Path, script: Path | None, pre: str | None) -> Path | Non
     Raises:
         ExportError: it is, and ``pre`` is given, which it does not take.
     """
-    if script is None or is_known(read_config(model)):
+    config = read_config(model)
+    if script is None or is_known(config):
         return None
+    if sees(config):  # of which a script's first file is the language model alone, which would look whole
+        find_architecture(config)
     if pre is not None:
         raise ExportError(f"pre={pre} is not for {script}, which knows the tokenizers by itself: leave it out")
     return script

@@ -24,15 +24,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
 from ft_export.gguf.engine import Continuation, LlamaCpp
-from ft_export.gguf.rounding import round_weights, rounded_inputs
+from ft_export.gguf.rounding import round_weights, rounded_inputs, rounded_tower
 from ft_export.gguf.text_check import shown
 from ft_export.gguf.undecided import undecided
 from ft_export.logprobs import Difference, all_logprobs, difference, evaluation_error, token_logprobs
+from ft_export.seeing import Seen, extended
 
 if TYPE_CHECKING:
     import torch
@@ -48,10 +49,16 @@ COARSE = (4.0, 3.0)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a continuation starts from."""
+    """What a continuation starts from.
+
+    Attributes:
+        ids: with what goes with them into transformers, where there are images (:class:`ft_export.seeing.Seen`).
+        asked: what llama.cpp is sent in their place, where there are.
+    """
 
     text: str
     ids: tuple[int, ...]
+    asked: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,11 +132,17 @@ def compare(
         ExportError: a difference past its bound, or a continuation that ends where it should not or does not end where
             it should. Names the prompt and the token.
     """
-    continuations = [engine.greedy(prompt.ids, count, CANDIDATES) for prompt in prompts]
+    continuations = [engine.greedy(prompt.asked or prompt.ids, count, CANDIDATES) for prompt in prompts]
+    for number, (prompt, run) in enumerate(zip(prompts, continuations, strict=True), 1):
+        if run.read != len(prompt.ids):
+            raise ExportError(
+                f"llama.cpp reads {run.read} tokens of prompt {number}, which has {len(prompt.ids)} in transformers"
+            )
 
     def measured() -> list[torch.Tensor]:
         return [_along(model, prompt, run) for prompt, run in zip(prompts, continuations, strict=True)]
 
+    continuations = [_before_images(model, *pair) for pair in zip(prompts, continuations, strict=True)]
     is_coarse = type not in FINE
     texts = [prompt.ids for prompt in prompts]
     skipped = undecided(model, type, measured) or [[False] * len(run.tokens) for run in continuations]
@@ -139,10 +152,12 @@ def compare(
     weighted, after = measured(), token_logprobs(model, texts)
     if is_coarse:
         generated = _generate(model, prompts[0], stops, count)
-    with rounded_inputs(model, kinds):
+    with rounded_inputs(model, kinds), rounded_tower(model):
         coarse = measured()
     exact = weighted if is_coarse else whole
     first = continuations[0]
+    if isinstance(prompts[0].ids, Seen) and not first.stopped:  # it may have been cut
+        generated = generated[: len(first.tokens)]
     if first.stopped and first.tokens[-1] not in stops:
         # llama.cpp ends at every token that looks like an end, transformers at the configured ones
         generated = generated[: len(first.tokens)]
@@ -210,6 +225,14 @@ def compare(
     )
 
 
+def _before_images(model: Any, prompt: Prompt, run: Continuation) -> Continuation:
+    """A continuation up to where it says the token of an image's pieces, for which transformers wants an image."""
+    if not isinstance(prompt.ids, Seen) or model.config.image_token_id not in run.tokens:
+        return run
+    at = run.tokens.index(model.config.image_token_id)
+    return replace(run, tokens=run.tokens[:at], candidates=run.candidates[:at], stopped=False)
+
+
 def _cost(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
     """Of each token's likeliest candidates, as llama.cpp names so many of them."""
     places = [rows.topk(min(CANDIDATES, rows.shape[-1])).indices for rows in one]
@@ -225,15 +248,20 @@ def _perplexity(samples: Sequence[torch.Tensor]) -> float:
 
 def _along(model: Any, prompt: Prompt, run: Continuation) -> torch.Tensor:
     """Log-probabilities from which each token of the continuation was chosen: ``(len(tokens), vocabulary)``."""
-    return all_logprobs(model, [*prompt.ids, *run.tokens[:-1]])[len(prompt.ids) - 1 :]
+    return all_logprobs(model, extended(prompt.ids, run.tokens[:-1]))[len(prompt.ids) - 1 :]
 
 
 def _generate(model: Any, prompt: Prompt, stops: set[int], count: int) -> list[int]:
     """Transformers' own greedy continuation, token by token with its cache, with the token that ends it."""
     import torch
 
-    ids = torch.tensor([prompt.ids])
     chosen: list[int] = []
+    if isinstance(prompt.ids, Seen):  # whole each time: a model's own count of positions is not relied on
+        ends = {*stops, model.config.image_token_id}
+        while len(chosen) < count and (not chosen or chosen[-1] not in ends):
+            chosen.append(int(all_logprobs(model, extended(prompt.ids, chosen))[-1].argmax()))
+        return chosen[:-1] if chosen and chosen[-1] == model.config.image_token_id else chosen
+    ids = torch.tensor([prompt.ids])
     cache = None
     with torch.inference_mode():
         while len(chosen) < count:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from ft_export.gguf.kernels import quantize
 from ft_export.gguf.mixes import WHOLE
+from ft_export.seeing import sees
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["round_inputs", "round_to", "round_weights", "rounded_inputs"]
+__all__ = ["round_inputs", "round_to", "round_weights", "rounded_inputs", "rounded_tower"]
 
 EXACT = "F32"
+GELU_TABLE = 10.0
+"""From here on ggml's GELU is the value itself, or 0."""
 
 
 def round_weights(model: Any, kinds: Mapping[str, str]) -> None:
@@ -42,6 +45,37 @@ def rounded_inputs(model: Any, kinds: Mapping[str, str]) -> Iterator[None]:
                 return (round_inputs(args[0], kind), *args[1:])
 
             handles.append(layer.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def rounded_tower(model: Any) -> Iterator[None]:
+    """Within it what llama.cpp computes more coarsely in a tower and its projector is so here; else nothing changes.
+
+    GELU is a table of F16 there, by the formula with tanh for every module that has one (ggml's ``ggml_vec_gelu_f32``);
+    keys and values of attention are F16 (``build_attn`` in ``tools/mtmd/clip.cpp``).
+    """
+    import torch
+
+    def gelu(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        value = torch.nn.functional.gelu(args[0].half().float(), approximate="tanh")
+        return torch.where(args[0].abs() < GELU_TABLE, value.half().to(output.dtype), output)
+
+    def half(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output.half().to(output.dtype)
+
+    handles = []
+    for name, module in model.named_modules() if sees(model.config) else ():
+        if "language_model" in name:
+            continue
+        if "GELU" in type(module).__name__:
+            handles.append(module.register_forward_hook(gelu))
+        elif name.endswith((".attn.qkv", ".k_proj", ".v_proj")):
+            handles.append(module.register_forward_hook(half))
     try:
         yield
     finally:

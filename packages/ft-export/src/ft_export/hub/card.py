@@ -59,6 +59,7 @@ class Subject:
         file: the GGUF file's name, or None.
         tags: further words to find it by.
         proof: what was checked, a line each.
+        projector: the name of the GGUF file of the tower and projector of a model that sees, or None.
     """
 
     wanted: Wanted
@@ -69,6 +70,7 @@ class Subject:
     file: str | None
     tags: Sequence[str]
     proof: Sequence[str]
+    projector: str | None = None
 
 
 def write_card(folder: Path, about: Subject, record: Record, licence: Licence, sets: Sequence[str]) -> Path:
@@ -117,7 +119,7 @@ def _relation(about: Subject) -> str:
 
 def _text(about: Subject, record: Record, licence: Licence) -> str:
     parts = [f"# {about.wanted.repo.partition('/')[2]}", _intro(about, record)]
-    parts += ["## Use", usage(about.wanted, about.task, about.template, about.tokenizer, about.file)]
+    parts += ["## Use", usage(about.wanted, about.task, about.template, about.tokenizer, about.file, about.projector)]
     parts += _section("## Data", _data(record))
     parts += _section("## Training", _training(record))
     parts += _section("## Evaluation", _evaluation(record))

@@ -7,20 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ft_export.bases import read_config
 from ft_export.errors import ExportError, one_line
 from ft_export.exporting import PROOF, Exported, check_target, whole_model
 from ft_export.folders import new_folder
 from ft_export.gguf.export import export as export_gguf
-from ft_export.gguf.export import new_folder_with_gguf
+from ft_export.gguf.export import new_folder_with_gguf, projector_beside
 from ft_export.hub.card import Subject, write_card
 from ft_export.hub.licence import Licence, find_licence, licence_files, read_front_matter
 from ft_export.hub.proof import FORMAT, Proof, of_combination, of_gguf, of_weights, write_proof, write_pushed
 from ft_export.hub.record import Record, is_local, read_record
 from ft_export.hub.repository import Repository, base_card, data_sets, token_of
 from ft_export.hub.staging import File, check_clean, listed, place, place_model
+from ft_export.hub.usage import SEES
 from ft_export.hub.wanted import MAIN, Wanted, check_type, read_options
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
+from ft_export.seeing import sees
 
 __all__ = ["export"]
 
@@ -154,7 +157,7 @@ def _lay_out(layout: _Layout, lines: list[str]) -> list[File]:
             lines.append(f"not pushed: {', '.join(left[:LEFT_NAMED])}{more}")
     for text in licence_files(layout.record.base_folder) if layout.record.base_folder is not None else []:
         place(text, folder / text.name)
-    task = _task(source, model)
+    task = _task(source, model, layout.record.base_folder)
     if source.adapter is not None and wanted.type != "adapter":
         proof = replace(proof, lines=(*of_combination(source.path / "merged"), *proof.lines))
     about = Subject(
@@ -166,6 +169,7 @@ def _lay_out(layout: _Layout, lines: list[str]) -> list[File]:
         file=file,
         tags=_tags(layout, trained),
         proof=[*proof.lines, "`proof.json` holds these figures and the checksum of every file."],
+        projector=eyes.name if file is not None and (eyes := projector_beside(folder / file)) is not None else None,
     )
     write_card(folder, about, layout.record, layout.licence, layout.sets)
     layout.progress(0, 0, "taking checksums")
@@ -201,8 +205,13 @@ def _tags(layout: _Layout, trained: bool) -> list[str]:
     return [*tags, *([method] if trained and isinstance(method, str) else [])]
 
 
-def _task(source: Source, model: Path) -> str | None:
+def _task(source: Source, model: Path, base: Path | None) -> str | None:
     """What it does, in the Hub's words, from the configurations; None where they do not say."""
+    for folder in (model, base):
+        if folder is not None and (folder / "config.json").is_file():
+            if "vision_config" in read_json(folder / "config.json") and sees(read_config(folder)):
+                return SEES
+            break
     if source.adapter is not None:
         kind = read_json(source.adapter / "adapter_config.json").get("task_type")
         return {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}.get(str(kind))

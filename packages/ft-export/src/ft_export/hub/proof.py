@@ -24,7 +24,8 @@ MERGE = (
 """What is taken from ``merge.json``: figures and versions, no paths."""
 GGUF = (
     "type", "architecture", "pre_tokenizer", "libraries", "texts_with_equal_tokens",
-    "conversations_with_equal_template", "stop_tokens", "prompts", "tensors",
+    "conversations_with_equal_template", "stop_tokens", "prompts", "prompts_with_images", "mmproj",
+    "tensors",
 )  # fmt: skip
 CONTINUATIONS = (
     "tokens", "equal", "close", "error", "yardstick", "bound_largest", "bound_mean", "cost", "perplexity",

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+
 from ft_export.hub.wanted import MAIN, Wanted
 
-__all__ = ["usage"]
+__all__ = ["SEES", "usage"]
 
 TASKS = {"text-generation": "CausalLM", "text-classification": "SequenceClassification"}
-QUESTION = "What can you do?"
+SEES = "image-text-to-text"
+QUESTION, LOOK = "What can you do?", "What is in this picture?"
 LLAMA_CPP = "With `llama-server` of [llama.cpp](https://github.com/ggml-org/llama.cpp/releases):"
 
 
-def usage(wanted: Wanted, task: str | None, template: bool, tokenizer: str | None, file: str | None) -> str:
+def usage(
+    wanted: Wanted,
+    task: str | None,
+    template: bool,
+    tokenizer: str | None,
+    file: str | None,
+    projector: str | None = None,
+) -> str:
     """The card's section on use.
 
     Args:
@@ -19,9 +29,12 @@ def usage(wanted: Wanted, task: str | None, template: bool, tokenizer: str | Non
         template: whether the model has a chat template.
         tokenizer: the repository with the tokenizer: this one, or that of an adapter's base.
         file: the GGUF file's name in the repository.
+        projector: that of the tower and projector beside it, of a model that sees.
     """
     if file is not None:
-        return _llama_cpp(wanted, file)
+        return _llama_cpp(wanted, file, projector)
+    if task == SEES and tokenizer is not None:
+        return _with_images(wanted, tokenizer)
     kind = TASKS.get(task or "")
     if kind is None or tokenizer is None:
         return (
@@ -62,7 +75,29 @@ def usage(wanted: Wanted, task: str | None, template: bool, tokenizer: str | Non
     return _python(lines)
 
 
-def _llama_cpp(wanted: Wanted, file: str) -> str:
+def _with_images(wanted: Wanted, words: str) -> str:
+    where = f'"{wanted.repo}"' + ("" if wanted.revision == MAIN else f', revision="{wanted.revision}"')
+    lines = [
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        f"processor = AutoProcessor.from_pretrained({where if words == wanted.repo else json.dumps(words)})",
+        f'model = AutoModelForImageTextToText.from_pretrained({where}, dtype="auto")',
+        f'asked = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "{LOOK}"}}]',
+        "inputs = processor.apply_chat_template(",
+        '    [{"role": "user", "content": asked}],',
+        '    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",',
+        ")",
+        'answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]',
+        "print(processor.decode(answer, skip_special_tokens=True))",
+    ]
+    return _python(lines)
+
+
+def _llama_cpp(wanted: Wanted, file: str, projector: str | None) -> str:
+    if projector is not None:
+        branch = "" if wanted.revision == MAIN else f" --revision {wanted.revision}"
+        fetch = f"hf download {wanted.repo} {file} {projector}{branch} --local-dir ."
+        return f"{LLAMA_CPP}\n\n```\n{fetch}\nllama-server -m {file} --mmproj {projector} --jinja\n```"
     if wanted.revision == MAIN:
         return f"{LLAMA_CPP}\n\n```\nllama-server --hf-repo {wanted.repo} --hf-file {file} --jinja\n```"
     fetch = f"hf download {wanted.repo} {file} --revision {wanted.revision} --local-dir ."

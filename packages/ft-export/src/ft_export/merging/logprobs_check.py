@@ -44,6 +44,7 @@ class LogprobsCheck:
         bound_largest, bound_mean: what ``merged`` may be.
         samples: how many texts.
         values: the merged model's log-probabilities, by sample.
+        texts: the samples themselves, as token ids.
     """
 
     merged: Difference
@@ -52,6 +53,7 @@ class LogprobsCheck:
     bound_mean: float
     samples: int
     values: tuple[torch.Tensor, ...]
+    texts: tuple[Sequence[int], ...]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -67,7 +69,7 @@ def check_logprobs(
     merged: Path,
     base: Path,
     adapter: Adapter,
-    samples: Sequence[Sequence[int]],
+    samples: Sequence[Sequence[int]] | Callable[[Any], Sequence[Sequence[int]]],
     dtype: torch.dtype,
     rounded: set[str] | None,
     labels: int | None,
@@ -78,6 +80,7 @@ def check_logprobs(
     """Measure both models in fp32 on ``samples`` and compare.
 
     Args:
+        samples: token ids of texts, or a function that makes them of the adapter's model.
         dtype: the type the merged weights were rounded to.
         rounded: the parameters that were rounded; None for all.
         rope: the rotary scaling that the adapter's base has; the merged model's must be in its own configuration.
@@ -92,6 +95,7 @@ def check_logprobs(
     progress(0, 0, "loading the adapter's base in fp32")
     model = load_model(base, torch.float32, labels=labels, rope=rope)
     adapted = attach(model, adapter.folder) if put is None else put(model)
+    samples = list(samples(adapted) if callable(samples) else samples)
     count = counting(progress, len(samples), "texts read by the adapter on its base")
     expected = token_logprobs(adapted, samples, count)
     del model, adapted
@@ -119,6 +123,7 @@ def check_logprobs(
         MEAN_FACTOR * rounding.mean + floor,
         len(samples),
         tuple(values),
+        tuple(samples),
     )
     # written so that a difference that is not a number fails
     if not (found.largest <= check.bound_largest and found.mean <= check.bound_mean):
@@ -145,7 +150,6 @@ def gap_to_quantized(
     quantization: str,
     base: Path,
     adapter: Adapter,
-    samples: Sequence[Sequence[int]],
     merged: LogprobsCheck,
     labels: int | None,
     rope: Rope | None = None,
@@ -158,6 +162,7 @@ def gap_to_quantized(
     """
     import torch
 
+    samples = merged.texts
     if quantization not in ("nf4", "int8"):
         return None
     if find_spec("bitsandbytes") is None:

@@ -16,7 +16,9 @@ from ft_export.bases import (
     find_base,
     load_tokenizer,
     name_stops,
+    processor_folder,
     quantization_of,
+    read_config,
     same_folder,
     stop_tokens,
     tokenizer_folder,
@@ -45,6 +47,7 @@ from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source
 from ft_export.samples import Row, read_rows, token_ids
+from ft_export.seeing import Seen, image_processor, seen_rows, sees
 from ft_export.writing import write_model
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ __all__ = ["DEVICES", "DTYPES", "MARKER", "MergeResult", "check_unchanged", "fin
 
 DTYPES = ("bfloat16", "float16")
 GENERATION = "generation_config.json"
+PICTURED = 4
+"""Rows with images that both models read: an image is hundreds of tokens."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,8 @@ class _Merge:
         as_run = self.source.quantization if method is None and self.source.on_quantized else None
         stored = Checkpoint(self.base)  # checks the files before anything is loaded
         stop_tokens(load_tokenizer(tokenizer_folder(self.adapter.folder, self.base)), self.base)
+        if not self.skip_proof and self.labels is None and sees(read_config(self.base)):
+            image_processor(processor_folder(self.adapter.folder, self.base))  # said before the merge, not after it
         key = self._key(stored) if method is None and as_run is None else None
         clear_unfinished(self.out, key)  # before the space is asked for, of which it may hold much
         # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
@@ -305,13 +312,19 @@ class _Merge:
     ) -> tuple[LogprobsCheck, dict[str, Any] | None]:
         """Compare what the model says with the adapter on its base, and with the quantized run if it was one."""
         rows = read_rows(self.source.held_out)
-        samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
+        samples: Any
+        if sees(read_config(folder)):
+            samples = partial(_with_images, rows[:PICTURED], tokenizer, image_processor(folder))
+        else:
+            samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
         logprobs = check_logprobs(
             folder, self.base, self.adapter, samples, dtype, rounded, self.labels, self.rope, self.progress,
             None if self.combined is None else partial(put_together, parts=self.combined.parts, how=self.combined.how),
         )  # fmt: skip
         unit = "scores" if self.labels is not None else "log-probabilities"
+        if images := sum("pixel_values" in getattr(text, "inputs", {}) for text in logprobs.texts):
+            self.say(f"each of {images} texts was read with its images")
         self.say(
             f"{unit} of {logprobs.merged.tokens} tokens, merged against adapter on its base: largest difference "
             f"{logprobs.merged.largest:.2e} (bound {logprobs.bound_largest:.2e}), mean {logprobs.merged.mean:.2e} "
@@ -319,7 +332,7 @@ class _Merge:
         )
         base = self.trained_on if self.source.on_quantized else self.base
         gap = gap_to_quantized(
-            self.source.quantization, base, self.adapter, samples, logprobs, self.labels, self.rope, self.progress
+            self.source.quantization, base, self.adapter, logprobs, self.labels, self.rope, self.progress
         )
         if gap is not None:
             self.say(
@@ -331,6 +344,10 @@ class _Merge:
 
 def _samples(rows: list[Row], tokenizer: Any) -> list[list[int]]:
     return [ids for ids in (token_ids(row, tokenizer) for row in rows) if len(ids) > 1]
+
+
+def _with_images(rows: list[Row], tokenizer: Any, processor: Any, model: Any) -> list[Seen]:
+    return list(seen_rows(rows, tokenizer, processor, model))
 
 
 def _check_stops(folder: Path, stops: list[int], tokenizer: Any) -> None:

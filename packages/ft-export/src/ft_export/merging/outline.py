@@ -12,6 +12,7 @@ from ft_export.errors import ExportError
 from ft_export.merging.adapter import Adapter
 from ft_export.merging.names import made_of_others, parameter_names
 from ft_export.runs import Rope
+from ft_export.seeing import model_class
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,8 @@ class Outline:
         if adapter.config.get("ensure_weight_tying") or not pair & set(adapter.changes):
             return []
         self.config.tie_word_embeddings = False
+        if hasattr(self.config.get_text_config(), "tie_word_embeddings"):
+            self.config.get_text_config().tie_word_embeddings = False
         return sorted(pair & set(self.aliases))
 
     def save_config(self, folder: Path, dtype: torch.dtype) -> None:
@@ -97,16 +100,16 @@ def built(folder: Path, labels: int | None, rope: Rope | None) -> Any:
     import torch
     import transformers
 
-    kind: Any = transformers.AutoModelForCausalLM
     heads: dict[str, Any] = {}
     if labels is not None:
-        kind, heads = transformers.AutoModelForSequenceClassification, {"num_labels": labels}
+        heads = {"num_labels": labels}
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **heads
         )
         if rope is not None:
             rope.put(config)
+        kind: Any = transformers.AutoModelForSequenceClassification if labels is not None else model_class(config)
         with torch.device("meta"):
             return kind.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

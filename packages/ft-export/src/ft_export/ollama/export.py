@@ -16,7 +16,7 @@ from ft_export.exporting import PROOF, Exported, check_options, check_target, sa
 from ft_export.gguf.converter import check_convertible, check_type, require_gguf
 from ft_export.gguf.engine import require_llama_cpp
 from ft_export.gguf.export import export as export_gguf
-from ft_export.gguf.export import new_folder_with_gguf
+from ft_export.gguf.export import new_folder_with_gguf, projector_beside
 from ft_export.ollama.deriving import Candidate, Chat, candidates
 from ft_export.ollama.equality import Proven, adds_bos, chat_of, prove, prove_any
 from ft_export.ollama.modelfile import Command, write_modelfile
@@ -48,11 +48,13 @@ class Filled:
         gguf: the name of the GGUF file.
         settings: what the servers of the model are told.
         lines: what was checked and found, for people.
+        sees: whether the model takes images.
     """
 
     gguf: str
     settings: Serving
     lines: tuple[str, ...]
+    sees: bool = False
 
 
 @one_line
@@ -139,16 +141,24 @@ def fill(folder: Path, source: Source, type: str, options: Mapping[str, str], pr
         write_modelfile([("model", "./x.gguf"), ("system", system)])  # refused before the conversion, which takes time
     made = export_gguf(source.path, folder, type=type, options=pre, progress=progress)
     _require_bos(made.file, tokenizer)
+    beside = projector_beside(made.file)
     commands = _commands(made.file.name, proven, settings, system, stops)
+    if beside is not None:
+        commands.insert(1, ("model", f"./{beside.name}"))
     text = write_modelfile(commands)
     (folder / MODELFILE).write_text(text, encoding="utf-8")
     told = [*lines, *(line for line in made.lines if not line.startswith("used the merge")), *_told(proven, tokenizer)]
+    if beside is not None:
+        told.append(
+            "Ollama puts a message's images before its text, wherever they stood; what it makes of their pixels was "
+            "not run"
+        )
     told.append(
         f"the Modelfile has num_ctx {settings.context} ({settings.context_from}), stops {', '.join(stops)}, "
         + ("a system prompt" if system is not None else "no system prompt")
     )
     _write_proof(folder, proven, settings, commands, text, told)
-    return Filled(made.file.name, settings, tuple(told))
+    return Filled(made.file.name, settings, tuple(told), beside is not None)
 
 
 def _own_template(options: Mapping[str, str]) -> str | None:

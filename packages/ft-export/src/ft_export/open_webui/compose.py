@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Wiring:
         source: the file or folder that the engine mounts: ``./FILE`` beside the compose file, or a whole path.
         context: tokens that a prompt and its answer may have.
         port: Open WebUI's on this machine.
+        projector: the file beside the compose file with the tower and projector of a model that sees.
+        budget: the least and the most tokens that it may make of an image.
         project: what Docker Compose calls the services together; tells them from those of another run.
     """
 
@@ -42,6 +44,8 @@ class Wiring:
     context: int
     port: int
     project: str
+    projector: str | None = None
+    budget: tuple[int, int] | None = None
 
 
 def compose(wiring: Wiring) -> dict[str, Any]:
@@ -81,7 +85,15 @@ def _engine(wiring: Wiring) -> dict[str, Any]:
     if wiring.engine == "llama-server":
         place = f"/model/{Path(wiring.source).name}"
         words = ["-m", place, "--alias", wiring.name, "--ctx-size", str(wiring.context), "--jinja"]
-        return {**service, "command": [*words, "--host", "0.0.0.0", "--port", port], "volumes": _mounts(wiring, place)}
+        volumes = _mounts(wiring, place)
+        if wiring.projector is not None:
+            eyes = f"/model/{Path(wiring.projector).name}"
+            words += ["--mmproj", eyes]
+            volumes += _mounts(replace(wiring, source=wiring.projector), eyes)
+        if wiring.budget is not None:
+            least, most = wiring.budget
+            words += ["--image-min-tokens", str(least), "--image-max-tokens", str(most)]
+        return {**service, "command": [*words, "--host", "0.0.0.0", "--port", port], "volumes": volumes}
     words = ["/model", "--served-model-name", wiring.name, "--max-model-len", str(wiring.context)]
     gpu = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     return {

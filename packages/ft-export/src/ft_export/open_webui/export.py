@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ft_export.bases import load_tokenizer
+from ft_export.bases import load_tokenizer, read_config
 from ft_export.conversations import Serving, serving, whole_number
 from ft_export.errors import ExportError, one_line
 from ft_export.exporting import PROOF, Exported, check_options, check_target, save_proof, whole_model
@@ -18,7 +18,9 @@ from ft_export.folders import new_folder
 from ft_export.gguf.converter import check_convertible, check_type, require_gguf
 from ft_export.gguf.engine import llama_cpp, require_llama_cpp
 from ft_export.gguf.export import export as export_gguf
-from ft_export.gguf.export import new_folder_with_gguf
+from ft_export.gguf.export import new_folder_with_gguf, projector_beside
+from ft_export.gguf.pictures import budget_of
+from ft_export.gguf.towers import tower_of
 from ft_export.merging.merger import MARKER
 from ft_export.ollama.export import fill
 from ft_export.ollama.program import run_name
@@ -26,6 +28,7 @@ from ft_export.open_webui.compose import ENGINES, IMAGES, Wiring, check_compose,
 from ft_export.open_webui.model_json import model_json, unescaped
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
+from ft_export.seeing import sees
 from ft_export.serving.launch import project_name
 
 __all__ = ["COMPOSE", "MODEL", "OPTIONS", "export"]
@@ -53,11 +56,17 @@ class _Served:
         source: what it mounts.
         settings: what it is told.
         lines: what was checked and found.
+        sees: whether it takes images.
+        projector: the file of its tower and projector, for ``llama-server``; None where it has none.
+        budget: the least and the most tokens that may be made of an image, where that is said.
     """
 
     source: str
     settings: Serving
     lines: tuple[str, ...]
+    sees: bool = False
+    projector: str | None = None
+    budget: tuple[int, int] | None = None
 
 
 @one_line
@@ -98,14 +107,18 @@ def export(
         served = _serve(partial, source, engine, type, said, progress)
         system = said.get("system", served.settings.system) or None
         content = model_json(
-            called, source.name, _description(source), served.settings, engine, system=system, suggest=suggest
-        )
+            called, source.name, _description(source), served.settings, engine, system=system, suggest=suggest,
+            sees=served.sees,
+        )  # fmt: skip
         lines = [*served.lines]
         if engine == "llama-server":
-            lines.append(_check_served(partial / served.source, name, system, served.settings))
+            lines.append(_check_served(partial, served, name, system))
         _check_model(content, served.settings)
         project = project_name(source.name, "open-webui", source.path)
-        _write(partial, content, Wiring(engine, name, served.source, served.settings.context, port, project))
+        wiring = Wiring(
+            engine, name, served.source, served.settings.context, port, project, served.projector, served.budget
+        )
+        _write(partial, content, wiring)
         lines += _told(content["models"][0], engine, port)
         _write_proof(partial, content, engine, served.settings, lines)
     return Exported(
@@ -134,12 +147,13 @@ def _serve(folder: Path, source: Source, engine: str, type: str, said: dict[str,
     if engine == "ollama":
         known = {key: value for key, value in said.items() if key in ("system", "num_ctx", "pre", "template")}
         filled = fill(folder, source, type, known, progress)
-        return _Served(".", filled.settings, filled.lines)
+        return _Served(".", filled.settings, filled.lines, filled.sees)
     context, lines = whole_number(said, "num_ctx"), list[str]()
     if engine == "vllm":
         model = whole_model(source, lines, progress)
         lines.append(f"vLLM is given the model's folder {model} as it is")
-        return _Served(str(model.absolute()), serving(source, model, load_tokenizer(model), context), tuple(lines))
+        settings = serving(source, model, load_tokenizer(model), context)
+        return _Served(str(model.absolute()), settings, tuple(lines), sees(read_config(model)))
     check_type(type)
     require_gguf()
     require_llama_cpp()
@@ -148,19 +162,28 @@ def _serve(folder: Path, source: Source, engine: str, type: str, said: dict[str,
     settings = serving(source, model, load_tokenizer(model), context)
     made = export_gguf(source.path, folder, type=type, options={"pre": pre} if pre else {}, progress=progress)
     lines += [line for line in made.lines if not line.startswith("used the merge")]
-    return _Served(f"./{made.file.name}", settings, tuple(lines))
+    eyes, config = projector_beside(made.file), read_config(model)
+    tower = tower_of(config)
+    return _Served(
+        f"./{made.file.name}", settings, tuple(lines), eyes is not None, None if eyes is None else f"./{eyes.name}",
+        None if tower is None else budget_of(model, config, tower),
+    )  # fmt: skip
 
 
-def _check_served(file: Path, name: str, system: str | None, settings: Serving) -> str:
+def _check_served(folder: Path, served: _Served, name: str, system: str | None) -> str:
     """Ask llama-server over the OpenAI interface, by the name that ``model.json`` refers to.
 
     Raises:
         ExportError: it does not serve the model under that name, or does not answer.
     """
+    settings = served.settings
+    eyes: dict[str, Any] = (
+        {} if served.projector is None else {"projector": folder / served.projector, "budget": served.budget}
+    )
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": next(iter(settings.questions), "Hi")})
     room = sum(len(message["content"].encode()) for message in messages) + 2 * ASKED
-    with llama_cpp(file, min(room, settings.context), name) as engine:
+    with llama_cpp(folder / served.source, min(room, settings.context), name, **eyes) as engine:
         names = engine.models()
         _, answered = engine.chat(name, messages, 8)
     if names != [name] or answered != name:

@@ -14,7 +14,15 @@ SUGGESTIONS, LONGEST = 4, 200
 
 
 def model_json(
-    name: str, title: str, description: str, settings: Serving, engine: str, *, system: str | None, suggest: bool
+    name: str,
+    title: str,
+    description: str,
+    settings: Serving,
+    engine: str,
+    *,
+    system: str | None,
+    suggest: bool,
+    sees: bool = False,
 ) -> dict[str, Any]:
     """The content of ``model.json``.
 
@@ -23,6 +31,7 @@ def model_json(
         title: what people see.
         system: the system prompt, or None.
         suggest: whether questions of the held-out rows are offered to begin with.
+        sees: whether the model takes images.
     """
     questions = [asked for asked in settings.questions if len(asked) <= LONGEST][:SUGGESTIONS] if suggest else []
     model = {
@@ -32,7 +41,7 @@ def model_json(
         "meta": {
             "description": description,
             "capabilities": {
-                "vision": False,
+                "vision": sees,
                 "image_generation": False,
                 "code_interpreter": False,
                 "web_search": False,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ft_export.bases import load_model
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
-from ft_export.logprobs import Difference, all_logprobs, difference, evaluation_error
+from ft_export.logprobs import Difference, all_logprobs, difference, evaluation_error, token_logprobs
 from ft_export.merging.logprobs_check import DRAWS, LARGEST_FACTOR, MEAN_FACTOR
 from ft_export.merging.names import parameter_names
 from ft_export.merging.weights_check import half_ulp
@@ -35,7 +35,7 @@ from ft_export.serving.folder import Plan
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Gap", "check_gap", "check_stored", "served_model"]
+__all__ = ["Gap", "Samples", "check_gap", "check_reads", "check_stored", "served_model"]
 
 UNIT = 2.0**-24
 BLOCK = 1 << 22
@@ -58,7 +58,7 @@ def check_stored(plan: Plan, folder: Path, progress: Progress = silent) -> dict[
         raise ExportError(f"the written files and the model differ in {name}: nothing was written")
     count = counting(progress, len(plan.stored.entries), "tensors checked")
     for name in plan.stored:
-        tensor, was = written.tensor(name), plan.stored.tensor(name)
+        tensor, was = written.tensor(plan.key(name)), plan.stored.tensor(name)
         if name in plan.compressed:
             _check_compressed(plan, name, was, tensor, written.tensor(f"{name}_scale"))
         elif name in plan.cast:
@@ -110,6 +110,7 @@ class Gap:
         bound_largest, bound_mean: what ``found`` may be.
         greedy: in how many places of the texts the likeliest token is the same.
         perplexity: of the texts, before and after.
+        samples: how many texts.
         served: with activations rounded as a server rounds them too; None where it does not.
         served_greedy: as ``greedy``, with those.
     """
@@ -120,6 +121,7 @@ class Gap:
     bound_mean: float
     greedy: int
     perplexity: tuple[float, float]
+    samples: int
     served: Difference | None = None
     served_greedy: int | None = None
 
@@ -136,11 +138,32 @@ class Gap:
         }
 
 
-def check_gap(plan: Plan, folder: Path, samples: Sequence[Sequence[int]], progress: Progress = silent) -> Gap:
-    """Measure the written model against the one it was made from.
+Samples = Sequence[Sequence[int]] | Callable[[Any], Sequence[Sequence[int]]]
+"""Token ids of texts, or a function that makes them of a transformers model, which counts an image's tokens."""
 
-    Args:
-        samples: token ids of texts.
+
+def check_reads(folder: Path, samples: Samples, progress: Progress = silent) -> int:
+    """Let transformers read texts from the written folder.
+
+    Returns:
+        How many they are.
+
+    Raises:
+        ExportError: it cannot be loaded, or says what is no number.
+    """
+    import torch
+
+    progress(0, 0, "loading the written model in fp32")
+    model = load_model(folder, torch.float32)
+    texts = list(samples(model) if callable(samples) else samples)
+    read = token_logprobs(model, texts, counting(progress, len(texts), "texts read by the written model"))
+    if not texts or not all(bool(values.isfinite().all()) for values in read):
+        raise ExportError("the written model's log-probabilities are no numbers: nothing was written")
+    return len(texts)
+
+
+def check_gap(plan: Plan, folder: Path, samples: Samples, progress: Progress = silent) -> Gap:
+    """Measure the written model against the one it was made from.
 
     Raises:
         ExportError: the difference is past its bound, or the written model cannot be built.
@@ -150,6 +173,7 @@ def check_gap(plan: Plan, folder: Path, samples: Sequence[Sequence[int]], progre
     written = Checkpoint(folder)
     progress(0, 0, "loading the model in fp32")
     model = load_model(plan.model, torch.float32)
+    samples = list(samples(model) if callable(samples) else samples)
     before = _read(model, samples, counting(progress, len(samples), "texts read by the model"))
     names = parameter_names(plan.stored, model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -188,6 +212,7 @@ def check_gap(plan: Plan, folder: Path, samples: Sequence[Sequence[int]], progre
         MEAN_FACTOR * noise.mean + floor,
         _agreement(after[1], before[1]),
         (_perplexity(before[0]), _perplexity(after[0])),
+        len(samples),
         served,
         served_greedy,
     )
@@ -210,9 +235,11 @@ def _read(model: Any, samples: Sequence[Sequence[int]], count: Callable[[], None
 
     chosen, likeliest = [], []
     for ids in samples:
-        said = all_logprobs(model, ids)
-        chosen.append(said[:-1].gather(1, torch.tensor(list(ids[1:])).unsqueeze(1)).squeeze(1))
-        likeliest.append(said[:-1].argmax(dim=-1))
+        said = all_logprobs(model, ids)[:-1]
+        after = torch.tensor(list(ids[1:])).unsqueeze(1)
+        has_row = after.squeeze(1) < said.shape[-1]  # the token of an image's pieces may be one past the head's
+        chosen.append(said[has_row].gather(1, after[has_row]).squeeze(1))
+        likeliest.append(said.argmax(dim=-1))
         count()
     return chosen, likeliest
 

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_export import __version__
-from ft_export.bases import TOKENIZER_FILES, load_tokenizer, name_stops, stop_tokens
+from ft_export.bases import TOKENIZER_FILES, load_tokenizer, local_base, name_stops, read_config, stop_tokens
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name, save_proof, whole_model
 from ft_export.folders import clear_inside, files_in, key_of, new_folder, sha256_of
 from ft_export.merging.merger import MARKER as MERGED
-from ft_export.merging.merger import check_unchanged
+from ft_export.merging.merger import PICTURED, check_unchanged
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 from ft_export.samples import read_rows, token_ids
-from ft_export.serving.checks import Gap, check_gap, check_stored, served_model
+from ft_export.seeing import image_processor, seen_rows, sees
+from ft_export.serving.checks import Gap, Samples, check_gap, check_reads, check_stored, served_model
 from ft_export.serving.engine import OPTIONS as ENGINE_OPTIONS
 from ft_export.serving.engine import Engine, engine_of
 from ft_export.serving.folder import Plan, plan_whole, write_whole
@@ -67,12 +68,15 @@ def export_whole(
     lines: list[str] = []
 
     def fits(base: Path, _: Path) -> None:
-        """Refuse before the merge what its size would have refused after it."""
+        """Refuse before the merge what would be refused after it."""
+        _check_seeing(base, form, engine, target)
         if source.rope is None:  # which changes the context
             limits_of(base, Checkpoint(base).parameters() * (1 if form.codes else 2), memory, said.get("context"))
 
     model = whole_model(source, lines, progress, fits)
-    plan = plan_whole(model, form)
+    sighted = _check_seeing(model, form, engine, target)
+    own = local_base(source.base) if sighted and source.adapter is None and source.base else None
+    plan = plan_whole(model, form, own)
     limits = limits_of(model, plan.bytes(), memory, said.get("context"))
     name = file_name(source)
     with new_folder(folder, _key(plan)) as partial:
@@ -80,6 +84,8 @@ def export_whole(
         if there := len(list(partial.glob("*.safetensors"))):
             lines.append(f"went on with an export that was interrupted, of which {there} files were whole")
         whole = write_whole(plan, partial, progress)
+        if plan.names:
+            lines.append(f"{len(plan.names)} tensors have the base's names of them, not those that transformers saved")
         tensors = check_stored(plan, partial, progress)
         lines.append(
             f"{sum(tensors.values())} tensors read back: {tensors['compressed']} compressed to within half a step, "
@@ -88,13 +94,17 @@ def export_whole(
         tokenizer = _check_tokenizer(model, partial, lines)
         stops = check_stops(tokenizer, partial, lines)
         gap: Gap | None = None
-        samples: list[list[int]] = []
-        if plan.compressed or plan.cast:
-            rows = [token_ids(row, tokenizer) for row in read_rows(source.held_out)]
-            samples = [ids for ids in rows if len(ids) > 1]
-            samples = samples or [token_ids(row, tokenizer) for row in read_rows(None)]
-            gap = check_gap(plan, partial, samples, progress)
-            lines.extend(_told(gap, form))
+        samples = 0
+        if sighted or plan.compressed or plan.cast:
+            texts = _samples(source, tokenizer, partial, sighted)
+            if plan.compressed or plan.cast:
+                gap = check_gap(plan, partial, texts, progress)
+                samples = gap.samples
+                lines.extend(_told(gap, form))
+            else:
+                samples = check_reads(partial, texts, progress)
+            if sighted:
+                lines.append(f"transformers reads {samples} texts with their images from the folder")
         share = None if memory is None else int(100 * (limits.weights + limits.room) / memory) / 100
         project = project_name(source.name, target, source.path)
         write_launch(partial, service(name, _plain(plan.dtype), limits.context, share), limits, project)
@@ -110,13 +120,40 @@ def export_whole(
             "merge": _merge_of(model),
             "tensors": tensors,
             "stop_tokens": stops,
-            "samples": len(samples),
+            "samples": samples,
+            "with_images": sighted,
             "gap": None if gap is None else gap.as_dict(),
             "context": limits.context,
             "served": served,
         }
         write_proof(partial, target, report, lines)
     return folder / PROOF, lines
+
+
+def _check_seeing(folder: Path, form: Form, engine: Engine | None, target: str) -> bool:
+    """Whether it is a model that sees.
+
+    Raises:
+        ExportError: it is, and is to be compressed, or compared in the server, which is asked texts alone.
+    """
+    if not sees(read_config(folder)):
+        return False
+    if form.codes:
+        raise ExportError(f"{folder} is a model that sees, which is exported to {target} in 16 bits: use --type 16bit")
+    if engine is not None:
+        raise ExportError(
+            f"{folder} is a model that sees, and engine= compares texts alone: leave it out, and try the server by hand"
+        )
+    return True
+
+
+def _samples(source: Source, tokenizer: Any, folder: Path, sighted: bool) -> Samples:
+    """Held-out rows as token ids, else built-in sentences; of a model that sees with images, made of its own."""
+    if sighted:
+        rows, processor = read_rows(source.held_out)[:PICTURED], image_processor(folder)
+        return lambda model: list(seen_rows(rows, tokenizer, processor, model))
+    texts = [token_ids(row, tokenizer) for row in read_rows(source.held_out)]
+    return [ids for ids in texts if len(ids) > 1] or [token_ids(row, tokenizer) for row in read_rows(None)]
 
 
 def _key(plan: Plan) -> str | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ft_export.bases import copy_tokenizer
+from ft_export.bases import copy_tokenizer, empty_model, read_config
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.folders import require_space
@@ -46,6 +46,7 @@ class Plan:
         cast: the tensors that get another 16-bit or 32-bit type.
         compressed: the tensors that are compressed.
         ignored: the linear layers that are not, by name.
+        names: what tensors are called in the written files that are called otherwise in the model's.
     """
 
     model: Path
@@ -55,6 +56,11 @@ class Plan:
     cast: frozenset[str]
     compressed: frozenset[str]
     ignored: tuple[str, ...]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def key(self, name: str) -> str:
+        """What a tensor is called in the written files."""
+        return self.names.get(name, name)
 
     def written(self, name: str) -> dict[str, Planned]:
         """What is written for a tensor, by name."""
@@ -62,7 +68,7 @@ class Plan:
         if name in self.compressed:
             scale = Planned((shape[0], 1), self.form.scale_dtype(self.dtype))
             return {name: Planned(shape, self.form.code_dtype()), f"{name}_scale": scale}
-        return {name: Planned(shape, self.dtype if name in self.cast else self.stored.dtype(name))}
+        return {self.key(name): Planned(shape, self.dtype if name in self.cast else self.stored.dtype(name))}
 
     def bytes(self) -> int:
         """Of all tensors that are written."""
@@ -82,8 +88,12 @@ class Whole:
     linked: bool
 
 
-def plan_whole(model: Path, form: Form) -> Plan:
+def plan_whole(model: Path, form: Form, base: Path | None = None) -> Plan:
     """Decide about every tensor; nothing is loaded.
+
+    Args:
+        base: the model that this one was trained from, of whose files the names of tensors are taken: servers know
+            those, and transformers may have saved others.
 
     Raises:
         ExportError: broken files, a model that does not generate text, one that is quantized already, or one whose
@@ -116,7 +126,16 @@ def plan_whole(model: Path, form: Form) -> Plan:
     linear, ignored = _linear(model, stored) if form.codes else (set(), [])
     compressed = frozenset(linear)
     cast = frozenset(name for name in floats if casts and name not in compressed and stored.dtype(name) != dtype)
-    return Plan(model, stored, form, dtype, cast, compressed, tuple(ignored))
+    names = {} if base is None else _names_of(base, model, stored)
+    return Plan(model, stored, form, dtype, cast, compressed, tuple(ignored), names)
+
+
+def _names_of(base: Path, model: Path, stored: Checkpoint) -> dict[str, str]:
+    """For each tensor that the base's files call otherwise, their name of it."""
+    empty = empty_model(model, read_config(model))
+    published = {known: name for name, known in parameter_names(Checkpoint(base), empty).items()}
+    found = {name: published.get(known, name) for name, known in parameter_names(stored, empty).items()}
+    return {name: other for name, other in found.items() if name != other}
 
 
 def _linear(model: Path, stored: Checkpoint) -> tuple[set[str], list[str]]:
@@ -167,7 +186,7 @@ def write_whole(plan: Plan, to: Path, progress: Progress = silent) -> Whole:
         files.setdefault(plan.stored.file(name), []).append(name)
     linked = False
     count = counting(progress, len(plan.stored.entries), "tensors written")
-    if plan.cast or plan.compressed:
+    if plan.cast or plan.compressed or plan.names:
         there = sum(path.stat().st_size for path in to.glob("*.safetensors"))
         require_space(to, int(plan.bytes() * 1.01) + 50_000_000 - there, "the model to serve")
         for path, names in files.items():
@@ -211,7 +230,7 @@ def _piece(plan: Plan, name: str, count: Callable[[], None]) -> dict[str, torch.
             raise ExportError(
                 f"{plan.stored.file(name)}: {name} has values that are too large for {plan.dtype}: use --type bf16"
             )
-    return {name: tensor}
+    return {plan.key(name): tensor}
 
 
 def _finite(plan: Plan, name: str, tensor: torch.Tensor) -> torch.Tensor:

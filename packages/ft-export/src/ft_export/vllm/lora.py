@@ -20,6 +20,7 @@ from ft_export.merging.adapter import Adapter, LowRank, base_of
 from ft_export.merging.names import parameter_names
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source
+from ft_export.seeing import sees
 from ft_export.serving.engine import engine_of
 from ft_export.serving.export import check_stops, prove, write_proof
 from ft_export.serving.launch import Service, mounts_of, project_name, write_launch
@@ -110,6 +111,8 @@ def export_lora(
         raise ExportError(f"the base {base} is quantized ({method}): use --type 16bit, which merges into 16 bits")
     stored = Checkpoint(base)
     config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    if sees(config):
+        raise ExportError(f"the base {base} is a model that sees, whose adapters are not served here: use --type 16bit")
     with torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     adapter.check_shapes({name: tuple(p.shape) for name, p in empty.named_parameters(remove_duplicate=False)})
