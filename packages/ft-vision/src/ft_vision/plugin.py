@@ -23,13 +23,14 @@ VISION = ModalitySpec(
     extensions=(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
     load="ft_vision.loading:load_for_training",
     settings="ft_vision.settings:VisionSettings",
-    methods=("sft",),
+    methods=("sft", "dpo", "grpo", "gspo"),
     processor="ft_vision.loading:load_processor",
     rows="ft_vision.rows:normalise",
     adapter="ft_vision.loading:adapter_options",
     dataset="ft_vision.documents:dataset",
     collator="ft_vision.collating:collator",
     evaluate="ft_vision.evaluating:evaluate",
+    inputs="ft_vision.inputs:VisionInputs",
 )
 
 
