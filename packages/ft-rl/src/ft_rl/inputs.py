@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from ft_core.training import Job
     from ft_core.training.inputs import Inputs
 
-__all__ = ["GIVEN", "beside_of", "check_inputs", "first_batch", "inputs_of", "prepare_inputs", "usable_rows"]
+__all__ = ["GIVEN", "NUMBER", "beside_of", "check_inputs", "first_batch", "inputs_of", "prepare_inputs", "usable_rows"]
 
 GIVEN = "given"
 """The column of a trainer's rows with their references."""
+NUMBER = "row"
+"""The column of a trainer's rows, and the key of a batch, with the numbers of rows that the trainer holds."""
 KEPT = "inputs"
 """The name by which a job keeps its inputs."""
 SHOWN = 3

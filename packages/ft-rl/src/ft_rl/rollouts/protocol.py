@@ -28,6 +28,7 @@ class Sampling:
         repetition_penalty: above 1, tokens that are there already are drawn less often.
         stops: ids of tokens that end a completion and are part of it.
         seed: of an engine that has random numbers of its own; the others draw from torch's.
+        never: ids of tokens that are never drawn, such as those that stand for an image.
     """
 
     max_new_tokens: int
@@ -39,6 +40,7 @@ class Sampling:
     stops: frozenset[int] = field(default_factory=frozenset)
     seed: int = 0
     limits: tuple[int, ...] = ()
+    never: frozenset[int] = frozenset()
 
     def limits_of(self, prompts: int) -> tuple[int, ...]:
         """The longest completion of each of so many prompts, in tokens."""
@@ -108,7 +110,11 @@ def checked(kind: type[S], given: dict[str, Any], engine: str) -> S:
 
 
 class Engine(Protocol):
-    """Writes completions by the model as it is at the time of a call."""
+    """Writes completions by the model as it is at the time of a call.
+
+    One that reads more than text takes a keyword ``beside``, too: what some prompts hold beside it, by their numbers,
+    and ids and mask ``[B, L]`` of the batch that they are read in (:func:`ft_rl.inputs.beside_of`).
+    """
 
     def generate(
         self, prompts: Sequence[Sequence[int]], copies: int, sampling: Sampling, *, step: int
