@@ -163,3 +163,50 @@ def test_a_step_of_dpo_is_trls(name: str, layers: str, family: Any, tmp_path: Pa
         [{**mine.train_dataset[i], "given": mine.train_dataset[j]["given"]} for i, j in ((0, 1), (1, 0), (2, 2), (3, 3))]
     )
     assert abs(step(mine, wrong)[0] - expected[0]) > 1e-3
+
+
+def reward(completions: list[Any], **columns: Any) -> list[float]:
+    return [float(sum(map(ord, message[0]["content"])) % 7) for message in completions]
+
+
+@pytest.mark.parametrize("layers", ["transformers'", "fast"])
+@pytest.mark.parametrize("name", seen.FAMILIES)
+def test_a_step_of_grpo_is_trls(name: str, layers: str, family: Any, tmp_path: Path) -> None:
+    """On completions that TRL's trainer has written, of a group of two for each of two images of one size."""
+    (tmp_path / "rewards.py").write_text(inspect.getsource(reward).replace(": Any", "").replace(": list[Any]", ""))
+    rows = [row for row in seen.prompts(tmp_path, 2) for _ in range(2)]
+    where = family(name)
+    settings = {"beta": 0.05, "num_generations": 2, "max_completion_length": 4, "loss_type": "grpo"}
+    job = job_of(tmp_path, adapted(where), where, rows, "grpo", settings)
+    if layers == "fast":
+        fast.enable(job.model)
+    mine = build_trainer(grpo.build, job)
+    theirs = trl.GRPOTrainer(
+        model=adapted(where),
+        reward_funcs=reward,
+        args=trl.GRPOConfig(**common(tmp_path, len(rows)), **settings),
+        train_dataset=Dataset.from_list(as_trls(rows)),
+        processing_class=job.processor,
+    )
+    for trainer in (mine, theirs):
+        move(trainer.model)
+    theirs.model.train()
+    batch = theirs._generate_and_score_completions([theirs.train_dataset[i] for i in range(len(rows))])
+    assert batch["advantages"].any()
+    noise = torch.randn(batch["completion_ids"].shape, generator=torch.Generator().manual_seed(2)) * 0.3
+    batch["old_per_token_logps"] = batch["ref_per_token_logps"] + noise
+    # what we make of the same prompts, beside TRL's completions
+    text = {name: value for name, value in batch.items() if not name.endswith(("type_ids", "pixel_values", "grid_thw"))}
+    text = {name: value for name, value in text.items() if name != "num_images"} | {"row": torch.arange(len(rows))}
+    mine._numbers = text["row"].tolist()
+    asked = mine._tokenize_prompts([])[0]
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)] == (
+        asked
+    )
+    found = []
+    for trainer, given in ((theirs, batch), (mine, text)):
+        trainer._buffered_inputs, trainer._step, trainer.num_iterations = [given], 1, 2  # as if written a step ago
+        found.append(step(trainer, []))
+    check_equal(found[1], found[0])
+    mine._buffered_inputs, mine._step = [text | {"row": text["row"].flip(0)}], 1
+    assert abs(step(mine, [])[0] - found[0][0]) > 1e-3

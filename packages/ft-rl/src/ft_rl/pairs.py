@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ft_core.training.inputs import Inputs
 
-__all__ = ["Labelled", "Pairs", "content_of", "show", "tokenize_labelled", "tokenize_pairs"]
+__all__ = ["Labelled", "Pairs", "content_of", "part_of", "show", "tokenize_labelled", "tokenize_pairs"]
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,15 @@ def show(value: str | Sequence[Mapping[str, Any]] | None) -> str:
 
 
 def content_of(message: Mapping[str, Any]) -> str:
-    """A message's content as text; of parts the texts, and of others what they are, an image by its path."""
+    """A message's content as text; of parts the texts, and of others what they are."""
     content = message.get("content", "")
-    if not isinstance(content, list):
-        return str(content)
-    return "".join(str(part["text"]) if part.get("text") is not None else f"[{_name(part)}] " for part in content)
+    return " ".join(map(part_of, content)) if isinstance(content, list) else str(content)
 
 
-def _name(part: Mapping[str, Any]) -> str:
+def part_of(part: Mapping[str, Any]) -> str:
+    """A part of a content: its text, or in brackets what it shows, an image by its path where it has one."""
+    if part.get("text") is not None:
+        return str(part["text"])
     kind = str(part.get("type", "part"))
-    named = part.get(kind)
-    return named if isinstance(named, str) and not named.startswith("data:") else kind
+    shown = part.get(kind)
+    return f"[{shown if isinstance(shown, str) and not shown.startswith('data:') else kind}]"
