@@ -61,6 +61,19 @@ def prompts(folder: Path, count: int, *, digits: int = 2, size: tuple[int, int] 
     return made
 
 
+def colours(folder: Path) -> list[dict[str, Any]]:
+    """Which of two colours fills an image, in four shades."""
+    from PIL import Image
+
+    made = []
+    for number in range(4):
+        shade = 90 + 40 * number
+        path = folder / f"colour-{number}.png"
+        Image.new("RGB", (56, 56), (shade, 20, 20) if number % 2 else (20, 20, shade)).save(path)
+        made.append({"prompt": asked(path), "answer": str(number % 2)})
+    return made
+
+
 def write(folder: Path, model: Path, rows: list[dict[str, Any]], **changes: Any) -> Path:
     """A configuration of a short LoRA run on these rows."""
     data = folder / "rows.jsonl"
