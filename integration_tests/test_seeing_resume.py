@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seen
 import yaml
 
-import seen
 from ft_core.training import train
 from ft_core.training.trainer import last_whole_checkpoint
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
 import seen
+import torch
 
 family, ft = seen.family, seen.ft
 

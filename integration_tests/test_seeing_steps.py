@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seen
 import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-import seen
 from ft_core import fast
 from ft_core.config.load import check_config, method_settings
-from ft_core.errors import ModelError
 from ft_core.models import load_tokenizer
 from ft_core.models.source import find_model
 from ft_core.training.job import Job, build_trainer
@@ -135,7 +134,7 @@ def check_equal(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, 
 @pytest.mark.parametrize("layers", ["transformers'", "fast"])
 @pytest.mark.parametrize("name", seen.FAMILIES)
 def test_a_step_of_dpo_is_trls(name: str, layers: str, family: Any, tmp_path: Path) -> None:
-    """Two of four pairs ask the same of two images of one size: their prompts' tokens are equal, what is seen is not."""
+    """Two of four pairs ask the same of two images of one size: their prompts' tokens are equal, the images not."""
     rows = seen.pairs(tmp_path, 4, sizes=((56, 56), (56, 56), (84, 56)))
     where = family(name)
     settings = {"beta": 0.1}
@@ -160,7 +159,10 @@ def test_a_step_of_dpo_is_trls(name: str, layers: str, family: Any, tmp_path: Pa
     check_equal(step(mine, ours), expected)
     # and the images count: with those of other rows it is another loss
     wrong = mine.data_collator(
-        [{**mine.train_dataset[i], "given": mine.train_dataset[j]["given"]} for i, j in ((0, 1), (1, 0), (2, 2), (3, 3))]
+        [
+            {**mine.train_dataset[i], "given": mine.train_dataset[j]["given"]}
+            for i, j in ((0, 1), (1, 0), (2, 2), (3, 3))
+        ]
     )
     assert abs(step(mine, wrong)[0] - expected[0]) > 1e-3
 

@@ -111,9 +111,7 @@ class GivenMixin(RolloutRecords):
             beside = ask(range(len(ids)), ids.cpu(), mask.cpu())
             seeing = model if beside is None else functools.partial(model, **{BESIDE: beside})
             found.append(
-                super()._get_per_token_logps_and_entropies(
-                    seeing, ids, mask, logits_to_keep, None, *args, **kwargs
-                )
+                super()._get_per_token_logps_and_entropies(seeing, ids, mask, logits_to_keep, None, *args, **kwargs)
             )
         logprobs, entropies, losses = zip(*found, strict=True)
         return (

@@ -151,7 +151,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         PluginError: there is no engine of that name; lists those that are installed.
         ConfigError: the engine refuses the configuration, groups do not fill a step, what an adapter trains is not
-            taken back for a reference, text alone is read where rows hold more, or as :func:`ft_rl.environments.resolve_environment`.
+            taken back for a reference, what rows hold beside text is not read, or as
+            :func:`ft_rl.environments.resolve_environment`.
     """
     from ft_core.config.load import method_settings
     from ft_core.plugins import RolloutSpec, registry, resolve

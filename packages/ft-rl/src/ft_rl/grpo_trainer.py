@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ft_rl.inputs import inputs_of
 from ft_rl.policy import put_head
 from ft_rl.prompts import prompt_ids
 from ft_rl.rollouts.kept import load_kept, save_kept
-from ft_rl.rollouts.protocol import Completion, Engine, EngineJob, Sampling
+from ft_rl.rollouts.protocol import Completion, Engine, EngineJob, Sampling, SeeingEngine
 from ft_rl.stops import stops_of
 from ft_rl.trainers import PolicyTrainerMixin
 
@@ -158,7 +158,8 @@ class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, GivenMix
         step, sampling = int(self.state.global_step), self._sampling
         if self.inputs is not None:
             beside = self.beside_prompts([self._numbers[place] for place in places])
-            return self.engine.generate(prompts, copies, sampling, step=step, beside=beside)
+            engine = cast(SeeingEngine, self.engine)
+            return engine.generate(prompts, copies, sampling, step=step, beside=beside)
         if not self._begun:
             return self.engine.generate(prompts, copies, sampling, step=step)
         rooms = [_room(ids, self._begun, sampling.max_new_tokens) for ids in prompts]

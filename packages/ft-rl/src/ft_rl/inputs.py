@@ -69,7 +69,8 @@ def check_inputs(config: TrainConfig) -> None:
     engine = getattr(settings, "engine", ("transformers", {}))[0]
     if engine != "transformers":
         raise ConfigError(
-            f"{method}.rollouts: the engine {engine!r} writes from text alone, not with task: {task} (allowed: transformers)"
+            f"{method}.rollouts: the engine {engine!r} writes from text alone, not with task: {task} "
+            "(allowed: transformers)"
         )
     if getattr(settings, "environment", None) is not None:
         raise ConfigError(f"{method}.environment: is of text alone, not to be had with task: {task}; remove the key")
@@ -78,7 +79,9 @@ def check_inputs(config: TrainConfig) -> None:
             raise ConfigError(f"rewards.{number}: reward-model reads text alone, not to be had with task: {task}")
         columns = entry.settings.get("columns")
         if entry.name == "http" and (columns is None or "images" in columns):
-            raise ConfigError(f"rewards.{number}.columns: images cannot be sent: name the columns to send, without them")
+            raise ConfigError(
+                f"rewards.{number}.columns: images cannot be sent: name the columns to send, without them"
+            )
 
 
 def usable_rows(job: Job | EvaluationJob, inputs: Inputs | None, rows: Sequence[Any], name: str) -> list[int]:

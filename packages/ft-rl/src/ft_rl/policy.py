@@ -81,9 +81,7 @@ class PolicyForward(Replaced):
         self.scorer, self.temperature, self.fields = scorer, temperature, tuple(fields)
         self.entropy, self.padding_free = entropy, padding_free
 
-    def __call__(
-        self, *args: Any, fused_lm_head: bool = False, beside: Beside | None = None, **inputs: Any
-    ) -> Any:
+    def __call__(self, *args: Any, fused_lm_head: bool = False, beside: Beside | None = None, **inputs: Any) -> Any:
         if not fused_lm_head:
             return self.own(*args, **inputs)
         given = {name: value for name, value in inputs.items() if value is not None}  # PEFT hands on all that it knows
@@ -92,9 +90,7 @@ class PolicyForward(Replaced):
         scores = self.score(given["input_ids"], given["attention_mask"], given["labels"], beside)
         return self._output(scores, given.get("num_items_in_batch"))
 
-    def score(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, beside: Beside | None = None
-    ) -> Scores:
+    def score(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, beside: Beside | None = None) -> Scores:
         """Score the labelled tokens of a padded batch.
 
         Args:
@@ -135,9 +131,7 @@ class PolicyForward(Replaced):
                 before.
         """
         wanted = torch.nn.functional.pad(labelled, (0, 1))
-        return self.scorer.hidden_at(
-            input_ids, attention_mask, wanted, padding_free=self.padding_free, beside=beside
-        )
+        return self.scorer.hidden_at(input_ids, attention_mask, wanted, padding_free=self.padding_free, beside=beside)
 
     def _output(self, scores: Scores, count: Any) -> FusedCausalLMOutput:
         from trl.trainer.utils import FusedCausalLMOutput

@@ -41,7 +41,9 @@ def normalise_asking(row: Mapping[str, Any], format: Format, folder: Path | None
             if PLACE in columns[name]:
                 raise DataError(f"{name} holds U+FDD0, which is no character of a text")
             role = "user" if name == "prompt" else "assistant"
-            columns[name] = [{"role": role, "content": columns[name]}] if columns[name].strip() or name != "prompt" else ""
+            columns[name] = (
+                [{"role": role, "content": columns[name]}] if columns[name].strip() or name != "prompt" else ""
+            )
         if found and found not in shown:
             shown.append(found)
     if len(shown) > 1:

@@ -135,9 +135,7 @@ class Backbone:
         model = unwrapped(model)
         return cls(model, layout_of(model))
 
-    def unpadded(
-        self, input_ids: Tensor, attention_mask: Tensor, beside: Beside | None = None
-    ) -> Unpadded | None:
+    def unpadded(self, input_ids: Tensor, attention_mask: Tensor, beside: Beside | None = None) -> Unpadded | None:
         """A padded batch ``[B, L]`` as one row, where it is computed faster as such: the model has to keep documents of
         one row apart. By the fast layers, what rows share at their beginnings is computed once, such as the prompt of a
         pair or of a group's completions; in training a dropout draws once for it.

@@ -6,7 +6,7 @@ the batch, so that the rest goes on faster. On a GPU, models that the fast layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,12 +22,9 @@ from ft_core.fast.find import unwrapped
 from ft_core.models.modes import modes_kept
 from ft_core.training.wrapped import as_loaded
 from ft_rl.rollouts.drawing import draw
-from ft_rl.rollouts.protocol import TOKENS_AT_ONCE, Completion, EngineJob, Sampling, checked
+from ft_rl.rollouts.protocol import TOKENS_AT_ONCE, Asked, Completion, EngineJob, Sampling, checked
 
 __all__ = ["OwnModel", "OwnModelSettings", "check"]
-
-Asked = Callable[[Sequence[int], Tensor, Tensor], Beside | None]
-"""What some prompts hold beside text, by their numbers and the ids and mask of the batch that they are read in."""
 
 LEAVE = 0.75
 """Rows are dropped once this share of a batch or less is still being written."""
@@ -102,9 +99,7 @@ class OwnModel:
         if batch:
             yield batch
 
-    def _write(
-        self, prompts: list[Sequence[int]], copies: int, sampling: Sampling, ask: Any
-    ) -> list[list[Completion]]:
+    def _write(self, prompts: list[Sequence[int]], copies: int, sampling: Sampling, ask: Any) -> list[list[Completion]]:
         decoder = self._decoder(sampling) if ask is None else None
         slots = max(map(len, prompts)) + sampling.max_new_tokens
         if decoder is not None and decoder.why_not(len(prompts) * copies, slots) is None:

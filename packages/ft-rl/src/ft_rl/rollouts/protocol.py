@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ft_core.errors import ConfigError
 
-__all__ = ["TOKENS_AT_ONCE", "Completion", "Engine", "EngineJob", "Sampling", "checked"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ft_core.fast.beside import Beside
+
+__all__ = ["TOKENS_AT_ONCE", "Asked", "Completion", "Engine", "EngineJob", "Sampling", "SeeingEngine", "checked"]
+
+Asked: TypeAlias = "Callable[[Sequence[int], Tensor, Tensor], Beside | None]"
+"""Gives what some prompts hold beside text, by their numbers, and ids and mask ``[B, L]``, on the CPU, of the batch that
+they are read in (:func:`ft_rl.inputs.beside_of`)."""
 
 TOKENS_AT_ONCE = 32768
 """The most tokens, of prompts and completions together, whose keys and values a model keeps at a time as it writes."""
@@ -110,11 +119,7 @@ def checked(kind: type[S], given: dict[str, Any], engine: str) -> S:
 
 
 class Engine(Protocol):
-    """Writes completions by the model as it is at the time of a call.
-
-    One that reads more than text takes a keyword ``beside``, too: what some prompts hold beside it, by their numbers,
-    and ids and mask ``[B, L]`` of the batch that they are read in (:func:`ft_rl.inputs.beside_of`).
-    """
+    """Writes completions by the model as it is at the time of a call."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], copies: int, sampling: Sampling, *, step: int
@@ -132,4 +137,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of what the engine holds; it may be used again."""
+        ...
+
+
+class SeeingEngine(Engine, Protocol):
+    """An engine that reads more than text."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        sampling: Sampling,
+        *,
+        step: int,
+        beside: Asked | None = None,
+    ) -> list[list[Completion]]:
+        """As :meth:`Engine.generate`.
+
+        Args:
+            beside: what the prompts hold beside text; None: nothing.
+        """
         ...
