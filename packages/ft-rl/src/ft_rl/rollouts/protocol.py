@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["TOKENS_AT_ONCE", "Asked", "Completion", "Engine", "EngineJob", "Sampling", "SeeingEngine", "checked"]
 
 Asked: TypeAlias = "Callable[[Sequence[int], Tensor, Tensor], Beside | None]"
-"""Gives what some prompts hold beside text, by their numbers, and ids and mask ``[B, L]``, on the CPU, of the batch that
+"""Gives what some prompts hold beside text, by their numbers and, on the CPU, ids and mask ``[B, L]`` of the batch that
 they are read in (:func:`ft_rl.inputs.beside_of`)."""
 
 TOKENS_AT_ONCE = 32768
