@@ -31,10 +31,8 @@ def test_what_is_never_to_be_drawn_is_not(temperature: float) -> None:
 def test_images_are_named_for_people() -> None:
     assert show(PROMPT) == "[/a/7.png] which digit?"
     assert readable(PROMPT) == "[/a/7.png]\nwhich digit?"
-    inside: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "image", "image": "data:image/png;base64,AA"}]}
-    ]
-    assert show(inside) == "[image]"
+    inside = {"type": "image", "image": "data:image/png;base64,AA"}
+    assert show([{"role": "user", "content": [inside]}]) == "[image]"
     assert show([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]) == "[image] a"
 
 
