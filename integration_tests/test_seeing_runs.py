@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import seen
 import torch
+import yaml
 
 family, ft = seen.family, seen.ft
 
@@ -202,6 +204,46 @@ def test_a_run_on_images_is_whole(method: str, family: Any, ft: Any, even: str, 
     adapted = PeftModel.from_pretrained(plain, run / "adapter").state_dict()
     assert any("vision_tower" in name and "lora_B" in name for name in adapted)
     assert any("projector" in name and "modules_to_save" in name for name in adapted)
+
+
+def test_the_reference_of_a_whole_model_sees_too(family: Any, ft: Any, even: str, tmp_path: Path) -> None:
+    path = seen.write(
+        tmp_path,
+        family("qwen2_5_vl"),
+        seen.prompts(tmp_path, 4),
+        method="grpo",
+        lora=None,
+        rewards=[even],
+        grpo={"num_generations": 4, "max_completion_length": 3, "beta": 0.5},
+        training={"batch_size": 8},
+    )
+    made = ft("train", path)
+    assert made.code == 0, made.err
+    divergence = [row["kl"] for row in seen.metrics(tmp_path / "run")]
+    assert divergence[0] == 0  # it began as its reference
+    assert all(value > 0 for value in divergence[1:])
+
+
+def test_the_readmes_examples(family: Any, ft: Any, tmp_path: Path) -> None:
+    """The configurations and rows of ft-vision's README, with a tiny model."""
+    text = (Path(__file__).parents[1] / "packages/ft-vision/README.md").read_text(encoding="utf-8")
+    section = text.partition("## Preference and rewards")[2].partition("\n## ")[0]
+    lines = re.findall(r"```json\n(.*?)```", section, re.DOTALL)[0].splitlines()
+    configurations = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    assert (len(lines), len(configurations)) == (2, 2)
+    (tmp_path / "images").mkdir()
+    seen.draw_digit(tmp_path / "images", 7).rename(tmp_path / "images" / "7.png")
+    for name, line, example in zip(("pairs", "questions"), lines, configurations, strict=True):
+        same = [line.replace('"7"}', f'"{n}"}}').replace("Which digit?", f"Which {n} digit?") for n in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(same))
+        values = yaml.safe_load(example) | {"model": str(family("llava")), "output": str(tmp_path / name)}
+        values["data"] = str(tmp_path / values["data"])
+        values["training"] |= {"max_steps": 1}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+        made = ft(
+            "train", tmp_path / "config.yaml", "grpo.max_completion_length=2" if name == "questions" else "dpo.beta=0.1"
+        )
+        assert made.code == 0, made.err
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
