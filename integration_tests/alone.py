@@ -151,6 +151,14 @@ def use_vision() -> None:
     Image.new("RGB", (5, 3), (200, 100, 50)).save(file, "PNG")
     image = read_image(file.getvalue())
     assert (image.size, image.getpixel((4, 2))) == ((5, 3), (200, 100, 50))
+    # What ft-rl trains on images is not here, and says what to install.
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text("model: m\ntask: vision\nmethod: dpo\ndata: d.jsonl\noutput: o\n")
+        command = [Path(sysconfig.get_path("scripts")) / "ft", "train", str(config)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "ft-rl" in done.stderr or "ft-core[rl]" in done.stderr, done.stderr
 
 
 def use_speech() -> None:

@@ -142,7 +142,7 @@ def test_packing_changes_no_loss(configure: Any, ft: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "dpo"}, "dpo"),
+        ({"method": "kto"}, "'kto' does not train the task 'vision' yet (allowed: sft, dpo, grpo, gspo)"),
         ({"vision": {"towr": "lora"}}, "unknown key 'vision.towr'; did you mean 'vision.tower'?"),
         ({"vision": {"tower": "half"}}, "vision.tower: 'half' is not allowed (allowed: frozen, lora, full)"),
         ({"vision": {"tower": "lora"}, "lora": None}, "vision.tower: lora needs lora"),

@@ -310,10 +310,10 @@ def evaluate(
     from ft_core.config.load import method_settings
     from ft_core.data import read_rows
     from ft_core.models import find_model, load_base, load_run
-    from ft_core.plugins import MethodSpec, registry, resolve
+    from ft_core.plugins import MethodSpec, registry
     from ft_core.report import write_report
     from ft_core.runs import Run, write_json
-    from ft_core.training.modality import of_modality
+    from ft_core.training.modality import measure_of, of_modality
     from ft_core.training.prepare import prepare_processor
 
     folder = Run.open(run)
@@ -329,7 +329,7 @@ def evaluate(
             raise RunError(f"{folder.path} kept no rows for evaluation: give some with --data FILE")
     total = len(rows)
     rows = rows[:limit] if limit else rows
-    measure = of_modality(config, "evaluate") or resolve(spec.evaluate)
+    measure = measure_of(config, spec)
     kept: dict[str, Any] = {}
 
     def job(model: Any, tokenizer: Any) -> EvaluationJob:

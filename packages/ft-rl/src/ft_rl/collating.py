@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ft_rl.inputs import GIVEN
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LabelledCollator", "PairCollator", "padded"]
+    from ft_core.training.inputs import Inputs
 
+__all__ = ["BESIDE", "LabelledCollator", "PairCollator", "padded"]
+
+BESIDE = "beside"
+"""The key of a batch, and the keyword of :class:`ft_rl.policy.PolicyForward`, for what it holds beside text."""
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps")
 """Columns of log-probabilities that a trainer has worked out beforehand."""
 
@@ -44,14 +50,25 @@ class PairCollator:
     """Batches of pairs: all chosen sequences, then all rejected ones, as TRL's DPO trainer has them.
 
     A feature is a dict of ``chosen_ids``, ``rejected_ids`` and ``prompt_length``.
+
+    Attributes:
+        inputs: sees to what a feature holds beside text, in :data:`ft_rl.inputs.GIVEN`; the batch then has a
+            :class:`ft_core.fast.beside.Beside`, unless there is none of it.
     """
 
     pad_token_id: int
+    inputs: Inputs | None = None
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         sequences = [f[side] for side in ("chosen_ids", "rejected_ids") for f in features]
         prompts = [f["prompt_length"] for f in features]
-        return padded(sequences, prompts * 2, self.pad_token_id) | _worked_out(features)
+        batch: dict[str, Any] = padded(sequences, prompts * 2, self.pad_token_id)
+        batch |= _worked_out(features)
+        if self.inputs is not None:
+            given = [f[GIVEN] for f in features] * 2
+            beside = self.inputs.beside(given, batch["input_ids"], batch["attention_mask"])
+            batch |= {} if beside is None else {BESIDE: beside}
+        return batch
 
     def batch_tokens(self, lengths: Sequence[int]) -> int:
         """Tokens of a batch of sequences of these lengths, which the policy computes without their padding."""

@@ -94,7 +94,7 @@ def build(job: Job) -> Trainer:
     """The trainer of one run; see :class:`ft_core.training.Job`.
 
     Raises:
-        ConfigError: an adapter on the head.
+        ConfigError: an adapter on the head; images, and a model that ft's layers cannot score.
         DataError: the rows cannot be tokenized, or none is short enough for ``max_length``.
     """
     from trl import DPOConfig, DPOTrainer
@@ -102,15 +102,26 @@ def build(job: Job) -> Trainer:
     from ft_core.training.sft import check_head
     from ft_core.training.trainer import RunTrainerMixin
     from ft_rl.collating import PairCollator
+    from ft_rl.inputs import GIVEN, first_batch, prepare_inputs
     from ft_rl.preference import pairs_dataset, say_dropout
     from ft_rl.trainers import PolicyTrainerMixin
 
     class DpoTrainer(PolicyTrainerMixin, RunTrainerMixin, DPOTrainer):
         """TRL's trainer with whole checkpoints, no telemetry, and the policy's head."""
 
+        def first_batch(self) -> dict[str, Any] | None:
+            """The first pair with images, its chosen answer, by which the fast layers are checked."""
+            if self.inputs is None:
+                return None
+            row = next((row for row in self.train_dataset if row[GIVEN]), None)
+            return None if row is None else first_batch(self.inputs, row["chosen_ids"], row[GIVEN])
+
     settings = job.settings
     assert isinstance(settings, DpoSettings)
     check_head(job.model)
+    inputs = DpoTrainer.inputs = prepare_inputs(job)
+    if inputs is not None:
+        job.arguments["dataloader_num_workers"] = inputs.workers(job.arguments["use_cpu"])
     say_dropout(job, settings.disable_dropout)
     train = pairs_dataset(job, job.train_rows, "train")
     held_out = pairs_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
@@ -121,7 +132,7 @@ def build(job: Job) -> Trainer:
     return DpoTrainer(
         model=job.model,
         args=DPOConfig(**job.arguments, max_length=None, **values),
-        data_collator=PairCollator(job.tokenizer.pad_token_id),
+        data_collator=PairCollator(job.tokenizer.pad_token_id, inputs),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=job.tokenizer,
@@ -145,24 +156,29 @@ def evaluate(job: EvaluationJob) -> Evaluation:
 def margins_of(job: EvaluationJob, beta: float) -> Evaluation:
     """What :func:`evaluate` says, with a β of the caller's; :func:`evaluate` says what it raises."""
     from ft_core.evaluation import Evaluation
+    from ft_rl.inputs import beside_of, inputs_of, usable_rows
     from ft_rl.likelihoods import likelihoods
     from ft_rl.pairs import tokenize_pairs
     from ft_rl.preference import pair_samples, shown, too_long
     from ft_rl.reference import adapter_off
 
-    pairs = tokenize_pairs(job.rows, job.tokenizer, max_length=job.config.max_length)
+    inputs = inputs_of(job)
+    among = usable_rows(job, inputs, job.rows, "held_out")
+    pairs = tokenize_pairs(job.rows, job.tokenizer, max_length=job.config.max_length, inputs=inputs, among=among)
     if not pairs.rows:
         raise too_long(len(job.rows), "held-out", job.config.max_length)
     count = len(pairs.rows)
     sequences, prompts = [*pairs.chosen_ids, *pairs.rejected_ids], pairs.prompt_lengths * 2
     pad = job.tokenizer.pad_token_id
+    beside = None if inputs is None else beside_of(inputs, [job.rows[n][inputs.column] for n in pairs.rows] * 2)
 
-    made = likelihoods(job.model, sequences, prompts, pad, shown(job, "answers"))
+    made = likelihoods(job.model, sequences, prompts, pad, shown(job, "answers"), beside)
     chosen, rejected = made.means[:count], made.means[count:]
     margin = accuracy = margins = None
     with adapter_off(job.model) as known:
         if known:
-            reference = likelihoods(job.model, sequences, prompts, pad, shown(job, "the reference's answers"))
+            said = shown(job, "the reference's answers")
+            reference = likelihoods(job.model, sequences, prompts, pad, said, beside)
             rewards = beta * (made.sums - reference.sums)
             margins = rewards[:count] - rewards[count:]
             margin, accuracy = float(margins.mean()), float((margins > 0).double().mean())

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GrpoSettings", "GspoSettings", "WritingSettings", "build", "check", "evaluate", "generations_of",
-    "prompts_dataset", "scored_by",
+    "scored_by",
 ]  # fmt: skip
 
 GENERATIONS = 8
@@ -151,16 +151,19 @@ def check(config: TrainConfig) -> None:
     Raises:
         PluginError: there is no engine of that name; lists those that are installed.
         ConfigError: the engine refuses the configuration, groups do not fill a step, what an adapter trains is not
-            taken back for a reference, or as :func:`ft_rl.environments.resolve_environment`.
+            taken back for a reference, what rows hold beside text is not read, or as
+            :func:`ft_rl.environments.resolve_environment`.
     """
     from ft_core.config.load import method_settings
     from ft_core.plugins import RolloutSpec, registry, resolve
     from ft_core.training.ranks import Ranks
     from ft_rl.environments import resolve_environment
+    from ft_rl.inputs import check_inputs
     from ft_rl.reference import check_reference
 
     settings = method_settings(config)
     assert isinstance(settings, WritingSettings)
+    check_inputs(config)
     name, values = settings.engine
     spec = registry().get(RolloutSpec, name)
     if spec.check is not None:
@@ -211,19 +214,23 @@ def build(job: Job) -> Trainer:
     from ft_core.training.ranks import Ranks
     from ft_core.training.sft import check_head
     from ft_rl.grpo_trainer import GrpoTrainer
+    from ft_rl.inputs import prepare_inputs
+    from ft_rl.prompting import prompts_dataset
     from ft_rl.reference import check_reference
 
     settings = job.settings
     assert isinstance(settings, GrpoSettings)
     check_head(job.model)
+    prepare_inputs(job)
     if settings.beta:
         check_reference(job.config)
     world, rewards = scored_by(job, settings)
     generations = generations_of(job.config, settings, Ranks().count)
     lengths: list[int] = []
-    train = prompts_dataset(job, job.train_rows, "train", lengths)
-    held_out = prompts_dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
-    rewards.check_columns(train.column_names)
+    seen: list[dict[str, Any]] = []
+    train = prompts_dataset(job, job.train_rows, "train", lengths, seen)
+    held_out = prompts_dataset(job, job.eval_rows, "held_out", seen=seen) if job.eval_rows else None
+    rewards.check_columns([*seen[0]] if seen else train.column_names)
     arguments = GRPOConfig(
         **job.arguments,
         **(settings.given_to_trl | {"num_generations": generations}),
@@ -241,6 +248,7 @@ def build(job: Job) -> Trainer:
         settings,
         world,
         prompt_tokens=lengths,
+        seen=seen,
         model=job.model,
         reward_funcs=list(rewards.functions),
         args=arguments,
@@ -282,49 +290,6 @@ def _scored_by(job: Job | EvaluationJob, settings: WritingSettings) -> tuple[Env
     return world, resolve_rewards(config.rewards, say=job.say, policy=policy, modules=modules)
 
 
-def prompts_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str, lengths: list[int] | None = None) -> Any:
-    """Prompts with all their columns; those that leave no room for a completion are left out.
-
-    Args:
-        name: ``train`` or ``held_out``. lengths: gets the tokens of each prompt that stays.
-
-    Raises:
-        ConfigError: no prompt could have room. DataError: none has, or one is text where an environment takes turns.
-    """
-    from datasets import Dataset
-
-    from ft_rl.prompts import check_conversations, prompt_ids
-
-    settings, config = job.settings, job.config
-    assert isinstance(settings, WritingSettings)
-    if settings.environment is not None:
-        check_conversations([row["prompt"] for row in rows], f"{config.method}.environment")
-    room = config.max_length - settings.max_completion_length
-    if room < 1:
-        raise ConfigError(
-            f"{config.method}.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in "
-            f"max_length {config.max_length}: raise max_length, or lower it"
-        )
-    kept: list[dict[str, Any]] = []
-    lengths = [] if lengths is None else lengths
-    for number, row in enumerate(rows, 1):
-        length = len(prompt_ids(row["prompt"], job.tokenizer, settings.chat_template_kwargs, f"row {number}"))
-        if length <= room:
-            kept.append(row)
-            lengths.append(length)
-    what, dropped = name.replace("_", "-"), len(rows) - len(kept)
-    if not kept:
-        raise DataError(
-            f"all {len(rows)} {what} prompts are longer than {room} tokens, max_length {config.max_length} less "
-            f"{config.method}.max_completion_length {settings.max_completion_length}: raise max_length"
-        )
-    if dropped:
-        verb = "is" if dropped == 1 else "are"
-        job.say(f"{dropped} of {len(rows)} {what} prompts {verb} longer than {room} tokens: left out")
-    job.counts |= {f"{name}_tokens": sum(lengths), **({"overlong_rows": dropped} if name == "train" else {})}
-    return Dataset.from_list(kept)
-
-
 def evaluate(job: EvaluationJob) -> Evaluation:
     """The rewards of the model's likeliest completions (greedy) of held-out prompts, or of episodes with its turns.
 
@@ -338,9 +303,11 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     """
     from ft_core.evaluation import Evaluation
     from ft_rl.episodes import REWARD, Episodes
+    from ft_rl.inputs import beside_of, inputs_of, usable_rows
     from ft_rl.pairs import show
-    from ft_rl.preference import samples_of
-    from ft_rl.prompts import as_completion, prompt_ids
+    from ft_rl.preference import asked_of, samples_of
+    from ft_rl.prompting import ids_of
+    from ft_rl.prompts import as_completion
     from ft_rl.rollouts.own_model import OwnModel
     from ft_rl.rollouts.protocol import EngineJob, Sampling
     from ft_rl.stops import stops_of
@@ -348,26 +315,32 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     assert isinstance(job.settings, WritingSettings)
     world, rewards = scored_by(job, job.settings)
     options, new = job.settings.chat_template_kwargs, job.settings.max_completion_length
-    sampling = Sampling(new, 0.0, stops=stops_of(job.model, job.tokenizer))
+    inputs = inputs_of(job)
+    rows = [job.rows[number] for number in usable_rows(job, inputs, job.rows, "held_out")]
+    never = frozenset() if inputs is None else inputs.never
+    sampling = Sampling(new, 0.0, stops=stops_of(job.model, job.tokenizer), never=never)
     engine = OwnModel(EngineJob(job.model, job.tokenizer, {}, None, job.say))
-    prompts = [row["prompt"] for row in job.rows]
-    columns: dict[str, Any] = {name: [row.get(name) for row in job.rows] for name in job.rows[0] if name != "prompt"}
+    prompts = [asked_of(job, row) for row in rows]
+    columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+    if inputs is not None:
+        columns[inputs.column] = [inputs.opened(given) for given in columns[inputs.column]]
     ids: list[list[int]] = []
     completions: list[Any] = []
     for start in range(0, len(prompts), AT_ONCE):
         job.progress(start, len(prompts), "completions")
         given = prompts[start : start + AT_ONCE]
         if world is not None and world.kind == "turns":
-            rows = job.rows[start : start + AT_ONCE]
             played = Episodes(world, engine, job.tokenizer, sampling, job.settings.max_turns, options)
-            for one in played.written(given, rows, step=0):
+            for one in played.written(given, rows[start : start + AT_ONCE], step=0):
                 assert one.episode is not None
                 ids.append(one.ids)
                 completions.append(one.episode.completion)
                 columns.setdefault(REWARD, []).append(one.episode.reward)
             continue
-        tokens = [prompt_ids(p, job.tokenizer, options, f"row {start + i}") for i, p in enumerate(given, 1)]
-        ids += [one[0].ids for one in engine.generate(tokens, 1, sampling, step=0)]
+        some = rows[start : start + AT_ONCE]
+        tokens = [ids_of(row, job.tokenizer, options, f"row {start + i}", inputs) for i, row in enumerate(some, 1)]
+        beside = None if inputs is None else beside_of(inputs, [row[inputs.column] for row in some])
+        ids += [one[0].ids for one in engine.generate(tokens, 1, sampling, step=0, beside=beside)]
         texts = [job.tokenizer.decode(one, skip_special_tokens=True) for one in ids[start:]]
         completions += map(as_completion, given, texts)
     job.progress(len(prompts), len(prompts), "completions")
@@ -386,7 +359,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
         return f"{show(completions[i])} [{score}]"
 
     samples = samples_of(job, prompts, lambda i: f"row {i + 1}", lambda i: None, answer)
-    return Evaluation(metrics, samples, len(job.rows))
+    return Evaluation(metrics, samples, len(rows))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from ft_core.plugins import RolloutSpec, registry, resolve
 from ft_core.training.trainer import RunTrainerMixin
 from ft_rl.begun_again import BegunAgainMixin, made_up
 from ft_rl.episodes import REWARD, Episodes, environment_reward
+from ft_rl.given import GivenMixin
 from ft_rl.grpo import WritingSettings
+from ft_rl.inputs import inputs_of
+from ft_rl.policy import put_head
 from ft_rl.prompts import prompt_ids
-from ft_rl.recording import RolloutRecords
 from ft_rl.rollouts.kept import load_kept, save_kept
-from ft_rl.rollouts.protocol import Completion, Engine, EngineJob, Sampling
+from ft_rl.rollouts.protocol import Completion, Engine, EngineJob, Sampling, SeeingEngine
 from ft_rl.stops import stops_of
 from ft_rl.trainers import PolicyTrainerMixin
 
@@ -48,7 +51,7 @@ def make_engine(job: Job, settings: WritingSettings, accelerator: Any = None) ->
     return made
 
 
-class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutRecords):
+class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, GivenMixin):
     """TRL's trainer with whole checkpoints, no telemetry, the policy's head, and completions by an engine of ours.
 
     Attributes:
@@ -65,9 +68,13 @@ class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutR
         settings: WritingSettings,
         world: EnvironmentClass | None = None,
         prompt_tokens: Sequence[int] = (),
+        seen: Sequence[Mapping[str, Any]] = (),
         **kwargs: Any,
     ) -> None:
-        self.prompt_tokens = prompt_tokens
+        self.inputs = inputs_of(job)
+        # what images take is not counted: the longest prompts are not tried ahead
+        self.prompt_tokens = prompt_tokens if self.inputs is None else ()
+        self.seen, self.options = seen, settings.chat_template_kwargs
         self._job, self._own, self._world = job, settings, world
         self._batch: dict[str, Any] | None = None
         self._rows: list[dict[str, Any]] = []
@@ -81,6 +88,9 @@ class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutR
         with warnings.catch_warnings():  # that TRL may change these is for us to follow, not for who trains
             warnings.filterwarnings("ignore", message="You are using '(rollout_func|environment_factory)'")
             super().__init__(**kwargs)
+        if self.inputs is not None and self.ref_model is not None:
+            packs = self.inputs.packs(self.ref_model)
+            put_head(self.ref_model, temperature=self.head_temperature, fields=self.fields, packs=packs)
         self.engine = make_engine(job, settings, self.accelerator)
         stops = stops_of(self.model, job.tokenizer)
         self.eos_token_ids: list[int] = sorted(stops.union(self.eos_token_ids))
@@ -93,6 +103,7 @@ class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutR
             settings.repetition_penalty,
             frozenset(self.eos_token_ids),
             job.config.training.seed,
+            never=frozenset() if self.inputs is None else self.inputs.never,
         )
 
     @property
@@ -132,15 +143,23 @@ class GrpoTrainer(PolicyTrainerMixin, BegunAgainMixin, RunTrainerMixin, RolloutR
         """Completions and their log-probabilities; TRL repeats each prompt as often as it wants completions."""
         if images is not None or multimodal_fields:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args, **kw)
-        unique, copies = _grouped(prompt_ids)
+        places, copies = _grouped(prompt_ids if self.inputs is None else list(self._numbers))
         with self.accelerator.autocast():
-            made = self._written(unique, copies)
+            made = self._written([prompt_ids[i] for i in places], copies, places)
         flat = [completion for group in made for completion in group]
         return [one.ids for one in flat], [one.logprobs for one in flat]
 
-    def _written(self, prompts: list[list[int]], copies: int) -> list[list[Completion]]:
-        """Completions, of a conversation with tools as long as it has room for; none where it has none."""
+    def _written(self, prompts: list[list[int]], copies: int, places: Sequence[int]) -> list[list[Completion]]:
+        """Completions, of a conversation with tools as long as it has room for; none where it has none.
+
+        Args:
+            places: where each prompt stands in the batch.
+        """
         step, sampling = int(self.state.global_step), self._sampling
+        if self.inputs is not None:
+            beside = self.beside_prompts([self._numbers[place] for place in places])
+            engine = cast(SeeingEngine, self.engine)
+            return engine.generate(prompts, copies, sampling, step=step, beside=beside)
         if not self._begun:
             return self.engine.generate(prompts, copies, sampling, step=step)
         rooms = [_room(ids, self._begun, sampling.max_new_tokens) for ids in prompts]
@@ -249,15 +268,9 @@ def _room(ids: list[int], begun: Sequence[list[int]], new: int) -> int:
     return new - (len(ids) - prompt)
 
 
-def _grouped(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
-    """Prompts without their repetitions, and how often each stands there in a row; 1 where that is not the same."""
-    runs: list[tuple[list[int], int]] = []
-    for prompt in prompts:
-        if runs and runs[-1][0] == prompt:
-            runs[-1] = (prompt, runs[-1][1] + 1)
-        else:
-            runs.append((prompt, 1))
-    counts = {count for _, count in runs}
-    if len(counts) == 1:
-        return [prompt for prompt, _ in runs], counts.pop()
-    return prompts, 1
+def _grouped(prompts: Sequence[Any]) -> tuple[list[int], int]:
+    """The places of prompts without their repetitions, and how often each stands there in a row; all of them, and 1,
+    where that is not the same."""
+    firsts = [i for i, prompt in enumerate(prompts) if i == 0 or prompts[i - 1] != prompt]
+    counts = {after - before for before, after in pairwise([*firsts, len(prompts)])}
+    return (firsts, counts.pop()) if len(counts) == 1 else (list(range(len(prompts))), 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from ft_rl.collating import padded
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ft_core.fast.beside import Beside
     from ft_rl.policy import Scores
 
 __all__ = ["Likelihoods", "batches_of", "likelihoods"]
@@ -38,7 +39,12 @@ class Likelihoods:
 
 
 def likelihoods(
-    model: Any, sequences: Sequence[Sequence[int]], prompts: Sequence[int], pad: int, progress: Any = None
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    prompts: Sequence[int],
+    pad: int,
+    progress: Any = None,
+    beside: Callable[[Sequence[int], Tensor, Tensor], Beside | None] | None = None,
 ) -> Likelihoods:
     """Score answers by a model as it is, without gradients.
 
@@ -46,6 +52,8 @@ def likelihoods(
         model: with its head, and perhaps an adapter.
         sequences: tokens of prompt and answer. prompts: how many of each are the prompt's.
         pad: a token id. progress: called with (done, all).
+        beside: what some of the sequences hold beside text, by their numbers, ids and mask; for models that ft's layers
+            can score.
     """
     import torch
 
@@ -60,8 +68,9 @@ def likelihoods(
         ids, mask, answers = (
             made[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask")
         )
+        more = () if beside is None else (beside(batch, made["input_ids"], made["attention_mask"]),)
         with torch.no_grad():
-            scores = score(ids, mask, ids.masked_fill(answers == 0, -100))
+            scores = score(ids, mask, ids.masked_fill(answers == 0, -100), *more)
         sums[batch] = scores.logprobs.double().sum(1).cpu()
         counts[batch] = scores.labelled.sum(1).double().cpu()
         done += len(batch)

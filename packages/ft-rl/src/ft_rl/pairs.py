@@ -11,7 +11,9 @@ from ft_core.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Labelled", "Pairs", "show", "tokenize_labelled", "tokenize_pairs"]
+    from ft_core.training.inputs import Inputs
+
+__all__ = ["Labelled", "Pairs", "content_of", "part_of", "show", "tokenize_labelled", "tokenize_pairs"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,12 @@ class Labelled:
 
 
 def tokenize_pairs(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    inputs: Inputs | None = None,
+    among: Sequence[int] | None = None,
 ) -> Pairs:
     """Tokenize rows with ``prompt``, ``chosen`` and ``rejected``.
 
@@ -72,14 +79,19 @@ def tokenize_pairs(
         rows: preference rows in normal form; ``prompt`` may be missing or empty.
         tokenizer: the model's.
         max_length: rows with a longer sequence are left out and counted. None: no limit.
+        inputs: sees to what the prompts hold beside text. among: the numbers of the rows to take; None: all.
 
     Raises:
         DataError: messages without a chat template, or messages that the template refuses; names the row.
     """
     found = Pairs([], [], [], [], 0)
     overlong = 0
-    for number, row in enumerate(rows):
-        prompt, chosen, rejected = _tokenize(row, ("chosen", "rejected"), tokenizer, number)
+    for number in range(len(rows)) if among is None else among:
+        row = rows[number]
+        if inputs is None:
+            prompt, chosen, rejected = _tokenize(row, ("chosen", "rejected"), tokenizer, number)
+        else:
+            prompt, chosen, rejected = _with_inputs(row, inputs, number)
         if max_length is not None and max(len(chosen), len(rejected)) > max_length:
             overlong += 1
             continue
@@ -125,6 +137,18 @@ def _tokenize(
         raise DataError(f"row {number + 1}: the chat template refuses it: {error}") from error
 
 
+def _with_inputs(row: Mapping[str, Any], inputs: Inputs, number: int) -> list[list[int]]:
+    """As :func:`_tokenize`, of messages whose prompt holds more than text."""
+    prompt, given = row["prompt"], row[inputs.column]
+    try:
+        return [
+            inputs.ids(prompt, given, prompting=True),
+            *(inputs.ids([*prompt, *row[name]], given) for name in ("chosen", "rejected")),
+        ]
+    except DataError as error:
+        raise DataError(f"row {number + 1}: {error}") from error
+
+
 def _prompt(row: Mapping[str, Any], name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     prompt = row.get("prompt")
     if isinstance(row[name], str):
@@ -162,4 +186,19 @@ def show(value: str | Sequence[Mapping[str, Any]] | None) -> str:
     """A prompt or an answer as a person reads it: a string as it is, of messages the contents."""
     if value is None or isinstance(value, str):
         return value or ""
-    return "\n".join(str(message.get("content", "")) for message in value)
+    return "\n".join(content_of(message) for message in value)
+
+
+def content_of(message: Mapping[str, Any]) -> str:
+    """A message's content as text; of parts the texts, and of others what they are."""
+    content = message.get("content", "")
+    return " ".join(map(part_of, content)) if isinstance(content, list) else str(content)
+
+
+def part_of(part: Mapping[str, Any]) -> str:
+    """A part of a content: its text, or in brackets what it shows, an image by its path where it has one."""
+    if part.get("text") is not None:
+        return str(part["text"])
+    kind = str(part.get("type", "part"))
+    shown = part.get(kind)
+    return f"[{shown if isinstance(shown, str) and not shown.startswith('data:') else kind}]"

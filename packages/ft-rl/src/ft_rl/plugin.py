@@ -48,6 +48,7 @@ DPO = MethodSpec(
     formats=("preference",),
     load="ft_rl.loads:pairs_with_reference",
     check="ft_rl.reference:check_reference",
+    inputs=True,
 )
 
 ORPO = MethodSpec(
@@ -81,6 +82,7 @@ GRPO = MethodSpec(
     rewards=True,
     load="ft_rl.loads:completions",
     check="ft_rl.grpo:check",
+    inputs=True,
 )
 
 GSPO = MethodSpec(
@@ -93,6 +95,7 @@ GSPO = MethodSpec(
     rewards=True,
     load="ft_rl.loads:completions",
     check="ft_rl.grpo:check",
+    inputs=True,
 )
 
 PPO = MethodSpec(

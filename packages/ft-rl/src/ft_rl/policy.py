@@ -18,6 +18,7 @@ from torch import Tensor
 from ft_core.data.collating import IGNORE, keeps_documents_apart
 from ft_core.errors import ConfigError
 from ft_core.fast import NotFast, fast_path_of
+from ft_core.fast.beside import Beside
 from ft_core.fast.forwards import Replaced
 from ft_core.fast.scores import Scorer
 from ft_rl.reference import at_zero
@@ -80,31 +81,32 @@ class PolicyForward(Replaced):
         self.scorer, self.temperature, self.fields = scorer, temperature, tuple(fields)
         self.entropy, self.padding_free = entropy, padding_free
 
-    def __call__(self, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
+    def __call__(self, *args: Any, fused_lm_head: bool = False, beside: Beside | None = None, **inputs: Any) -> Any:
         if not fused_lm_head:
             return self.own(*args, **inputs)
         given = {name: value for name, value in inputs.items() if value is not None}  # PEFT hands on all that it knows
         if args or not REQUIRED <= set(given) <= KNOWN:
             return self.own(*args, fused_lm_head=True, **inputs)
-        scores = self.score(given["input_ids"], given["attention_mask"], given["labels"])
+        scores = self.score(given["input_ids"], given["attention_mask"], given["labels"], beside)
         return self._output(scores, given.get("num_items_in_batch"))
 
-    def score(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Scores:
+    def score(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, beside: Beside | None = None) -> Scores:
         """Score the labelled tokens of a padded batch.
 
         Args:
             input_ids: int64 ``[B, L]``. attention_mask: ``[B, L]``, nonzero at each row's one run of tokens.
             labels: int64 ``[B, L]``, -100 where a token is not scored. A row's first token never is: nothing is before
                 it.
+            beside: what the batch holds beside text.
         """
         path = fast_path_of(self.module)
         with at_zero(self.module) if path is not None and path.on else nullcontext():
-            return self._scores(input_ids, attention_mask, labels)
+            return self._scores(input_ids, attention_mask, labels, beside)
 
-    def _scores(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Scores:
+    def _scores(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, beside: Beside | None) -> Scores:
         next_labels = labels[:, 1:]
         labelled = (next_labels != IGNORE) & attention_mask[:, :-1].bool()
-        hidden = self.hidden_before(input_ids, attention_mask, labelled)
+        hidden = self.hidden_before(input_ids, attention_mask, labelled, beside)
         made = self.scorer.logprobs(
             hidden,
             next_labels[labelled],
@@ -119,14 +121,17 @@ class PolicyForward(Replaced):
         entropy, top1, mean = (None if x is None else _spread(x, labelled) for x in (made.entropy, top1, mean))
         return Scores(_spread(made.logprobs, labelled), entropy, top1, mean, labelled)
 
-    def hidden_before(self, input_ids: Tensor, attention_mask: Tensor, labelled: Tensor) -> Tensor:
+    def hidden_before(
+        self, input_ids: Tensor, attention_mask: Tensor, labelled: Tensor, beside: Beside | None = None
+    ) -> Tensor:
         """The last hidden states ``[N, H]`` before labelled tokens, of a padded batch that is computed without padding.
 
         Args:
-            input_ids, attention_mask: as for :meth:`score`. labelled: bool ``[B, L − 1]``, at the positions before.
+            input_ids, attention_mask, beside: as for :meth:`score`. labelled: bool ``[B, L − 1]``, at the positions
+                before.
         """
         wanted = torch.nn.functional.pad(labelled, (0, 1))
-        return self.scorer.hidden_at(input_ids, attention_mask, wanted, padding_free=self.padding_free)
+        return self.scorer.hidden_at(input_ids, attention_mask, wanted, padding_free=self.padding_free, beside=beside)
 
     def _output(self, scores: Scores, count: Any) -> FusedCausalLMOutput:
         from trl.trainer.utils import FusedCausalLMOutput
@@ -144,7 +149,7 @@ class PolicyForward(Replaced):
 
 def put_head(
     model: Any, *, temperature: float = 1.0, fields: Sequence[str] = ("log_probs",),
-    entropy: Literal[True, "detached"] = "detached",
+    entropy: Literal[True, "detached"] = "detached", packs: bool | None = None,
 ) -> PolicyForward | None:  # fmt: skip
     """Give a model, which PEFT may have wrapped, the forward that answers TRL's trainers; None where it stays TRL's.
 
@@ -153,11 +158,12 @@ def put_head(
 
     Args:
         temperature, fields, entropy: see :class:`PolicyForward`.
+        packs: whether the model keeps documents of one row apart; None: it is tried, with documents of text.
     """
     scorer = Scorer.of(model)
     if scorer is None:
         return None
-    apart = keeps_documents_apart(scorer.model)
+    apart = keeps_documents_apart(scorer.model) if packs is None else packs
     forward = PolicyForward(scorer, temperature=temperature, fields=fields, entropy=entropy, padding_free=apart)
     scorer.model.forward = forward
     return forward

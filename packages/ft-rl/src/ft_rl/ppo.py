@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ft_core.errors import ConfigError, DataError
-from ft_rl.grpo import WritingSettings, evaluate, prompts_dataset, scored_by
+from ft_rl.grpo import WritingSettings, evaluate, scored_by
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -83,6 +83,7 @@ def build(job: Job) -> Trainer:
     from ft_core.training.sft import check_head
     from ft_rl.policy import check_layers
     from ft_rl.ppo_trainer import PpoTrainer
+    from ft_rl.prompting import prompts_dataset
 
     settings, config = job.settings, job.config
     assert isinstance(settings, PpoSettings)

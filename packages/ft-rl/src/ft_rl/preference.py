@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ft_core.errors import DataError
+from ft_rl.inputs import GIVEN, inputs_of, prepare_inputs, usable_rows
 from ft_rl.pairs import Pairs, show, tokenize_pairs
 
 if TYPE_CHECKING:
     from ft_core.evaluation import EvaluationJob, Sample
     from ft_core.training import Job
 
-__all__ = ["pair_samples", "pairs_dataset", "samples_of", "say_dropout", "shown", "too_long"]
+__all__ = ["asked_of", "pair_samples", "pairs_dataset", "samples_of", "say_dropout", "shown", "too_long"]
 
 MOST = 16
 """Samples of an evaluation where nobody has said how many."""
@@ -21,16 +22,23 @@ MOST = 16
 def pairs_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
     """Pairs with the columns ``chosen_ids``, ``rejected_ids`` and ``prompt_length``; over-long ones are left out.
 
+    With images there is a column :data:`ft_rl.inputs.GIVEN` with their references, too.
+
     Raises:
-        DataError: the rows cannot be tokenized, or none is short enough.
+        DataError: the rows cannot be tokenized, none is short enough, or an image cannot be used.
+        ConfigError: the rows hold images, and ft's layers cannot score the model.
     """
     from datasets import Dataset
 
-    what = name.replace("_", "-")
-    pairs = tokenize_pairs(rows, job.tokenizer, max_length=job.config.max_length)
+    what, inputs = name.replace("_", "-"), prepare_inputs(job)
+    among = usable_rows(job, inputs, rows, name)
+    pairs = tokenize_pairs(rows, job.tokenizer, max_length=job.config.max_length, inputs=inputs, among=among)
     job.counts |= {f"{name}_tokens": pairs.tokens}
     if name == "train":
         job.counts |= {"overlong_rows": pairs.overlong}
+    given = None if inputs is None else [list(rows[number][inputs.column]) for number in pairs.rows]
+    if given is not None and name == "train":
+        job.counts |= {"images": sum(map(len, given)), "bad_image_rows": len(rows) - len(among)}
     if not pairs.rows:
         raise too_long(len(rows), what, job.config.max_length)
     if pairs.overlong:
@@ -41,18 +49,24 @@ def pairs_dataset(job: Job, rows: Sequence[dict[str, Any]], name: str) -> Any:
     columns = {
         "chosen_ids": pairs.chosen_ids, "rejected_ids": pairs.rejected_ids, "prompt_length": pairs.prompt_lengths,
     }  # fmt: skip
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(columns if given is None else {**columns, GIVEN: given})
 
 
 def pair_samples(job: EvaluationJob, pairs: Pairs, answer: Callable[[int], str]) -> list[Sample]:
     """The first pairs to read, each with what ``answer`` says of the pair at its position."""
     return samples_of(
         job,
-        [job.rows[row].get("prompt") for row in pairs.rows],
+        [asked_of(job, job.rows[row]) for row in pairs.rows],
         lambda i: f"pair {pairs.rows[i] + 1}",
         lambda i: show(job.rows[pairs.rows[i]]["chosen"]),
         answer,
     )
+
+
+def asked_of(job: EvaluationJob, row: dict[str, Any]) -> Any:
+    """A row's prompt, in which images are named."""
+    inputs = inputs_of(job)
+    return row.get("prompt") if inputs is None else inputs.named(row["prompt"], row[inputs.column])
 
 
 def samples_of(

@@ -10,6 +10,7 @@ from typing import Any
 
 from ft_core.errors import RunError
 from ft_core.runs import Run
+from ft_rl.pairs import part_of
 
 __all__ = ["SamplesLog", "best_and_worst", "readable"]
 
@@ -101,14 +102,11 @@ def readable(value: Any) -> str:
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    """A message's reasoning, text (other parts, such as images, by their kind) and, as JSON, its calls of tools."""
+    """A message's reasoning, text (other parts, such as images, by name or kind) and, as JSON, its calls of tools."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [content or ""]
     words = [str(message.get("reasoning_content") or "")]
-    words += [
-        str(part.get("text", f"[{part.get('type', 'part')}]")) if isinstance(part, Mapping) else str(part)
-        for part in parts
-    ]
+    words += [part_of(part) if isinstance(part, Mapping) else str(part) for part in parts]
     if message.get("tool_calls"):
         words.append(json.dumps(message["tool_calls"], ensure_ascii=False, default=str))
     return "\n".join(word for word in words if word)

@@ -10,6 +10,8 @@ from ft_rl.reference import begins_neutral, drop_copy, put_switch, take_switch
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
+
+    from ft_core.training.inputs import Inputs
 else:
     _Base = object
 
@@ -24,10 +26,12 @@ class PolicyTrainerMixin(_Base):
     Attributes:
         fields: what the trainer reads of the head (see :class:`ft_rl.policy.PolicyForward`).
         policy: the model's forward, or None where it is TRL's.
+        inputs: sees to what rows hold beside text; set before the constructor is called.
     """
 
     fields: Sequence[str] = ("log_probs", "entropy", "mean_logits", "is_top1")
     policy: PolicyForward | None = None
+    inputs: Inputs | None = None
     _head_is_put: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,8 +61,9 @@ class PolicyTrainerMixin(_Base):
         if self._head_is_put:
             return
         self._head_is_put = True
+        packs = None if self.inputs is None else self.inputs.packs(self.model)
         self.policy = put_head(
-            self.model, temperature=self.head_temperature, fields=self.fields, entropy=self.head_entropy
+            self.model, temperature=self.head_temperature, fields=self.fields, entropy=self.head_entropy, packs=packs
         )
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

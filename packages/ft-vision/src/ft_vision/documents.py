@@ -82,6 +82,24 @@ class VisionRenderer(Renderer):
         self._check(text.count(self.processor.image_token), row)
         return self._expanded(Draft(text, ()), row["images"]).text
 
+    def tokens(
+        self, messages: Sequence[Row], images: Sequence[str], *, prompting: bool = False, **options: Any
+    ) -> list[int]:
+        """The tokens of a conversation with these images, as it stands or up to where an answer begins.
+
+        Args:
+            images: references, whose sizes are known. prompting: whether a generation prompt follows.
+            options: further arguments of the chat template.
+
+        Raises:
+            DataError: as :meth:`drafts`.
+        """
+        text = str(self._apply(messages, None, tokenize=False, add_generation_prompt=prompting, **options))
+        self._check(text.count(self.processor.image_token), {"images": images})
+        text = self._expanded(Draft(text, ()), images).text
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def word(self, size: tuple[int, int]) -> str:
         """What stands for an image of this width and height in a text.
 

@@ -23,7 +23,7 @@ VISION = ModalitySpec(
     extensions=(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
     load="ft_vision.loading:load_for_training",
     settings="ft_vision.settings:VisionSettings",
-    methods=("sft",),
+    methods=("sft", "dpo", "grpo", "gspo"),
     processor="ft_vision.loading:load_processor",
     rows="ft_vision.rows:normalise",
     adapter="ft_vision.loading:adapter_options",
@@ -33,6 +33,7 @@ VISION = ModalitySpec(
     knows="ft_vision.answering:knows",
     answerer="ft_vision.answering:VisionAnswerer",
     plan="ft_vision.planning:VisionFronts",
+    inputs="ft_vision.inputs:VisionInputs",
 )
 
 

@@ -42,6 +42,10 @@ def normalise(row: Mapping[str, Any], format: Format, folder: Path | None) -> di
     Raises:
         DataError: no conversation, no image or too many, or one given in another way.
     """
+    from ft_vision.asking import ASKING, normalise_asking
+
+    if format.name in ASKING:
+        return normalise_asking(row, format, folder)
     listed = _listed(row)
     found: list[Any] = []
     columns = {name: value for name, value in row.items() if name not in ("images", "image")}

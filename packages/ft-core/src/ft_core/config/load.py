@@ -75,10 +75,11 @@ def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
         raise PluginError(f"task: {error}") from error
     if modality.load is None:
         raise PluginError(f"task: {config.task!r} cannot be trained by the installed version ({modality.summary})")
-    method_settings(config)
-    if modality.methods and config.method not in modality.methods:
+    known = {*registry().names(MethodSpec.group), *EXTRAS[MethodSpec.group]}
+    if modality.methods and config.method in known - {*modality.methods}:
         what = f"{config.method!r} does not train the task {config.task!r} yet"
         raise ConfigError(f"method: {what} (allowed: {', '.join(modality.methods)})")
+    method_settings(config)
     modality_settings(config)
     _check_rewards(config)
     return config

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ft_kernels as kernels
 from ft_core.data.collating import LENGTHS
+from ft_core.fast.beside import Beside
 from ft_core.fast.find import NotFast, layout_of, unwrapped
 from ft_core.fast.head import can_fuse
 from ft_core.fast.layout import Layout, at
@@ -51,15 +52,18 @@ class Unpadded:
     at: Tensor
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor, *, share: bool = False) -> Unpadded:
+    def of(
+        cls, input_ids: Tensor, attention_mask: Tensor, *, share: bool = False, beside: Beside | None = None
+    ) -> Unpadded:
         """Take the padding out; each row's tokens are one run, wherever it begins. Waits for the device once.
 
         Args:
             share: whether to compute once what rows share at their beginnings, where that is worth it. Only the fast
                 layers can, and it waits for the device twice.
+            beside: what the batch holds beside text: rows begin alike as far as it is the same.
         """
         kept = attention_mask.bool()
-        if share and 1 < len(kept) <= MOST and (shared := cls._sharing(input_ids, kept)) is not None:
+        if share and 1 < len(kept) <= MOST and (shared := cls._sharing(input_ids, kept, beside)) is not None:
             return shared
         lengths = [n for n in kept.sum(1).tolist() if n]
         positions = (kept.cumsum(1) - 1)[kept]
@@ -67,12 +71,13 @@ class Unpadded:
         return cls(kept, input_ids[kept][None], positions[None], lengths, None, at)
 
     @classmethod
-    def _sharing(cls, input_ids: Tensor, kept: Tensor) -> Unpadded | None:
+    def _sharing(cls, input_ids: Tensor, kept: Tensor, beside: Beside | None) -> Unpadded | None:
         """With what rows share only once; None where that saves too little."""
         ids, mask = input_ids.cpu().numpy(), kept.cpu().numpy()
         rows = [i for i in range(len(ids)) if mask[i].any()]
         tokens = [ids[i][mask[i]] for i in rows]
-        groups = groups_of(tokens)
+        apart = ids if beside is None else beside.told_apart(ids)
+        groups = groups_of([apart[i][mask[i]] for i in rows])
         if saved(groups, sum(map(len, tokens))) < LEAST:
             return None
         at = np.zeros(ids.shape, np.int64)
@@ -131,14 +136,16 @@ class Backbone:
         model = unwrapped(model)
         return cls(model, layout_of(model))
 
-    def unpadded(self, input_ids: Tensor, attention_mask: Tensor) -> Unpadded | None:
+    def unpadded(self, input_ids: Tensor, attention_mask: Tensor, beside: Beside | None = None) -> Unpadded | None:
         """A padded batch ``[B, L]`` as one row, where it is computed faster as such: the model has to keep documents of
         one row apart. By the fast layers, what rows share at their beginnings is computed once, such as the prompt of a
         pair or of a group's completions; in training a dropout draws once for it.
         """
         path = fast_path_of(self.model)
         fast = path is not None and path.on
-        row = Unpadded.of(input_ids, attention_mask, share=fast)
+        # what runs both ways in what documents share is not known to attention
+        share = fast and (beside is None or self.layout.together is None)
+        row = Unpadded.of(input_ids, attention_mask, share=share, beside=beside)
         if not row.lengths:
             return None
         # transformers' attention computes what a mask between documents then discards, and makes the mask
@@ -147,13 +154,20 @@ class Backbone:
         packs = fast or wasteful
         return row if packs else None
 
-    def hidden(self, row: Unpadded) -> Tensor:
+    def hidden(self, row: Unpadded, beside: Beside | None = None) -> Tensor:
         """The last hidden states ``[T, H]`` of documents that do not see each other."""
         lengths = row.lengths if row.branches is None else row.branches
-        return self.states(input_ids=row.ids, position_ids=row.positions, lengths=lengths)[0]
+        more = {"position_ids": row.positions} if beside is None else beside.packed(row)
+        return self.states(input_ids=row.ids, lengths=lengths, **more)[0]
 
     def hidden_at(
-        self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, *, padding_free: bool = True
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        wanted: Tensor,
+        *,
+        padding_free: bool = True,
+        beside: Beside | None = None,
     ) -> Tensor:
         """The last hidden states ``[N, H]`` at places of a padded batch, row after row; computed without padding.
 
@@ -161,12 +175,14 @@ class Backbone:
             input_ids: int64 ``[B, L]``. attention_mask: ``[B, L]``, nonzero at each row's one run of tokens.
             wanted: bool ``[B, L]``, true at tokens only.
             padding_free: whether the model keeps documents of one row apart; where not, the batch stays padded.
+            beside: what the batch holds beside text.
         """
-        row = self.unpadded(input_ids, attention_mask) if padding_free else None
+        row = self.unpadded(input_ids, attention_mask, beside) if padding_free else None
         if row is not None:
-            return self.hidden(row)[row.places(wanted)]
+            return self.hidden(row, beside)[row.places(wanted)]
         places = (attention_mask.bool().cumsum(1) - 1).clamp(min=0)  # of each token within its row's run
-        return self.states(input_ids=input_ids, attention_mask=attention_mask, position_ids=places)[wanted]
+        more = {"position_ids": places} if beside is None else beside.padded(places)
+        return self.states(input_ids=input_ids, attention_mask=attention_mask, **more)[wanted]
 
     def states(self, *, lengths: Sequence[int] | Sequence[Sequence[int]] | None = None, **inputs: Any) -> Tensor:
         """The last hidden states of a batch, by the fast layers where they are on.

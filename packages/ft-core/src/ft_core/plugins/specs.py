@@ -96,6 +96,8 @@ class MethodSpec(Spec):
         check: reference to ``check(config: TrainConfig) -> None``, which refuses by a ``ConfigError`` what the settings
             alone do not show, such as a file that is not there; called when a training begins, before anything is
             loaded. None where there is no more to check.
+        inputs: whether the method sees itself to what rows hold beside text, by :attr:`ModalitySpec.inputs`, and
+            measures so; of others that is the modality's ``dataset``, ``collator`` and ``evaluate``.
     """
 
     group: ClassVar[str] = "ft.methods"
@@ -107,6 +109,7 @@ class MethodSpec(Spec):
     rewards: bool = False
     load: str | None = None
     check: str | None = None
+    inputs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,8 @@ class ModalitySpec(Spec):
         plan: reference to ``f(config, source: ft_core.models.ModelSource)``, which makes what a plan knows of the parts
             before the language model, a :class:`ft_core.planning.front.Fronts`; of ``source`` only ``config.json`` need
             be there.
+        inputs: reference to ``f(config, model, processor)``, which makes a :class:`ft_core.training.inputs.Inputs` for
+            methods that make batches of their own; None where there are none such among ``methods``.
     """
 
     group: ClassVar[str] = "ft.modalities"
@@ -156,6 +161,7 @@ class ModalitySpec(Spec):
     knows: str | None = None
     answerer: str | None = None
     plan: str | None = None
+    inputs: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 from ft_core.config import TrainConfig
 from ft_core.errors import ConfigError
-from ft_core.plugins import ModalitySpec, registry, resolve
+from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
 
-__all__ = ["check_text_only", "of_modality"]
+__all__ = ["check_text_only", "measure_of", "of_modality"]
 
 
 def of_modality(config: TrainConfig, part: str) -> Any:
@@ -19,6 +19,12 @@ def of_modality(config: TrainConfig, part: str) -> Any:
     """
     reference = getattr(registry().get(ModalitySpec, config.task), part)
     return None if reference is None else resolve(reference)
+
+
+def measure_of(config: TrainConfig, spec: MethodSpec) -> Any:
+    """What measures a model of ``config``: the modality's own function, or the method's."""
+    own = None if spec.inputs else of_modality(config, "evaluate")
+    return own or resolve(spec.evaluate)
 
 
 def check_text_only(config: TrainConfig, command: str) -> None:

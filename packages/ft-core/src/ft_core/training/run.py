@@ -31,7 +31,7 @@ from ft_core.training.disk import disk_folder
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.lock import held
 from ft_core.training.memory import InUse, memory_capped, memory_errors_said
-from ft_core.training.modality import of_modality
+from ft_core.training.modality import measure_of
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
     check_method,
@@ -265,7 +265,7 @@ class _Session:
         cut = f"the first {len(rows)} of {total} held-out rows (ft eval measures all)"
         job.say(f"measuring {what} training on {cut if len(rows) < total else counted(total, 'held-out row')}")
         with as_loaded(model):
-            evaluate = of_modality(job.config, "evaluate") or resolve(self.spec.evaluate)
+            evaluate = measure_of(job.config, self.spec)
             asked = EvaluationJob(job.config, job.settings, model, job.tokenizer, rows, answers=SAMPLES)
             asked.kept, asked.say, asked.processor = job.kept, job.say, job.processor
             measured: Evaluation = evaluate(asked)

@@ -163,10 +163,14 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
 def _first_batch(trainer: Any, model: Any) -> dict[str, Any] | None:
     """A batch of the first row's first tokens, with labels, as the method's collator or a plain one makes it.
 
-    Rows of other methods hold several sequences, or the text of a prompt, which the trainer's ``first_ids`` gives.
+    Rows of other methods hold several sequences, or the text of a prompt, which the trainer's ``first_ids`` gives; or
+    more than text, which its ``first_batch`` does (None for rows of text).
     """
     import torch
 
+    whole = getattr(trainer, "first_batch", None)
+    if whole is not None and (batch := whole()) is not None:
+        return dict(batch)
     row = trainer.train_dataset[0]
     if "input_ids" in row:
         return dict(trainer.data_collator([_short(row)]))

@@ -24,6 +24,8 @@ def draw(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> tupl
         the likeliest token (temperature 0), under the distribution of the logits.
     """
     scores = logits.float()
+    if sampling.never:
+        scores = scores.index_fill(1, torch.tensor(sorted(sampling.never), device=scores.device), float("-inf"))
     if sampling.repetition_penalty != 1 and seen is not None:
         penalised = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
         scores = torch.where(seen, penalised, scores)

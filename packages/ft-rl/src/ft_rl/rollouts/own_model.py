@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ft_core.config import TrainConfig
+from ft_core.fast.beside import Beside
 from ft_core.fast.decoding import Decoder, decoder_of
 from ft_core.fast.find import unwrapped
 from ft_core.models.modes import modes_kept
 from ft_core.training.wrapped import as_loaded
 from ft_rl.rollouts.drawing import draw
-from ft_rl.rollouts.protocol import TOKENS_AT_ONCE, Completion, EngineJob, Sampling, checked
+from ft_rl.rollouts.protocol import TOKENS_AT_ONCE, Asked, Completion, EngineJob, Sampling, checked
 
 __all__ = ["OwnModel", "OwnModelSettings", "check"]
 
@@ -58,7 +60,13 @@ class OwnModel:
         self._anywhere = False  # on a CPU the fast layers' references gain nothing
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], copies: int, sampling: Sampling, *, step: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        sampling: Sampling,
+        *,
+        step: int,
+        beside: Asked | None = None,
     ) -> list[list[Completion]]:
         """See :class:`ft_rl.rollouts.protocol.Engine`; draws from torch's random numbers."""
         made: list[list[Completion]] = [[] for _ in prompts]
@@ -66,15 +74,15 @@ class OwnModel:
         at_once = max(self._tokens // longest, 1)
         if copies > at_once:  # those of one prompt do not fit together
             for first in range(0, copies, at_once):
-                some = self.generate(prompts, min(at_once, copies - first), sampling, step=step)
+                some = self.generate(prompts, min(at_once, copies - first), sampling, step=step, beside=beside)
                 made = [[*before, *more] for before, more in zip(made, some, strict=True)]
             return made
         with _answering(self._model), as_loaded(self._model):
             for batch in self._batches([len(prompt) for prompt in prompts], copies, sampling.max_new_tokens):
-                for number, written in zip(
-                    batch, self._write([prompts[i] for i in batch], copies, sampling), strict=True
-                ):
-                    made[number] = written
+                ask = None if beside is None else partial(beside, batch)
+                written = self._write([prompts[i] for i in batch], copies, sampling, ask)
+                for number, own in zip(batch, written, strict=True):
+                    made[number] = own
         return made
 
     def close(self) -> None:
@@ -91,13 +99,13 @@ class OwnModel:
         if batch:
             yield batch
 
-    def _write(self, prompts: list[Sequence[int]], copies: int, sampling: Sampling) -> list[list[Completion]]:
-        decoder = self._decoder(sampling)
+    def _write(self, prompts: list[Sequence[int]], copies: int, sampling: Sampling, ask: Any) -> list[list[Completion]]:
+        decoder = self._decoder(sampling) if ask is None else None
         slots = max(map(len, prompts)) + sampling.max_new_tokens
         if decoder is not None and decoder.why_not(len(prompts) * copies, slots) is None:
             rows = _by_fast_layers(decoder, prompts, copies, sampling)
         else:
-            batch = _Batch(self._model, prompts, copies, sampling, self._pad)
+            batch = _Batch(self._model, prompts, copies, sampling, self._pad, ask)
             while batch.step():
                 pass
             rows = [Completion(ids, logprobs) for ids, logprobs in zip(batch.ids, batch.logprobs, strict=True)]
@@ -143,7 +151,9 @@ class _Batch:
         ids, logprobs: of each completion so far.
     """
 
-    def __init__(self, model: Any, prompts: list[Sequence[int]], copies: int, sampling: Sampling, pad: int) -> None:
+    def __init__(
+        self, model: Any, prompts: list[Sequence[int]], copies: int, sampling: Sampling, pad: int, ask: Any = None
+    ) -> None:
         self._model, self._sampling = model, sampling
         self.ids: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
         self.logprobs: list[list[float]] = [[] for _ in self.ids]
@@ -153,7 +163,11 @@ class _Batch:
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **_last(model))
+        beside: Beside | None = None if ask is None else ask(ids.cpu(), mask.cpu())
+        more = {"position_ids": positions} if beside is None else beside.padded(positions)
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, **more, **_last(model))
+        ahead = None if beside is None else beside.ahead(mask)
+        self._ahead: Tensor | None = None if ahead is None else ahead.repeat_interleave(copies, 0)
         self._cache = out.past_key_values
         if copies > 1:
             self._cache.batch_repeat_interleave(copies)
@@ -185,7 +199,7 @@ class _Batch:
         out = self._model(
             input_ids=tokens[:, None],
             attention_mask=self._mask,
-            position_ids=self._position[:, None],
+            position_ids=self._positions(),
             past_key_values=self._cache,
             use_cache=True,
         )
@@ -195,6 +209,11 @@ class _Batch:
             self._seen.scatter_(1, tokens[:, None], True)
         return True
 
+    def _positions(self) -> Tensor:
+        """``[B, 1]``, or of a model with coordinates ``[4, B, 1]``: after a prompt all three go on as text does."""
+        text = self._position[:, None]
+        return text if self._ahead is None else torch.stack([text, *[text + self._ahead[:, None]] * 3])
+
     def _leave(self, tokens: Tensor) -> Tensor:
         """Go on with those that have not ended."""
         kept = self._going.nonzero()[:, 0].to(tokens.device)
@@ -202,6 +221,7 @@ class _Batch:
         self._rows = [row for row, going in zip(self._rows, self._going.tolist(), strict=True) if going]
         self._going = torch.ones(len(self._rows), dtype=torch.bool)
         self._mask, self._position = self._mask[kept], self._position[kept]
+        self._ahead = None if self._ahead is None else self._ahead[kept]
         if self._seen is not None:
             self._seen = self._seen[kept]
         return tokens[kept]

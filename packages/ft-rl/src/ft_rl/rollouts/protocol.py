@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ft_core.errors import ConfigError
 
-__all__ = ["TOKENS_AT_ONCE", "Completion", "Engine", "EngineJob", "Sampling", "checked"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ft_core.fast.beside import Beside
+
+__all__ = ["TOKENS_AT_ONCE", "Asked", "Completion", "Engine", "EngineJob", "Sampling", "SeeingEngine", "checked"]
+
+Asked: TypeAlias = "Callable[[Sequence[int], Tensor, Tensor], Beside | None]"
+"""Gives what some prompts hold beside text, by their numbers and, on the CPU, ids and mask ``[B, L]`` of the batch that
+they are read in (:func:`ft_rl.inputs.beside_of`)."""
 
 TOKENS_AT_ONCE = 32768
 """The most tokens, of prompts and completions together, whose keys and values a model keeps at a time as it writes."""
@@ -28,6 +37,7 @@ class Sampling:
         repetition_penalty: above 1, tokens that are there already are drawn less often.
         stops: ids of tokens that end a completion and are part of it.
         seed: of an engine that has random numbers of its own; the others draw from torch's.
+        never: ids of tokens that are never drawn, such as those that stand for an image.
     """
 
     max_new_tokens: int
@@ -39,6 +49,7 @@ class Sampling:
     stops: frozenset[int] = field(default_factory=frozenset)
     seed: int = 0
     limits: tuple[int, ...] = ()
+    never: frozenset[int] = frozenset()
 
     def limits_of(self, prompts: int) -> tuple[int, ...]:
         """The longest completion of each of so many prompts, in tokens."""
@@ -126,4 +137,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of what the engine holds; it may be used again."""
+        ...
+
+
+class SeeingEngine(Engine, Protocol):
+    """An engine that reads more than text."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        sampling: Sampling,
+        *,
+        step: int,
+        beside: Asked | None = None,
+    ) -> list[list[Completion]]:
+        """As :meth:`Engine.generate`.
+
+        Args:
+            beside: what the prompts hold beside text; None: nothing.
+        """
         ...
