@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ft_core.data import Collator, keeps_documents_apart
 from ft_core.errors import DataError
 from ft_vision.documents import COUNTS, IMAGES, VisionRenderer, image_token_of
 from ft_vision.families.parts import Family, family_of
+from ft_vision.families.processors import image_options
 from ft_vision.images import ImageError, read_image
 from ft_vision.loading import settings_of
 from ft_vision.rows import open_reference, reference_of
@@ -28,6 +30,9 @@ WORKERS = 4
 TRIED = (64, 64)
 """Width and height of the images that a model is tried with."""
 
+INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask")
+"""What forward passes take of what image processors make."""
+
 
 class UnusableImage(DataError):
     """An image that turned out to be unusable when its batch was made. It stays one line on its way out of a worker,
@@ -44,9 +49,11 @@ class VisionCollator:
     ``image_references`` (in the order of their tokens) and ``image_counts`` (how many each document has).
 
     Text is batched as :class:`ft_core.data.Collator` does. Beside it stands what the processor makes of all images of
-    the batch, in their order: ``pixel_values``, float32 [images, 3, height, width], or of a family whose images have a
-    size of their own [patches, values] with ``image_grid_thw``, int64 [images, 3]. A row without
-    ``image_references`` is text.
+    the batch, in their order: ``pixel_values``, float32 [images, 3, height, width], where images have sizes of their
+    own filled up with zeros, and ``image_sizes``, int64 [images, 2], says how far; of Qwen's families [patches, values]
+    with ``image_grid_thw``, int64 [images, 3]; of LLaVA-NeXT [images, tiles, 3, height, width] with ``image_sizes``; of
+    SmolVLM and Idefics 3 [rows, tiles, 3, height, width] with ``pixel_attention_mask``, [rows, tiles, height, width].
+    A row without ``image_references`` is text.
 
     Padding-free, position ids of such a family are int64 [4, 1, T]: each token's place in its document, by which
     attention is kept within it, and its three coordinates, counted for each document alone.
@@ -57,6 +64,7 @@ class VisionCollator:
         token: the id of an image's tokens.
         family: what the model's forward pass takes.
         positions: the model's ``get_rope_index``, for a family with grids.
+        options: what the image processor is told beside the images.
 
     Raises:
         UnusableImage: when it is called: an image that cannot be read any more, or is damaged.
@@ -67,12 +75,15 @@ class VisionCollator:
     token: int
     family: Family
     positions: Callable[..., Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.text(features)
         ids = batch["input_ids"]
         seen = [image for feature in features for image in feature.get(IMAGES) or ()]
-        if seen:
+        if seen and self.family.nested and not self.text.padding_free:
+            batch |= self._made(_by_document(features))
+        elif seen:
             batch |= self.pixels(seen)
         kinds = (ids == self.token).long() if seen else ids * 0
         if self.family.types is not None:
@@ -82,9 +93,14 @@ class VisionCollator:
         return batch
 
     def pixels(self, images: Sequence[str]) -> dict[str, Any]:
-        """What the forward pass is handed of images."""
-        made = self.processor([_read(image) for image in images], return_tensors="pt")
-        return {name: made[name] for name in ("pixel_values", "image_grid_thw") if name in made}
+        """What the forward pass is handed of the images of one row."""
+        return self._made([images])
+
+    def _made(self, rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+        read = [[_read(image) for image in row] for row in rows]
+        given = read if self.family.nested else read[0]
+        made = self.processor(given, return_tensors="pt", **self.options)
+        return {name: made[name] for name in INPUTS if name in made}
 
     def batch_tokens(self, lengths: Sequence[int]) -> int:
         """See :meth:`ft_core.data.Collator.batch_tokens`."""
@@ -112,10 +128,21 @@ class VisionCollator:
         return torch.cat([batch["position_ids"][None], torch.cat(parts, dim=2)])
 
 
+def _by_document(features: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The images of each document, which is a row of its own where rows are padded."""
+    documents = []
+    for feature in features:
+        images = iter(feature.get(IMAGES) or ())
+        documents += [list(islice(images, count)) for count in _counts(feature)]
+    return documents
+
+
 def _counts(feature: Mapping[str, Any]) -> Sequence[int]:
     documents = len(feature.get("seq_lengths") or (0,))
     counts: Sequence[int] | None = feature.get(COUNTS)
-    return [0] * documents if counts is None else counts
+    if counts is None:  # a row of one document need not say it
+        return [len(feature.get(IMAGES) or ())] if documents == 1 else [0] * documents
+    return counts
 
 
 def _read(image: str) -> Any:
@@ -152,8 +179,11 @@ def packs(model: Any, processor: Any, name: str) -> bool:
     from PIL import Image
 
     collate = collator_for(model, processor, Collator(0), name)
+    collate = replace(collate, options={**collate.options, **collate.family.tried})
+    renderer = VisionRenderer(processor)
+    renderer.options = collate.options
     generator = torch.Generator().manual_seed(0)
-    word = processor.tokenizer(VisionRenderer(processor).word(TRIED), add_special_tokens=False)["input_ids"]
+    word = processor.tokenizer(renderer.word(TRIED), add_special_tokens=False)["input_ids"]
     special = {collate.token, *processor.tokenizer.all_special_ids}
     usual = [token for token in range(min(256, len(processor.tokenizer))) if token not in special]
     documents = []
@@ -171,7 +201,9 @@ def collator_for(model: Any, processor: Any, text: Collator, name: str) -> Visio
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = family_of(plain.config, name)
     positions = _without_weights(plain.model).get_rope_index if family.has_grids else None
-    return VisionCollator(text, processor.image_processor, image_token_of(plain.config), family, positions)
+    return VisionCollator(
+        text, processor.image_processor, image_token_of(plain.config), family, positions, image_options(processor)
+    )
 
 
 def _without_weights(model: Any) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ft_core.errors import ConfigError, ModelError
+from ft_vision.budgets import bound_pixels
 from ft_vision.families.parts import Family, family_of
+from ft_vision.families.processors import image_options, processor_class
 from ft_vision.settings import VisionSettings
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from ft_core.models import Device, ModelSource
 
 __all__ = ["adapter_options", "load_for_training", "load_processor", "settings_of"]
-
-VIDEO = "video_preprocessor_config.json"
-
 
 def settings_of(config: TrainConfig) -> VisionSettings:
     """The configuration's section ``vision``, checked."""
@@ -59,6 +56,9 @@ def load_for_training(source: ModelSource, config: TrainConfig, device: Device, 
     if config.lora is None:
         for name in _frozen(family, settings, ("frozen",)):
             model.get_submodule(f"model.{name}").requires_grad_(False)
+        if settings.projector == "frozen":
+            for name in family.loose:
+                model.get_parameter(f"model.{name}").requires_grad_(False)
     return model
 
 
@@ -109,22 +109,17 @@ def _config_of(source: ModelSource) -> Any:
 def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The model's processor for images and text, with this tokenizer and the pixel budget of ``vision``.
 
-    Where a family's processor wants one for videos too, which needs torchvision, it is made without: the images' own
-    processor works with Pillow alone.
+    Where a family's processor wants what images do not need (:mod:`ft_vision.families.processors`), it is made
+    without.
 
     Raises:
         ModelError: it cannot be loaded, or it has no chat template.
-        ConfigError: a pixel budget for images that all have the same size.
+        ConfigError: a pixel budget that the family has no choice for.
     """
-    from transformers import AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
     own = _config_of(source)
-    family = family_of(own, source.reference)
+    family_of(own, source.reference)
     try:
-        known = PROCESSOR_MAPPING[type(own)]
-        without = _without_videos(known, source.path) if "video_processor" in known.get_attributes() else AutoProcessor
-        processor = without.from_pretrained(source.path, trust_remote_code=False)
+        processor = processor_class(own, source.path).from_pretrained(source.path, trust_remote_code=False)
     except ImportError as error:
         raise ModelError(
             f"the processor of {source.reference} needs a library that is not installed: {_line(error)}"
@@ -139,46 +134,8 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrain
             f"the processor of {source.reference} has no chat template, so that conversations cannot be written as it "
             "knows them: take a model that was tuned to answer"
         )
-    _bound(processor.image_processor, settings_of(config), family, source.reference)
+    bound_pixels(processor.image_processor, image_options(processor), settings_of(config), source.reference)
     return processor
-
-
-def _without_videos(known: Any, folder: Path) -> Any:
-    """A processor's class that is made of an image processor and a tokenizer alone, and saved under its own name."""
-
-    class Processor(known):
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return ["image_processor", "tokenizer"]
-
-        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-            made = super().save_pretrained(save_directory, *args, **kwargs)
-            if (folder / VIDEO).is_file():  # for whoever reads it where there is a processor for videos
-                shutil.copyfile(folder / VIDEO, Path(save_directory) / VIDEO)
-            return made
-
-    Processor.__name__ = Processor.__qualname__ = known.__name__
-    return Processor
-
-
-def _bound(images: Any, settings: VisionSettings, family: Family, name: str) -> None:
-    """Give the processor the pixel budget."""
-    given = [key for key in ("max_pixels", "min_pixels") if getattr(settings, key) is not None]
-    if not given:
-        return
-    if not family.has_grids:
-        raise ConfigError(
-            f"vision.{given[0]}: {name} sees every image at the same size, {dict(images.size)}; remove the key"
-        )
-    # the names are transformers': of these families they are numbers of pixels, not of edges
-    size = dict(images.size)
-    if settings.max_pixels is not None:
-        size["longest_edge"] = settings.max_pixels
-        size["shortest_edge"] = min(size["shortest_edge"], settings.max_pixels)
-    if settings.min_pixels is not None:
-        size["shortest_edge"] = settings.min_pixels
-        size["longest_edge"] = max(size["longest_edge"], settings.min_pixels)
-    images.size = size if isinstance(images.size, dict) else type(images.size)(**size)
 
 
 def _line(error: BaseException) -> str:
