@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ft_core.config import TrainConfig
     from ft_core.models import Device, ModelSource
 
-__all__ = ["adapter_options", "load_for_training", "load_processor", "settings_of"]
+__all__ = ["adapter_options", "config_of", "load_for_training", "load_processor", "processor_of", "settings_of"]
+
 
 def settings_of(config: TrainConfig) -> VisionSettings:
     """The configuration's section ``vision``, checked."""
@@ -41,7 +42,7 @@ def load_for_training(source: ModelSource, config: TrainConfig, device: Device, 
 
     from ft_core.models import load_for_training as load
 
-    family = family_of(_config_of(source), source.reference)
+    family = family_of(config_of(source), source.reference)
     settings = settings_of(config)
     for part in ("tower", "projector"):
         how = getattr(settings, part)
@@ -97,7 +98,12 @@ def _modules(model: Any, name: str) -> Iterator[str]:
         yield name
 
 
-def _config_of(source: ModelSource) -> Any:
+def config_of(source: ModelSource) -> Any:
+    """The model's configuration, of transformers.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     from transformers import AutoConfig
 
     try:
@@ -116,7 +122,23 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrain
         ModelError: it cannot be loaded, or it has no chat template.
         ConfigError: a pixel budget that the family has no choice for.
     """
-    own = _config_of(source)
+    processor = processor_of(source, tokenizer)
+    if processor.chat_template is None:
+        raise ModelError(
+            f"the processor of {source.reference} has no chat template, so that conversations cannot be written as it "
+            "knows them: take a model that was tuned to answer"
+        )
+    bound_pixels(processor.image_processor, image_options(processor), settings_of(config), source.reference)
+    return processor
+
+
+def processor_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model's processor with this tokenizer, as its files have it.
+
+    Raises:
+        ModelError: it cannot be loaded, or the model is of no known family.
+    """
+    own = config_of(source)
     family_of(own, source.reference)
     try:
         processor = processor_class(own, source.path).from_pretrained(source.path, trust_remote_code=False)
@@ -129,12 +151,6 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrain
     processor.tokenizer = tokenizer
     if processor.chat_template is None:
         processor.chat_template = tokenizer.chat_template
-    if processor.chat_template is None:
-        raise ModelError(
-            f"the processor of {source.reference} has no chat template, so that conversations cannot be written as it "
-            "knows them: take a model that was tuned to answer"
-        )
-    bound_pixels(processor.image_processor, image_options(processor), settings_of(config), source.reference)
     return processor
 
 

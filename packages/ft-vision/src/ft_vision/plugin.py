@@ -30,6 +30,8 @@ VISION = ModalitySpec(
     dataset="ft_vision.documents:dataset",
     collator="ft_vision.collating:collator",
     evaluate="ft_vision.evaluating:evaluate",
+    knows="ft_vision.families.parts:knows",
+    verify="ft_vision.verifying:prepare",
 )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_core.errors import ModelError
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+if TYPE_CHECKING:
+    from ft_core.models import ModelSource
+
+__all__ = ["FAMILIES", "Family", "family_of", "knows"]
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,12 @@ def family_of(config: Any, name: str) -> Family:
             f"(allowed: {', '.join(sorted(FAMILIES))})"
         )
     return FAMILIES[kind]
+
+
+def knows(source: ModelSource) -> bool:
+    """Whether a model that was found is of one of them, by its ``config.json``."""
+    try:
+        kind = json.loads((source.path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return kind in FAMILIES
