@@ -38,7 +38,8 @@ def test_the_longer_edge_of_a_pixtral(name: str, square: int, family: Any, tmp_p
             assert height * width <= min(budget, 112 * 112)
             assert tokens(made, shape) * square**2 == height * width
     # 3000 would let an edge of 54 through: three patches of 14, one of 28.
-    assert dict(processor(family(name), max_pixels=3000).image_processor.size)["longest_edge"] == (54 // square) * square
+    size = dict(processor(family(name), max_pixels=3000).image_processor.size)
+    assert size["longest_edge"] == (54 // square) * square
     assert dict(made.image_processor.size)["longest_edge"] == 112  # never more than the model's own
     small = processor(family(name), max_pixels=56 * 56)
     small.save_pretrained(tmp_path)

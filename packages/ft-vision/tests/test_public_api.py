@@ -21,7 +21,16 @@ EXPECTED = {
         "SMOLVLM",
         "VISION",
     ],
-    "ft_vision.collating": ["UnusableImage", "VisionCollator", "collator", "collator_for", "packs"],
+    "ft_vision.budgets": ["bound_pixels"],
+    "ft_vision.collating": [
+        "TRIED",
+        "UnusableImage",
+        "VisionCollator",
+        "collator",
+        "collator_for",
+        "drawn",
+        "packs",
+    ],
     "ft_vision.documents": [
         "COUNTS",
         "IMAGES",
@@ -32,12 +41,22 @@ EXPECTED = {
         "tokenize",
     ],
     "ft_vision.evaluating": ["evaluate"],
-    "ft_vision.families.parts": ["FAMILIES", "Family", "family_of"],
+    "ft_vision.families.parts": ["FAMILIES", "Family", "family_of", "image_token_of", "knows"],
+    "ft_vision.families.pixtral": ["PixtralProcessor"],
+    "ft_vision.families.processors": ["image_options", "processor_class"],
     "ft_vision.images": ["FORMATS", "ImageError", "MAX_BYTES", "MAX_PIXELS", "image_size", "read_image"],
-    "ft_vision.loading": ["adapter_options", "load_for_training", "load_processor", "settings_of"],
+    "ft_vision.loading": [
+        "adapter_options",
+        "config_of",
+        "load_for_training",
+        "load_processor",
+        "processor_of",
+        "settings_of",
+    ],
     "ft_vision.pixels": ["is_turned", "to_8_bit", "upright"],
     "ft_vision.rows": ["image_name", "normalise", "open_reference", "reference_of"],
     "ft_vision.settings": ["VisionSettings"],
+    "ft_vision.verifying": ["prepare"],
 }
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 FAMILIES = ("qwen3_vl", "gemma3", "llava_next", "smolvlm")
-"""One each of those with grids, with masks of their own, with tiles to an image and with tiles to a row; the whole way of
-all is in test_every_family.py."""
+"""One each of those with grids, with masks of their own, with tiles to an image and with tiles to a row; the whole way
+of all is in test_every_family.py."""
 
 
 def losses(run: Path) -> list[float]:
@@ -235,7 +235,7 @@ def test_what_does_not_read_images_yet_says_so(configure: Any, ft: Any, tmp_path
 
 @pytest.fixture
 def on_fast_layers(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """`on_fast_layers(kernels)`: in float32, by the fast layers or not, with the kernels' references in their places."""
+    """`on_fast_layers(kernels)`: in float32, by the fast layers or not, with the references in the kernels' places."""
     import dataclasses
 
     from ft_core.models import device, loading

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft_core.data import Collator, keeps_documents_apart
 from ft_core.data.collating import IGNORE
-from ft_core.errors import DataError
+from ft_core.errors import DataError, ModelError
 from ft_vision.documents import COUNTS, IMAGES, VisionRenderer, image_token_of
 from ft_vision.families.parts import Family, family_of
 from ft_vision.families.processors import image_options
@@ -196,11 +196,24 @@ def packs(model: Any, processor: Any, name: str) -> bool:
 
     transformers' own layers of Gemma 3 do not in 5.23 (in 5.17 they do): in their sliding layers a document's tokens
     attend as if its images stood where those of the row's first document do.
+
+    Raises:
+        ModelError: its tower makes more or less of an image than the processor writes tokens for.
     """
     collate = collator_for(model, processor, Collator(0), name)
     collate = replace(collate, options={**collate.options, **collate.family.tried})
     documents = drawn(collate, processor, ((4, 4, TRIED), (4, 4, TRIED), (24, 8, TRIED)), 0)
-    return keeps_documents_apart(model, documents, collate)
+    try:
+        return keeps_documents_apart(model, documents, collate)
+    except (ValueError, RuntimeError) as error:
+        if "Image features and image tokens do not match" not in str(error):
+            raise
+        count = sum(token == collate.token for token in documents[0]["input_ids"])
+        raise ModelError(
+            f"the processor of {name} writes {count} tokens for an image of which its model makes another number: its "
+            "processor_config.json is not that of this model (patch_size, num_additional_image_tokens, image_seq_len "
+            "and the like)"
+        ) from error
 
 
 def drawn(

@@ -17,6 +17,7 @@ from ft_core.data import Packed, Tokenized
 from ft_core.data.rendering import Draft, Renderer
 from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
+from ft_vision.families.parts import image_token_of
 from ft_vision.families.processors import image_options
 from ft_vision.images import ImageError, image_size, read_image
 from ft_vision.loading import settings_of
@@ -116,12 +117,6 @@ class VisionRenderer(Renderer):
         text = "".join(piece + word for piece, word in zip(pieces, [*words, ""], strict=True))
         spans = tuple((moved(start), moved(end)) for start, end in one.spans)
         return replace(one, text=text, spans=spans, uncuttable=bool(words))
-
-
-def image_token_of(config: Any) -> int:
-    """The id of the token that stands for a piece of an image, by a model's configuration."""
-    found = getattr(config, "image_token_id", None)
-    return int(config.image_token_index if found is None else found)
 
 
 def tokenize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ft_core.errors import ConfigError, ModelError
 from ft_vision.budgets import bound_pixels
-from ft_vision.families.parts import Family, family_of
+from ft_vision.families.parts import Family, family_of, image_token_of
 from ft_vision.families.processors import image_options, processor_class
 from ft_vision.settings import VisionSettings
 
@@ -151,7 +151,28 @@ def processor_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Any
     processor.tokenizer = tokenizer
     if processor.chat_template is None:
         processor.chat_template = tokenizer.chat_template
+    _check_words(processor, own, source.reference)
     return processor
+
+
+def _check_words(processor: Any, config: Any, name: str) -> None:
+    """Refuse a processor whose files lack what an image's words follow from, or that is another model's."""
+    from PIL import Image
+
+    try:
+        made = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt", **image_options(processor))
+        word = processor.replace_image_token(made, image_idx=0)
+    except Exception as error:  # a value that its configuration leaves out is None, in some computation or other
+        raise ModelError(
+            f"the processor of {name} cannot write an image as tokens: {_line(error)} (does its processor_config.json "
+            "lack a value, such as patch_size?)"
+        ) from error
+    token = image_token_of(config)
+    if token not in processor.tokenizer(word, add_special_tokens=False)["input_ids"]:
+        raise ModelError(
+            f"the processor of {name} writes images without the token {token}, which its config.json says stands for "
+            "them: its files are not of one model"
+        )
 
 
 def _line(error: BaseException) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 __all__ = ["add_arguments", "run"]
 
 PARTS = ("norms", "linears", "rotary", "activation", "head")
+SIDES = {"whole": ("", ""), "language": (" of the language side", "; what sees or hears is transformers' own")}
+"""Of which part of a model its layers are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
     width = max((len(row["name"]) for row in rows), default=0)
     print("families whose layers ft computes with its own kernels; any other model of transformers trains on its own\n")
     for row in rows:
-        parts = row["problem"] or f"{', '.join(row['parts'])}: {'all' if row['fast'] else 'not all'} on the fast path"
+        parts = row["problem"] or (
+            f"{', '.join(row['parts'])}{SIDES[row['side']][0]}: {'all' if row['fast'] else 'not all'} on the fast path"
+            f"{SIDES[row['side']][1]}"
+        )
         print(f"{row['name']:{width}}  {row['summary']}\n{'':{width}}  {parts}")
     return 0
 
@@ -44,4 +49,5 @@ def _row(spec: Any) -> dict[str, Any]:
     except Exception as error:
         return {**row, "parts": [], "fast": False, "problem": f"cannot be described: {error}"}
     parts = [part for part in PARTS if part != "rotary" or layout.attention.rotary]
-    return {**row, "parts": parts, "fast": len(parts) == len(PARTS), "problem": None}
+    side = "whole" if layout.body is None else "language"
+    return {**row, "parts": parts, "side": side, "fast": len(parts) == len(PARTS), "problem": None}

@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=count, default=4, help="of the model, from the first on (default: 4)")
     parser.add_argument("--batches", type=count, default=5, help="how many batches (default: 5)")
     parser.add_argument(
-        "--tokens", type=count, default=256, help="of text, a batch, in three documents (default: 256); images add theirs"
+        "--tokens",
+        type=count,
+        default=256,
+        help="tokens of text a batch, in three documents (default: 256); images add theirs",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every parameter's errors to FILE")
 

@@ -12,7 +12,7 @@ from ft_core.errors import ModelError
 if TYPE_CHECKING:
     from ft_core.models import ModelSource
 
-__all__ = ["FAMILIES", "Family", "family_of", "knows"]
+__all__ = ["FAMILIES", "Family", "family_of", "image_token_of", "knows"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,12 @@ def family_of(config: Any, name: str) -> Family:
             f"(allowed: {', '.join(sorted(FAMILIES))})"
         )
     return FAMILIES[kind]
+
+
+def image_token_of(config: Any) -> int:
+    """The id of the token that stands for a piece of an image, by a model's configuration."""
+    found = getattr(config, "image_token_id", None)
+    return int(config.image_token_index if found is None else found)
 
 
 def knows(source: ModelSource) -> bool:

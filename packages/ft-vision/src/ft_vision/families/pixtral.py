@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 __all__ = ["PixtralProcessor"]
 
 
-class PixtralProcessor(ProcessorMixin):  # type: ignore[misc]
+class PixtralProcessor(ProcessorMixin):
     """Writes an image as rows of tokens: one for every square of merged patches, a break after each row but the last,
     which an end follows (Pixtral 12B, arXiv:2410.07073, section 2.2).
 

@@ -28,12 +28,13 @@ def processor_class(config: Any, folder: Path) -> Any:
         ImportError, KeyError: transformers has no processor for such a model here.
     """
     from transformers import AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 
     named = _named(folder)
     if named == "PixtralProcessor" or (named is None and config.model_type == "mistral3"):
         return _pixtral()
-    known = PROCESSOR_MAPPING[type(config)]
+    known = None if named is None else processor_class_from_name(named)
+    known = PROCESSOR_MAPPING[type(config)] if known is None else known
     if "video_processor" not in known.get_attributes():
         return AutoProcessor
     return _without_videos(known, folder)
@@ -56,7 +57,7 @@ def _pixtral() -> Any:
     try:
         from transformers.models.pixtral.processing_pixtral import PixtralProcessor
     except ImportError:
-        from ft_vision.families.pixtral import PixtralProcessor  # type: ignore[assignment]
+        from ft_vision.families.pixtral import PixtralProcessor
     return PixtralProcessor
 
 
