@@ -1,7 +1,7 @@
 """Every family, from a tiny random model of transformers' own classes to an answer of what was saved.
 
-What the chain finds of a family is a row of the table in ``docs/vision-models.md``, which is held to it here, and
-written by this file: ``python packages/ft-vision/tests/test_every_family.py``, with the transformers that the page names.
+What the chain finds of a family is a row of the table in ``docs/vision-models.md``, which is held to it here and
+written by this file: ``python packages/ft-vision/tests/test_every_family.py``, with the transformers the page names.
 """
 
 from __future__ import annotations

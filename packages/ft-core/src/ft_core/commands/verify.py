@@ -94,8 +94,10 @@ def run(args: argparse.Namespace) -> int:
 def _found(reference: str, quantization: str | None) -> tuple[ModelSource, str]:
     """The model, of a run the one that it trained in full or its base; and how it is quantized."""
     from ft_core.models import find_model
+    from ft_core.models.opening import check_reference
     from ft_core.runs import Run
 
+    check_reference(reference)
     run = Run(reference)
     if not (run.path.is_dir() and run.is_run):
         return find_model(reference), quantization or "none"
