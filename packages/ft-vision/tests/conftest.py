@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from more_families import MORE
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -219,6 +223,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 _make_gemma3(folder)
             elif name == "llava":
                 _make_llava(folder)
+            elif name in MORE:
+                MORE[name](folder, (_tokenizer, _text, _save))
             else:
                 _make_qwen(folder, name)
             made[name] = folder

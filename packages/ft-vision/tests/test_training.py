@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "gemma3", "llava")
+FAMILIES = ("qwen3_vl", "gemma3", "llava_next", "smolvlm")
+"""One each of those with grids, with masks of their own, with tiles to an image and with tiles to a row; the whole way
+of all is in test_every_family.py."""
 
 
 def losses(run: Path) -> list[float]:
@@ -48,7 +51,7 @@ def test_a_family_trains_to_a_whole_run(name: str, configure: Any, ft: Any, tmp_
     adapted = PeftModel.from_pretrained(plain, run / "adapter")
     trained = [key for key in adapted.state_dict() if "lora_B" in key]
     assert trained
-    assert all("language_model" in key for key in trained)
+    assert all("language_model" in key or "text_model" in key for key in trained)
     assert all(adapted.state_dict()[key].any() for key in trained)
     AutoImageProcessor.from_pretrained(run / "adapter")
 
@@ -75,7 +78,7 @@ def test_it_learns_what_is_drawn_and_not_what_is_likely(configure: Any, ft: Any,
 
 
 @pytest.mark.parametrize(("tower", "projector"), [("lora", "lora"), ("full", "full"), ("frozen", "full")])
-@pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava", "smolvlm"])
 def test_each_part_is_trained_as_the_configuration_says(
     name: str, tower: str, projector: str, configure: Any, ft: Any, tmp_path: Path, family: Any
 ) -> None:
@@ -103,13 +106,30 @@ def test_each_part_is_trained_as_the_configuration_says(
                 assert len(changed) > 0.5 * len(keys)
     if "lora" in (tower, projector):
         assert any("vision" in key or "visual" in key for key in before if not torch.equal(before[key], trained[key]))
-    assert any("language_model" in key and not torch.equal(before[key], trained[key]) for key in before)
+    changed = [key for key in before if not torch.equal(before[key], trained[key])]
+    assert any("language_model" in key or "text_model" in key for key in changed)
 
 
-def test_a_run_that_was_stopped_goes_on_the_same(configure: Any, ft: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("projector", ["frozen", "full"])
+def test_a_projectors_parameter_that_is_no_modules(
+    projector: str, configure: Any, ft: Any, tmp_path: Path, family: Any
+) -> None:
+    made = ft("train", configure("llava_next", lora=None, vision={"projector": projector}, training={"max_steps": 2}))
+    assert made.code == 0, made.err
+    from transformers import AutoModelForImageTextToText
+
+    before, after = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).model.image_newline
+        for folder in (family("llava_next"), tmp_path / "run" / "model")
+    )
+    assert torch.equal(before, after) == (projector == "frozen")
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
+def test_a_run_that_was_stopped_goes_on_the_same(name: str, configure: Any, ft: Any, tmp_path: Path) -> None:
     training = {"max_steps": 4, "save_every": 2}
-    assert ft("train", configure(training=training, output=str(tmp_path / "whole"))).code == 0
-    path = configure(training=training)
+    assert ft("train", configure(name, training=training, output=str(tmp_path / "whole"))).code == 0
+    path = configure(name, training=training)
     assert ft("train", path).code == 0
     run = tmp_path / "run"
     # As if it had been killed after the checkpoint of step 2.
@@ -200,12 +220,9 @@ def test_what_does_not_read_images_yet_says_so(configure: Any, ft: Any, tmp_path
     assert "each of 2 texts was read with its images" in made.out
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["a row a document", "packed"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_fast_layers_train_alike(
-    name: str, packing: bool, configure: Any, ft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU, with the kernels' references in their places: the losses are those of transformers' own layers."""
+@pytest.fixture
+def on_fast_layers(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """`on_fast_layers(kernels)`: in float32, by the fast layers or not, with the references in the kernels' places."""
     import dataclasses
 
     from ft_core.models import device, loading
@@ -214,9 +231,18 @@ def test_the_fast_layers_train_alike(
     pick = device.pick_device
     for module in (run, loading):
         monkeypatch.setattr(module, "pick_device", lambda: dataclasses.replace(pick(), dtype="float32"))
+    return lambda kernels: monkeypatch.setattr(speed, "runs_kernels", lambda device: kernels)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["a row a document", "packed"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fast_layers_train_alike(
+    name: str, packing: bool, configure: Any, ft: Any, tmp_path: Path, on_fast_layers: Any
+) -> None:
+    """As on a GPU: the losses are those of transformers' own layers."""
     found = []
     for kernels in (False, True):
-        monkeypatch.setattr(speed, "runs_kernels", lambda device, kernels=kernels: kernels)
+        on_fast_layers(kernels)
         output = str(tmp_path / f"run-{kernels}")
         steps = {"max_steps": 4, "batch_size": 2, "learning_rate": 1.0e-2}
         made = ft("train", configure(name, output=output, packing=packing, training=steps))
@@ -225,3 +251,45 @@ def test_the_fast_layers_train_alike(
         found.append(losses(Path(output)))
     # Rounding in float32, which AdamW's first steps, by the signs of gradients, carry on.
     assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_the_check_before_the_first_step_sees_images(
+    configure: Any, ft: Any, monkeypatch: pytest.MonkeyPatch, on_fast_layers: Any
+) -> None:
+    """What is wrong with images alone ends the run before it trains anything: text alone would not show it."""
+    import ft_kernels
+
+    on_fast_layers(True)
+    own = ft_kernels.packed_attention
+
+    def causal(*args: Any, plan: Any = None, **given: Any) -> torch.Tensor:
+        if plan is not None and plan.together is not None:
+            plan = ft_kernels.plan_attention(lengths=plan.lengths)
+        return own(*args, plan=plan, **given)
+
+    monkeypatch.setattr(ft_kernels, "packed_attention", causal)
+    made = ft("train", configure("gemma3"))
+    assert made.code == 2
+    assert "the fast layers do not compute what transformers' own do" in made.message
+
+
+def test_where_a_row_with_images_does_not_fit_text_is_checked(
+    configure: Any, ft: Any, monkeypatch: pytest.MonkeyPatch, on_fast_layers: Any
+) -> None:
+    from ft_core import fast
+
+    on_fast_layers(True)
+    own, checked = fast.compare, []
+
+    def compare(path: Any, model: Any, batch: dict[str, Any], dtype: Any = None) -> Any:
+        checked.append("pixel_values" in batch)
+        if checked[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(path, model, batch, dtype)
+
+    monkeypatch.setattr(fast, "compare", compare)
+    made = ft("train", configure("llava"))
+    assert made.code == 0, made.err
+    assert checked == [True, False]
+    assert "does not fit beside transformers' own; checked on text alone" in made.out + made.err
+    assert "checked against transformers' own on a row, gradients within" in made.out + made.err

@@ -131,8 +131,31 @@ def test_the_command(ft, tiny, tmp_path):
     assert "quantized weights have no gradients" in done.err
 
 
+def test_a_run_is_its_model(ft, configure, tmp_path, sums, write_rows):
+    """Its base, quantized as it was trained; or what it trained in full."""
+    rows = write_rows(tmp_path / "rows.jsonl", sums(4))
+    words = ("--layers", "1", "--batches", "1", "--tokens", "24", "--dtype", "float32")
+    made = ft("train", configure(data=str(rows), quantization="nf4", training={"max_steps": 1}))
+    assert made.code == 0, made.err
+    done = ft("verify", tmp_path / "run", *words)
+    assert done.code == 0, done.err
+    assert ", nf4: " in done.out
+    done = ft("verify", tmp_path / "run", *words, "--quantization", "none")
+    assert ", nf4: " not in done.out
+    done = ft("verify", tmp_path / "run", *words, "--parameters", "all")
+    assert (done.code, len(done.message.splitlines())) == (2, 1)
+    assert "give --quantization none" in done.message
+    made = ft("train", configure(data=str(rows), lora=None, training={"max_steps": 1}), "--overwrite")
+    assert made.code == 0, made.err
+    done = ft("verify", tmp_path / "run", *words)
+    assert done.code == 0, done.err
+    assert done.out.startswith("model (llama), 1 layer, float32: ")
+
+
 def test_the_list_of_families(ft):
     rows = json.loads(ft("models", "--json").out)
     assert {"llama", "mistral", "qwen2", "qwen3"} <= {row["name"] for row in rows}
     assert all(row["fast"] for row in rows)
     assert "all on the fast path" in ft("models").out
+    for row in rows:
+        assert (row["side"] == "language") == (row["name"] not in ("llama", "mistral", "qwen2", "qwen3"))

@@ -17,6 +17,8 @@ from ft_core.data import Packed, Tokenized
 from ft_core.data.rendering import Draft, Renderer
 from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
+from ft_vision.families.parts import image_token_of
+from ft_vision.families.processors import image_options
 from ft_vision.images import ImageError, image_size, read_image
 from ft_vision.loading import settings_of
 from ft_vision.rows import image_name, open_reference
@@ -46,11 +48,13 @@ class VisionRenderer(Renderer):
 
     Attributes:
         sizes: width and height of the images by their references, to be filled before rows with them are written.
+        options: what the processor tells its image processor.
     """
 
     def __init__(self, processor: Any) -> None:
         super().__init__(processor.tokenizer, processor)
         self.processor = processor
+        self.options: Mapping[str, Any] = image_options(processor)
         self.sizes: dict[str, tuple[int, int]] = {}
         self._words: dict[tuple[int, int], str] = {}
 
@@ -110,7 +114,7 @@ class VisionRenderer(Renderer):
             from PIL import Image
 
             try:
-                made = self.processor.image_processor([Image.new("RGB", size)], return_tensors="np")
+                made = self.processor.image_processor([Image.new("RGB", size)], return_tensors="pt", **self.options)
                 self._words[size] = str(self.processor.replace_image_token(made, image_idx=0))
             except ValueError as error:  # an extreme shape
                 raise ImageError(f"has {size[0]} x {size[1]} pixels, which the model cannot see: {error}") from error
@@ -141,12 +145,6 @@ class VisionRenderer(Renderer):
         text = "".join(piece + word for piece, word in zip(pieces, [*words, ""], strict=True))
         spans = tuple((moved(start), moved(end)) for start, end in one.spans)
         return replace(one, text=text, spans=spans, uncuttable=bool(words))
-
-
-def image_token_of(config: Any) -> int:
-    """The id of the token that stands for a piece of an image, by a model's configuration."""
-    found = getattr(config, "image_token_id", None)
-    return int(config.image_token_index if found is None else found)
 
 
 def tokenize(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ft_core.errors import ConfigError, ModelError
-from ft_vision.families.parts import Family, family_of
+from ft_vision.budgets import bound_pixels
+from ft_vision.families.parts import Family, family_of, image_token_of
+from ft_vision.families.processors import image_options, processor_class
 from ft_vision.families.towers import tell_lengths
 from ft_vision.settings import VisionSettings
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from ft_core.config import TrainConfig
     from ft_core.models import Device, ModelSource
 
-__all__ = ["adapter_options", "load_for_training", "load_processor", "settings_of"]
-
-VIDEO = "video_preprocessor_config.json"
+__all__ = ["adapter_options", "config_of", "load_for_training", "load_processor", "processor_of", "settings_of"]
 
 
 def settings_of(config: TrainConfig) -> VisionSettings:
@@ -45,7 +43,7 @@ def load_for_training(source: ModelSource, config: TrainConfig, device: Device, 
 
     from ft_core.models import load_for_training as load
 
-    family = family_of(_config_of(source), source.reference)
+    family = family_of(config_of(source), source.reference)
     settings = settings_of(config)
     for part in ("tower", "projector"):
         how = getattr(settings, part)
@@ -62,6 +60,9 @@ def load_for_training(source: ModelSource, config: TrainConfig, device: Device, 
     if config.lora is None:
         for name in _frozen(family, settings, ("frozen",)):
             model.get_submodule(f"model.{name}").requires_grad_(False)
+        if settings.projector == "frozen":
+            for name in family.loose:
+                model.get_parameter(f"model.{name}").requires_grad_(False)
     return model
 
 
@@ -100,7 +101,12 @@ def _modules(model: Any, name: str) -> Iterator[str]:
         yield name
 
 
-def _config_of(source: ModelSource) -> Any:
+def config_of(source: ModelSource) -> Any:
+    """The model's configuration, of transformers.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     from transformers import AutoConfig
 
     try:
@@ -112,22 +118,33 @@ def _config_of(source: ModelSource) -> Any:
 def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The model's processor for images and text, with this tokenizer and the pixel budget of ``vision``.
 
-    Where a family's processor wants one for videos too, which needs torchvision, it is made without: the images' own
-    processor works with Pillow alone.
+    Where a family's processor wants what images do not need (:mod:`ft_vision.families.processors`), it is made
+    without.
 
     Raises:
         ModelError: it cannot be loaded, or it has no chat template.
-        ConfigError: a pixel budget for images that all have the same size.
+        ConfigError: a pixel budget that the family has no choice for.
     """
-    from transformers import AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    processor = processor_of(source, tokenizer)
+    if processor.chat_template is None:
+        raise ModelError(
+            f"the processor of {source.reference} has no chat template, so that conversations cannot be written as it "
+            "knows them: take a model that was tuned to answer"
+        )
+    bound_pixels(processor.image_processor, image_options(processor), settings_of(config), source.reference)
+    return processor
 
-    own = _config_of(source)
-    family = family_of(own, source.reference)
+
+def processor_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model's processor with this tokenizer, as its files have it.
+
+    Raises:
+        ModelError: it cannot be loaded, or the model is of no known family.
+    """
+    own = config_of(source)
+    family_of(own, source.reference)
     try:
-        known = PROCESSOR_MAPPING[type(own)]
-        without = _without_videos(known, source.path) if "video_processor" in known.get_attributes() else AutoProcessor
-        processor = without.from_pretrained(source.path, trust_remote_code=False)
+        processor = processor_class(own, source.path).from_pretrained(source.path, trust_remote_code=False)
     except ImportError as error:
         raise ModelError(
             f"the processor of {source.reference} needs a library that is not installed: {_line(error)}"
@@ -137,51 +154,28 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrain
     processor.tokenizer = tokenizer
     if processor.chat_template is None:
         processor.chat_template = tokenizer.chat_template
-    if processor.chat_template is None:
-        raise ModelError(
-            f"the processor of {source.reference} has no chat template, so that conversations cannot be written as it "
-            "knows them: take a model that was tuned to answer"
-        )
-    _bound(processor.image_processor, settings_of(config), family, source.reference)
+    _check_words(processor, own, source.reference)
     return processor
 
 
-def _without_videos(known: Any, folder: Path) -> Any:
-    """A processor's class that is made of an image processor and a tokenizer alone, and saved under its own name."""
+def _check_words(processor: Any, config: Any, name: str) -> None:
+    """Refuse a processor whose files lack what an image's words follow from, or that is another model's."""
+    from PIL import Image
 
-    class Processor(known):
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return ["image_processor", "tokenizer"]
-
-        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-            made = super().save_pretrained(save_directory, *args, **kwargs)
-            if (folder / VIDEO).is_file():  # for whoever reads it where there is a processor for videos
-                shutil.copyfile(folder / VIDEO, Path(save_directory) / VIDEO)
-            return made
-
-    Processor.__name__ = Processor.__qualname__ = known.__name__
-    return Processor
-
-
-def _bound(images: Any, settings: VisionSettings, family: Family, name: str) -> None:
-    """Give the processor the pixel budget."""
-    given = [key for key in ("max_pixels", "min_pixels") if getattr(settings, key) is not None]
-    if not given:
-        return
-    if not family.has_grids:
-        raise ConfigError(
-            f"vision.{given[0]}: {name} sees every image at the same size, {dict(images.size)}; remove the key"
+    try:
+        made = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt", **image_options(processor))
+        word = processor.replace_image_token(made, image_idx=0)
+    except Exception as error:  # a value that its configuration leaves out is None, in some computation or other
+        raise ModelError(
+            f"the processor of {name} cannot write an image as tokens: {_line(error)} (does its processor_config.json "
+            "lack a value, such as patch_size?)"
+        ) from error
+    token = image_token_of(config)
+    if token not in processor.tokenizer(word, add_special_tokens=False)["input_ids"]:
+        raise ModelError(
+            f"the processor of {name} writes images without the token {token}, which its config.json says stands for "
+            "them: its files are not of one model"
         )
-    # the names are transformers': of these families they are numbers of pixels, not of edges
-    size = dict(images.size)
-    if settings.max_pixels is not None:
-        size["longest_edge"] = settings.max_pixels
-        size["shortest_edge"] = min(size["shortest_edge"], settings.max_pixels)
-    if settings.min_pixels is not None:
-        size["shortest_edge"] = settings.min_pixels
-        size["longest_edge"] = max(size["longest_edge"], settings.min_pixels)
-    images.size = size if isinstance(images.size, dict) else type(images.size)(**size)
 
 
 def _line(error: BaseException) -> str:

@@ -34,6 +34,7 @@ VISION = ModalitySpec(
     answerer="ft_vision.answering:VisionAnswerer",
     plan="ft_vision.planning:VisionFronts",
     inputs="ft_vision.inputs:VisionInputs",
+    verify="ft_vision.verifying:prepare",
 )
 
 

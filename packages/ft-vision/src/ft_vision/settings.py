@@ -19,8 +19,9 @@ class VisionSettings(Section):
     Attributes:
         tower: what is trained of the vision tower: nothing, adapters on its linear layers, or all of its weights.
         projector: the same of what leads from the tower to the language model.
-        max_pixels: an image of more is made smaller, for families whose images have a size of their own.
-        min_pixels: an image of fewer is made larger, for the same families.
+        max_pixels: an image of more is made smaller, for families with a choice: Qwen's; Pixtral and Mistral 3, whose
+            images' longer edge it bounds; SmolVLM and Idefics 3, whose tiles it counts (:mod:`ft_vision.budgets`).
+        min_pixels: an image of fewer is made larger, for Qwen's families.
         on_bad_image: what to do where an image is missing, damaged, too large or of no pixels: ``stop`` with a line
             that names it, or ``skip`` its row and count it.
         workers: processes that read images and make batches ahead; unset means 4 for a GPU, and none for a CPU.

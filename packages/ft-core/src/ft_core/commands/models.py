@@ -9,6 +9,8 @@ from typing import Any
 __all__ = ["add_arguments", "run"]
 
 PARTS = ("norms", "linears", "rotary", "activation", "head")
+SIDES = {"whole": ("", ""), "language": (" of the language side", "; what sees or hears is transformers' own")}
+"""Of which part of a model its layers are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +30,10 @@ def run(args: argparse.Namespace) -> int:
     width = max((len(row["name"]) for row in rows), default=0)
     print("families whose layers ft computes with its own kernels; any other model of transformers trains on its own\n")
     for row in rows:
-        parts = row["problem"] or f"{', '.join(row['parts'])}: {'all' if row['fast'] else 'not all'} on the fast path"
-        if row["images"]:
-            parts += "; what sees is transformers' own"
+        parts = row["problem"] or (
+            f"{', '.join(row['parts'])}{SIDES[row['side']][0]}: {'all' if row['fast'] else 'not all'} on the fast path"
+            f"{SIDES[row['side']][1]}"
+        )
         print(f"{row['name']:{width}}  {row['summary']}\n{'':{width}}  {parts}")
     absent: dict[str, list[str]] = {}
     for name, extra in EXTRAS[ArchitectureSpec.group].items():
@@ -51,6 +54,7 @@ def _row(spec: Any) -> dict[str, Any]:
 
         layout = resolve(spec.describe)(CONFIG_MAPPING[spec.model_types[0]]())
     except Exception as error:
-        return {**row, "parts": [], "fast": False, "images": False, "problem": f"cannot be described: {error}"}
+        return {**row, "parts": [], "fast": False, "side": "whole", "problem": f"cannot be described: {error}"}
     parts = [part for part in PARTS if part != "rotary" or layout.attention.rotary]
-    return {**row, "parts": parts, "fast": len(parts) == len(PARTS), "images": layout.body is not None, "problem": None}
+    side = "whole" if layout.body is None else "language"
+    return {**row, "parts": parts, "side": side, "fast": len(parts) == len(PARTS), "problem": None}

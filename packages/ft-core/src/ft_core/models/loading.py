@@ -230,8 +230,11 @@ def _room(device: Device) -> str:
     return f"{device.memory / 2**30:.0f} GiB of {device.name}"
 
 
-def load_layers(source: ModelSource, device: Device, quantization: str, dtype: str, layers: int) -> PreTrainedModel:
+def load_layers(
+    source: ModelSource, device: Device, quantization: str, dtype: str, layers: int, auto: Any = None
+) -> PreTrainedModel:
     """A causal language model's first layers with its own embeddings, last norm and head; all, if it has no more.
+    ``auto`` is the auto class of transformers that knows it, where that is another: what sees or hears stays whole.
 
     Raises:
         ModelError: as :func:`load`.
@@ -248,7 +251,7 @@ def load_layers(source: ModelSource, device: Device, quantization: str, dtype: s
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: text.num_hidden_layers]
         model, _ = from_pretrained(
-            AutoModelForCausalLM,
+            auto or AutoModelForCausalLM,
             source.path,
             config,
             device,

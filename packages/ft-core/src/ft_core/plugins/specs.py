@@ -133,7 +133,9 @@ class ModalitySpec(Spec):
         dataset: reference to ``f(job, rows, name) -> datasets.Dataset`` of training rows, instead of tokenized text;
             ``name`` is ``train`` or ``held_out``.
         collator: reference to ``f(job)``, which makes a collator of those rows, as :class:`ft_core.data.Collator` is.
-            It may set ``dataloader_*`` arguments in ``job.arguments``.
+            It may set ``dataloader_*`` arguments in ``job.arguments``. Where a row cannot be cut anywhere, it has a
+            method ``checked(rows) -> row | None``: a short row of whole documents, on which the fast layers are
+            compared with transformers' own before the first step.
         evaluate: reference to a function that measures in the place of the method's.
         knows: reference to ``f(source: ft_core.models.ModelSource) -> bool``, whether a model that is no run's, found
             and not loaded, is of this modality; None where none is taken for one.
@@ -144,6 +146,8 @@ class ModalitySpec(Spec):
             be there.
         inputs: reference to ``f(config, model, processor)``, which makes a :class:`ft_core.training.inputs.Inputs` for
             methods that make batches of their own; None where there are none such among ``methods``.
+        verify: reference to ``f(source, device, *, quantization, dtype, layers, batches, tokens) -> (load, inputs)``,
+            what ``ft verify`` compares of such a model: as :func:`ft_core.fast.verify.verify` takes them.
     """
 
     group: ClassVar[str] = "ft.modalities"
@@ -162,6 +166,7 @@ class ModalitySpec(Spec):
     answerer: str | None = None
     plan: str | None = None
     inputs: str | None = None
+    verify: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

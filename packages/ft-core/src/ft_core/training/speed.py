@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ft_core.config import TrainConfig
+from ft_core.console import counted
 from ft_core.errors import RunError
 from ft_core.memory import bytes_of, is_memory_error
 from ft_core.models import Device, ModelSource
 from ft_core.training.disk import disk_folder
 
 if TYPE_CHECKING:
+    from ft_core.fast.check import Comparison
+    from ft_core.fast.swap import FastPath
     from ft_core.planning import Plan
 
 __all__ = ["check_first_step", "foresee", "leave_disk", "plan_ahead", "recomputes", "runs_kernels", "speed_up"]
@@ -126,6 +129,9 @@ def plan_ahead(trainer: Any, say: Callable[[str], None]) -> None:
 def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
     """Compare the fast layers with transformers' own on one short row, before they train anything.
 
+    A row that cannot be cut anywhere, because it holds images, is one that the collator's ``checked(rows)`` gives; see
+    :attr:`ft_core.plugins.ModalitySpec.collator`. Where it does not fit, its text alone is compared.
+
     Raises:
         RunError: they differ; it names the parameter.
     """
@@ -135,29 +141,47 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
     path = fast.fast_path_of(model)
     if path is None or not path.on or config.verify == "off" or len(trainer.train_dataset) == 0:
         return
-    import torch
-
-    found = _first_batch(trainer, model)
-    if found is None:
-        say("fast layers: not checked, for the method's rows hold no tokens (`ft verify` checks them)")
-        return
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in found.items()}
-    arguments = trainer.args
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    result = fast.compare(path, model, batch, dtype)
+    checked = getattr(trainer.data_collator, "checked", None)
+    row = None if checked is None else checked(trainer.train_dataset)
+    result, what = None, "a row"
+    if row is not None:
+        try:
+            result = _compared(trainer, path, model, dict(trainer.data_collator([row])))
+            what = f"{counted(len(row['input_ids']), 'token')} with images"
+        except Exception as error:  # transformers' own layers keep all that they compute
+            if not is_memory_error(error):
+                raise
+            say("fast layers: a row with images does not fit beside transformers' own; checked on text alone")
+    if result is None:
+        found = _first_batch(trainer, model)
+        if found is None:
+            say("fast layers: not checked, for the method's rows hold no tokens (`ft verify` checks them)")
+            return
+        result = _compared(trainer, path, model, found)
     if (name := result.mismatch) is not None:
         if name == "loss":
-            what = "the loss is {:.6g}, transformers' own {:.6g}".format(*result.losses)
+            wrong = "the loss is {:.6g}, transformers' own {:.6g}".format(*result.losses)
         else:
             distance = result.gradients[name]
-            what = f"the gradient of {name} differs by {distance:.2g} (rounding explains {result.limit:.2g})"
+            wrong = f"the gradient of {name} differs by {distance:.2g} (rounding explains {result.limit:.2g})"
         raise RunError(
-            f"the fast layers do not compute what transformers' own do: {what}; nothing was trained. Please report it; "
-            "`verify: off` trains on them unchecked"
+            f"the fast layers do not compute what transformers' own do: {wrong}; nothing was trained. Please report "
+            "it; `verify: off` trains on them unchecked"
         )
     worst = max(result.gradients.values(), default=0.0)
-    say(f"fast layers: checked against transformers' own on a row, gradients within {worst:.1g}")
+    say(f"fast layers: checked against transformers' own on {what}, gradients within {worst:.1g}")
+
+
+def _compared(trainer: Any, path: FastPath, model: Any, given: dict[str, Any]) -> Comparison:
+    import torch
+
+    from ft_core import fast
+
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    arguments = trainer.args
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    return fast.compare(path, model, batch, dtype)
 
 
 def _first_batch(trainer: Any, model: Any) -> dict[str, Any] | None:
