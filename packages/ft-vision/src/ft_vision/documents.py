@@ -19,7 +19,7 @@ from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
 from ft_vision.images import ImageError, image_size, read_image
 from ft_vision.loading import settings_of
-from ft_vision.rows import image_name, open_reference
+from ft_vision.rows import image_name, open_reference, said_of
 
 if TYPE_CHECKING:
     from ft_core.training import Job
@@ -167,7 +167,7 @@ def _measure(row: Row, renderer: VisionRenderer, whole: bool) -> str | None:
                 source = open_reference(image)
                 renderer.sizes[image] = read_image(source).size if whole else image_size(source)
             except ImageError as error:
-                return str(error)
+                return said_of(image, error)
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ft_core.config import TrainConfig
     from ft_core.models import Device, ModelSource
 
-__all__ = ["adapter_options", "load_for_training", "load_processor", "settings_of"]
+__all__ = ["adapter_options", "image_backend", "load_for_training", "load_processor", "settings_of"]
 
 VIDEO = "video_preprocessor_config.json"
 
@@ -116,18 +117,23 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrain
         ModelError: it cannot be loaded, or it has no chat template.
         ConfigError: a pixel budget for images that all have the same size.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     own = _config_of(source)
     family = family_of(own, source.reference)
+    chosen = image_backend(settings_of(config).backend)
     try:
         known = PROCESSOR_MAPPING[type(own)]
         without = _without_videos(known, source.path) if "video_processor" in known.get_attributes() else AutoProcessor
         processor = without.from_pretrained(source.path, trust_remote_code=False)
+        if chosen is not None:
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                source.path, backend=chosen, trust_remote_code=False
+            )
     except ImportError as error:
         raise ModelError(
-            f"the processor of {source.reference} needs a library that is not installed: {_line(error)}"
+            f"the processor of {source.reference} needs a library that is not installed{_missing(error)}"
         ) from error
     except Exception as error:  # its files may lack or hold anything
         raise ModelError(f"the processor of {source.reference} cannot be loaded: {_line(error)}") from error
@@ -141,6 +147,34 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrain
         )
     _bound(processor.image_processor, settings_of(config), family, source.reference)
     return processor
+
+
+def image_backend(asked: str) -> str | None:
+    """transformers' name of what processes images, by ``vision.backend``; None where the choice is its own.
+
+    Both give the same image up to rounding, not to the bit: torchvision resizes 8-bit pixels with other arithmetic than
+    Pillow. So what a model was trained with matters little, and its machine's choice is the quicker one.
+
+    Raises:
+        ConfigError: it asks for torchvision, which is not installed.
+    """
+    from transformers.utils.import_utils import is_torchvision_available
+
+    if asked == "torchvision" and not is_torchvision_available():
+        raise ConfigError(
+            "vision.backend: torchvision is not installed; install the one made for your torch "
+            "(https://pytorch.org/get-started), or set backend: auto, which takes Pillow without it"
+        )
+    return {"pillow": "pil", "torchvision": "torchvision"}.get(asked)
+
+
+def _missing(error: ImportError) -> str:
+    """The libraries that transformers asks for, as what to install; its own words where it names none."""
+    line = _line(error)
+    known = {"torchvision": "torchvision", "pil": "pillow", "pillow": "pillow", "sentencepiece": "sentencepiece"}
+    named = [known[word] for word in re.findall(r"[a-z]+", line.lower()) if word in known]
+    asked = [library for library in dict.fromkeys(named) if find_spec({"pillow": "PIL"}.get(library, library)) is None]
+    return f"; pip install {' '.join(asked)}" if asked else f": {line}"
 
 
 def _without_videos(known: Any, folder: Path) -> Any:
