@@ -36,6 +36,8 @@ SECONDS = 20.0
 """How long a host may say nothing."""
 SECONDS_IN_ALL = 120.0
 TRIES = 3
+PAUSE = 0.5
+"""Seconds before the second try, and twice as many before the third."""
 REDIRECTIONS = 5
 AGAIN = (408, 429, 500, 502, 503, 504)
 """Answers after which it is worth asking once more."""
@@ -137,7 +139,7 @@ def _fetched(url: str, *, private: bool) -> bytes:
     why = ""
     for number in range(TRIES):
         if number:
-            time.sleep(0.5 * number)
+            time.sleep(PAUSE * number)
         try:
             return _asked(url, private)
         except _Transient as error:
