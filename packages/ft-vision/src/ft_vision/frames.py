@@ -101,7 +101,7 @@ def _count(source: str | bytes) -> int:
         return frame_count(source)
     with _Opened(source) as container:
         # What a header says of it may be missing or wrong, so packets are counted, none of which is decoded.
-        count = sum(packet.size > 0 for packet in container.demux(video=0))
+        count = sum(1 for packet in container.demux(video=0) if packet.size > 0)
     if not 1 <= count <= MAX_FRAMES * 100:
         raise ImageError(f"{_name(source)}: has {count:,} frames of video: allowed are 1 to {MAX_FRAMES * 100:,}")
     return count
