@@ -30,7 +30,7 @@ def processor_of(folder: Path, backend: str) -> Any:
 def test_the_choice_is_transformers_unless_it_is_made(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AVAILABLE, lambda: there)
     assert image_backend("auto") is None
-    assert image_backend("pillow") == "pil"
+    assert image_backend("pillow") == ("pil" if there else None)  # without it there is nothing else
     if there:
         assert image_backend("torchvision") == "torchvision"
     else:
@@ -40,25 +40,26 @@ def test_the_choice_is_transformers_unless_it_is_made(there: bool, monkeypatch: 
             image_backend("torchvision")
 
 
-@pytest.mark.parametrize("there", [False, True])
 def test_transformers_is_asked_for_what_was_chosen(
-    there: bool, family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import transformers
 
     asked = []
-    load = transformers.AutoImageProcessor.from_pretrained
+    plain = processor_of(family("qwen3_vl"), "pillow").image_processor
 
-    def recorded(path: Any, **options: Any) -> Any:
-        if "backend" in options:
-            asked.append(options["backend"])
-        return load(path, **{**options, "backend": "pil"})
+    class Recorder:
+        @staticmethod
+        def from_pretrained(path: Any, *, backend: str, trust_remote_code: bool) -> Any:
+            assert not trust_remote_code
+            asked.append((Path(path), backend))
+            return plain
 
-    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", recorded)
-    monkeypatch.setattr(AVAILABLE, lambda: there)
-    for backend in ("auto", "pillow", *(["torchvision"] if there else [])):
-        processor_of(family("qwen3_vl"), backend)
-    assert asked == (["pil", "torchvision"] if there else ["pil"])
+    monkeypatch.setattr(transformers, "AutoImageProcessor", Recorder)
+    monkeypatch.setattr(AVAILABLE, lambda: True)
+    made = [processor_of(family("qwen3_vl"), backend).image_processor for backend in ("pillow", "torchvision")]
+    assert asked == [(family("qwen3_vl"), "pil"), (family("qwen3_vl"), "torchvision")]
+    assert made == [plain, plain]
 
 
 def test_without_torchvision_a_run_that_asks_for_it_is_refused(

@@ -160,12 +160,14 @@ def image_backend(asked: str) -> str | None:
     """
     from transformers.utils.import_utils import is_torchvision_available
 
-    if asked == "torchvision" and not is_torchvision_available():
+    if is_torchvision_available():
+        return {"pillow": "pil", "torchvision": "torchvision"}.get(asked)
+    if asked == "torchvision":
         raise ConfigError(
             "vision.backend: torchvision is not installed; install the one made for your torch "
             "(https://pytorch.org/get-started), or set backend: auto, which takes Pillow without it"
         )
-    return {"pillow": "pil", "torchvision": "torchvision"}.get(asked)
+    return None  # there is Pillow alone; and AutoImageProcessor, by which one chooses, wants torchvision in 5.17
 
 
 def _missing(error: ImportError) -> str:
