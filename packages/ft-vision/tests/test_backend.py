@@ -17,7 +17,7 @@ from ft_core.models import find_model, load_tokenizer
 from ft_vision.documents import VisionRenderer
 from ft_vision.loading import image_backend, load_processor
 
-AVAILABLE = "transformers.utils.import_utils.is_torchvision_available"
+AVAILABLE = "ft_vision.loading._has_torchvision"
 
 
 def processor_of(folder: Path, backend: str) -> Any:

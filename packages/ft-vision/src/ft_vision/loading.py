@@ -158,9 +158,7 @@ def image_backend(asked: str) -> str | None:
     Raises:
         ConfigError: it asks for torchvision, which is not installed.
     """
-    from transformers.utils.import_utils import is_torchvision_available
-
-    if is_torchvision_available():
+    if _has_torchvision():
         return {"pillow": "pil", "torchvision": "torchvision"}.get(asked)
     if asked == "torchvision":
         raise ConfigError(
@@ -168,6 +166,12 @@ def image_backend(asked: str) -> str | None:
             "(https://pytorch.org/get-started), or set backend: auto, which takes Pillow without it"
         )
     return None  # there is Pillow alone; and AutoImageProcessor, by which one chooses, wants torchvision in 5.17
+
+
+def _has_torchvision() -> bool:
+    from transformers.utils.import_utils import is_torchvision_available
+
+    return bool(is_torchvision_available())
 
 
 def _missing(error: ImportError) -> str:
