@@ -43,21 +43,22 @@ def test_the_choice_is_transformers_unless_it_is_made(there: bool, monkeypatch: 
 def test_transformers_is_asked_for_what_was_chosen(
     family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import transformers
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     asked = []
     plain = processor_of(family("qwen3_vl"), "pillow").image_processor
+    load = AutoImageProcessor.from_pretrained
 
-    class Recorder:
-        @staticmethod
-        def from_pretrained(path: Any, *, backend: str, trust_remote_code: bool) -> Any:
-            assert not trust_remote_code
-            asked.append((Path(path), backend))
-            return plain
+    def recorded(path: Any, **options: Any) -> Any:
+        if "backend" not in options:
+            return load(path, **options)
+        asked.append((Path(path), options["backend"]))
+        return plain
 
-    monkeypatch.setattr(transformers, "AutoImageProcessor", Recorder)
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", recorded)
     monkeypatch.setattr(AVAILABLE, lambda: True)
     made = [processor_of(family("qwen3_vl"), backend).image_processor for backend in ("pillow", "torchvision")]
+    assert processor_of(family("qwen3_vl"), "auto").image_processor is not plain
     assert asked == [(family("qwen3_vl"), "pil"), (family("qwen3_vl"), "torchvision")]
     assert made == [plain, plain]
 
@@ -74,7 +75,7 @@ def test_without_torchvision_a_run_that_asks_for_it_is_refused(
 def test_a_processor_that_needs_a_library_says_what_to_install(
     family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import transformers
+    from transformers import AutoProcessor
 
     def missing(*args: Any, **options: Any) -> Any:
         raise ImportError(
@@ -83,7 +84,7 @@ def test_a_processor_that_needs_a_library_says_what_to_install(
 
     if find_spec("torchvision") is not None:
         pytest.skip("torchvision is installed")
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
     with pytest.raises(ModelError, match=r"needs a library that is not installed; pip install torchvision$"):
         processor_of(family("gemma3"), "auto")
 

@@ -117,7 +117,8 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrain
         ModelError: it cannot be loaded, or it has no chat template.
         ConfigError: a pixel budget for images that all have the same size.
     """
-    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers import AutoProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     own = _config_of(source)
@@ -165,7 +166,7 @@ def image_backend(asked: str) -> str | None:
             "vision.backend: torchvision is not installed; install the one made for your torch "
             "(https://pytorch.org/get-started), or set backend: auto, which takes Pillow without it"
         )
-    return None  # there is Pillow alone; and AutoImageProcessor, by which one chooses, wants torchvision in 5.17
+    return None  # there is Pillow alone
 
 
 def _has_torchvision() -> bool:
