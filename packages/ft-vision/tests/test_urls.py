@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -193,6 +196,24 @@ def test_https_does_not_lead_to_http(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "_connection", Connection)
     with pytest.raises(ImageError, match=r"https://a.org/a.png: leads from https to http"):
         cached("https://a.org/a.png")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, to make a certificate")
+def test_a_certificate_is_checked(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "2"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*made, *names], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = LISTED + server.image("/a.png").replace("http:", "https:")
+    with pytest.raises(ImageError, match=r"cannot be fetched: .*certificate verify failed"):
+        cached(url)
+    assert not server.asked
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # as if a known authority had signed it
+    monkeypatch.setattr(fetching, "_failed", {})
+    assert read_image(str(cached(url))).size == (56, 56)
 
 
 @pytest.mark.parametrize(

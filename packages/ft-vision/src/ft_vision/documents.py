@@ -17,6 +17,7 @@ from ft_core.data import Packed, Tokenized
 from ft_core.data.rendering import Draft, Renderer
 from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
+from ft_vision.fetching import is_url
 from ft_vision.images import ImageError, image_size, read_image
 from ft_vision.loading import settings_of
 from ft_vision.rows import image_name, open_reference, said_of
@@ -192,6 +193,8 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
     """
     config, what = job.config, name.replace("_", "-")
     renderer = VisionRenderer(job.processor)
+    if settings_of(config).allow_urls and (urls := {image for row in rows for image in row["images"] if is_url(image)}):
+        job.say(f"{counted(len(urls), 'image')} of the {what} rows behind URLs: fetched unless in the cache")
     tokens, bad = tokenize(
         rows,
         renderer,

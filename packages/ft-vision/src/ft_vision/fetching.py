@@ -97,16 +97,18 @@ def cached(reference: str) -> Path:
         return path
     with _lock:
         own = _locks.setdefault(reference, threading.Lock())
-    with own:
-        since, why = _failed.get(reference, (0.0, ""))
-        if why and time.monotonic() - since < FORGET:
-            raise ImageError(why)
-        if not path.is_file():
-            try:
+    try:
+        with own:
+            since, why = _failed.get(reference, (0.0, ""))
+            if why and time.monotonic() - since < FORGET:
+                raise ImageError(why)
+            if not path.is_file():
                 _keep(_fetched(url, private=reference.startswith(LISTED)), url, path)
-            except ImageError as error:
-                _failed[reference] = (time.monotonic(), str(error))
-                raise
+    except ImageError as error:
+        _failed[reference] = (time.monotonic(), str(error))
+        raise
+    finally:
+        _locks.pop(reference, None)
     return path
 
 
