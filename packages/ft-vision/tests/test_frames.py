@@ -199,6 +199,24 @@ def test_a_file_of_video_is_its_frames(suffix: str, tmp_path: Path) -> None:
         video_frames(str(path), 4)
 
 
+@pytest.mark.parametrize(("angle", "red"), [(0, (16, 32)), (90, (32, 48)), (180, (48, 32)), (-90, (32, 16))])
+def test_a_video_is_shown_as_the_phone_was_held(angle: int, red: tuple[int, int], tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    image = Image.new("RGB", (64, 64), "blue")
+    image.paste("red", (0, 0, 32, 64))  # the left half, which a turn to the left brings down
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        if angle:
+            stream.set_display_rotation(angle)
+        container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    (frame,) = video_frames(str(tmp_path / "a.mp4"), 1)
+    pixel: Any = frame.getpixel(red)
+    assert pixel[0] > 150 > 100 > pixel[2], pixel
+
+
 def test_a_broken_file_of_video_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("av")
     with pytest.raises(ImageError, match="truncated or damaged file of video") as raised:

@@ -70,7 +70,9 @@ def to_model(
             raise ValueError(
                 f"the box {tuple(box)} is none of an image of {size[0]} x {size[1]} pixels: left, top, right, bottom"
             )
-        made.append((round(left * across), round(top * down), round(right * across), round(bottom * down)))
+        xs = [round(x * across / size[0]) for x in (left, right)]
+        ys = [round(y * down / size[1]) for y in (top, bottom)]
+        made.append((xs[0], ys[0], xs[1], ys[1]))
     return made
 
 
@@ -83,15 +85,16 @@ def from_model(
     """
     across, down = _units(size, convention, processor)
 
-    def within(value: float, most: int) -> float:
-        return min(max(value, 0.0), float(most))
+    def pixels(value: float, most: int, units: int) -> float:
+        return min(max(value * most / units, 0.0), float(most))
 
+    width, height = size
     return [
         (
-            within(x1 / across, size[0]),
-            within(y1 / down, size[1]),
-            within(x2 / across, size[0]),
-            within(y2 / down, size[1]),
+            pixels(x1, width, across),
+            pixels(y1, height, down),
+            pixels(x2, width, across),
+            pixels(y2, height, down),
         )
         for x1, y1, x2, y2 in boxes
     ]
@@ -120,11 +123,10 @@ def read_boxes(answer: str) -> list[tuple[list[float], str]]:
     return boxes
 
 
-def _units(size: tuple[int, int], convention: Convention, processor: Any) -> tuple[float, float]:
-    """How many of a convention's units a pixel is, across and down."""
+def _units(size: tuple[int, int], convention: Convention, processor: Any) -> tuple[int, int]:
+    """How many of a convention's units the image is, across and down."""
     if convention == "thousandths":
-        return 1000 / size[0], 1000 / size[1]
+        return 1000, 1000
     if processor is None:
         raise ValueError("seen-pixels need the model's processor, which says to what size it resizes the image")
-    seen = seen_size(processor, size)
-    return seen[0] / size[0], seen[1] / size[1]
+    return seen_size(processor, size)

@@ -26,6 +26,8 @@ PREFIX = "frame:"
 
 INSTALL = 'video is decoded by PyAV, which is not installed: pip install "ft-vision[video]", or give the frames'
 
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
 _last = threading.local()
 """The frames that a thread decoded last: those of a video are asked for one after the other."""
 
@@ -129,7 +131,8 @@ def _decoded(source: str | bytes, wanted: Sequence[int]) -> Iterator[Image.Image
 def _picture(source: str | bytes, frame: Any) -> Image.Image:
     _check_size(source, frame.width, frame.height)
     image: Image.Image = frame.to_image()
-    return image
+    turn = _TURNS.get(getattr(frame, "rotation", 0) % 360)  # as a phone was held; counterclockwise
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_size(source: str | bytes, width: int, height: int) -> None:
