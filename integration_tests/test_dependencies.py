@@ -22,7 +22,8 @@ MAY = {
         *("ft-kernels", "ft-rl", "ft-vision", "ft-speech", "ft-export"),  # all but the first by extras
     },
     "ft-rl": {"torch", "transformers", "peft", "trl", "datasets", "safetensors", "ft-core", "ft-kernels"},
-    "ft-vision": {"torch", "transformers", "pillow", "ft-core"},
+    # huggingface-hub is what transformers brings anyway: images that were fetched lie in its cache
+    "ft-vision": {"torch", "transformers", "pillow", "ft-core", "huggingface-hub"},
     "ft-speech": {"torch", "transformers", "soundfile", "jiwer", "ft-core", "torchaudio"},
     "ft-export": {
         "torch",

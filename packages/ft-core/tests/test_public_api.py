@@ -362,8 +362,17 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.longest": ["longest_batch", "tokens_in"],
     "ft_core.training.memory": ["InUse", "memory_capped", "memory_errors_said"],
     "ft_core.training.modality": ["check_text_only", "measure_of", "of_modality"],
+    "ft_core.training.modality": ["RowForm", "check_text_only", "of_modality", "rates_of"],
     "ft_core.training.moment": ["Moment", "changed_by_forward"],
-    "ft_core.training.optimizers": ["QueuedUpdates", "forget_overrides", "optimizer_of", "queued"],
+    "ft_core.training.optimizers": [
+        "QueuedUpdates",
+        "Rates",
+        "check_rates",
+        "forget_overrides",
+        "give_rates",
+        "optimizer_of",
+        "queued",
+    ],
     "ft_core.training.prepare": [
         "check_method",
         "check_resumable",

@@ -120,8 +120,9 @@ def test_several_turns_keep_their_images_and_words(tmp_path: Path) -> None:
         ({"messages": [asked({"type": "image", "image": 3}), ANSWER]}, "must be a path, a data: URL"),
         ({"messages": [asked({"type": "image", "image": "data:image/png,abc"}), ANSWER]}, "without base64"),
         ({"messages": [asked({"type": "image", "image": "data:image/png;base64,a?"}), ANSWER]}, "is no base64"),
-        ({"messages": [asked({"type": "video", "video": "a"}), ANSWER]}, "a part of type 'video'"),
-        ({"messages": [asked(text("\ufdd0")), ANSWER]}, "a part of type 'text'|U\\+FDD0"),
+        ({"messages": [asked({"type": "audio", "audio": "a"}), ANSWER]}, "a part of type 'audio'"),
+        ({"messages": [asked(text("\ufdd0")), ANSWER]}, r"U\+FDD0"),
+        ({"messages": [{"role": "user", "content": "\ufdd1"}, ANSWER]}, r"U\+FDD1"),
         (
             {"messages": [asked(text("q")), {"role": "assistant", "content": [{"type": "image", "image": "a"}]}]},
             "only text is learnt",

@@ -412,3 +412,25 @@ def test_rows_of_a_dataset_are_read_like_those_of_a_file(tmp_path: Path) -> None
     assert Rows.of_encoded(_read_one("owner/name", enumerate(loaded, 1), None, SFT)) == Rows([normal, normal])
     with pytest.raises(DataError, match="owner/name, row 1: is in the messages format"):
         list(_read_one("owner/name", enumerate(loaded, 1), None, ["preference"]))
+
+
+def test_a_modality_names_columns_and_may_know_the_configuration(tmp_path: Path) -> None:
+    from ft_core.config import TrainConfig
+    from ft_core.training.modality import RowForm
+
+    def columns(row: Any) -> Any:
+        return {"text": row["transcript"]} if "transcript" in row else row
+
+    def knows(row: Any, format: Any, folder: Any, *, config: Any) -> dict[str, Any]:
+        return {**format.normalise(row), "model": config.model, "beside": folder.name}
+
+    def plain(row: Any, format: Any, folder: Any) -> dict[str, Any]:
+        return {**format.normalise(row), "beside": folder.name}
+
+    path = jsonl(tmp_path / "a.jsonl", {"transcript": "x"}, {"text": "y"})
+    config = TrainConfig(model="m", data=str(path))
+    for rows, more in ((knows, {"model": "m"}), (plain, {})):
+        read = list(read_rows(str(path), ["text"], seed=0, form=RowForm(rows, columns, config)))
+        assert read == [{"text": text, **more, "beside": tmp_path.name} for text in "xy"]
+    with pytest.raises(DataError, match="columns 'transcript' fit no format"):
+        read_rows(str(path), ["text"], seed=0, form=RowForm(plain, None, config))

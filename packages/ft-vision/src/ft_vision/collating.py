@@ -15,7 +15,7 @@ from ft_vision.families.parts import Family, family_of
 from ft_vision.families.processors import image_options
 from ft_vision.images import ImageError, read_image
 from ft_vision.loading import settings_of
-from ft_vision.rows import open_reference, reference_of
+from ft_vision.rows import open_reference, reference_of, said_of
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,9 @@ def _read(image: str) -> Any:
     try:
         return read_image(open_reference(image))
     except ImageError as error:
-        raise UnusableImage(f"{error} (it was there when training began; mend it, and go on with --resume)") from error
+        raise UnusableImage(
+            f"{said_of(image, error)} (it was there when training began; mend it, and go on with --resume)"
+        ) from error
 
 
 def collator(job: Job) -> VisionCollator:

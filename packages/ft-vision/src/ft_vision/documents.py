@@ -19,9 +19,10 @@ from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
 from ft_vision.families.parts import image_token_of
 from ft_vision.families.processors import image_options
+from ft_vision.fetching import is_url
 from ft_vision.images import ImageError, image_size, read_image
 from ft_vision.loading import settings_of
-from ft_vision.rows import image_name, open_reference
+from ft_vision.rows import image_name, open_reference, said_of
 
 if TYPE_CHECKING:
     from ft_core.training import Job
@@ -193,7 +194,7 @@ def _measure(row: Row, renderer: VisionRenderer, whole: bool) -> str | None:
                 source = open_reference(image)
                 renderer.sizes[image] = read_image(source).size if whole else image_size(source)
             except ImageError as error:
-                return str(error)
+                return said_of(image, error)
     return None
 
 
@@ -218,6 +219,8 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
     """
     config, what = job.config, name.replace("_", "-")
     renderer = VisionRenderer(job.processor)
+    if settings_of(config).allow_urls and (urls := {image for row in rows for image in row["images"] if is_url(image)}):
+        job.say(f"{counted(len(urls), 'image')} of the {what} rows behind URLs: fetched unless in the cache")
     tokens, bad = tokenize(
         rows,
         renderer,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, Literal
 
 from PIL import Image, ImageFile
@@ -18,7 +18,18 @@ from PIL import Image, ImageFile
 from ft_core.errors import FtError
 from ft_vision.pixels import is_turned, to_8_bit, upright
 
-__all__ = ["FORMATS", "MAX_BYTES", "MAX_PIXELS", "ImageError", "image_size", "read_image"]
+__all__ = [
+    "FORMATS",
+    "MAX_BYTES",
+    "MAX_FRAMES",
+    "MAX_PIXELS",
+    "ImageError",
+    "frame_count",
+    "image_format",
+    "image_size",
+    "read_frames",
+    "read_image",
+]
 
 FORMATS = ("png", "jpeg", "webp", "gif", "bmp", "tiff")
 """The formats that are read."""
@@ -28,6 +39,9 @@ MAX_PIXELS = 64 * 1024 * 1024
 
 MAX_BYTES = 256 * 1024 * 1024
 """The default limit on the encoded size."""
+
+MAX_FRAMES = 10_000
+"""The limit on the frames of an animation, or the pages of a file."""
 
 _SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -98,16 +112,69 @@ def read_image(
         return _finish(name, image, mode)
 
 
-def image_size(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of the image that :func:`read_image` gives, from the header: no pixel is decoded.
+def frame_count(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> int:
+    """How many frames an animation has, or pages a file; 1 of a plain image. No pixel is decoded.
+
+    Raises:
+        ImageError: as :func:`image_size`; or they are more than :data:`MAX_FRAMES`.
+    """
+    name, data = _read_bytes(source, MAX_BYTES)
+    with _checked(name, data, max_pixels, FORMATS) as image:
+        try:
+            count = int(getattr(image, "n_frames", 1))
+        except Exception as error:  # as in _open
+            raise _damaged(name, (image.format or "image").lower(), error) from error
+    if count > MAX_FRAMES:
+        raise ImageError(f"{name}: has {count:,} frames, more than {MAX_FRAMES:,}")
+    return count
+
+
+def read_frames(
+    source: str | os.PathLike[str] | bytes, wanted: Sequence[int], *, max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image]:
+    """Frames of an animation, or pages of a file, each as :func:`read_image` gives the first.
 
     Args:
         source: a path, or the encoded bytes.
+        wanted: their numbers from 0, in rising order: a frame is often told by what it changes of the one before.
+        max_pixels: as for :func:`read_image`, of each.
+
+    Raises:
+        ImageError: as :func:`read_image`, as it is iterated; or there is no such frame.
+    """
+    name, data = _read_bytes(source, MAX_BYTES)
+    with _checked(name, data, max_pixels, FORMATS) as image:
+        for number in wanted:
+            try:
+                image.seek(number)
+            except Exception as error:  # as in _open
+                raise _damaged(f"{name}, frame {number}", (image.format or "image").lower(), error) from error
+            _check_size(f"{name}, frame {number}", image.size, max_pixels)
+            if image.format == "TIFF":
+                _check_tiles(name, image, max_pixels)
+            yield _finish(f"{name}, frame {number}", image, "RGB")
+
+
+def image_format(data: bytes) -> str | None:
+    """Which of :data:`FORMATS` a file is, by its first 16 bytes; None if it is none."""
+    return _format_of(data)
+
+
+def image_size(
+    source: str | os.PathLike[str] | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """Width and height of the image that :func:`read_image` gives, from the header: no pixel is decoded.
+
+    Args:
+        source: a path, the encoded bytes, or a PIL image.
         max_pixels: as for :func:`read_image`.
 
     Raises:
         ImageError: as :func:`read_image`, save for what shows only in the pixels.
     """
+    if isinstance(source, Image.Image):
+        _check_size("PIL image", source.size, max_pixels)
+        return (source.height, source.width) if is_turned(source) else source.size
     name, data = _read_bytes(source, MAX_BYTES)
     with _checked(name, data, max_pixels, FORMATS) as image:
         width, height = image.size

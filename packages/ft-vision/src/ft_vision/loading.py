@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from ft_core.errors import ConfigError, ModelError
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from ft_core.config import TrainConfig
     from ft_core.models import Device, ModelSource
 
-__all__ = ["adapter_options", "config_of", "load_for_training", "load_processor", "processor_of", "settings_of"]
+__all__ = [
+    "adapter_options", "config_of", "image_backend", "load_for_training", "load_processor", "processor_of", "settings_of",
+]  # fmt: skip
 
 
 def settings_of(config: TrainConfig) -> VisionSettings:
@@ -125,7 +128,7 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrain
         ModelError: it cannot be loaded, or it has no chat template.
         ConfigError: a pixel budget that the family has no choice for.
     """
-    processor = processor_of(source, tokenizer)
+    processor = processor_of(source, tokenizer, settings_of(config).backend)
     if processor.chat_template is None:
         raise ModelError(
             f"the processor of {source.reference} has no chat template, so that conversations cannot be written as it "
@@ -135,19 +138,30 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrain
     return processor
 
 
-def processor_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Any:
+def processor_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase, backend: str = "auto") -> Any:
     """The model's processor with this tokenizer, as its files have it.
+
+    Args:
+        backend: what processes images (``vision.backend``).
 
     Raises:
         ModelError: it cannot be loaded, or the model is of no known family.
+        ConfigError: the backend is not installed.
     """
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
     own = config_of(source)
     family_of(own, source.reference)
+    chosen = image_backend(backend)
     try:
         processor = processor_class(own, source.path).from_pretrained(source.path, trust_remote_code=False)
+        if chosen is not None:
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                source.path, backend=chosen, trust_remote_code=False
+            )
     except ImportError as error:
         raise ModelError(
-            f"the processor of {source.reference} needs a library that is not installed: {_line(error)}"
+            f"the processor of {source.reference} needs a library that is not installed{_missing(error)}"
         ) from error
     except Exception as error:  # its files may lack or hold anything
         raise ModelError(f"the processor of {source.reference} cannot be loaded: {_line(error)}") from error
@@ -156,6 +170,40 @@ def processor_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Any
         processor.chat_template = tokenizer.chat_template
     _check_words(processor, own, source.reference)
     return processor
+
+
+def image_backend(asked: str) -> str | None:
+    """transformers' name of what processes images, by ``vision.backend``; None where the choice is its own.
+
+    Both give the same image up to rounding, not to the bit: torchvision resizes 8-bit pixels with other arithmetic than
+    Pillow. So what a model was trained with matters little, and its machine's choice is the quicker one.
+
+    Raises:
+        ConfigError: it asks for torchvision, which is not installed.
+    """
+    if _has_torchvision():
+        return {"pillow": "pil", "torchvision": "torchvision"}.get(asked)
+    if asked == "torchvision":
+        raise ConfigError(
+            "vision.backend: torchvision is not installed; install the one made for your torch "
+            "(https://pytorch.org/get-started), or set backend: auto, which takes Pillow without it"
+        )
+    return None  # there is Pillow alone
+
+
+def _has_torchvision() -> bool:
+    from transformers.utils.import_utils import is_torchvision_available
+
+    return bool(is_torchvision_available())
+
+
+def _missing(error: ImportError) -> str:
+    """The libraries that transformers asks for, as what to install; its own words where it names none."""
+    line = _line(error)
+    known = {"torchvision": "torchvision", "pil": "pillow", "pillow": "pillow", "sentencepiece": "sentencepiece"}
+    named = [known[word] for word in re.findall(r"[a-z]+", line.lower()) if word in known]
+    asked = [library for library in dict.fromkeys(named) if find_spec({"pillow": "PIL"}.get(library, library)) is None]
+    return f"; pip install {' '.join(asked)}" if asked else f": {line}"
 
 
 def _check_words(processor: Any, config: Any, name: str) -> None:

@@ -47,10 +47,10 @@ class VisionFronts:
     def __init__(self, config: TrainConfig, source: ModelSource) -> None:
         from transformers import AutoModelForImageTextToText
 
-        from ft_vision.loading import _config_of
+        from ft_vision.loading import config_of
 
         self.auto: Any = AutoModelForImageTextToText
-        self._config, self._name = _config_of(source), source.reference
+        self._config, self._name = config_of(source), source.reference
         self._family = family_of(self._config, source.reference)
         tower, projector = (
             tuple(f"model.{name}" for name in names) for names in (self._family.tower, self._family.projector)

@@ -22,7 +22,8 @@ AT_ONCE = 2**25
 _WHOLE = (".json", ".txt")
 
 Form = Callable[[Mapping[str, Any], Format, Path | None], dict[str, Any]]
-"""From a row, its format and the folder of its file (None: it is the Hub's) to a normal form."""
+"""From a row, its format and the folder of its file (None: it is the Hub's) to a normal form. It may have an attribute
+``columns``, a function that gives a row the columns of a format (see :class:`ft_core.training.modality.RowForm`)."""
 
 _HUB_NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)((:(?P<config>[\w.-]+))?:(?P<split>\w[^/\\]*))?"
@@ -221,11 +222,13 @@ def _read_one(
     """The rows of one file, each checked, normalised and encoded."""
     count = 0
     chosen = FORMATS[format] if format else None
+    columns = getattr(form, "columns", None)
     for number, row in numbered:
         if not isinstance(row, dict):
             kind = "null" if row is None else type(row).__name__
             raise DataError(f"{at(name, number)}: a row must be a JSON object with columns, not {kind}")
         try:
+            row = row if columns is None else columns(row)
             if chosen is None:
                 chosen = FORMATS[recognise(row, formats)]
             if chosen.name not in formats:

@@ -126,10 +126,16 @@ class ModalitySpec(Spec):
         methods: the methods that train it; empty: all.
         processor: reference to ``f(source, config, tokenizer)``, what turns this input into tensors. It is handed on in
             ``Job.processor`` and saved beside what was trained (``save_pretrained``).
+        columns: reference to ``f(row) -> row``, which is asked before a row's format is recognised: it gives the
+            columns of data sets of this kind those of a format, and leaves other rows as they are.
         rows: reference to ``f(row, format, folder) -> row``, which brings a row to a normal form that can be written as
-            JSON, instead of ``format.normalise(row)``; ``folder`` is that of the data file, None for the Hub's.
+            JSON, instead of ``format.normalise(row)``; ``folder`` is that of the data file, None for the Hub's. It is
+            handed the configuration too where it takes a keyword ``config``.
         adapter: reference to ``f(model, config) -> dict``, keyword arguments of :func:`ft_core.add_lora` that take the
             place of the configuration's.
+        rates: reference to ``f(model, config) -> dict[str, tuple[str, float]]``, the parts with a learning rate of
+            their own: by a part's name a regular expression that the whole name of each of its parameters matches, and
+            the peak of its rate, which follows the run's schedule and is logged as ``NAME_learning_rate``.
         dataset: reference to ``f(job, rows, name) -> datasets.Dataset`` of training rows, instead of tokenized text;
             ``name`` is ``train`` or ``held_out``.
         collator: reference to ``f(job)``, which makes a collator of those rows, as :class:`ft_core.data.Collator` is.
@@ -157,8 +163,10 @@ class ModalitySpec(Spec):
     settings: str | None = None
     methods: tuple[str, ...] = ()
     processor: str | None = None
+    columns: str | None = None
     rows: str | None = None
     adapter: str | None = None
+    rates: str | None = None
     dataset: str | None = None
     collator: str | None = None
     evaluate: str | None = None

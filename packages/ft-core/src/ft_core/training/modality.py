@@ -2,23 +2,67 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ft_core.config import TrainConfig
+from ft_core.data.formats import Format
 from ft_core.errors import ConfigError
 from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
+from ft_core.training.optimizers import Rates, check_rates
 
-__all__ = ["check_text_only", "measure_of", "of_modality"]
+__all__ = ["RowForm", "check_text_only", "measure_of", "of_modality", "rates_of"]
+
+
+class RowForm:
+    """How a modality brings rows to their normal form, as :func:`ft_core.data.read_rows` takes it.
+
+    Attributes:
+        columns: gives a row's columns those of a format, before that is recognised; see ``ModalitySpec.columns``.
+    """
+
+    def __init__(
+        self, rows: Callable[..., dict[str, Any]], columns: Callable[..., Mapping[str, Any]] | None, config: TrainConfig
+    ) -> None:
+        self.columns = columns
+        takes_config = "config" in inspect.signature(rows).parameters
+        self._rows = partial(rows, config=config) if takes_config else rows
+
+    def __call__(self, row: Mapping[str, Any], format: Format, folder: Path | None) -> dict[str, Any]:
+        return self._rows(row, format, folder)
 
 
 def of_modality(config: TrainConfig, part: str) -> Any:
     """The function that the modality of ``task`` names for a part of the training, or None where it is text's.
 
     Args:
-        part: the name of an attribute of :class:`ft_core.plugins.ModalitySpec` that holds a reference.
+        part: the name of an attribute of :class:`ft_core.plugins.ModalitySpec` that holds a reference. For ``rows`` the
+            result is a :class:`RowForm`, which knows the configuration.
     """
-    reference = getattr(registry().get(ModalitySpec, config.task), part)
-    return None if reference is None else resolve(reference)
+    spec = registry().get(ModalitySpec, config.task)
+    reference = getattr(spec, part)
+    if reference is None:
+        return None
+    if part == "rows":
+        return RowForm(resolve(reference), None if spec.columns is None else resolve(spec.columns), config)
+    return resolve(reference)
+
+
+def rates_of(model: Any, config: TrainConfig) -> Rates:
+    """The parts that have a learning rate of their own in this training, each with parameters that are trained.
+
+    Raises:
+        ConfigError: a part has none.
+    """
+    rates = of_modality(config, "rates")
+    if rates is None:
+        return {}
+    found: Rates = rates(model, config)
+    check_rates(model, found, config.task)
+    return found
 
 
 def measure_of(config: TrainConfig, spec: MethodSpec) -> Any:

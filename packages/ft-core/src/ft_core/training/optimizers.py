@@ -1,17 +1,22 @@
-"""What an optimizer of another library's costs beside its updates, taken out."""
+"""What an optimizer of another library's costs beside its updates, taken out; and parts with a rate of their own."""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ft_core.config import TrainConfig
+from ft_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from ft_core.planning import Plan
 
-__all__ = ["QueuedUpdates", "forget_overrides", "optimizer_of", "queued"]
+__all__ = ["QueuedUpdates", "Rates", "check_rates", "forget_overrides", "give_rates", "optimizer_of", "queued"]
+
+Rates = Mapping[str, tuple[str, float]]
+"""Learning rates of parts: by a part's name what the whole names of its parameters match, and the rate's peak."""
 
 PAGEABLE = "adamw_8bit"
 """The optimizer whose state a plan may page to the host; ``paged_adamw_8bit`` makes the same updates."""
@@ -88,6 +93,46 @@ def queued(optimizer: Any) -> Any:
         return optimizer
     # transformers looks at the name of the class and of its module.
     return type(optimizer.__name__, (QueuedUpdates, optimizer), {"__module__": optimizer.__module__})
+
+
+def check_rates(model: Any, rates: Rates, section: str) -> None:
+    """Refuse the rate of a part of which nothing is trained.
+
+    Args:
+        section: the configuration's section in which the rates stand, ``NAME_learning_rate`` each.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for name, (pattern, rate) in rates.items():
+        if not any(p.requires_grad and re.fullmatch(pattern, key) for key, p in model.named_parameters()):
+            raise ConfigError(
+                f"{section}.{name}_learning_rate: {rate} is for parameters of which none is trained: lora.targets "
+                "reaches none of them; name some of their layers, or remove the key"
+            )
+
+
+def give_rates(optimizer: Any, model: Any, rates: Rates) -> None:
+    """Divide the groups of an optimizer that has made no step: the parts' parameters get groups with their rates.
+
+    Any optimizer takes a rate from a parameter's group, and so does the scheduler, which multiplies each group's by the
+    same factor. The first group stays one of the run's own rate, which is what is logged as the learning rate; what
+    else a group says, its weight decay first, is kept.
+    """
+    rate_of = {
+        id(parameter): rate
+        for key, parameter in model.named_parameters()
+        for pattern, rate in rates.values()
+        if re.fullmatch(pattern, key)
+    }
+    own, others = [], []
+    for group in optimizer.param_groups:
+        divided: dict[float | None, list[Any]] = {None: []}
+        for parameter in group["params"]:
+            divided.setdefault(rate_of.get(id(parameter)), []).append(parameter)
+        own.append({**group, "params": divided.pop(None)})
+        others += [{**group, "params": params, "lr": rate} for rate, params in divided.items()]
+    optimizer.param_groups[:] = own + others
 
 
 def forget_overrides(model: Any) -> None:

@@ -31,7 +31,7 @@ from ft_core.training.disk import disk_folder
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.lock import held
 from ft_core.training.memory import InUse, memory_capped, memory_errors_said
-from ft_core.training.modality import measure_of
+from ft_core.training.modality import measure_of, rates_of
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
     check_method,
@@ -196,6 +196,7 @@ class _Session:
         self.interruption = Interruption(job.say, ranks.any)
         job.callbacks += [self.writer, *([Progress(self.writer)] if ranks.is_main else []), self.interruption]
         self.trainer: Any = build_trainer(resolve(spec.trainer), job)
+        self.trainer.rates = rates_of(job.model, job.config)
         self.trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; Progress shows what matters
         plan_ahead(self.trainer, job.say)
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints

@@ -15,7 +15,7 @@ import torch
 
 from ft_core.errors import RunError
 from ft_core.training.behind import LogsBehindMixin
-from ft_core.training.optimizers import forget_overrides, queued
+from ft_core.training.optimizers import Rates, forget_overrides, give_rates, queued
 from ft_core.training.replan import ReplanningMixin
 from ft_core.training.schedule import renewed, rising
 from ft_core.training.walks import clearing_known, mode_known, parameters_known
@@ -41,6 +41,7 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
     optimizer_cls_and_kwargs: Any
     lr_scheduler: Any
     keep_checkpoints: int = 2
+    rates: Rates = {}  # noqa: RUF012  # never changed in place
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         arguments = kwargs.get("args")
@@ -142,7 +143,18 @@ class RunTrainerMixin(LogsBehindMixin, ReplanningMixin):
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             chosen, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer_cls_and_kwargs = (queued(chosen), settings)
-        return super().create_optimizer(*args, **kwargs)
+        super().create_optimizer(*args, **kwargs)
+        if self.rates and not self.optimizer.state:  # once, before its first step
+            model = next((one for one in (*args, kwargs.get("model")) if one is not None), self.model)
+            give_rates(self.optimizer, model, self.rates)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the trainer's own, with the rates of the parts that have their own: one schedule scales them all."""
+        if self.rates and logs.get("learning_rate") is not None:
+            share = logs["learning_rate"] / self.args.learning_rate
+            logs = {**logs, **{f"{name}_learning_rate": rate * share for name, (_, rate) in self.rates.items()}}
+        super().log(logs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' choice, but its first step trains (see :mod:`ft_core.training.schedule`)."""
