@@ -3,7 +3,7 @@
 ``{"messages": [{"role", "content"}], "images": [reference, …]}``: a content is a string or, where there are images, a
 list of ``{"type": "image"}`` and ``{"type": "text", "text": …}``; the references are those of the images in their
 order: an absolute path, or a ``data:`` URL with the encoded image in base64. Text is read and checked as ft_core reads
-it.
+it. A row of which several answers are accepted lists them as ``answers``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,23 @@ def normalise(row: Mapping[str, Any], format: Format, folder: Path | None) -> di
     if normal.get("tools"):
         made["tools"] = normal["tools"]
     made["images"] = [_reference(image, number, folder) for number, image in enumerate(images)]
+    if row.get("answers") is not None:
+        made["answers"] = _accepted(row["answers"])
     return made
+
+
+def _accepted(answers: Any) -> list[str]:
+    """What a row accepts beside the answer that it ends with: texts, or objects with an ``answer`` as VQA has them."""
+    listed = [answers] if isinstance(answers, str) else answers
+    found: list[Any] = []
+    if isinstance(listed, list):
+        found = [one.get("answer") if isinstance(one, Mapping) else one for one in listed]
+        texts = [text for text in found if isinstance(text, str)]
+        if len(texts) == len(found):
+            return list(dict.fromkeys(texts))
+    other = next((_kind(text) for text in found if not isinstance(text, str)), None)
+    what = f"a list with {other}" if other else _kind(answers)
+    raise DataError(f"answers must be a list of texts, those that are accepted, not {what}")
 
 
 def _listed(row: Mapping[str, Any]) -> list[Any]:

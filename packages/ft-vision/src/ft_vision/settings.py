@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ft_core.config.numbers import Section, Whole
+from ft_core.config.numbers import Section, Switch, Whole
 
 __all__ = ["VisionSettings"]
 
@@ -24,6 +24,8 @@ class VisionSettings(Section):
         on_bad_image: what to do where an image is missing, damaged, too large or of no pixels: ``stop`` with a line
             that names it, or ``skip`` its row and count it.
         workers: processes that read images and make batches ahead; unset means 4 for a GPU, and none for a CPU.
+        ignore_case: whether upper and lower case are the same where answers are measured.
+        whitespace: how white space in answers is taken; see :class:`ft_core.text_metrics.Normalisation`.
     """
 
     tower: Trained = "frozen"
@@ -32,6 +34,8 @@ class VisionSettings(Section):
     min_pixels: Whole | None = Field(default=None, ge=1)
     on_bad_image: Literal["stop", "skip"] = "stop"
     workers: Whole | None = Field(default=None, ge=0, le=64)
+    ignore_case: Switch = False
+    whitespace: Literal["collapse", "strip", "keep"] = "collapse"
 
     @model_validator(mode="after")
     def _in_order(self) -> VisionSettings:
