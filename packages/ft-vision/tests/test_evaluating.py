@@ -48,6 +48,7 @@ def test_answers_are_measured(run: Path, ft: Any, tmp_path: Path) -> None:
     during = json.loads((run / "evaluation.json").read_text())
     assert during["answers"] == 8  # those of the training are for reading, and so few are no share
     assert list(during["metrics"]) == ["loss", "perplexity", "cer", "wer", "anls"]
+    assert all(sample["right"] == {"before": False, "after": False} for sample in during["samples"])
     found = measured(ft, run)
     assert (found["rows"], found["answers"]) == (10, 10)
     assert list(found["metrics"]) == ["loss", "perplexity", "exact_match", "cer", "wer", "anls"]

@@ -1,7 +1,7 @@
 """Models that have seen nothing learn to read, by `ft train` and no other way: handwriting, and numbers in print.
 
-Nothing that is asked for at the end was in an image of the training. The tests marked slow are the whole of it; the others
-are small enough for every run, and hold the same to a lower bar.
+Nothing that is asked for at the end was in an image of the training. The tests marked slow are the whole of it; the
+others are small enough for every run, and hold the same to a lower bar.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def luck(right: float, rows: int, chance: float) -> float:
     )
 
 
-def learn(folder: Path, name: str, ft: Any, training: dict[str, Any], max_length: int = 512) -> dict[str, Any]:
+def learn(folder: Path, ft: Any, training: dict[str, Any], max_length: int = 512) -> dict[str, Any]:
     """Train a fresh model on the folder's rows from a configuration, and give what `ft eval` finds."""
     config = {
         "model": str(folder / "model"),
@@ -68,12 +68,12 @@ def fresh(folder: Path, name: str, **sizes: Any) -> None:
 def test_handwriting_is_learnt(name: str, ft: Any, tmp_path: Path) -> None:
     """Zeros, ones and twos: what a model that doesn't look gets right of them is a third."""
     fresh(tmp_path, name)
-    handwritten(tmp_path, digits=range(3), held_out=60)
-    found = learn(tmp_path, name, ft, {"max_steps": 40})
+    handwritten(tmp_path, digits=range(3), held_out=45)
+    found = learn(tmp_path, ft, {"max_steps": 40})
     right = found["metrics"]["exact_match"]
-    assert found["answers"] == 60
-    assert luck(1 / 3, 60, 1 / 3) > 0.5  # the bar can be failed
-    assert luck(right["after"], 60, 1 / 3) < 1e-6
+    assert found["answers"] == 45
+    assert luck(1 / 3, 45, 1 / 3) > 0.5  # the bar can be failed
+    assert luck(right["after"], 45, 1 / 3) < 1e-6
     assert right["before"] < right["after"]
     assert found["metrics"]["cer"]["after"] < found["metrics"]["cer"]["before"]
 
@@ -83,23 +83,25 @@ def test_handwriting_is_learnt(name: str, ft: Any, tmp_path: Path) -> None:
 def test_handwriting_is_read(name: str, ft: Any, tmp_path: Path) -> None:
     fresh(tmp_path, name)
     handwritten(tmp_path)
-    found = learn(tmp_path, name, ft, {"epochs": 6})
+    found = learn(tmp_path, ft, {"epochs": 6})
     assert found["answers"] == 297
     assert found["metrics"]["exact_match"]["before"] < 0.2
     assert found["metrics"]["exact_match"]["after"] > 0.9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_numbers_in_print_are_read(name: str, ft: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "size", "max_length"), [("qwen3_vl", (64, 32), 512), ("gemma3", (48, 48), 1024)])
+def test_numbers_in_print_are_read(name: str, size: tuple[int, int], max_length: int, ft: Any, tmp_path: Path) -> None:
+    """Of a thousand numbers a hundred are kept. Gemma 3 sees squares, so that it is shown some."""
     fresh(tmp_path, name, side=48, tokens=36)
-    rendered(tmp_path, size=(64, 32), copies=2000)
-    rows = [
-        [json.loads(line)["messages"][1]["content"] for line in (tmp_path / f"{part}.jsonl").read_text().splitlines()]
+    rendered(tmp_path, size=size, copies=4)
+    said = [
+        {json.loads(line)["messages"][1]["content"] for line in (tmp_path / f"{part}.jsonl").read_text().splitlines()}
         for part in ("train", "held_out")
     ]
-    assert not set(rows[0]) & set(rows[1])
-    found = learn(tmp_path, name, ft, {"epochs": 3}, max_length=512)
+    assert [len(numbers) for numbers in said] == [900, 100]
+    assert not said[0] & said[1]
+    found = learn(tmp_path, ft, {"epochs": 10}, max_length)
     assert found["answers"] == 100
     metrics = {metric: values["after"] for metric, values in found["metrics"].items()}
     assert metrics["exact_match"] > 0.9
