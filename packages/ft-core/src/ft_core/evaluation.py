@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ft_core.comparison import EXACT, compare, table
 from ft_core.data.collating import IGNORE
 from ft_core.errors import RunError
+from ft_core.text_metrics import Normalisation, exact_match
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -79,6 +80,7 @@ class EvaluationJob:
         processor: as :attr:`ft_core.training.Job.processor`.
         whole_answers: whether long answers too are generated to the length of the expected ones, where that is known,
             rather than to ``max_new_tokens``. ``ft eval`` wants it, for which a training would have to wait.
+        compared: fields of :class:`ft_core.text_metrics.Normalisation` that whoever asks for the measurement has set.
     """
 
     config: TrainConfig
@@ -93,13 +95,15 @@ class EvaluationJob:
     say: Callable[[str], None] = print
     processor: Any = None
     whole_answers: bool = False
+    compared: Mapping[str, Any] = field(default_factory=dict)
 
 
 def evaluate_answers(job: EvaluationJob) -> Evaluation:
     """Loss and perplexity over the trained tokens of ``job.rows``, and exact match where answers are short.
 
     The loss is the mean negative log-likelihood per trained token (nats), accumulated in float64; perplexity is its
-    exponential. Exact match compares the answer with the expected one, white space at both ends apart.
+    exponential. Exact match compares the answer with the expected one, white space at both ends apart, or as
+    ``job.compared`` says.
 
     Raises:
         RunError: the memory is too small for a row.
@@ -129,7 +133,12 @@ def evaluate_answers(job: EvaluationJob) -> Evaluation:
     samples, exact = _answers(job)
     if exact is not None:
         metrics[EXACT] = exact
-    return Evaluation(metrics, samples, len(job.rows))
+    compared = _compared(job) if job.compared and exact is not None else None
+    return Evaluation(metrics, samples, len(job.rows), compared=compared)
+
+
+def _compared(job: EvaluationJob) -> dict[str, Any]:
+    return {"ignore_case": False, "whitespace": "strip", **job.compared}
 
 
 def _by_tokens(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -215,10 +224,12 @@ def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
         Sample(_last_turn(prompt, row), expected, answer)
         for (_, prompt, expected), answer, row in zip(asked, answers, _with_answers(job.rows), strict=False)
     ]
-    exact = None
-    if short and samples:
-        exact = sum(s.answer.strip() == (s.expected or "").strip() for s in samples) / len(samples)
-    return samples, exact
+    if not (short and samples):
+        return samples, None
+    right = exact_match(answers, [[expected] for _, _, expected in asked], Normalisation(**_compared(job)))
+    if job.compared:  # or a reader of the samples would see for himself
+        samples = [replace(sample, right=one) for sample, one in zip(samples, right, strict=True)]
+    return samples, sum(right) / len(right)
 
 
 def _with_answers(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -237,6 +248,7 @@ def evaluate(
     data: str | None = None,
     limit: int | None = None,
     answers: int | None = None,
+    compared: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
@@ -250,6 +262,8 @@ def evaluate(
         data: rows to measure on; unset means the rows that the run kept from training.
         limit: at most this many rows.
         answers: at most this many generated answers.
+        compared: what makes no difference between answers, instead of what the run's configuration says: fields of
+            :class:`ft_core.text_metrics.Normalisation`.
         say: prints one line.
         progress: called with (done, total, what).
 
@@ -287,6 +301,7 @@ def evaluate(
     def job(model: Any, tokenizer: Any) -> EvaluationJob:
         settings = method_settings(config)
         made = EvaluationJob(config, settings, model, tokenizer, rows, answers=answers, kept=kept, say=say)
+        made.compared = compared or {}
         made.processor, made.whole_answers = prepare_processor(config, find_model(config.model), tokenizer), True
         if progress:
             made.progress = progress

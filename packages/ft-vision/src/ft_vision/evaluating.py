@@ -96,6 +96,7 @@ def _answers(job: EvaluationJob, renderer: VisionRenderer, collate: VisionCollat
     """
     settings = settings_of(job.config)
     compared: dict[str, Any] = {"ignore_case": settings.ignore_case, "whitespace": settings.whitespace}
+    compared |= job.compared
     normalisation = Normalisation(**compared)
     asked, short = _questions(job, renderer)
     longest = job.max_new_tokens
