@@ -1,12 +1,16 @@
-"""What the tutorials of preference and reinforcement show is what ft takes: programs run, configurations hold.
+"""What the tutorials show is what ft takes: programs run, configurations hold.
 
-They were trained as they stand when the pages were written; that takes minutes, and is not repeated here.
+They were trained as they stand when the pages were written; that takes minutes, and is repeated for reading text from
+pictures alone, by the test that is marked slow.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +79,51 @@ def test_dpo_and_ppo(here: Path) -> None:
         assert (len(train), len(held_out)) == (200, 16)
     head = "".join(Path("train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:2])
     assert f"```text\n{head}```" in (TUTORIALS / "dpo.md").read_text(encoding="utf-8")
+
+
+def test_reading(here: Path) -> None:
+    from PIL import Image
+
+    from ft_core.cli import main
+
+    assert list(files("reading")) == ["pictures.py", "model.py", "read.yaml", "sheet.py"]
+    made(here, "reading", "pictures.py")
+    config = load_config("read.yaml")
+    rows = {
+        part: [json.loads(line) for line in Path(f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for part in ("train", "held_out")
+    }
+    assert (config.data, config.eval_data) == ("train.jsonl", "held_out.jsonl")
+    assert (len(rows["train"]), len(rows["held_out"])) == (3600, 100)
+    said = {part: {row["messages"][1]["content"] for row in rows[part]} for part in rows}
+    assert len(said["train"]) == 900
+    assert not said["train"] & said["held_out"]
+    assert Path("held_out.jsonl").read_text(encoding="utf-8").splitlines()[0] in (TUTORIALS / "reading.md").read_text(
+        encoding="utf-8"
+    )
+    made(here, "reading", "model.py")
+    Path("few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows["train"][:40]), encoding="utf-8")
+    assert main(["train", "read.yaml", "data=few.jsonl", "training.epochs=1"]) == 0
+    exec(compile(Path("sheet.py").read_text(encoding="utf-8"), "sheet.py", "exec"), {})  # noqa: S102
+    assert Image.open("page.png").size == (864, 236)  # the eight answers of a training, in two rows
+
+
+@pytest.mark.slow
+def test_reading_as_it_stands(here: Path) -> None:
+    for name, text in files("reading").items():
+        (here / name).write_text(text, encoding="utf-8")
+    page = (TUTORIALS / "reading.md").read_text(encoding="utf-8")
+    ran = []
+    for line in "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines():
+        program, *words = shlex.split(line)
+        if program == "pip":
+            continue
+        command = [sys.executable, *(["-m", "ft_core"] if program == "ft" else []), *words]
+        subprocess.run(command, check=True, cwd=here)
+        ran.append(" ".join([program, *words[:1]]))
+    assert ran == ["python pictures.py", "python model.py", "ft train", "ft eval", "python sheet.py"]
+    found = json.loads((here / "run/evaluation.json").read_text(encoding="utf-8"))
+    assert found["answers"] == 100
+    assert found["metrics"]["exact_match"]["before"] < 0.05
+    assert found["metrics"]["exact_match"]["after"] > 0.9
+    assert (here / "page.png").is_file()

@@ -100,6 +100,38 @@ def test_answers_that_are_wrong_lower_the_exact_match(
     assert (found["answers"], some["answers"]) == (8, 2)
     shown = ft("eval", taught / "run", "--data", data, "--limit", 4, "--answers", 2)
     assert f"\nover 4 rows of {data}, exact match over 2 answers\n" in shown.out
+    assert "compared" not in found
+
+
+@pytest.mark.parametrize(
+    ("words", "compared", "right"),
+    [
+        (["--ignore-case"], {"ignore_case": True, "whitespace": "strip"}, [True, True, False]),
+        (["--whitespace", "collapse"], {"ignore_case": False, "whitespace": "collapse"}, [True, False, True]),
+        (["--whitespace", "keep"], {"ignore_case": False, "whitespace": "keep"}, [False, False, False]),
+    ],
+)
+def test_what_makes_no_difference_is_asked_for(
+    words: list[str],
+    compared: dict[str, Any],
+    right: list[bool],
+    taught: Path,
+    ft: Any,
+    sums: Any,
+    tmp_path: Path,
+    write_rows: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = sums(3)
+    for row in rows:
+        row["messages"][1]["content"] = "two words"
+    said = ["two words\n", "Two words", "two  words"]
+    monkeypatch.setattr("ft_core.generation.generate_ids", lambda *_, **__: said)
+    data = write_rows(tmp_path / "other.jsonl", rows)
+    found = json.loads(ft("eval", taught / "run", "--data", data, *words, "--json").out)
+    assert found["compared"] == compared
+    assert [sample["right"]["after"] for sample in found["samples"]] == right
+    assert found["metrics"]["exact_match"]["after"] == sum(right) / 3
 
 
 def test_the_loss_is_measured_in_batches_of_bounded_size() -> None:

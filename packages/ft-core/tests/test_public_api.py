@@ -28,6 +28,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.commands.report": ["add_arguments", "run"],
     "ft_core.commands.train": ["add_arguments", "run"],
     "ft_core.commands.verify": ["add_arguments", "run"],
+    "ft_core.comparison": ["EXACT", "OF_ANSWERS", "compare", "table"],
     "ft_core.config": [
         "DataSource",
         "LoraSettings",
@@ -350,6 +351,7 @@ EXPECTED: dict[str, list[str]] = {
     ],
     "ft_core.report.write": ["write_report"],
     "ft_core.runs": ["RUN_FORMAT", "Run", "no_run", "runs_in", "write_json", "write_text"],
+    "ft_core.text_metrics": ["Normalisation", "anls", "character_error_rate", "exact_match", "word_error_rate"],
     "ft_core.training": ["Job", "TrainResult", "queued", "train"],
     "ft_core.training.arguments": ["few_steps", "total_steps", "trainer_arguments"],
     "ft_core.training.before": ["check_before", "check_data"],

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ft_core.console import counted
+from ft_core.comparison import EXACT, compare, table
 from ft_core.data.collating import IGNORE
 from ft_core.errors import RunError
+from ft_core.text_metrics import Normalisation, exact_match
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluation", "EvaluationJob", "Sample", "compare", "evaluate", "evaluate_answers", "table"]
 
-EXACT = "exact_match"
-
 SHORT_ANSWER = 32
 """Exact match is measured where at least 95 % of the expected answers have at most this many tokens."""
 
@@ -32,11 +31,15 @@ TOKENS_AT_ONCE = 2048
 
 @dataclass
 class Sample:
-    """One answer: what was asked, what was expected (or None), and what the model said."""
+    """One answer: what was asked, what was expected (or None), and what the model said.
+
+    ``right`` says whether the answer is an accepted one, where that is known better than by comparing the two.
+    """
 
     prompt: str
     expected: str | None
     answer: str
+    right: bool | None = None
 
 
 @dataclass
@@ -47,11 +50,15 @@ class Evaluation:
         metrics: numbers by name, in the order to show them; None where one could not be measured.
         samples: answers to read, the first rows' first.
         rows: how many rows were measured.
+        answers: how many answers those of the metrics that are of answers were measured on; None: on all samples.
+        compared: what made no difference between an answer and the expected one, in the words of the configuration.
     """
 
     metrics: dict[str, float | None]
     samples: list[Sample]
     rows: int
+    answers: int | None = None
+    compared: dict[str, Any] | None = None
 
 
 @dataclass
@@ -71,6 +78,9 @@ class EvaluationJob:
             training (:attr:`ft_core.training.Job.kept`), or of all that ``ft eval`` measures.
         say: prints one line; ``ft eval`` has it on stderr, since stdout is for what was measured.
         processor: as :attr:`ft_core.training.Job.processor`.
+        whole_answers: whether long answers too are generated to the length of the expected ones, where that is known,
+            rather than to ``max_new_tokens``. ``ft eval`` wants it, for which a training would have to wait.
+        compared: fields of :class:`ft_core.text_metrics.Normalisation` that whoever asks for the measurement has set.
     """
 
     config: TrainConfig
@@ -84,13 +94,16 @@ class EvaluationJob:
     kept: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
     processor: Any = None
+    whole_answers: bool = False
+    compared: Mapping[str, Any] = field(default_factory=dict)
 
 
 def evaluate_answers(job: EvaluationJob) -> Evaluation:
     """Loss and perplexity over the trained tokens of ``job.rows``, and exact match where answers are short.
 
     The loss is the mean negative log-likelihood per trained token (nats), accumulated in float64; perplexity is its
-    exponential. Exact match compares the answer with the expected one, white space at both ends apart.
+    exponential. Exact match compares the answer with the expected one, white space at both ends apart, or as
+    ``job.compared`` says.
 
     Raises:
         RunError: the memory is too small for a row.
@@ -120,7 +133,12 @@ def evaluate_answers(job: EvaluationJob) -> Evaluation:
     samples, exact = _answers(job)
     if exact is not None:
         metrics[EXACT] = exact
-    return Evaluation(metrics, samples, len(job.rows))
+    compared = _compared(job) if job.compared and exact is not None else None
+    return Evaluation(metrics, samples, len(job.rows), compared=compared)
+
+
+def _compared(job: EvaluationJob) -> dict[str, Any]:
+    return {"ignore_case": False, "whitespace": "strip", **job.compared}
 
 
 def _by_tokens(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -206,10 +224,12 @@ def _answers(job: EvaluationJob) -> tuple[list[Sample], float | None]:
         Sample(_last_turn(prompt, row), expected, answer)
         for (_, prompt, expected), answer, row in zip(asked, answers, _with_answers(job.rows), strict=False)
     ]
-    exact = None
-    if short and samples:
-        exact = sum(s.answer.strip() == (s.expected or "").strip() for s in samples) / len(samples)
-    return samples, exact
+    if not (short and samples):
+        return samples, None
+    right = exact_match(answers, [[expected] for _, _, expected in asked], Normalisation(**_compared(job)))
+    if job.compared:  # or a reader of the samples would see for himself
+        samples = [replace(sample, right=one) for sample, one in zip(samples, right, strict=True)]
+    return samples, sum(right) / len(right)
 
 
 def _with_answers(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -222,69 +242,13 @@ def _last_turn(prompt: str, row: dict[str, Any]) -> str:
     return str(turns[-1]["content"]) if turns else prompt
 
 
-def compare(before: Evaluation | dict[str, Any] | None, after: Evaluation | None, data: str) -> dict[str, Any]:
-    """The content of ``evaluation.json`` (see the page on run folders); ``before`` may be an earlier such content."""
-    if isinstance(before, dict):
-        old_metrics = {name: value.get("before") for name, value in before.get("metrics", {}).items()}
-        old_answers = [(s["prompt"], s.get("before")) for s in before.get("samples", [])]
-        rows = before.get("rows", 0)
-    elif before is not None:
-        old_metrics, rows = dict(before.metrics), before.rows
-        old_answers = [(s.prompt, s.answer) for s in before.samples]
-    else:
-        old_metrics, old_answers, rows = {}, [], 0
-    new_metrics = dict(after.metrics) if after else {}
-    shown = after.samples if after else (before.samples if isinstance(before, Evaluation) else [])
-    samples = []
-    for number, s in enumerate(shown):
-        # By place, since two rows may end with the same question; a look at the prompt for files of another order.
-        asked, old = old_answers[number] if number < len(old_answers) else (None, None)
-        samples.append(
-            {
-                "prompt": s.prompt,
-                "expected": s.expected,
-                "before": old if asked == s.prompt else dict(old_answers).get(s.prompt),
-                "after": s.answer if after else None,
-            }
-        )
-    names = list(dict.fromkeys([*new_metrics, *old_metrics]))
-    metrics = {n: {"before": _finite(old_metrics.get(n)), "after": _finite(new_metrics.get(n))} for n in names}
-    found = {"data": data, "rows": after.rows if after else rows, "metrics": metrics, "samples": samples}
-    if EXACT in metrics:
-        found["answers"] = len(samples)
-    return found
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def table(comparison: dict[str, Any]) -> str:
-    """The before/after table as plain text."""
-    lines = [f"{'':<16}{'before':>12}{'after':>12}"]
-    for name, values in comparison["metrics"].items():
-        cells = "".join(f"{_cell(name, values.get(side)):>12}" for side in ("before", "after"))
-        lines.append(f"{name.replace('_', ' '):<16}{cells}")
-    over = f"over {counted(comparison['rows'], 'row')} of {comparison['data']}"
-    answers = comparison.get("answers", comparison["rows"])
-    lines.append(over if answers == comparison["rows"] else f"{over}, exact match over {counted(answers, 'answer')}")
-    return "\n".join(lines)
-
-
-def _cell(name: str, value: float | None) -> str:
-    if value is None:
-        return "—"
-    if name in (EXACT, "accuracy"):
-        return f"{100 * value:.1f} %"
-    return f"{value:.4g}" if value < 1e5 else f"{value:.3e}"
-
-
 def evaluate(
     run: str | Path,
     *,
     data: str | None = None,
     limit: int | None = None,
     answers: int | None = None,
+    compared: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
@@ -298,6 +262,8 @@ def evaluate(
         data: rows to measure on; unset means the rows that the run kept from training.
         limit: at most this many rows.
         answers: at most this many generated answers.
+        compared: what makes no difference between answers, instead of what the run's configuration says: fields of
+            :class:`ft_core.text_metrics.Normalisation`.
         say: prints one line.
         progress: called with (done, total, what).
 
@@ -335,7 +301,8 @@ def evaluate(
     def job(model: Any, tokenizer: Any) -> EvaluationJob:
         settings = method_settings(config)
         made = EvaluationJob(config, settings, model, tokenizer, rows, answers=answers, kept=kept, say=say)
-        made.processor = prepare_processor(config, find_model(config.model), tokenizer)
+        made.compared = compared or {}
+        made.processor, made.whole_answers = prepare_processor(config, find_model(config.model), tokenizer), True
         if progress:
             made.progress = progress
         return made

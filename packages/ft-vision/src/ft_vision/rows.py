@@ -4,6 +4,7 @@
 list of ``{"type": "image"}`` and ``{"type": "text", "text": …}``; the references are those of the images in their
 order: an absolute path, a ``data:`` URL with the encoded image in base64, the URL of an image that may be fetched, or a
 frame of a video (:mod:`ft_vision.frames`). Text is read and checked as ft_core reads it.
+A row of which several answers are accepted lists them as ``answers``.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def normalise(
     made: dict[str, Any] = {"messages": [_parts(message, number) for number, message in enumerate(messages)]}
     if normal.get("tools"):
         made["tools"] = normal["tools"]
-    if isinstance(row.get(ANSWERS), list):
-        made[ANSWERS] = [answer for answer in row[ANSWERS] if isinstance(answer, str)]
+    if row.get(ANSWERS) is not None:
+        made[ANSWERS] = _accepted(row[ANSWERS])
     left = iter(_reference(image, f"image {number + 1}", folder, config) for number, image in enumerate(images))
     shown = iter(seen.frames)
     made["images"] = [next(left if mark == PLACE else shown) for mark in written if mark in (PLACE, FRAME)]
@@ -173,6 +174,20 @@ def _settings(config: TrainConfig | None) -> VisionSettings:
     from ft_vision.loading import settings_of
 
     return VisionSettings() if config is None else settings_of(config)
+
+
+def _accepted(answers: Any) -> list[str]:
+    """What a row accepts beside the answer that it ends with: texts, or objects with an ``answer`` as VQA has them."""
+    listed = [answers] if isinstance(answers, str) else answers
+    found: list[Any] = []
+    if isinstance(listed, list):
+        found = [one.get("answer") if isinstance(one, Mapping) else one for one in listed]
+        texts = [text for text in found if isinstance(text, str)]
+        if len(texts) == len(found):
+            return list(dict.fromkeys(texts))
+    other = next((_kind(text) for text in found if not isinstance(text, str)), None)
+    what = f"a list with {other}" if other else _kind(answers)
+    raise DataError(f"answers must be a list of texts, those that are accepted, not {what}")
 
 
 def _listed(row: Mapping[str, Any]) -> list[Any]:

@@ -46,6 +46,8 @@ class VisionSettings(Section):
         on_bad_image: what to do where an image is missing, damaged, too large or of no pixels: ``stop`` with a line
             that names it, or ``skip`` its row and count it.
         workers: processes that read images and make batches ahead; unset means 4 for a GPU, and none for a CPU.
+        ignore_case: whether upper and lower case are the same where answers are measured.
+        whitespace: how white space in answers is taken; see :class:`ft_core.text_metrics.Normalisation`.
     """
 
     tower: Trained = "frozen"
@@ -59,6 +61,8 @@ class VisionSettings(Section):
     backend: Literal["auto", "pillow", "torchvision"] = "auto"
     on_bad_image: Literal["stop", "skip"] = "stop"
     workers: Whole | None = Field(default=None, ge=0, le=64)
+    ignore_case: Switch = False
+    whitespace: Literal["collapse", "strip", "keep"] = "collapse"
 
     @model_validator(mode="after")
     def _in_order(self) -> VisionSettings:

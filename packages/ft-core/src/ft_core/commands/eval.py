@@ -15,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="rows to measure on, instead of those kept from training")
     parser.add_argument("--limit", type=count, metavar="N", help="at most N rows; a fuller measurement is not replaced")
     parser.add_argument("--answers", type=count_or_none, metavar="N", help="generate at most N answers")
+    parser.add_argument("--ignore-case", action="store_true", help="compare answers without regard to case")
+    parser.add_argument(
+        "--whitespace",
+        choices=("collapse", "strip", "keep"),
+        help="compare answers with runs of white space as one space, without any at the ends, or as they are",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -40,6 +46,15 @@ def run(args: argparse.Namespace) -> int:
             show[what] = progress(what)
         show[what](done, total)
 
-    comparison = evaluate(args.run, data=args.data, limit=args.limit, answers=args.answers, say=say, progress=shown)
+    compared = {"ignore_case": args.ignore_case or None, "whitespace": args.whitespace}
+    comparison = evaluate(
+        args.run,
+        data=args.data,
+        limit=args.limit,
+        answers=args.answers,
+        compared={name: value for name, value in compared.items() if value is not None},
+        say=say,
+        progress=shown,
+    )
     print(json.dumps(comparison, ensure_ascii=False, indent=1) if args.json else table(comparison))
     return 0

@@ -10,10 +10,13 @@ from ft_core.report.read import RunRecord, mapping, number
 
 __all__ = ["Metric", "label", "metrics_of"]
 
-_NAMES = {"wer": "Word error rate", "cer": "Character error rate", "grad_norm": "Gradient norm"}
+_NAMES = {"wer": "Word error rate", "cer": "Character error rate", "anls": "ANLS", "grad_norm": "Gradient norm"}
 _SHARES = ("exact_match", "accuracy", "win_rate", "wer", "cer")
 _LOWER = ("loss", "perplexity", "wer", "cer", "error_rate")
-_HIGHER = ("exact_match", "accuracy", "accuracies", "win_rate", "reward", "rewards", "margin", "margins", "f1", "bleu")
+_HIGHER = (
+    *("exact_match", "accuracy", "accuracies", "win_rate", "anls", "f1", "bleu"),
+    *("reward", "rewards", "margin", "margins"),
+)
 
 
 def label(key: str) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ft_core.comparison import OF_ANSWERS
 from ft_core.console import counted
 from ft_core.report.html import fold, table, text
-from ft_core.report.metrics import metrics_of
+from ft_core.report.metrics import label, metrics_of
 from ft_core.report.numbers import DASH, compact, count, date, duration, memory, percent
 from ft_core.report.read import RunRecord, mapping, number
 from ft_core.report.verdict import generates, peak
@@ -88,6 +89,12 @@ def evaluation(record: RunRecord) -> str:
     if source == "held_out.jsonl" and measured is not None and total is not None and measured < total:
         where = f"The first {count(measured)} rows of {count(total)} (ft eval measures all)"
     caption = f"{where} of {source}" if source else f"{where} of held-out data"
+    answers = number(record.evaluation.get("answers"))
+    if answers is not None and measured is not None and answers < measured:
+        named = [label(key) for key in OF_ANSWERS if key in mapping(record.evaluation.get("metrics"))]
+        caption += f"; {counted(int(answers), 'answer')} for {', '.join(named)}"
+    if ways := mapping(record.evaluation.get("compared")):
+        caption += f"; answers compared with {', '.join(f'{key}: {_value(value)}' for key, value in ways.items())}"
     return table(caption, ("Metric", "Before", "After", "Change"), rows, kind="metrics")
 
 
@@ -107,8 +114,10 @@ def samples(record: RunRecord) -> str:
     if not found:
         return ""
     expected = [_said(sample.get("expected")) for sample in found]
-    judged = "exact_match" in mapping(mapping(record.evaluation).get("metrics")) or all(
-        answer is not None and len(answer) <= SHORT for answer in expected
+    metrics = mapping(mapping(record.evaluation).get("metrics"))
+    judged = any("right" in sample for sample in found) or (
+        ("exact_match" in metrics and "cer" not in metrics)
+        or all(answer is not None and len(answer) <= SHORT for answer in expected)
     )
     rows = [_sample(sample, judged) for sample in (_failures_early(found) if judged else found)[:MOST]]
     out = _sample_table("Held-out prompts and the answers to them", rows[:SHOWN])
@@ -139,7 +148,11 @@ def _failures_early(found: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _right(sample: Mapping[str, Any], side: str) -> bool | None:
-    """Whether an answer is the expected one, white space at both ends apart, as exact match counts it."""
+    """Whether an answer is right, by what the sample says of it; or else the expected one, white space at both ends
+    apart, as exact match counts it."""
+    known = mapping(sample.get("right")).get(side)
+    if isinstance(known, bool):
+        return known
     answer, expected = _said(sample.get(side)), _said(sample.get("expected"))
     return None if answer is None or expected is None else answer.strip() == expected.strip()
 

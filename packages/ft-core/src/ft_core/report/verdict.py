@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import PurePath
 
+from ft_core.comparison import OF_ANSWERS
 from ft_core.console import counted
 from ft_core.errors import PluginError
 from ft_core.plugins.registry import registry
@@ -126,7 +127,7 @@ def _gain(record: RunRecord) -> str:
     where = f" on {count(rows)} held-out row{'' if rows == 1 else 's'}" if rows else ""
     lead = metrics[0]
     answered = mapping(record.evaluation).get("samples")
-    if lead.key == "exact_match" and isinstance(answered, list) and len(answered) != rows:
+    if lead.key in OF_ANSWERS and isinstance(answered, list) and len(answered) != rows:
         where = " on held-out rows"  # not all of them were answered
     loss = next((m for m in metrics if m.key == "loss" and m is not lead), None)
     if lead.key == "loss":
