@@ -85,7 +85,7 @@ def test_prompts_keep_their_columns(row: dict[str, Any]) -> None:
             "chosen is an answer with an image: only text is learnt",
         ),
         ({"prompt": "", "image": "a.png", **PAIR}, "holds no prompt"),
-        ({"prompt": [user({"type": "video"})], **PAIR}, "prompt[0]'s content has a part of type 'video'"),
+        ({"prompt": [user({"type": "audio"})], **PAIR}, "prompt[0]'s content has a part of type 'audio'"),
     ],
 )
 def test_what_is_no_pair_is_refused(row: dict[str, Any], message: str) -> None:

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_core.data import Format
 from ft_core.errors import DataError
-from ft_vision.rows import PLACE, _flat, _listed, _parts, _reference, _with_words
+from ft_vision.rows import (
+    _SEEN, FRAME, PLACE, _before, _check_text, _flat, _listed, _parts, _reference, _Seen, _with_words,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from ft_core.config import TrainConfig
 
 __all__ = ["ASKING", "normalise_asking"]
 
@@ -21,8 +26,11 @@ ASKING = ("preference", "prompt")
 """The formats that are read here."""
 
 
-def normalise_asking(row: Mapping[str, Any], format: Format, folder: Path | None) -> dict[str, Any]:
-    """A row of one of these formats in its normal form; images are given as in :func:`ft_vision.rows.normalise`.
+def normalise_asking(
+    row: Mapping[str, Any], format: Format, folder: Path | None, config: TrainConfig | None = None
+) -> dict[str, Any]:
+    """A row of one of these formats in its normal form; images and videos are given as in
+    :func:`ft_vision.rows.normalise`, all of them in the prompt.
 
     A prompt that is a string is a user's message. Where chosen and rejected repeat the prompt, they show its images.
 
@@ -30,38 +38,47 @@ def normalise_asking(row: Mapping[str, Any], format: Format, folder: Path | None
         DataError: as there; or an image in an answer, or images that chosen and rejected do not share.
     """
     listed = _listed(row)
-    columns = {name: value for name, value in row.items() if name not in ("images", "image")}
+    columns = {name: value for name, value in row.items() if name not in _SEEN}
     read = ("prompt", "chosen", "rejected") if format.name == "preference" else ("prompt",)
-    shown: list[list[Any]] = []
+    shown: list[_Seen] = []
     for name in read:
-        found: list[Any] = []
+        seen = _Seen(row, folder, config)
         if isinstance(columns.get(name), list):
-            columns[name] = [_flat(message, name, number, found) for number, message in enumerate(columns[name])]
+            columns[name] = [_flat(message, name, number, seen) for number, message in enumerate(columns[name])]
         elif isinstance(columns.get(name), str):
-            if PLACE in columns[name]:
-                raise DataError(f"{name} holds U+FDD0, which is no character of a text")
+            _check_text(columns[name], name)
             role = "user" if name == "prompt" else "assistant"
             columns[name] = (
                 [{"role": role, "content": columns[name]}] if columns[name].strip() or name != "prompt" else ""
             )
-        if found and found not in shown:
-            shown.append(found)
+        if (seen.images or seen.frames) and not any(_same(seen, other) for other in shown):
+            shown.append(seen)
     if len(shown) > 1:
         raise DataError("shows other images in chosen than in rejected, or than in prompt: a pair answers one question")
     normal = format.normalise(columns)
     if format.name == "preference" and not normal["prompt"]:
         raise DataError("holds no prompt: task: vision compares answers to a user's turn")
     for name in read[1:]:
-        if any(PLACE in str(message.get("content", "")) for message in normal[name]):
+        if any(mark in str(message.get("content", "")) for message in normal[name] for mark in (PLACE, FRAME)):
             raise DataError(f"{name} is an answer with an image: only text is learnt")
-    given = [image for image in (shown[0] if shown else []) if image is not None]
-    if given and listed:
+    seen = shown[0] if shown else _Seen(row, folder, config)
+    if seen.images and listed:
         raise DataError("gives images in its messages and in a column too: keep one of the two")
     prompt = _with_words(normal["prompt"], listed)
-    places = sum(str(message.get("content", "")).count(PLACE) for message in prompt)
-    images = given or listed
-    if len(images) != places:
-        raise DataError(f"has {len(images)} images for {places} places")
+    if seen.videos and seen.frames:
+        raise DataError(f"has {len(seen.videos)} more videos than places for them")
+    if seen.videos:
+        prompt = _before(prompt, "".join(seen.show(None, "the row") for _ in list(seen.videos)))
+    written = "".join(str(message.get("content", "")) for message in prompt)
+    images = seen.images or listed
+    if len(images) != written.count(PLACE):
+        raise DataError(f"has {len(images)} images for {written.count(PLACE)} places")
     made = {**normal, "prompt": [_parts(message, number) for number, message in enumerate(prompt)]}
-    made["images"] = [_reference(image, number, folder) for number, image in enumerate(images)]
+    left = iter(_reference(image, f"image {number + 1}", folder, config) for number, image in enumerate(images))
+    frames = iter(seen.frames)
+    made["images"] = [next(left if mark == PLACE else frames) for mark in written if mark in (PLACE, FRAME)]
     return made
+
+
+def _same(one: _Seen, other: _Seen) -> bool:
+    return one.images == other.images and one.frames == other.frames

@@ -73,7 +73,7 @@ def normalise(
     from ft_vision.asking import ASKING, normalise_asking
 
     if format.name in ASKING:
-        return normalise_asking(row, format, folder)
+        return normalise_asking(row, format, folder, config)
     listed = _listed(row)
     seen = _Seen(row, folder, config)
     columns = {name: value for name, value in row.items() if name not in _SEEN}
