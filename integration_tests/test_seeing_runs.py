@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -21,7 +22,7 @@ EVEN = """
 def even(prompts, completions, answer, images, **columns):
     assert all(picture.mode == "RGB" and picture.size == (56, 56) for pictures in images for picture in pictures)
     assert len(images) == len(answer) == len(completions)
-    assert all(prompt[0]["content"][0]["image"].endswith(".png") for prompt in prompts)
+    assert all(prompt[0]["content"][0]["image"].endswith(".png") for prompt, own in zip(prompts, images) if own)
     return [float(sum(map(ord, said[0]["content"])) % 2 == 0) for said in completions]
 """
 
@@ -139,6 +140,7 @@ def guesser(family: Any, ft: Any, tmp_path: Path) -> Path:
     return tmp_path / "guesser" / "model"
 
 
+@pytest.mark.slow
 def test_what_is_seen_is_learnt_by_rewards(guesser: Path, ft: Any, tmp_path: Path) -> None:
     """From guessing, half of which is right, to the colour that is shown: nothing but a reward says which that is."""
     path = seen.write(
@@ -272,6 +274,40 @@ def test_images_of_pairs_may_be_skipped(lora: Any, family: Any, ft: Any, tmp_pat
     assert seen.metrics(run)[0]["loss"] == pytest.approx(0.6931, abs=1e-2)  # of a policy that is its reference
     size = json.loads((run / ("model" if lora is None else "adapter") / "processor_config.json").read_text())
     assert size["image_processor"]["size"]["longest_edge"] == 56 * 56
+
+
+@pytest.mark.parametrize(("method", "name"), [("dpo", "qwen3_vl"), ("dpo", "gemma3"), ("grpo", "qwen2_5_vl")])
+def test_the_fast_layers_train_alike(
+    method: str, name: str, family: Any, ft: Any, even: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with the kernels' references in their places: checked on a row with its image, and the same losses.
+    Some rows are of text alone, and so are whole batches."""
+    from ft_core.models import device, loading
+    from ft_core.training import run, speed
+
+    pick = device.pick_device
+    for module in (run, loading):
+        monkeypatch.setattr(module, "pick_device", lambda: dataclasses.replace(pick(), dtype="float32"))
+    rows = seen.pairs(tmp_path, 6) if method == "dpo" else seen.prompts(tmp_path, 6)
+    words = [{**row, "prompt": "which?"} for row in rows[:4]]
+    more: dict[str, Any] = {}
+    if method == "grpo":
+        more = {"rewards": [even], "grpo": {"max_completion_length": 3, "num_generations": 2, "beta": 0.5}}
+    losses = []
+    for kernels in (False, True):
+        monkeypatch.setattr(speed, "runs_kernels", lambda device, kernels=kernels: kernels)
+        output = tmp_path / f"run-{kernels}"
+        training = {"max_steps": 5, "batch_size": 2, "learning_rate": 1.0e-2}
+        path = seen.write(
+            tmp_path, family(name), rows + words, method=method, output=str(output), training=training, **more
+        )
+        made = ft("train", path)
+        assert made.code == 0, made.err
+        assert ("fast layers: checked against transformers' own" in made.out + made.err) == kernels
+        losses.append([row[kind] for row in seen.metrics(output) for kind in ("loss", "grad_norm")])
+    assert len(set(losses[0])) > 5
+    # Rounding in float32, which AdamW's first steps, by the signs of gradients, carry on.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-5)
 
 
 def test_workers_change_nothing(family: Any, ft: Any, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from ft_core.fast.beside import Beside
@@ -19,7 +18,7 @@ def batch(shown: list[list[int]], ends: list[list[int]]) -> tuple[torch.Tensor, 
     width = max(map(len, rows))
     ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
     mask = (ids != PAD).long()
-    number, begins = np.full(ids.shape, -1), np.zeros(ids.shape, np.bool_)
+    number, begins = torch.full_like(ids, -1), torch.zeros_like(mask, dtype=torch.bool)
     for line, (images, row) in enumerate(zip(shown, rows, strict=True)):
         for place, image in enumerate(images):
             at = width - len(row) + 1 + 2 * place

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ft_core.data import Collator
 from ft_core.errors import DataError, ModelError
 from ft_core.fast.beside import Beside
-from ft_vision.collating import WORKERS, collator_for, packs
+from ft_vision.collating import WORKERS, _read, collator_for, packs
 from ft_vision.documents import THREADS, VisionRenderer, _fault, _measure
-from ft_vision.images import read_image
 from ft_vision.loading import settings_of
-from ft_vision.rows import open_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,28 +83,26 @@ class VisionInputs:
             UnusableImage: an image cannot be read any more, or is damaged.
             ValueError: a row has other tokens of images than its images have.
         """
-        import numpy as np
         import torch
 
-        images = list(dict.fromkeys(image for row in given for image in row))
-        if not images:
+        images, types = list(dict.fromkeys(image for row in given for image in row)), self._collate.family.types
+        if not images and types is None:
             return None
         places = {image: place for place, image in enumerate(images)}
-        stands = ((ids == self._collate.token) & mask.bool()).numpy()
-        number = np.full(stands.shape, -1, np.int64)
-        begins = np.zeros(stands.shape, np.bool_)
+        stands = (ids == self._collate.token) & mask.bool()
+        number, begins = torch.full_like(ids, -1), torch.zeros_like(stands)
         for line, row in enumerate(given):
-            at = np.flatnonzero(stands[line])
-            counts = [self._count(image) for image in row]
-            if sum(counts) != len(at):
-                raise ValueError(f"a row has {len(at)} tokens of images, whose images are {sum(counts)}")
-            number[line, at] = np.repeat([places[image] for image in row], counts)
-            begins[line, at[np.cumsum([0, *counts])[:-1]]] = True
-        pieces = self._pieces(images)
-        kinds = torch.from_numpy(stands).long()
-        types = self._collate.family.types
+            at = stands[line].nonzero()[:, 0]
+            counts = torch.tensor([self._count(image) for image in row], dtype=torch.int64)
+            if int(counts.sum()) != len(at):
+                raise ValueError(f"a row has {len(at)} tokens of images, whose images are {int(counts.sum())}")
+            shown = torch.tensor([places[image] for image in row], dtype=torch.int64)
+            number[line, at] = shown.repeat_interleave(counts)
+            begins[line, at[counts.cumsum(0) - counts]] = True
+        pieces: dict[str, Sequence[Tensor]] = self._cut(self._collate.pixels(images), len(images)) if images else {}
+        kinds = stands.long()
         coordinates = None
-        if self._collate.positions is not None:
+        if images and self._collate.positions is not None:
             grids = torch.cat([pieces["image_grid_thw"][i] for i in number[begins].tolist()])
             coordinates, _ = self._collate.positions(
                 ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=mask
@@ -123,8 +119,12 @@ class VisionInputs:
         return (0 if on_cpu else WORKERS) if wanted is None else wanted
 
     def opened(self, given: Sequence[str]) -> list[Any]:
-        """PIL images, RGB, as :func:`ft_vision.read_image` gives them."""
-        return [read_image(open_reference(image)) for image in given]
+        """PIL images, RGB, as :func:`ft_vision.read_image` gives them.
+
+        Raises:
+            UnusableImage: one cannot be read any more, or is damaged.
+        """
+        return [_read(image) for image in given]
 
     def named(self, messages: Sequence[Mapping[str, Any]], given: Sequence[str]) -> list[dict[str, Any]]:
         """Messages whose parts of images hold the images' references."""
@@ -149,9 +149,6 @@ class VisionInputs:
             word = self._renderer.processor.tokenizer(self._renderer.word(size), add_special_tokens=False)
             self._counts[size] = word["input_ids"].count(self._collate.token)
         return self._counts[size]
-
-    def _pieces(self, images: Sequence[str]) -> dict[str, Sequence[Tensor]]:
-        return self._cut(self._collate.pixels(images), len(images))
 
     def _cut(self, made: Mapping[str, Tensor], count: int) -> dict[str, Sequence[Tensor]]:
         """What each image has of the tensors of all."""

@@ -24,21 +24,22 @@ class Beside:
 
     Attributes:
         pieces: of each keyword of the forward pass what every piece has for it; several are joined along dimension 0.
-        number: int ``[B, L]``, the piece that a token stands for, -1 where it is a word.
+        number: int64 ``[B, L]``, the piece that a token stands for, -1 where it is a word.
         begins: bool ``[B, L]``, at the first of a piece's tokens.
         tokens: keywords with a value for each token, ``[B, L]``.
         coordinates: int64 ``[3, B, L]``, of families whose positions are of time, height and width.
     """
 
     pieces: Mapping[str, Sequence[Tensor]]
-    number: npt.NDArray[np.int64]
-    begins: npt.NDArray[np.bool_]
+    number: Tensor
+    begins: Tensor
     tokens: Mapping[str, Tensor]
     coordinates: Tensor | None = None
 
     def told_apart(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Token ids ``[B, L]`` that are equal only where what stands behind them is: two images' tokens look alike."""
-        return np.where(self.number < 0, ids, -1 - self.number)
+        number: npt.NDArray[np.int64] = self.number.numpy()
+        return np.where(number < 0, ids, -1 - number)
 
     def padded(self, places: Tensor) -> dict[str, Any]:
         """Keywords of the forward pass for the batch as it is.
@@ -52,8 +53,8 @@ class Beside:
 
     def packed(self, row: Unpadded) -> dict[str, Any]:
         """The same for its tokens as one row of documents, where what rows share stands once."""
-        at = row.at.cpu().numpy()[self.begins]
-        order = self.number[self.begins][np.unique(at, return_index=True)[1]].tolist()
+        _, firsts = np.unique(row.at.cpu()[self.begins].numpy(), return_index=True)
+        order = self.number[self.begins].numpy()[firsts].tolist()
         device, to = row.ids.device, row.at[row.kept]
 
         def spread(value: Tensor) -> Tensor:
