@@ -34,6 +34,7 @@ MAY = {
         "gguf",
         "xllamacpp",
         "bitsandbytes",
+        "pillow",  # by the extra `vision`: models that see are proven on images
     },
 }
 # What a package uses where its user has installed it and asks for it by name, and never depends on.

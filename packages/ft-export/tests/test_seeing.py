@@ -80,6 +80,21 @@ def test_a_projector_that_is_not_the_trained_one_is_found(
     assert not (run / "merged").exists()
 
 
+def test_the_processor_that_was_trained_with_goes_along(make_tokenizer: Any, tmp_path: Path) -> None:
+    """As ft and transformers 5 save one, with the images' part inside; engines read that from a file of its own."""
+    base = make_seeing(tmp_path / "base", "qwen3_vl", make_tokenizer())
+    (base / "video_preprocessor_config.json").write_text('{"max_frames": 3}')
+    adapter = add_adapter(tmp_path / "adapter", base)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    inner = {**json.loads((base / "preprocessor_config.json").read_text()), "rescale_factor": 0.5}
+    (adapter / "processor_config.json").write_text(json.dumps({"image_processor": inner, "processor_class": "P"}))
+    made = merge(adapter)
+    assert json.loads((made.folder / "preprocessor_config.json").read_text()) == inner
+    assert (made.folder / "processor_config.json").read_bytes() == (adapter / "processor_config.json").read_bytes()
+    assert (made.folder / "video_preprocessor_config.json").read_text() == '{"max_frames": 3}'
+    assert image_processor(made.folder).rescale_factor == 0.5
+
+
 def test_a_base_without_an_image_processor_is_refused_before_the_merge(make_tokenizer: Any, tmp_path: Path) -> None:
     base = make_seeing(tmp_path / "base", "gemma3", make_tokenizer())
     add_adapter(tmp_path / "adapter", base)

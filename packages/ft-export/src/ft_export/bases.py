@@ -295,7 +295,11 @@ def processor_folder(adapter: Path, base: Path) -> Path:
 
 
 def _copy_processor(base: Path, to: Path) -> None:
-    """Take the base's processor where an adapter brought its tokenizer alone, and what it has for videos."""
+    """Take the base's processor where an adapter brought its tokenizer alone, and what it has for videos.
+
+    Where it brought one, transformers 5 has the images' part inside; a base with that part in a file of its own, which
+    other engines read, gets one again, of the adapter's values.
+    """
     import shutil
 
     brought = any((to / name).is_file() for name in PROCESSOR_FILES)
@@ -303,6 +307,11 @@ def _copy_processor(base: Path, to: Path) -> None:
         if (base / name).is_file() and not (to / name).is_file() and (not brought or name.startswith("video")):
             check_inside(base / name, base)
             shutil.copyfile(base / name, to / name)
+    whole, images = PROCESSOR_FILES[:2]
+    if brought and (base / images).is_file() and not (to / images).is_file():
+        inner = read_json(to / whole).get("image_processor")
+        if isinstance(inner, dict):
+            (to / images).write_text(json.dumps(inner, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_folder(adapter: Path, base: Path) -> Path:

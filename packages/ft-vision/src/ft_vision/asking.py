@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from ft_core.data import Format
 from ft_core.errors import DataError
 from ft_vision.rows import (
-    _SEEN, FRAME, PLACE, _before, _check_text, _flat, _listed, _parts, _reference, _Seen, _with_words,
+    _SEEN,
+    FRAME,
+    PLACE,
+    _before,
+    _check_text,
+    _flat,
+    _listed,
+    _parts,
+    _reference,
+    _Seen,
+    _with_words,
 )  # fmt: skip
 
 if TYPE_CHECKING:

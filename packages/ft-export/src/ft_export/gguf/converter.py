@@ -10,6 +10,7 @@ from typing import Any
 from ft_export.bases import check_complete, empty_model, read_config
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError, one_line
+from ft_export.folders import require_space
 from ft_export.gguf.architectures import find_architecture
 from ft_export.gguf.jobs import Job, Made, write_file
 from ft_export.gguf.mixes import FILE_TYPES, WHOLE, Shape, kind_of
@@ -152,6 +153,9 @@ def convert(
         return kind_of(name, dimensions, type, shape, architecture.float32)
 
     jobs = [Job(output, name, weights, text, kind) for name, output in named]
+
+    there = target.stat().st_size if target.is_file() else 0
+    require_space(target.parent, sum(job.bytes for job in jobs) + 50_000_000 - there, "the GGUF file")
 
     def write_keys(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.MODEL)

@@ -125,8 +125,8 @@ def export(
         if used is None:
             made = _converted(model, partial, type, pre, name, lines, progress)
             if tower is not None:  # in its place first: a language model without it would look whole
-                eyes = stack.enter_context(new_file(beside))
-                projector = convert_projector(model, eyes, type=type_of(type), name=name, progress=progress)
+                place = stack.enter_context(new_file(beside))
+                projector = convert_projector(model, place, type=type_of(type), name=name, progress=progress)
                 sight = Sight(projector, tower, model)
                 lines.append(f"{beside.name} has tower and projector in {projector.type}, for llama.cpp's --mmproj")
             if script is not None:
@@ -137,6 +137,7 @@ def export(
             with scratch_folder(file) as scratch:
                 made = convert_upstream(used, model, partial, scratch, type=type, name=name)
             lines.append(f"converted by {used}, whose {made.architecture} is not in ft-export's own table")
+        eyes: dict[str, Any] = {} if sight is None else {"sight": sight}
         if skip_proof:
             lines.append(
                 "NOT PROVEN: the file was not loaded in llama.cpp and nothing it says was checked (--skip-proof)"
@@ -146,7 +147,7 @@ def export(
             tokenizer = load_tokenizer(model)
             found = check_in_llama_cpp(
                 made, lambda: load_model(model, torch.float32), tokenizer, stop_tokens(tokenizer, model),
-                source.held_out, type, made.kinds, lines, sight=sight,
+                source.held_out, type, made.kinds, lines, **eyes,
             )  # fmt: skip
         if sight is not None:
             by["mmproj"] = {

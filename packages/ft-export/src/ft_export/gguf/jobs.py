@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
-from ft_export.folders import require_space
 from ft_export.gguf.growing import Growing
 from ft_export.gguf.kernels import quantize
 from ft_export.gguf.mixes import WHOLE
@@ -123,12 +122,9 @@ def write_file(
         By name what was written (type, shape, SHA-256), and how many tensors an interrupted process had left.
 
     Raises:
-        ExportError: no space, or a value that is not finite or out of its type's range.
+        ExportError: a value that is not finite or out of its type's range.
     """
     import gguf
-
-    there = target.stat().st_size if target.is_file() else 0
-    require_space(target.parent, sum(job.bytes for job in writes) + 50_000_000 - there, "the GGUF file")
 
     # apart from the tensors, since the writer would begin the file anew
     beginning = target.with_name(f".{target.name}.beginning")

@@ -10,6 +10,7 @@ from typing import Any
 from ft_export.bases import empty_model, read_config
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
+from ft_export.folders import require_space
 from ft_export.gguf.jobs import Job, write_file
 from ft_export.gguf.rules import Output
 from ft_export.gguf.towers import image_settings, tower_of
@@ -78,6 +79,8 @@ def convert_projector(
             job = Job(Output(source, (source,), make), target, weights, config, kind)
             jobs.append(job)
             kinds[source] = job.type.name
+
+    require_space(out.parent, sum(job.bytes for job in jobs) + 50_000_000, "the file of the tower")
 
     def keys(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.MMPROJ)
