@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ft_core.models import Device, ModelSource
 
 __all__ = [
-    "adapter_options", "config_of", "image_backend", "load_for_training", "load_processor", "processor_of", "settings_of",
+    "adapter_options", "config_of", "image_backend", "load_for_training", "load_processor", "processor_of",
+    "settings_of",
 ]  # fmt: skip
 
 
