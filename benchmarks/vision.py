@@ -243,7 +243,7 @@ def run(contestant: str, args: argparse.Namespace) -> dict[str, Any]:
         median = statistics.median(whole)
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         path = _path(trainer) if contestant.startswith("ft") else None
-        kept = {} if path is None else fast_path.chosen(path)
+        kept = {} if path is None else fast_path.chosen(path) | {"lent_gib": _lent(path)}
         return {
             "step_s": round(median, 4), "busy_s": round(statistics.median(steps[WARM:]), 4),
             "steps": [round(t, 4) for t in whole], "tokens_per_second": round(clock.tokens / median),
@@ -251,7 +251,7 @@ def run(contestant: str, args: argparse.Namespace) -> dict[str, Any]:
             "peak_gib": round(torch.cuda.max_memory_allocated() / cases.GIB, 3) if cuda else 0.0,
             "reserved_gib": round(torch.cuda.max_memory_reserved() / cases.GIB, 3) if cuda else 0.0,
             "loss": round(losses[0], 6), "last_loss": round(losses[-1], 6), "load_s": round(loaded, 1),
-            "memory": args.memory if contestant == "ft-small" else None, "lent": args.lend, **kept,
+            "memory": args.memory if contestant == "ft-small" else None, **kept,
             "gpu": torch.cuda.get_device_name() if cuda else "none", "versions": fast_path.versions(),
         }  # fmt: skip
 
@@ -261,6 +261,14 @@ def _path(trainer: Any) -> Any:
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     return model if fast.fast_path_of(model) is not None else None
+
+
+def _lent(model: Any) -> float:
+    """GiB of weights that live in the host's memory."""
+    from ft_core import fast
+
+    path = fast.fast_path_of(model)
+    return 0.0 if path is None or path.lent is None else round(path.lent.bytes / cases.GIB, 2)
 
 
 def _clock(cuda: bool) -> Any:
@@ -359,7 +367,9 @@ def _ft(contestant: str, args: argparse.Namespace, folder: Path) -> Any:
 
         path = fast.fast_path_of(model)
         assert path is not None
-        path.lend()
+        if path.lent is None:
+            path.lend()
+        assert path.lent is not None
         _say(f"{path.lent.bytes / cases.GIB:.2f} GiB of weights live in the host's memory")
     if args.device == "cuda":
         check_first_step(trainer, config, _say)

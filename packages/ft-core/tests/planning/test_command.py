@@ -253,7 +253,8 @@ def test_training_says_it_in_one_line(planned: Any) -> None:
     said = line(planned("RTX 4090", quantization="nf4"))
     assert re.fullmatch(r"plan: about 17\.\d of \d+\.\d GiB, \d+\.\dk tokens a second, 32 of 32 kept", said)
     assert "may run out of memory" in line(planned("RTX 4090", quantization="none", gib=12))
-    assert line(planned("H100", 1, 65536, quantization="nf4", gib=14)).endswith("tiles of 4096 tokens")
+    assert line(planned("H100", 1, 65536, quantization="nf4", gib=14)).endswith("GiB of weights in the host's memory")
+    assert line(planned("H100", 1, 65536, quantization="nf4", gib=14, host=2**30)).endswith("tiles of 4096 tokens")
 
 
 def test_training_goes_on_without_a_plan(

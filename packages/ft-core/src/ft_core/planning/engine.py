@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from ft_core.planning.notes import HOST_ASSUMED, notes_of, why_not_recorded
 from ft_core.planning.peak import ALONE, TILE, Peak, Step, peak_of
 from ft_core.planning.rows import count_rows, steps_of
 from ft_core.planning.speed import Times, times_of
-from ft_core.planning.weights import states_of, weight_bytes
+from ft_core.planning.variants import most, with_length, with_rows
+from ft_core.planning.weights import lent_bytes, states_of, weight_bytes
 from ft_core.plugins import MethodSpec, registry
 from ft_core.training.arguments import few_steps
 
@@ -37,6 +38,8 @@ GAPS = 0.95
 WHOLE = 0.9
 """The share of the limit up to which a long sequence goes without tiles: the gaps that its few huge tensors leave
 between each other are as large as they (61120 tokens, counted as 14.7 GiB, did not fit 16 GiB)."""
+WORTH = 0.97
+"""The share of a step's predicted time that it must come to with weights in the host's memory to be worth it."""
 MOST_ROWS = 4096
 """The largest micro-batch that is tried."""
 
@@ -102,7 +105,8 @@ class Plan:
             "fits": self.fits,
             "memory": {
                 "parts": peak.parts, "peak": peak.total, "limit": self.limit, "context": CONTEXT, "moment": peak.moment,
-                "host": peak.host + peak.paged, "host_limit": self.host, "disk": peak.disk, "exact": peak.exact,
+                "host": peak.host + peak.paged + peak.lent, "lent": peak.lent,
+                "host_limit": self.host, "disk": peak.disk, "exact": peak.exact,
                 "recorded": self.recorded,
             },
             "layers": {choice: peak.choices.count(choice) for choice in dict.fromkeys(peak.choices)},
@@ -129,11 +133,14 @@ class Planner:
 
     Attributes:
         blueprint: the model's sizes. host: bytes of host memory that may be pinned. disk: bytes of the disk that
-            activations may take beyond them. fronts: what stands before the layers.
+            activations may take beyond them. fronts: what stands before the layers. lends: whether frozen weights may
+            live in the host's memory.
     """
 
-    def __init__(self, blueprint: Blueprint, host: int, disk: int = 0, fronts: Fronts | None = None) -> None:
-        self.blueprint, self.host, self.disk = blueprint, host, disk
+    def __init__(
+        self, blueprint: Blueprint, host: int, disk: int = 0, fronts: Fronts | None = None, lends: bool = True
+    ) -> None:  # fmt: skip
+        self.blueprint, self.host, self.disk, self.lends = blueprint, host, disk, lends
         self._fronts, self._counted = fronts, dict[Held, int]()
 
     def front(self, config: TrainConfig) -> Front | None:
@@ -148,37 +155,65 @@ class Planner:
         """The peak of a configuration: with a sequence tile only where it doesn't easily fit without.
 
         The state of ``adamw_8bit`` is paged to the host only where nothing else makes it fit; and before either is left
-        out, nothing goes to the disk.
+        out, nothing goes to the disk. Frozen weights live in the host's memory where it would not fit otherwise, or
+        ``auto`` would take longer.
         """
+        limit, choice = limit_of(config, card), wanted or config.activations
+        own = self._paged(config, card, wanted, False)
+        fits = _easily(own, limit)
+        if (fits and (choice != "auto" or set(own.choices) == {"keep"})) or not self._may_lend(config, limit):
+            return own
+        lent = self._paged(config, card, wanted, True)
+        if not fits or not _easily(lent, limit):
+            return _better(own, lent, limit)
+        here, there = self.times(config, card, own), self.times(config, card, lent)
+        return lent if here is not None and there is not None and there.step < WORTH * here.step else own
+
+    def _may_lend(self, config: TrainConfig, limit: int) -> bool:
+        """Whether weights may live in the host's memory: an adapter of a known family is trained, no completions are
+        written, and the weights can be loaded, which they are to the GPU."""
+        outline, load = self.outline(config), load_of(config)
+        kind = self.blueprint.stored or config.quantization
+        bytes_here = weight_bytes(self.blueprint, kind, 2) + 4 * sum(outline.all)
+        able = self.blueprint.layout is not None and not outline.full and outline.able
+        alone = load.written == 0 and load.sequences == 1 and not load.held
+        return (
+            self.lends and able and alone and bytes_here <= limit
+            and 0 < lent_bytes(self.blueprint, outline, kind).whole <= self.host
+        )  # fmt: skip
+
+    def _paged(self, config: TrainConfig, card: Card, wanted: str | None, lends: bool) -> Peak:
         named = config.training.optimizer
-        plain = self._peak(config, card, wanted, named)
+        plain = self._peak(config, card, wanted, named, lends)
         if named != "adamw_8bit" or _easily(plain, limit_of(config, card)):
             return plain
         state = states_of(self.outline(config).all, "paged_adamw_8bit").host
         if not 0 < state <= self.host:
             return plain
-        paged = self._peak(config, card, wanted, "paged_adamw_8bit")
+        paged = self._peak(config, card, wanted, "paged_adamw_8bit", lends)
         fit = paged.total <= limit_of(config, card) and not paged.refused
         return _better(plain, paged, limit_of(config, card)) if fit else plain
 
-    def _peak(self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str) -> Peak:
+    def _peak(
+        self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str, lends: bool = False
+    ) -> Peak:  # fmt: skip
         """A tower's layers are computed again where that was asked for, or where nothing fits without."""
         front, choice = self.front(config), wanted or config.activations
-        kept = self._tiled(config, card, wanted, optimizer, front)
+        kept = self._tiled(config, card, wanted, optimizer, front, lends)
         if front is None or front.kept_again >= front.kept or choice == "keep":
             return kept
         if choice == "auto" and self.blueprint.layout is not None and _easily(kept, limit_of(config, card)):
             return kept
-        lean = self._tiled(config, card, wanted, optimizer, front.again())
+        lean = self._tiled(config, card, wanted, optimizer, front.again(), lends)
         return lean if choice != "auto" else _better(kept, lean, limit_of(config, card))
 
     def _tiled(
-        self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str, front: Front | None
+        self, config: TrainConfig, card: Card, wanted: str | None, optimizer: str, front: Front | None, lends: bool
     ) -> Peak:  # fmt: skip
         outline, limit = self.outline(config), limit_of(config, card)
 
         def peak(tile: int | None, choice: str | None = wanted) -> Peak:
-            return peak_of(self.blueprint, outline, self._step(config, card, tile, choice, optimizer, front))
+            return peak_of(self.blueprint, outline, self._step(config, card, tile, choice, optimizer, front, lends))
 
         whole = peak(None)
         tokens = config.training.batch_size * load_of(config).sequences * config.max_length
@@ -219,7 +254,7 @@ class Planner:
         recorded = why_not_recorded(self.blueprint, config, card, peak, limit_of(config, card)) is None
         front = self.front(config)
         front = front.again() if front is not None and peak.tower_again else front
-        step = self._step(config, card, peak.tile, None, peak.optimizer, front)
+        step = self._step(config, card, peak.tile, None, peak.optimizer, front, bool(peak.lent))
         return times_of(
             self.blueprint, outline, step, peak, card, config.training.gradient_accumulation, recorded
         )  # fmt: skip
@@ -246,9 +281,11 @@ class Planner:
 
     def _step(
         self, config: TrainConfig, card: Card, tile: int | None, wanted: str | None, optimizer: str,
-        front: Front | None = None,
+        front: Front | None = None, lends: bool = False,
     ) -> Step:  # fmt: skip
-        load = load_of(config)
+        load, outline = load_of(config), self.outline(config)
+        kind = self.blueprint.stored or config.quantization
+        taken = lent_bytes(self.blueprint, outline, kind).whole if lends else 0
         return Step(
             rows=config.training.batch_size * load.sequences,
             length=config.max_length,
@@ -258,13 +295,14 @@ class Planner:
             accumulates=config.training.gradient_accumulation > 1,
             wanted=wanted or config.activations,
             limit=limit_of(config, card),
-            # Activations have what the optimizer's state leaves of it.
-            host=max(self.host - load.adapters * states_of(self.outline(config).all, optimizer).host, 0),
+            # Activations have what weights and the optimizer's state leave of it.
+            host=max(self.host - taken - load.adapters * states_of(outline.all, optimizer).host, 0),
             disk=self.disk,
             tile=tile,
             dense=card.capability >= (9, 0),
             held=self._held(load.held),
             front=front,
+            lends=lends,
         )
 
     def _held(self, each: Sequence[Held]) -> dict[str, int]:
@@ -294,33 +332,6 @@ def _better(one: Peak, other: Peak, limit: int) -> Peak:
     return min(one, other, key=lambda peak: (max(peak.total - limit, 0), peak.disk))
 
 
-def most(fits: Callable[[int], bool], bound: int) -> int:
-    """The largest number from 1 to ``bound`` that fits, where every smaller one does too; 0 if none."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high <= bound and fits(high):
-        low, high = high, 2 * high
-    high = min(high, bound + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def with_rows(config: TrainConfig, rows: int) -> TrainConfig:
-    """With another micro-batch, and as many rows to an update as before, if that goes up."""
-    training = config.training
-    before = training.batch_size * training.gradient_accumulation
-    changed = {"batch_size": rows, "gradient_accumulation": max(-(-before // rows), 1)}
-    return config.model_copy(update={"training": training.model_copy(update=changed)})
-
-
-def with_length(config: TrainConfig, length: int) -> TrainConfig:
-    """With another ``max_length``."""
-    return config.model_copy(update={"max_length": length})
-
-
 def plan(
     config: TrainConfig,
     source: ModelSource,
@@ -329,6 +340,7 @@ def plan(
     host: int | None = None,
     disk: int = 0,
     quick: bool = False,
+    lends: bool = True,
 ) -> Plan:
     """Predict what a configuration takes on a card, before anything is loaded.
 
@@ -338,6 +350,7 @@ def plan(
         host: bytes of host memory; None for ``HOST_ASSUMED``, a machine that is not here.
         disk: bytes of the disk for activations that the host's memory cannot hold.
         quick: leave out the largest micro-batch, and count no rows.
+        lends: whether frozen weights may live in the host's memory, which they may in one process alone.
 
     Raises:
         ModelError: the model's configuration cannot be used, or that of another that the method holds beside it.
@@ -346,7 +359,7 @@ def plan(
     fronts = fronts_of(config, source)
     known = () if fronts is None else (fronts.auto, fronts.modules)
     blueprint = Blueprint.of(source, spec.head, *known)
-    planner = Planner(blueprint, int(SHARE * (HOST_ASSUMED if host is None else host)), disk, fronts)
+    planner = Planner(blueprint, int(SHARE * (HOST_ASSUMED if host is None else host)), disk, fronts, lends)
     peak, front = planner.peak(config, card), planner.front(config)
     row_tokens = None if front is None else front.row_tokens
     steps, counted = steps_of(config, None if quick else count_rows(config), row_tokens, text=front is None)

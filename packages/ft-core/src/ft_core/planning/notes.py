@@ -30,6 +30,8 @@ def why_not_recorded(
     """Why steps are computed kernel by kernel even where the host is slower than the GPU, or None."""
     if blueprint.apart:
         return "images come in all numbers and sizes"
+    if peak.lent:
+        return "weights live in the host's memory"
     if config.memory != "auto":
         return "the memory is bounded"
     if config.max_length > LONGEST:

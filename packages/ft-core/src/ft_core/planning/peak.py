@@ -17,7 +17,7 @@ from ft_core.fast.choose import HEAD, HEAD_LEAST, HEAD_SHARE, LOGITS, TILE, Size
 from ft_core.planning.blueprint import Blueprint, Outline
 from ft_core.planning.front import Front
 from ft_core.planning.load import ROW, Load
-from ft_core.planning.weights import room_bytes, states_of, weight_bytes
+from ft_core.planning.weights import Lent, lent_bytes, room_bytes, states_of, weight_bytes
 from ft_kernels.ops.linear_head.plan import Needs, Shape, held_dtype, plan_rows, row_stride
 
 __all__ = ["ALONE", "TILE", "Layer", "Peak", "Step", "peak_of"]
@@ -47,6 +47,7 @@ class Step:
         dense: whether attention is cuDNN's (Hopper and later), for times.
         held: bytes of what stays in memory beside the model, by part.
         front: what stands before the layers, None for a model of text.
+        lends: whether frozen weights live in the host's memory.
     """
 
     rows: int
@@ -63,6 +64,7 @@ class Step:
     dense: bool = True
     held: Mapping[str, int] = field(default_factory=dict)
     front: Front | None = None
+    lends: bool = False
 
     @property
     def tokens(self) -> int:
@@ -85,7 +87,8 @@ class Peak:
             layer), ``head``, ``layer``, ``update``, ``reference``, ``rollout``, or ``tower`` (before the layers).
             exact: whether the family is known and only an adapter is trained, which is what was measured.
         tile: tokens of a sequence tile. refused: the host cannot hold what is to be offloaded.
-        optimizer: as transformers calls it. disk: bytes that the host's memory cannot hold.
+        optimizer: as transformers calls it. disk: bytes that the host's memory cannot hold. lent: of weights that live
+            in the host's memory.
         tower_again: whether the layers of a tower, before the model's own, are computed again.
     """
 
@@ -101,6 +104,7 @@ class Peak:
     optimizer: str = "adamw_8bit"
     disk: int = 0
     tower_again: bool = False
+    lent: int = 0
 
     @property
     def step(self) -> int:
@@ -170,6 +174,10 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         fixed["16-bit copies"] = 2 * sum(m.count for m in (*blueprint.inner, blueprint.head)) + front.copies
     if not outline.full and blueprint.stored is not None:
         fixed["weights"] = weight_bytes(blueprint, blueprint.stored, itemsize)
+    lent = lent_bytes(blueprint, outline, blueprint.stored or step.quantization) if step.lends else Lent()
+    if lent.whole and step.quantization == "none" and blueprint.stored is None:
+        fixed["weights"] += fixed.pop("room for updates")  # they are one, and come and go as one
+    fixed["weights"] -= lent.whole
     fixed |= step.held
     width = int(getattr(blueprint.layout, "head_dim", 0) or 128)
     fixed["batch"] = tokens * (3 * 8 + 4 * width)  # ids, labels and the labels moved by one; cos and sin
@@ -177,18 +185,21 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         fixed["batch"] += tokens * 5 * 8  # four positions of a token, and what kind it is
         fixed["images"] = step.pieces(front.inputs)
     before, features = step.pieces(front.kept), step.pieces(front.features)
+    if lent.whole:
+        fixed["weights under way"] = 2 * lent.layer
     used = sum(fixed.values())
     layer = Layer.of(blueprint)
     sizes = _sizes(blueprint, outline, layer)
     beside = _beside(blueprint, outline, step, layer)
-    head, rows = _head(blueprint, outline, step, layer, used + before)
+    head, rows = _head(blueprint, outline, step, layer, used + before + lent.head)
+    head += lent.head
     gradients = 4 * trained + whole
     if blueprint.layout is None:
         choices: list[Choice] = ["keep" if step.wanted == "keep" else "recompute"] * blueprint.layers
         refused = False
     else:
         choices, refused = _choices(
-            blueprint, step, layer, sizes, beside, used + before + features, head, gradients
+            blueprint, step, layer, sizes, beside, used + before + features, head, gradients, lent.head
         )  # fmt: skip
     kept = [tokens * sizes.kept[choice] for choice in choices]
     moments = _moments(kept, [beside[choice] for choice in choices], head, gradients, step.accumulates)
@@ -198,7 +209,7 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         moments["tower"] = (before, gradients if before or step.accumulates else 0, step.pieces(front.work))
     moments["update"] = (0, gradients, states.step)
     if outline.able and blueprint.layout is not None:
-        ahead = _forward(blueprint, step, layer, choices)
+        ahead = _forward(blueprint, step, layer, choices) + lent.head
         moments["forward"] = (sum(kept) + before + features, gradients if step.accumulates else 0, ahead)
     if step.load.reference:  # the gradient that the head has made waits beside the activations
         waiting = sum(kept) + before + 2 * layer.hidden * tokens
@@ -226,6 +237,7 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
         optimizer=step.optimizer,
         disk=0 if refused else max(moved - step.host, 0),
         tower_again=front.recomputed,
+        lent=lent.whole,
     )
 
 
@@ -245,9 +257,12 @@ def _moments(
 
 def _choices(
     blueprint: Blueprint, step: Step, layer: Layer, sizes: Sizes, beside: dict[Choice, int], used: int, head: int,
-    gradients: int,
+    gradients: int, late: int,
 ) -> tuple[list[Choice], bool]:  # fmt: skip
-    """As :class:`ft_core.fast.choose.Chooser` makes them once a batch is measured; whether the host is too small."""
+    """As :class:`ft_core.fast.choose.Chooser` makes them once a batch is measured; whether the host is too small.
+
+    ``late``: bytes of weights that come with the last layer.
+    """
     layers, tokens = blueprint.layers, step.tokens
     if step.wanted != "auto":
         choice: Choice = step.wanted  # type: ignore[assignment]
@@ -261,7 +276,7 @@ def _choices(
         return ["keep"] * layers, False
     holds = step.host >= layers * tokens * sizes.host["offload"]
     lean: Choice = "offload" if holds else "offload-input"
-    ahead = _forward(blueprint, step, layer, [lean]) + first
+    ahead = _forward(blueprint, step, layer, [lean]) + first + late
     room = step.limit - used - max(head + first, ahead, beside[lean] + gradients)
     return fit_on_disk(layers, tokens, room, sizes, step.host, lambda: step.disk, room), False
 

@@ -40,6 +40,8 @@ def line(plan: Plan) -> str:
         words.append(f"{plan.peak.disk / GIB:.1f} GiB of them on the disk")
     if _pages(plan):
         words.append("the optimizer's state paged to the host's memory")
+    if plan.peak.lent:
+        words.append(f"{plan.peak.lent / GIB:.1f} GiB of weights in the host's memory")
     rough = "" if plan.peak.exact else " (rough)"
     doubt = "" if plan.fits else "; it may run out of memory: ft plan says what would fit"
     return f"plan: {', '.join(words)}{rough}{doubt}"
@@ -60,12 +62,17 @@ def table(plan: Plan, ways: Sequence[str] = ()) -> str:
         _row("peak", peak.total) + f"   of {plan.limit / GIB:.2f} that can be had",
         _row("CUDA itself, beside that", CONTEXT),
         *([_row("recorded steps, up to, beside that", plan.recorded)] if plan.recorded >= SHOWN else []),
-        _row("host memory", peak.host + peak.paged),
+        _row("host memory", peak.host + peak.paged + peak.lent),
         *([_row("disk, for what the host cannot hold", peak.disk)] if peak.disk else []),
         "",
         f"layers         {_chosen(plan)}{'; those of the vision tower computed again' if peak.tower_again else ''}",
         f"micro-batch    {_batch(plan)}",
         f"sequence tile  {f'{peak.tile} tokens' if peak.tile else 'none needed'}",
+        *(
+            [f"weights        {peak.lent / GIB:.2f} GiB of them in the host's memory, lent layer by layer"]
+            if peak.lent
+            else []
+        ),
         f"head           {peak.head_rows} rows of logits at a time",
         f"optimizer      {peak.optimizer}{', for its state does not fit on the GPU' if _pages(plan) else ''}",
     ]

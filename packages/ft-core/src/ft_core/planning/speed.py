@@ -38,6 +38,8 @@ AGAIN: dict[Choice, float] = {"inputs": 1.5e-3, "offload": 2.1e-3, "recompute": 
 """Seconds more of a layer that is partly or wholly computed again, and ``AGAIN_QUANTIZED`` times that with weights to
 be expanded again (measured: recompute 4.0 ms in 16 bits, 7.0 from nf4; offload 2.0 and 3.1)."""
 AGAIN_QUANTIZED = 1.6
+LENDING = 2e-4
+"""Seconds in which the host lends a layer its weights, forwards and backwards: two copies, four events."""
 BESIDE, HEAD = 8e-3, 4e-3
 """Seconds of a step that the host takes for the trainer's own work and, where no step is recorded, for the head and its
 loss: together 4 to 18 ms, from steps of 4, 8 and 20 layers on several machines."""
@@ -148,7 +150,8 @@ def _launches(peak: Peak, kind: str, plain: bool) -> float:
     """Seconds in which the host launches a step kernel by kernel."""
     each = AGAIN_QUANTIZED if kind != "none" else 1.0
     again = 0.0 if plain else sum(each * AGAIN.get(choice, 0.0) for choice in peak.choices)
-    return HOST.get(kind, HOST["nf4"]) * len(peak.choices) + again + BESIDE + HEAD
+    lending = LENDING * len(peak.choices) if peak.lent else 0.0
+    return HOST.get(kind, HOST["nf4"]) * len(peak.choices) + again + lending + BESIDE + HEAD
 
 
 def _again(choice: Choice, layer: Layer) -> float:
@@ -174,12 +177,16 @@ def _passes(layer: Layer) -> tuple[int, int]:
 
 
 def _waits(peak: Peak, step: Step, card: Card, computing: float, layers: int) -> dict[str, float]:
-    """Seconds by which copies to the host, or back from it, take longer than the layers that they run beside."""
-    if not peak.host + peak.disk:
+    """Seconds by which copies to the host, or back from it, take longer than the layers that they run beside.
+
+    Lent weights come once forwards and once backwards, beside what was offloaded.
+    """
+    if not peak.host + peak.disk + peak.lent:
         return {}
     away = sum(choice in ("offload", "offload-input") for choice in peak.choices)
-    copy = peak.host / card.link
-    forward, back = computing * away / layers * 0.3, computing * away / layers * 0.7
-    excess = max(copy - forward, 0.0) + max(copy - back, 0.0)
+    share = 1.0 if peak.lent else away / layers
+    copy, weights = peak.host / card.link, peak.lent / card.link
+    forward, back = computing * share * 0.3, computing * share * 0.7
+    excess = max(copy - forward, weights - forward, 0.0) + max(copy + weights - back, 0.0)
     excess += 2 * peak.disk / RATE  # what is not pinned is copied while the host waits, and nothing runs beside it
     return {"copies": excess} if excess else {}

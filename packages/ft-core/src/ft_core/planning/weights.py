@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ft_core.planning.blueprint import Blueprint, Outline
 
-__all__ = ["States", "int8_bytes", "nf4_bytes", "room_bytes", "states_of", "weight_bytes"]
+__all__ = ["Lent", "States", "int8_bytes", "lent_bytes", "nf4_bytes", "room_bytes", "states_of", "weight_bytes"]
 
 BLOCK, NESTED = 64, 256
 """Numbers to a scale, and scales to a scale of theirs."""
@@ -42,6 +42,34 @@ def weight_bytes(blueprint: Blueprint, quantization: str, itemsize: int) -> int:
     if quantization == "int8":
         return rest * itemsize + sum(int8_bytes(matrix.out, matrix.into) for matrix in blueprint.linears)
     return blueprint.parameters * itemsize
+
+
+@dataclass(frozen=True)
+class Lent:
+    """Bytes of frozen weights that may live in the host's memory (``ft_core.fast.lent``).
+
+    Attributes:
+        layer: of one layer. head: of the head. whole: of all layers, the head and the embedding.
+    """
+
+    layer: int = 0
+    head: int = 0
+    whole: int = 0
+
+
+def lent_bytes(blueprint: Blueprint, outline: Outline, quantization: str, itemsize: int = 2) -> Lent:
+    """Of a model whose adapter alone is trained; scales and norms, which are small, stay on the GPU."""
+    from ft_core.fast.lent import LEAST
+
+    each = {"nf4": 0.5, "int8": 1.0}.get(quantization, float(itemsize))
+    sizes = [int(matrix.count * each) for matrix in blueprint.inner]
+    layers = sum(size for size in sizes if size >= LEAST)
+    if quantization == "none":
+        layers += room_bytes(blueprint, outline, itemsize)
+    head = blueprint.head.count * itemsize
+    head = 0 if head < LEAST or outline.whole else head
+    tied = bool(getattr(blueprint.text, "tie_word_embeddings", False))
+    return Lent(layers // max(blueprint.layers, 1), head, layers + head * (1 if tied else 2))
 
 
 def room_bytes(blueprint: Blueprint, outline: Outline, itemsize: int = 2) -> int:

@@ -53,7 +53,7 @@ def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Calla
         card = with_memory(card, min(device.memory, device.free + CONTEXT))  # others may be at work there
         folder = disk_folder(config)
         disk = 0 if folder is None else disk_room(folder) // processes_here()
-        planned = plan(config, source, card, host=host_memory()[1], disk=disk, quick=True)
+        planned = plan(config, source, card, host=host_memory()[1], disk=disk, quick=True, lends=processes_here() == 1)
         said = line(planned)
     except Exception:
         log.debug("the training is not planned: its memory cannot be predicted", exc_info=True)
@@ -103,6 +103,8 @@ def recomputes(
         path.choose(config.activations, memory=None if config.memory == "auto" else int(GAPS * bytes_of(config.memory)))
         if planned is not None:
             path.tile = planned.peak.tile
+            if planned.peak.lent:
+                path.lend()
         if config.activations in ("recompute", "offload") or (planned is not None and planned.peak.tower_again):
             recompute_elsewhere(path)
         return False
