@@ -21,7 +21,7 @@ EXPECTED = {
         "SMOLVLM",
         "VISION",
     ],
-    "ft_vision.budgets": ["bound_pixels"],
+    "ft_vision.budgets": ["bound_pixels", "can_be_bounded"],
     "ft_vision.collating": [
         "TRIED",
         "UnusableImage",

@@ -17,6 +17,7 @@ from ft_core.data import Packed, Tokenized
 from ft_core.data.rendering import Draft, Renderer
 from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
+from ft_vision.budgets import can_be_bounded
 from ft_vision.families.parts import image_token_of
 from ft_vision.families.processors import image_options
 from ft_vision.images import ImageError, image_size, read_image
@@ -203,9 +204,10 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
         job.say(f"left out: {counted(len(bad), f'{what} row')} in all with an image that cannot be used")
     if tokens.left_out:
         verb = "is" if tokens.left_out == 1 else "are"
+        bounded = can_be_bounded(job.processor.image_processor, renderer.options)
         job.say(
             f"{counted(tokens.left_out, f'{what} row')} with images {verb} longer than max_length {config.max_length} "
-            "and left out: raise max_length, or lower vision.max_pixels"
+            f"and left out: raise max_length{', or lower vision.max_pixels' if bounded else ''}"
         )
     if (cut := tokens.overlong - tokens.left_out) > 0:
         job.say(f"{counted(cut, f'{what} row')} of text alone, longer than max_length {config.max_length}: cut")
