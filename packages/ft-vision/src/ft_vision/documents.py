@@ -34,6 +34,9 @@ IMAGES = "image_references"
 COUNTS = "image_counts"
 """The column that says how many of them each document of the row has."""
 
+CHEAPLY: dict[str, Any] = {"resample": 0, "do_rescale": False, "do_normalize": False, "do_pad": False}
+"""What an image processor is told where only sizes matter: Pillow's nearest pixel, and no arithmetic on pixels."""
+
 BATCH = 64
 """Rows that are looked at together."""
 THREADS = 8
@@ -87,7 +90,8 @@ class VisionRenderer(Renderer):
             from PIL import Image
 
             try:
-                made = self.processor.image_processor([Image.new("RGB", size)], return_tensors="pt", **self.options)
+                blank = Image.new("RGB", size)
+                made = self.processor.image_processor([blank], **{**self.options, **CHEAPLY})
                 self._words[size] = str(self.processor.replace_image_token(made, image_idx=0))
             except ValueError as error:  # an extreme shape
                 raise ImageError(f"has {size[0]} x {size[1]} pixels, which the model cannot see: {error}") from error
@@ -144,10 +148,10 @@ def tokenize(
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(numbered, BATCH)):
             checked = []
-            for (number, row), fault in zip(
-                batch, pool.map(lambda item: _measure(item[1], renderer, on_bad_image == "skip"), batch), strict=True
-            ):
-                fault = fault or _fault(row, renderer)
+            faults = pool.map(
+                lambda item: _measure(item[1], renderer, on_bad_image == "skip") or _fault(item[1], renderer), batch
+            )
+            for (number, row), fault in zip(batch, faults, strict=True):
                 if fault is None:
                     checked.append((number, row))
                 elif on_bad_image == "stop":
