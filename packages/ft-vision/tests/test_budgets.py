@@ -96,3 +96,12 @@ def test_images_that_are_not_split_have_one_size(family: Any, tmp_path: Path) ->
     assert tokens(processor(folder), (300, 300)) == 4
     with pytest.raises(ConfigError, match=r"^vision.max_pixels: .*at the same size"):
         processor(folder, max_pixels=56 * 56)
+
+
+@pytest.mark.parametrize(("name", "bounded"), [("smolvlm", True), ("mistral3", True), ("llava_next", False)])
+def test_what_to_do_about_rows_that_are_too_long(name: str, bounded: bool, configure: Any, ft: Any) -> None:
+    made = ft("train", configure(name, max_length=14))
+    assert made.code == 2
+    said = made.out + made.err
+    assert "16 train rows with images are longer than max_length 14 and left out: raise max_length" in said
+    assert ("lower vision.max_pixels" in said) == bounded

@@ -54,6 +54,7 @@ HEAD = (
     "on transformers' layers",
     "saved, reloaded, answers",
 )
+DEPENDS = ("processor", "on transformers' layers")
 SHARE = 1e-4
 """Of the largest logit, float32, over two layers of a tower and two of a text model: sums in another order."""
 
@@ -292,8 +293,11 @@ def test_the_whole_way(
     parts, config = parts_of(folder, pictures), configure(name, **TRAINED)
     found = chain(name, parts, folder, tmp_path / "run", ft, config, monkeypatch)
     record_property("row", found)
-    if "--writing" not in sys.argv and PAGE.is_file() and is_that_of_the_page():
-        assert rows_of(PAGE)[FAMILIES[name]] == found
+    if "--writing" not in sys.argv and PAGE.is_file():
+        # With other versions another processor may be to be had, and transformers' own masks be right.
+        held = range(len(HEAD)) if is_that_of_the_page() else set(range(len(HEAD))) - set(map(HEAD.index, DEPENDS))
+        row = rows_of(PAGE)[FAMILIES[name]]
+        assert [row[i] for i in held] == [found[i] for i in held]
 
 
 @pytest.mark.gpu
@@ -337,7 +341,7 @@ def write_table() -> int:
         print(f"not written: {', '.join(missing)} failed")
         return 1
     rows = [HEAD, ["---"] * len(HEAD), *(collected.rows[title] for title in FAMILIES.values())]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = "\n".join(["", *(f"| {' | '.join(row)} |" for row in rows), ""])
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")

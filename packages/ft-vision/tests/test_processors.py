@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ft_vision.documents import VisionRenderer
 from ft_vision.families.processors import image_options
 from ft_vision.loading import processor_of
 
+FAMILIES = ("qwen3_vl", "gemma3", "llava", "llava_next", "smolvlm", "idefics3", "pixtral", "mistral3")
+
 
 def copied(folder: Path, to: Path, name: str, **changes: Any) -> Path:
     """A model's folder with other values in one of its files; None takes a value out."""
@@ -28,6 +31,17 @@ def copied(folder: Path, to: Path, name: str, **changes: Any) -> Path:
 def processor(folder: Path) -> Any:
     source = find_model(str(folder))
     return processor_of(source, load_tokenizer(source))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_words_are_found_cheaply(name: str, family: Any) -> None:
+    """Without the arithmetic on pixels they are what the processor itself writes, for images of all shapes."""
+    made = processor(family(name))
+    renderer, chance = VisionRenderer(made), random.Random(0)
+    sizes = [(chance.randrange(20, 260), chance.randrange(20, 260)) for _ in range(12)]
+    for size in (*sizes, (400, 30), (30, 400)):
+        own = made(text=[made.image_token], images=[[Image.new("RGB", size)]], add_special_tokens=False)["input_ids"]
+        assert made.tokenizer(renderer.word(size), add_special_tokens=False)["input_ids"] == list(own[0])
 
 
 def test_what_processors_tell_their_image_processors(family: Any) -> None:
@@ -56,7 +70,11 @@ def test_the_class_that_the_files_name(family: Any, tmp_path: Path) -> None:
     assert VisionRenderer(made).word(size) == VisionRenderer(processor(family("smolvlm"))).word(size)
 
 
-def test_a_smolvlm_keeps_what_it_is_saved_with(family: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("numbers", [None, str], ids=["without num2words", "with it"])
+def test_a_smolvlm_keeps_what_it_is_saved_with(
+    numbers: Any, family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", numbers)
     made = processor(family("smolvlm"))
     made.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "processor_config.json").read_text())

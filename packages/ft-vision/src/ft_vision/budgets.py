@@ -9,7 +9,7 @@ from typing import Any
 from ft_core.errors import ConfigError
 from ft_vision.settings import VisionSettings
 
-__all__ = ["bound_pixels"]
+__all__ = ["bound_pixels", "can_be_bounded"]
 
 
 def bound_pixels(images: Any, options: Mapping[str, Any], settings: VisionSettings, name: str) -> None:
@@ -32,23 +32,38 @@ def bound_pixels(images: Any, options: Mapping[str, Any], settings: VisionSettin
     given = [key for key in ("max_pixels", "min_pixels") if getattr(settings, key) is not None]
     if not given:
         return
-    kind = type(images).__name__.removesuffix("Pil").removesuffix("Fast")
-    size = {key: value for key, value in dict(images.size).items() if value is not None}
-    told = {**vars(images), **options}
-    if kind == "Qwen2VLImageProcessor":
-        made = _between(size, settings)
-    elif kind == "PixtralImageProcessor" and "longest_edge" in size:
-        made = _edge(size["longest_edge"], _patch(told), settings, name)
-    elif kind in ("Idefics3ImageProcessor", "SmolVLMImageProcessor") and told.get("do_image_splitting", True):
-        made = _edge(size["longest_edge"], dict(images.max_image_size)["longest_edge"], settings, name)
-    elif kind == "LlavaNextImageProcessor":
+    kind, size, told = _kind(images), _size(images), {**vars(images), **options}
+    if kind == "LlavaNextImageProcessor":
         raise ConfigError(
             f"vision.{given[0]}: {name} cuts every image into tiles by a list of its own (image_grid_pinpoints, in its "
             "config.json too); remove the key"
         )
-    else:
+    if not can_be_bounded(images, options):
         raise ConfigError(f"vision.{given[0]}: {name} sees every image at the same size, {size}; remove the key")
+    if kind == "Qwen2VLImageProcessor":
+        made = _between(size, settings)
+    elif kind == "PixtralImageProcessor":
+        made = _edge(size["longest_edge"], _patch(told), settings, name)
+    else:
+        made = _edge(size["longest_edge"], dict(images.max_image_size)["longest_edge"], settings, name)
     images.size = made if isinstance(images.size, dict) else type(images.size)(**made)
+
+
+def can_be_bounded(images: Any, options: Mapping[str, Any]) -> bool:
+    """Whether an image processor has a size to choose; the arguments are those of :func:`bound_pixels`."""
+    kind = _kind(images)
+    if kind in ("Idefics3ImageProcessor", "SmolVLMImageProcessor"):
+        return bool({**vars(images), **options}.get("do_image_splitting", True))
+    return kind == "Qwen2VLImageProcessor" or (kind == "PixtralImageProcessor" and "longest_edge" in _size(images))
+
+
+def _kind(images: Any) -> str:
+    """The class's name, whichever library it works with."""
+    return type(images).__name__.removesuffix("Pil").removesuffix("Fast")
+
+
+def _size(images: Any) -> dict[str, int]:
+    return {key: value for key, value in dict(images.size).items() if value is not None}
 
 
 def _between(size: Mapping[str, int], settings: VisionSettings) -> dict[str, int]:

@@ -17,6 +17,7 @@ from ft_core.data import Packed, Tokenized
 from ft_core.data.rendering import Draft, Renderer
 from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
+from ft_vision.budgets import can_be_bounded
 from ft_vision.families.parts import image_token_of
 from ft_vision.families.processors import image_options
 from ft_vision.fetching import is_url
@@ -33,6 +34,9 @@ IMAGES = "image_references"
 """The column with a row's images, in the order of their tokens. TRL would take one named ``images`` for its own."""
 COUNTS = "image_counts"
 """The column that says how many of them each document of the row has."""
+
+CHEAPLY: dict[str, Any] = {"resample": 0, "do_rescale": False, "do_normalize": False, "do_pad": False}
+"""What an image processor is told where only sizes matter: Pillow's nearest pixel, and no arithmetic on pixels."""
 
 BATCH = 64
 """Rows that are looked at together."""
@@ -115,7 +119,8 @@ class VisionRenderer(Renderer):
             from PIL import Image
 
             try:
-                made = self.processor.image_processor([Image.new("RGB", size)], return_tensors="pt", **self.options)
+                blank = Image.new("RGB", size)
+                made = self.processor.image_processor([blank], **{**self.options, **CHEAPLY})
                 self._words[size] = str(self.processor.replace_image_token(made, image_idx=0))
             except ValueError as error:  # an extreme shape
                 raise ImageError(f"has {size[0]} x {size[1]} pixels, which the model cannot see: {error}") from error
@@ -172,10 +177,10 @@ def tokenize(
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(numbered, BATCH)):
             checked = []
-            for (number, row), fault in zip(
-                batch, pool.map(lambda item: _measure(item[1], renderer, on_bad_image == "skip"), batch), strict=True
-            ):
-                fault = fault or _fault(row, renderer)
+            faults = pool.map(
+                lambda item: _measure(item[1], renderer, on_bad_image == "skip") or _fault(item[1], renderer), batch
+            )
+            for (number, row), fault in zip(batch, faults, strict=True):
                 if fault is None:
                     checked.append((number, row))
                 elif on_bad_image == "stop":
@@ -234,9 +239,10 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
         job.say(f"left out: {counted(len(bad), f'{what} row')} in all with an image that cannot be used")
     if tokens.left_out:
         verb = "is" if tokens.left_out == 1 else "are"
+        bounded = can_be_bounded(job.processor.image_processor, renderer.options)
         job.say(
             f"{counted(tokens.left_out, f'{what} row')} with images {verb} longer than max_length {config.max_length} "
-            "and left out: raise max_length, or lower vision.max_pixels"
+            f"and left out: raise max_length{', or lower vision.max_pixels' if bounded else ''}"
         )
     if (cut := tokens.overlong - tokens.left_out) > 0:
         job.say(f"{counted(cut, f'{what} row')} of text alone, longer than max_length {config.max_length}: cut")
