@@ -92,3 +92,31 @@ def test_what_is_no_pair_is_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         normalise(row, FORMATS["preference"], Path("/data"))
     assert message in str(caught.value)
+
+
+def test_urls_and_videos_are_asked_about_as_the_configuration_says(tmp_path: Path) -> None:
+    import json
+
+    from PIL import Image
+
+    from ft_core.config.load import check_config
+    from ft_core.data import read_rows
+    from ft_core.training.modality import of_modality
+
+    Image.new("RGB", (9, 9)).save(
+        tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")] * 3
+    )
+    url, video = "https://example.org/a.png", str(tmp_path / "a.gif")
+    place = {"type": "image"}
+    rows = [
+        {"image": url, "prompt": "q", "chosen": "1", "rejected": "2"},
+        {"video": video, "prompt": "<video>q", "chosen": "1", "rejected": "2"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    vision = {"allow_urls": True, "video_frames": 2}
+    config = check_config({"model": "m", "task": "vision", "data": "none", "vision": vision})
+    form = of_modality(config, "rows")
+    one, other = read_rows(str(tmp_path / "rows.jsonl"), ("preference",), seed=0, form=form)
+    assert one["images"] == [url]
+    assert other["images"] == [f"frame:{number}/2:{video}" for number in range(2)]
+    assert other["prompt"][0]["content"] == [place, place, {"type": "text", "text": "q"}]

@@ -41,7 +41,9 @@ def read(folder: Path, *rows: dict[str, Any]) -> list[dict[str, Any]]:
         ({"question": "q", "answers": ["a", "a"]}, [PLACE, text("q")], "a", None),
         ({"question": "<image>\nq?", "answer": "1"}, [PLACE, text("q?")], "1", None),
         ({"query": "q", "label": ["14"]}, [PLACE, text("q")], "14", None),  # ChartQA
-        ({"question": "q", "multiple_choice_answer": "net", "answers": None}, [PLACE, text("q")], "net", None),  # VQAv2
+        ({"question": "q", "answers": [{"answer": a, "answer_id": 1} for a in ("no", "net", "net")]},  # VQAv2
+         [PLACE, text("q")], "net", ["no", "net"]),
+        ({"question": "q", "multiple_choice_answer": "net", "answers": None}, [PLACE, text("q")], "net", None),
         ({"text": "what it reads"}, [PLACE], "what it reads", None),
         ({"caption": "a cat"}, [PLACE], "a cat", None),
         ({"captions": ["a cat", "a pet"]}, [PLACE], "a cat", ["a cat", "a pet"]),
@@ -97,6 +99,10 @@ def test_a_run_can_be_trained_on_what_a_parquet_file_of_the_hub_has(
         ({"image": "a", "question": "q", "answers": []}, "answers is empty, so there is nothing to learn"),
         ({"image": "a", "question": "q", "answer": " "}, "answer must be text, a number or a list of them, not empty"),
         ({"image": "a", "question": {"en": "q"}, "answer": "1"}, "question must be text, not a dict"),
+        (
+            {"image": "a", "question": "q", "answers": [{"text": "b"}]},
+            "answers must be text, a number or a list of them",
+        ),
         ({"image": "a", "caption": [["b"]]}, "caption must be text, a number or a list of them, not a list"),
         ({"images": ["a"], "texts": [{"user": "q"}]}, r"texts\[0\] must be an object with 'user' and 'assistant'"),
         ({"question": "q", "answer": "1"}, "columns 'question', 'answer' fit no format"),

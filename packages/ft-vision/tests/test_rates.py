@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from ft_core.config.load import check_config
+from ft_vision.families.parts import FAMILIES
+from ft_vision.rates import rates
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -38,8 +44,6 @@ def test_a_part_learns_at_its_rate(
     assert set(sizes) == {5.0e-3, 1.0e-3, 2.0e-4}
 
     from safetensors.torch import load_file
-
-    from ft_vision.families.parts import FAMILIES
 
     trained = load_file(run / "adapter" / "adapter_model.safetensors")
     parts = FAMILIES[name]
@@ -73,6 +77,24 @@ def test_a_resumed_run_has_its_rates(configure: Callable[..., Path], ft: Callabl
     made = ft("train", configure(vision={**vision, "tower_learning_rate": 2.0e-3}, training=training), "--resume")
     assert made.code == 2
     assert "tower_learning_rate" in made.message
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_each_parameter_of_a_part_has_the_parts_rate(name: str) -> None:
+    """Those of a module of the part, and those that belong to it and to no module, under every name that they get."""
+    vision = {"tower": "full", "projector": "full", "tower_learning_rate": 1.0e-3, "projector_learning_rate": 2.0e-4}
+    config = check_config({"model": "m", "task": "vision", "data": "none", "vision": vision})
+    found = rates(SimpleNamespace(config=SimpleNamespace(model_type=name)), config)
+    family = FAMILIES[name]
+    for part, parameters in {
+        "tower": [f"{module}.layers.0.weight" for module in family.tower],
+        "projector": [*(f"{module}.bias" for module in family.projector), *family.loose],
+        "": ["language_model.layers.0.mlp.weight", "language_model.model.visual_head.weight"],
+    }.items():
+        for parameter in parameters:
+            for above in ("model.", "base_model.model.model.", "module.model."):
+                matching = [key for key, (pattern, _) in found.items() if re.fullmatch(pattern, above + parameter)]
+                assert matching == ([part] if part else []), above + parameter
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ def normalise_asking(
             columns[name] = [_flat(message, name, number, seen) for number, message in enumerate(columns[name])]
         elif isinstance(columns.get(name), str):
             _check_text(columns[name], name)
+            if name == "prompt":
+                columns[name] = seen.words(columns[name], name)
             role = "user" if name == "prompt" else "assistant"
             columns[name] = (
                 [{"role": role, "content": columns[name]}] if columns[name].strip() or name != "prompt" else ""

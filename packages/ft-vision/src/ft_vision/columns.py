@@ -26,7 +26,8 @@ def as_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row with ``messages`` beside its columns, where these are one of:
 
     * ``question`` (or ``query``) and ``answer``, ``answers``, ``label`` or ``multiple_choice_answer``: text, a number,
-      or a list, of which the most frequent is learnt, the first of several; all stay in ``answers``;
+      or a list of these, or of objects with an ``answer`` as VQA has them, of which the most frequent is learnt, the
+      first of several; all stay in ``answers``;
     * ``text``, ``caption`` or ``captions``: what is learnt to be said of the image alone, without a question;
     * ``texts``: a list of ``{"user", "assistant"}``, turn by turn, as in The Cauldron;
     * ``prompt`` and ``completion`` as strings.
@@ -56,7 +57,8 @@ def as_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _answered(row: Mapping[str, Any], question: str, column: str) -> dict[str, Any]:
     given = row[column]
-    answers = [_text(one, column) for one in (given if isinstance(given, list) else [given])]
+    each = given if isinstance(given, list) else [given]
+    answers = [_text(one.get("answer") if isinstance(one, Mapping) else one, column) for one in each]
     if not answers:
         raise DataError(f"{column} is empty, so there is nothing to learn")
     made = {**row, "messages": _asked(question, Counter(answers).most_common(1)[0][0])}

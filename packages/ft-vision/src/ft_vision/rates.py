@@ -17,12 +17,13 @@ __all__ = ["rates"]
 def rates(model: Any, config: TrainConfig) -> dict[str, tuple[str, float]]:
     """The parts with a rate of their own; see :attr:`ft_core.plugins.ModalitySpec.rates`.
 
-    A part's parameters are all below its modules: its weights, its adapters, and the copies that PEFT trains whole.
+    A part's parameters are its loose ones and all below its modules: weights, adapters, and the copies that PEFT trains
+    whole.
     """
     family, settings = family_of(model.config, config.model), settings_of(config)
     parts = {
         "tower": (family.tower, settings.tower_learning_rate),
-        "projector": (family.projector, settings.projector_learning_rate),
+        "projector": ((*family.projector, *family.loose), settings.projector_learning_rate),
     }
     return {
         name: (rf"(.*\.)?({'|'.join(map(re.escape, modules))})(\..*)?", rate)
