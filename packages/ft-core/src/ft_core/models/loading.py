@@ -331,12 +331,19 @@ def load_base(run: Run, *, say: Callable[[str], None] = print) -> tuple[PreTrain
 
         set_seed(config.training.seed)  # a new head starts from random numbers: the same as when it was trained
     if config.task != "text":
-        model = of_modality(config, "load")(source, config, device, head)
+        model = of_modality(config, "load")(source, _as_adapted(config), device, head)
     else:
         length = config.max_length if config.rope_scaling else None
         model = _load(source, device, config.quantization, device.dtype, head, length, config.rope_scaling)
     say(f"{source.name} on {device}")
     return model.eval(), load_tokenizer(source)
+
+
+def _as_adapted(config: TrainConfig) -> TrainConfig:
+    """A configuration by which a modality loads a model in 16 bits: trained in full, it has 32."""
+    from ft_core.config import LoraSettings
+
+    return config if config.lora is not None else config.model_copy(update={"lora": LoraSettings()})
 
 
 def load_run(
@@ -370,7 +377,7 @@ def load_run(
         device = pick_device()
         head = registry().get(MethodSpec, run.config.method).head
         if run.config.task != "text":
-            model = of_modality(run.config, "load")(source, run.config, device, head)
+            model = of_modality(run.config, "load")(source, _as_adapted(run.config), device, head)
         else:
             model = _load(source, device, "none", device.dtype, head, None, None)  # its own config.json has the scaling
         say(f"{run.path} on {device}")
