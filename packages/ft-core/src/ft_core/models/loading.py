@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ft_core.errors import ConfigError, ModelError, RunError
+from ft_core.installing import what_knows
 from ft_core.models.device import Device, pick_device
 from ft_core.models.positions import check_length, check_scaled, scale
 from ft_core.models.savable import make_savable
@@ -210,7 +211,9 @@ def _load(
         smaller = "a smaller model" if quantization == "nf4" else "quantization: nf4, or a smaller model"
         raise ModelError(f"the model {source.reference} does not fit in {_room(device)}: try {smaller}") from error
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"the model {source.reference} cannot be loaded: {_first_sentence(error)}") from error
+        missing = what_knows(config.model_type)
+        why = _first_sentence(error) + (f"; {missing} knows it" if missing else "")
+        raise ModelError(f"the model {source.reference} cannot be loaded: {why}") from error
     _check_weights(model, report, source, head)
     make_savable(model)
     if scaling is not None:
