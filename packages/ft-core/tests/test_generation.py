@@ -420,6 +420,34 @@ def test_a_file_of_prompts(generate_file: Generate, tmp_path: Path) -> None:
     assert (again.code, again.err) == (0, f"{out} is complete: 4 answers\n")
 
 
+def test_a_prompt_on_the_command_line(ft: Any, tiny: Path, tmp_path: Path) -> None:
+    """Its answer is printed, or written beside it."""
+    from ft_core.models import load
+
+    model, tokenizer = load(tiny)
+    words = ("--max-new-tokens", 8, "--system", "be brief")
+    (answer,) = generate(model, tokenizer, ["add 1 and 2"], max_new_tokens=8, system="be brief")
+    printed = ft("generate", tiny, "add 1 and 2", *words)
+    assert (printed.code, printed.out) == (0, f"{answer}\n")
+    out = tmp_path / "out.jsonl"
+    written = ft("generate", tiny, "add 1 and 2", *words, "--out", out)
+    assert (written.code, written.out) == (0, f"1 answer in {out}\n")
+    assert json.loads(out.read_text(encoding="utf-8")) == {"prompt": "add 1 and 2", "answer": answer}
+    assert ft("generate", tiny, "add 1 and 2", "--out", out).err == f"{out} is complete: 1 answer\n"
+
+
+def test_images_for_a_model_of_text(ft: Any, tiny: Path, tmp_path: Path) -> None:
+    """Whether or not there is a package that would show them to another model."""
+    for command in (("generate", tiny, "what is this?"), ("chat", tiny)):
+        done = ft(*command, "--image", tmp_path / "a.png")
+        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"prompt": "what is this?", "images": ["a.png"]}), encoding="utf-8")
+    done = ft("generate", tiny, "--prompts", prompts, "--out", out)
+    assert done.message == f"ft generate: {prompts}, line 1: has images, and {tiny} sees none"
+    assert (done.code, out.exists()) == (2, False)
+
+
 def test_prompts_in_a_list(generate_file: Generate, tmp_path: Path) -> None:
     for name, text in (("p.json", json.dumps(["a", {"prompt": "b"}], indent=1)), ("p.JSONL", '"a"\n{"prompt": "b"}\n')):
         (tmp_path / name).write_text(text, encoding="utf-8")

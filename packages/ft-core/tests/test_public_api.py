@@ -169,7 +169,7 @@ EXPECTED: dict[str, list[str]] = {
         "stream",
         "stream_ids",
     ],
-    "ft_core.installing": ["SIBLINGS", "how_to_install"],
+    "ft_core.installing": ["SIBLINGS", "how_to_install", "what_knows"],
     "ft_core.loftq": ["MARK", "init_loftq", "low_rank"],
     "ft_core.memory": ["StillOutOfMemory", "bytes_of", "enough_memory", "is_memory_error", "let_segments_grow"],
     "ft_core.models": [

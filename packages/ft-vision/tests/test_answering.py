@@ -194,6 +194,35 @@ def test_an_image_that_cannot_be_used(name: str, ft: Any, family: Any, tmp_path:
         assert not out.exists()
 
 
+def test_an_image_of_a_shape_that_the_model_cannot_see(ft: Any, family: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    image, out = tmp_path / "line.png", tmp_path / "out.jsonl"
+    Image.new("RGB", (300, 1)).save(image)
+    done = ft("generate", family("qwen3_vl"), "which digit?", "--image", image, "--out", out)
+    assert (done.code, done.out, out.exists()) == (2, "", False)
+    assert done.message.startswith(f"ft generate: {image}: has 300 x 1 pixels, which the model cannot see: ")
+
+
+def test_a_bad_image_does_not_end_a_chat_on_a_terminal(
+    ft: Any, family: Any, digits: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    digits(1)
+    (image,) = (tmp_path / "images").iterdir()
+    lines = f"/image {tmp_path / 'none.png'}\n/image '{image}'\nwhich digit?\n"
+    monkeypatch.setattr(sys, "stdin", Terminal(lines))
+    model = family("llava")
+    talked = ft("chat", model, "--max-new-tokens", 4)
+    assert talked.code == 0
+    assert f"{tmp_path / 'none.png'}: cannot be read: No such file or directory\n" in talked.err
+    answer = ft("generate", model, "which digit?", "--image", image, "--max-new-tokens", 4).out
+    assert talked.out == f"> > > {answer}> \n"
+
+
 def test_what_does_not_go_together(ft: Any, family: Any, digits: Any, tmp_path: Path, monkeypatch: Any) -> None:
     digits(1)
     (image,) = (tmp_path / "images").iterdir()
@@ -277,6 +306,9 @@ def test_without_ft_vision_it_says_what_to_install(
             assert (done.code, done.out) == (2, "")
             assert "modality 'vision' is not installed: pip install" in done.message
             assert done.err.count("\n") == 1
+    done = ft("generate", family("qwen3_vl"), "a")  # no image: it is a model of no kind that is known
+    assert done.code == 2
+    assert "cannot be loaded: it is no language model that goes on from a text; what `pip install" in done.message
     listed = ft("models")
     assert "not installed: gemma3, idefics3, llava" in listed.out
     assert ft("plan", tmp_path / "config.yaml", "--gpu", "H200").message.startswith(

@@ -150,30 +150,30 @@ def test_a_layer_that_is_computed_again_keeps_its_input(name: str, family: Calla
 
 
 def test_a_tower_is_computed_again_where_that_is_asked_for_or_nothing_fits_without(ft: Any, tmp_path: Path) -> None:
-    """A tower of Qwen3-VL-2B's shape; only its configuration is there."""
+    """A tower of Qwen3-VL-2B's width; only its configuration is there."""
     import transformers as t
 
-    text = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+    text = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 4, "num_attention_heads": 16}
     text |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16, "out_hidden_size": 2048}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "depth": 6, "num_heads": 16, "out_hidden_size": 2048}
     folder = tmp_path / "model"
-    t.Qwen3VLConfig(
-        text_config=text, vision_config={**vision, "deepstack_visual_indexes": [5, 11, 17]}
-    ).save_pretrained(folder)
+    t.Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [1, 3]}).save_pretrained(
+        folder
+    )
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     lora = {"tower": "lora", "projector": "lora"}
     path = write_plan(tmp_path, folder, rows, max_length=4096, vision=lora, training={"batch_size": 2})
     free, asked = planned(ft, path), planned(ft, path, "activations=recompute")
-    bound, kept = planned(ft, path, "memory=24GiB"), planned(ft, path, "activations=keep")
-    assert [one["tower_again"] for one in (free, asked, bound, kept)] == [False, True, True, False]
-    # 32768 patches and 24 layers; by hand: two norms' inputs and outputs in 32 bits (16 bytes a number of the width),
-    # their copies for qkv and fc1 (4), q, k and v (6, turned once more in 32 and 16 bits), the attention's output (2),
-    # fc1's and the activation's (16); with an adapter's, more than
-    more = free["memory"]["peak"] - asked["memory"]["peak"]
-    assert more > 32768 * 24 * 1024 * (16 + 4 + 6 + 2 + 16) * 0.7
+    between = (free["memory"]["peak"] + asked["memory"]["peak"]) // 2**21
+    bound = planned(ft, path, f"memory={between}MiB")
+    assert [one["tower_again"] for one in (free, asked, bound)] == [False, True, True]
+    # of 32768 patches and 6 layers each layer's input is left, of many times as much
+    inputs = 32768 * 6 * 1024 * 2
+    assert free["memory"]["peak"] - asked["memory"]["peak"] > 10 * inputs
+    assert asked["memory"]["parts"]["activations kept"] > inputs
     assert bound["memory"]["peak"] <= bound["memory"]["limit"] < free["memory"]["peak"]
     assert asked["time"]["micro_batch"]["vision tower"] > free["time"]["micro_batch"]["vision tower"]
-    assert "those of the vision tower computed again" in ft("plan", path, "--gpu", "H200", "memory=24GiB").out
+    assert "those of the vision tower computed again" in ft("plan", path, "--gpu", "H200", "activations=recompute").out
     # a tower that is frozen keeps nothing that could be computed again
     frozen = planned(ft, path, "activations=recompute", "vision.tower=frozen", "vision.projector=frozen")
     assert not frozen["tower_again"]

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-__all__ = ["SIBLINGS", "how_to_install"]
+__all__ = ["SIBLINGS", "how_to_install", "what_knows"]
 
 SIBLINGS = {"rl": "ft-rl", "vision": "ft-vision", "speech": "ft-speech", "export": "ft-export[gguf]"}
 """What each extra of ft-core brings."""
@@ -26,6 +26,15 @@ def how_to_install(extra: str) -> str:
         extra: one of :data:`SIBLINGS`.
     """
     return "pip install " + (_beside(SIBLINGS[extra], _origin()) or f'"ft-core[{extra}]"')
+
+
+def what_knows(model_type: str) -> str | None:
+    """In words, what to install for a family of models that is known and not there; else None."""
+    from ft_core.plugins import EXTRAS, registry
+
+    group = "ft.architectures"
+    extra = None if model_type in registry().names(group) else EXTRAS[group].get(model_type)
+    return None if extra is None else f"what `{how_to_install(extra)}` brings"
 
 
 def _origin() -> dict[str, Any]:

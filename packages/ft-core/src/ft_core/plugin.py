@@ -54,7 +54,7 @@ def _command(name: str, summary: str) -> CommandSpec:
 DOCTOR = _command("doctor", "say what this machine can do, and what is missing")
 TRAIN = _command("train", "train from a configuration")
 CHAT = _command("chat", "talk to a run or a model")
-GENERATE = _command("generate", "answer a file of prompts")
+GENERATE = _command("generate", "answer a prompt, or a file of them")
 EVAL = _command("eval", "measure a run on held-out data, before and after")
 EXPORT = _command("export", "write a run in the form that an engine serves")
 REPORT = _command("report", "write a run's report again")

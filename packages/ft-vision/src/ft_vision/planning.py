@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ft_core.errors import FtError, ModelError
+from ft_core.errors import DataError, FtError, ModelError
 from ft_core.models import load_tokenizer
 from ft_core.planning.front import Front, stands_in
 from ft_vision.documents import image_token_of
@@ -219,7 +219,11 @@ def _look(config: TrainConfig, source: ModelSource, token: int) -> tuple[float, 
     rows = list(islice(RowStream(config.data, formats, form=normalise), SAMPLED))
     renderer = VisionRenderer(load_processor(source, config, load_tokenizer(source)))
     train_on: Literal["answers", "all"] = getattr(method_settings(config), "train_on", "answers")
-    tokens, _ = tokenize(rows, renderer, max_length=config.max_length, train_on=train_on, on_bad_image="skip")
+    tokenized = functools.partial(tokenize, rows, renderer, max_length=config.max_length, train_on=train_on)
+    try:
+        tokens, _ = tokenized()  # headers alone are read
+    except DataError:
+        tokens, _ = tokenized(on_bad_image="skip")
     if not len(tokens):
         return 1.0, None, 0
     images = [tokens[number]["input_ids"].count(token) for number in range(len(tokens))]

@@ -152,7 +152,7 @@ def _noted(model: Any) -> Iterator[Callable[[], int]]:
         sizes = {_place(one.tensor): one.tensor.untyped_storage().nbytes() for one in alive}
         return sum(size for place, size in sizes.items() if place not in own)
 
-    held = []
+    held: list[_Saved] = []
 
     def again(layer: Callable[..., Any], *args: Any) -> Any:
         given = [one for one in (*args, *getattr(layer, "keywords", {}).values()) if isinstance(one, Tensor)]

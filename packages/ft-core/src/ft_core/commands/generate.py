@@ -92,7 +92,7 @@ def _prompt(row: Any, where: str) -> Question:
         # A conversation that ends with an answer is asked again for that answer.
         answered = prompt[-1].get("role", prompt[-1].get("from")) in ("assistant", "gpt")
         prompt = prompt[:-1] if answered else prompt
-    return Question(prompt, None if images is None else tuple(images), where)
+    return Question(prompt, tuple(images) if images else None, where)
 
 
 def _done(out: Path, questions: list[Question]) -> int:

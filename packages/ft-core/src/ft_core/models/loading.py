@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ft_core.errors import ConfigError, ModelError, RunError
+from ft_core.installing import what_knows
 from ft_core.models.device import Device, pick_device
 from ft_core.models.positions import check_length, check_scaled, scale
 from ft_core.models.savable import make_savable
@@ -210,7 +211,9 @@ def _load(
         smaller = "a smaller model" if quantization == "nf4" else "quantization: nf4, or a smaller model"
         raise ModelError(f"the model {source.reference} does not fit in {_room(device)}: try {smaller}") from error
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"the model {source.reference} cannot be loaded: {_first_sentence(error)}") from error
+        missing = what_knows(config.model_type)
+        why = _first_sentence(error) + (f"; {missing} knows it" if missing else "")
+        raise ModelError(f"the model {source.reference} cannot be loaded: {why}") from error
     _check_weights(model, report, source, head)
     make_savable(model)
     if scaling is not None:
@@ -334,12 +337,19 @@ def load_base(run: Run, *, say: Callable[[str], None] = print) -> tuple[PreTrain
 
         set_seed(config.training.seed)  # a new head starts from random numbers: the same as when it was trained
     if config.task != "text":
-        model = of_modality(config, "load")(source, config, device, head)
+        model = of_modality(config, "load")(source, _as_adapted(config), device, head)
     else:
         length = config.max_length if config.rope_scaling else None
         model = _load(source, device, config.quantization, device.dtype, head, length, config.rope_scaling)
     say(f"{source.name} on {device}")
     return model.eval(), load_tokenizer(source)
+
+
+def _as_adapted(config: TrainConfig) -> TrainConfig:
+    """A configuration by which a modality loads a model in 16 bits: trained in full, it has 32."""
+    from ft_core.config import LoraSettings
+
+    return config if config.lora is not None else config.model_copy(update={"lora": LoraSettings()})
 
 
 def load_run(
@@ -373,7 +383,7 @@ def load_run(
         device = pick_device()
         head = registry().get(MethodSpec, run.config.method).head
         if run.config.task != "text":
-            model = of_modality(run.config, "load")(source, run.config, device, head)
+            model = of_modality(run.config, "load")(source, _as_adapted(run.config), device, head)
         else:
             model = _load(source, device, "none", device.dtype, head, None, None)  # its own config.json has the scaling
         say(f"{run.path} on {device}")
