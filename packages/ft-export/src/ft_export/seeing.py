@@ -247,7 +247,7 @@ def image_inputs(images: Sequence[Any], processor: Any, model: Any) -> tuple[dic
         try:
             with torch.inference_mode():
                 features = _base(model).get_image_features(**inputs).pooler_output
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ExportError(f"the model does not take the pixels that its processor makes: {reason}") from error
         pieces = [features] if isinstance(features, torch.Tensor) else list(features)
@@ -287,6 +287,9 @@ def seen(text: str, images: Sequence[Any], tokenizer: Any, processor: Any, model
         raise ExportError(f"a text has {len(pieces) - 1} places for {len(images)} images")
     inputs, counts = image_inputs(images, processor, model)
     config = _base(model).config
+    image = getattr(config, "image_token_id", None)
+    if not isinstance(image, int):
+        raise ExportError(f"a {config.model_type} names no token of an image's pieces (image_token_id)")
     ids: list[int] = []
     for number, piece in enumerate(pieces):
         words = tokenizer(piece, add_special_tokens=False)["input_ids"]
@@ -295,11 +298,11 @@ def seen(text: str, images: Sequence[Any], tokenizer: Any, processor: Any, model
         ids += words
         if number < len(images):
             begin, end = _ends(config) if ends else ((), ())
-            ids += [*begin, *[int(config.image_token_id)] * counts[number], *end]
+            ids += [*begin, *[image] * counts[number], *end]
     taken = inspect.signature(_base(model).forward).parameters
     for name in TYPES:
         if name in taken:
-            inputs[name] = (torch.tensor([ids]) == config.image_token_id).long()
+            inputs[name] = (torch.tensor([ids]) == image).long()
     return Seen(ids, inputs)
 
 
