@@ -275,7 +275,7 @@ API = {
     "ft_export.serving.checks": ["Gap", "Samples", "check_gap", "check_reads", "check_stored", "served_model"],
     "ft_export.serving.engine": ["Answer", "Engine", "OPTIONS", "Server", "engine_of", "running"],
     "ft_export.serving.export": ["OPTIONS", "check_stops", "export_whole", "prove", "write_proof"],
-    "ft_export.serving.folder": ["Plan", "Whole", "plan_whole", "write_whole"],
+    "ft_export.serving.folder": ["Plan", "Whole", "plan_whole", "take_names", "write_whole"],
     "ft_export.serving.forms": ["COMPRESSED", "FORMS", "Form", "form_of"],
     "ft_export.serving.launch": ["MARKER", "Service", "mounts_of", "project_name", "write_launch"],
     "ft_export.serving.limits": ["ALLOWANCE", "CARDS", "Limits", "UTILIZATION", "limits_of", "memory_of"],
