@@ -59,6 +59,14 @@ def test_a_merged_model_says_what_its_adapter_says(
     assert answer.shape[1] > len(texts[0])
 
 
+def test_several_adapters_are_combined(make_tokenizer: Any, tmp_path: Path) -> None:
+    base = make_seeing(tmp_path / "base", "gemma3", make_tokenizer())
+    one, two = (add_adapter(tmp_path / str(seed), base, seed=seed) for seed in (1, 2))
+    made = merge(one, adapters=[(two, 0.5)])
+    assert made.logprobs is not None
+    assert any("with its images" in line for line in made.lines)
+
+
 def test_a_projector_that_is_not_the_trained_one_is_found(
     make_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:

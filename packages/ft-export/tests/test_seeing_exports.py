@@ -124,3 +124,9 @@ def test_a_model_trained_in_full_is_exported_as_it_is(make_tokenizer: Any, tmp_p
     made = export_vllm(run, overwrite=True)
     assert set(Checkpoint(made.file)) == set(Checkpoint(base))
     assert any("the base's names" in line for line in made.lines) == (saved != set(Checkpoint(base)))
+    pushed = export_hub(run, type="merged", options={"repo": "me/mine", "dry": "yes", "license": "mit"})
+    assert set(Checkpoint(pushed.file)) == set(Checkpoint(base))
+    assert set(Checkpoint(run / "model")) == saved
+    before, after = Checkpoint(base), Checkpoint(pushed.file)
+    assert all(before.tensor(name).equal(after.tensor(name)) for name in before)
+    transformers.AutoModelForImageTextToText.from_pretrained(pushed.file)

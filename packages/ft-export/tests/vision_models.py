@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FAMILIES = (
     "qwen3_vl", "qwen2_5_vl", "gemma3", "llava", "pixtral", "llava_next", "smolvlm", "idefics3", "mistral3",
 )  # fmt: skip
@@ -128,7 +130,10 @@ def _config(family: str, text: dict[str, Any], ids: tuple[int, int, int]) -> tup
         return config, t.PixtralImageProcessorPil(size={"longest_edge": 56}, patch_size={"height": 28, "width": 28})
     kind = "SmolVLM" if family == "smolvlm" else "Idefics3"
     config = getattr(t, f"{kind}Config")(text_config=llama, vision_config=VISION, scale_factor=2, **known)
-    return config, getattr(t, f"{kind}ImageProcessorPil")(**ROW)
+    try:
+        return config, getattr(t, f"{kind}ImageProcessorPil")(**ROW)
+    except ImportError:
+        pytest.skip("before transformers 5.23 this processor needs torchvision")
 
 
 def add_adapter(folder: Path, base: Path, whole: list[str] | None = None, seed: int = 1) -> Path:

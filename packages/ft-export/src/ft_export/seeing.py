@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
+from ft_export.runs import read_json
 from ft_export.samples import Row
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "PLACE", "QUESTION", "Seen", "draw", "extended", "image_inputs", "image_processor", "images_of", "model_class",
-    "question_of", "seen", "seen_rows", "sees", "text_config",
+    "PLACE", "QUESTION", "Seen", "draw", "extended", "image_inputs", "image_processor", "image_settings", "images_of",
+    "model_class", "question_of", "rendered", "seen", "seen_rows", "sees", "text_config",
 ]  # fmt: skip
 
 PLACE = "\ufdd0"
@@ -82,6 +83,22 @@ def text_config(config: Any) -> Any:
     return text
 
 
+def image_settings(folder: Path) -> dict[str, Any]:
+    """What the images' processor of a model's folder is told; nested in the whole processor's file or by itself.
+
+    Raises:
+        ExportError: there is none.
+    """
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        said = read_json(folder / name) if (folder / name).is_file() else {}
+        said = {**said, **said["image_processor"]} if isinstance(said.get("image_processor"), dict) else said
+        if "image_mean" in said:
+            return said
+    raise ExportError(
+        f"{folder} says nothing of its images (no image_mean in processor_config.json or preprocessor_config.json)"
+    )
+
+
 def image_processor(folder: Path) -> Any:
     """The processor that makes pixels of images, with Pillow alone where it can.
 
@@ -97,8 +114,28 @@ def image_processor(folder: Path) -> Any:
     try:
         return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        found = _by_pillow(folder) if isinstance(error, ImportError) else None
+        if found is not None:
+            return found
         reason = " ".join(str(error).split())[:300]
         raise ExportError(f"{folder} has no image processor that transformers loads here: {reason}") from error
+
+
+def _by_pillow(folder: Path) -> Any:
+    """A processor that takes Pillow alone, which transformers before 5.23 loads by its own name only; or None."""
+    import transformers
+
+    try:
+        said = image_settings(folder)
+    except ExportError:
+        return None
+    name = str(said.get("image_processor_type") or said.get("feature_extractor_type"))
+    for ending in ("Pil", "Fast"):
+        name = name.removesuffix(ending)
+    try:
+        return getattr(transformers, f"{name}Pil").from_dict(said)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None
 
 
 def draw(width: int, height: int, seed: int = 0) -> Any:
@@ -210,7 +247,7 @@ def image_inputs(images: Sequence[Any], processor: Any, model: Any) -> tuple[dic
         try:
             with torch.inference_mode():
                 features = _base(model).get_image_features(**inputs).pooler_output
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ExportError(f"the model does not take the pixels that its processor makes: {reason}") from error
         pieces = [features] if isinstance(features, torch.Tensor) else list(features)
@@ -250,6 +287,9 @@ def seen(text: str, images: Sequence[Any], tokenizer: Any, processor: Any, model
         raise ExportError(f"a text has {len(pieces) - 1} places for {len(images)} images")
     inputs, counts = image_inputs(images, processor, model)
     config = _base(model).config
+    image = getattr(config, "image_token_id", None)
+    if not isinstance(image, int):
+        raise ExportError(f"a {config.model_type} names no token of an image's pieces (image_token_id)")
     ids: list[int] = []
     for number, piece in enumerate(pieces):
         words = tokenizer(piece, add_special_tokens=False)["input_ids"]
@@ -258,11 +298,11 @@ def seen(text: str, images: Sequence[Any], tokenizer: Any, processor: Any, model
         ids += words
         if number < len(images):
             begin, end = _ends(config) if ends else ((), ())
-            ids += [*begin, *[int(config.image_token_id)] * counts[number], *end]
+            ids += [*begin, *[image] * counts[number], *end]
     taken = inspect.signature(_base(model).forward).parameters
     for name in TYPES:
         if name in taken:
-            inputs[name] = (torch.tensor([ids]) == config.image_token_id).long()
+            inputs[name] = (torch.tensor([ids]) == image).long()
     return Seen(ids, inputs)
 
 

@@ -13,9 +13,10 @@ from ft_export.errors import ExportError
 from ft_export.folders import require_space
 from ft_export.gguf.jobs import Job, write_file
 from ft_export.gguf.rules import Output
-from ft_export.gguf.towers import image_settings, tower_of
+from ft_export.gguf.towers import tower_of
 from ft_export.merging.names import parameter_names
 from ft_export.progress import Progress, silent
+from ft_export.seeing import image_settings
 
 __all__ = ["Projector", "convert_projector", "type_of"]
 

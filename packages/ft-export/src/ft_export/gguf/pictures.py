@@ -17,10 +17,10 @@ from typing import Any
 from ft_export.errors import ExportError
 from ft_export.gguf.engine import LlamaCpp
 from ft_export.gguf.proof import Prompt
-from ft_export.gguf.towers import Tower, image_settings, unturned
+from ft_export.gguf.towers import Tower, unturned
 from ft_export.logprobs import all_logprobs
 from ft_export.samples import Row
-from ft_export.seeing import PLACE, Seen, image_processor, images_of, question_of, rendered, seen
+from ft_export.seeing import PLACE, Seen, image_processor, image_settings, images_of, question_of, rendered, seen
 
 __all__ = [
     "Pictures", "budget_of", "check_image_template", "leave_unturned", "pictures", "size_of", "without_images",

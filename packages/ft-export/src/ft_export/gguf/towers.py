@@ -12,20 +12,18 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
 from ft_export.gguf import gemma
 from ft_export.gguf.rope import check_rope, head_size
 from ft_export.gguf.rules import Operation, same
-from ft_export.runs import read_json
 from ft_export.seeing import sees, text_config
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TOWERS", "Tower", "check_gemma3_vl", "check_qwen3_vl", "image_settings", "tower_of", "unturned"]
+__all__ = ["TOWERS", "Tower", "check_gemma3_vl", "check_qwen3_vl", "tower_of", "unturned"]
 
 GELU = "gelu_pytorch_tanh"
 EPS = 1e-6
@@ -58,22 +56,6 @@ class Tower:
     grid: bool
     written: str
     around: str = ""
-
-
-def image_settings(folder: Path) -> dict[str, Any]:
-    """What the images' processor of a model's folder is told; nested in the whole processor's file or by itself.
-
-    Raises:
-        ExportError: there is none.
-    """
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        said = read_json(folder / name) if (folder / name).is_file() else {}
-        said = {**said, **said["image_processor"]} if isinstance(said.get("image_processor"), dict) else said
-        if "image_mean" in said:
-            return said
-    raise ExportError(
-        f"{folder} says nothing of its images (no image_mean in processor_config.json or preprocessor_config.json)"
-    )
 
 
 def tower_of(config: Any) -> Tower | None:

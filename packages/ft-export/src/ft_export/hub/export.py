@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ft_export.bases import read_config
+from ft_export.bases import local_base, read_config
 from ft_export.errors import ExportError, one_line
 from ft_export.exporting import PROOF, Exported, check_target, whole_model
 from ft_export.folders import new_folder
@@ -24,6 +24,7 @@ from ft_export.hub.wanted import MAIN, Wanted, check_type, read_options
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
 from ft_export.seeing import sees
+from ft_export.serving.folder import take_names
 
 __all__ = ["export"]
 
@@ -151,6 +152,9 @@ def _lay_out(layout: _Layout, lines: list[str]) -> list[File]:
         made = source.adapter if adapter else whole_model(source, lines, layout.progress)
         assert made is not None  # check_type
         left = place_model(made, folder, layout.record.base, adapter)
+        own = local_base(source.base) if source.adapter is None and source.base else None
+        if own is not None and _sees(folder) and (renamed := take_names(folder, own)):
+            lines.append(f"{renamed} tensors have the base's names of them, not those that transformers saved")
         file, proof, model = None, of_weights(folder, made, adapter), folder
         if left:
             more = f" and {len(left) - LEFT_NAMED} more" if len(left) > LEFT_NAMED else ""
@@ -205,11 +209,15 @@ def _tags(layout: _Layout, trained: bool) -> list[str]:
     return [*tags, *([method] if trained and isinstance(method, str) else [])]
 
 
+def _sees(folder: Path) -> bool:
+    return "vision_config" in read_json(folder / "config.json") and sees(read_config(folder))
+
+
 def _task(source: Source, model: Path, base: Path | None) -> str | None:
     """What it does, in the Hub's words, from the configurations; None where they do not say."""
     for folder in (model, base):
         if folder is not None and (folder / "config.json").is_file():
-            if "vision_config" in read_json(folder / "config.json") and sees(read_config(folder)):
+            if _sees(folder):
                 return SEES
             break
     if source.adapter is not None:

@@ -28,7 +28,7 @@ from ft_export.serving.stream import Planned, write_tensors
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plan", "Whole", "plan_whole", "write_whole"]
+__all__ = ["Plan", "Whole", "plan_whole", "take_names", "write_whole"]
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 GENERATES = ("ForCausalLM", "ForConditionalGeneration")
@@ -171,6 +171,29 @@ def _linear(model: Path, stored: Checkpoint) -> tuple[set[str], list[str]]:
     if missing:
         raise ExportError(f"{model} has no weights for {missing[0]} ({len(missing)} missing): it is incomplete")
     return found, ignored
+
+
+def take_names(folder: Path, base: Path) -> int:
+    """Give a model's files the names of tensors that its base's have; those that change are written anew, beside.
+
+    Returns:
+        How many names changed.
+    """
+    stored = Checkpoint(folder)
+    names = _names_of(base, folder, stored)
+    for path in stored.files if names else ():
+        here = [name for name in stored if stored.file(name) == path]
+        planned = {names.get(name, name): Planned(stored.shape(name), stored.dtype(name)) for name in here}
+        beside = path.with_suffix(".unfinished")
+        write_tensors(beside, planned, ({names.get(name, name): stored.tensor(name)} for name in here))
+        os.replace(beside, path)  # which may be a second name of somebody's file, that stays
+    if names and (folder / INDEX).is_file():
+        said = read_json(folder / INDEX)
+        said["weight_map"] = {names.get(name, name): file for name, file in said["weight_map"].items()}
+        beside = folder / f"{INDEX}.unfinished"
+        beside.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, folder / INDEX)
+    return len(names)
 
 
 def write_whole(plan: Plan, to: Path, progress: Progress = silent) -> Whole:
