@@ -22,6 +22,7 @@ EXPECTED = {
         "VISION",
     ],
     "ft_vision.asking": ["ASKING", "normalise_asking"],
+    "ft_vision.beside": ["VisionInputs"],
     "ft_vision.collating": ["UnusableImage", "VisionCollator", "collator", "collator_for", "packs"],
     "ft_vision.documents": [
         "COUNTS",
@@ -35,7 +36,6 @@ EXPECTED = {
     "ft_vision.evaluating": ["evaluate"],
     "ft_vision.families.parts": ["FAMILIES", "Family", "family_of"],
     "ft_vision.images": ["FORMATS", "ImageError", "MAX_BYTES", "MAX_PIXELS", "image_size", "read_image"],
-    "ft_vision.inputs": ["VisionInputs"],
     "ft_vision.loading": ["adapter_options", "load_for_training", "load_processor", "settings_of"],
     "ft_vision.pixels": ["is_turned", "to_8_bit", "upright"],
     "ft_vision.rows": ["image_name", "normalise", "open_reference", "reference_of"],

@@ -30,7 +30,7 @@ VISION = ModalitySpec(
     dataset="ft_vision.documents:dataset",
     collator="ft_vision.collating:collator",
     evaluate="ft_vision.evaluating:evaluate",
-    inputs="ft_vision.inputs:VisionInputs",
+    inputs="ft_vision.beside:VisionInputs",
 )
 
 
