@@ -51,7 +51,7 @@ def test_rollouts_say_what_the_model_says(name: str, family: Any, tmp_path: Path
     from ft_rl.inputs import beside_of
     from ft_rl.rollouts.own_model import OwnModel
     from ft_rl.rollouts.protocol import EngineJob, Sampling
-    from ft_vision.inputs import VisionInputs
+    from ft_vision.beside import VisionInputs
     from ft_vision.loading import load_processor
 
     where = family(name)

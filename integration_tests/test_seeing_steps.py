@@ -136,6 +136,7 @@ def check_equal(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, 
 def test_a_step_of_dpo_is_trls(name: str, layers: str, family: Any, tmp_path: Path) -> None:
     """Two of four pairs ask the same of two images of one size: their prompts' tokens are equal, the images not."""
     rows = seen.pairs(tmp_path, 4, sizes=((56, 56), (56, 56), (84, 56)))
+    rows[2]["prompt"][0]["content"].insert(1, dict(rows[1]["prompt"][0]["content"][0]))  # one shows two
     where = family(name)
     settings = {"beta": 0.1}
     job = job_of(tmp_path, adapted(where), where, rows, "dpo", settings)

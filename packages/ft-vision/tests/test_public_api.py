@@ -80,6 +80,9 @@ EXPECTED = {
         "drawn",
         "packs",
     ],
+    "ft_vision.asking": ["ASKING", "normalise_asking"],
+    "ft_vision.beside": ["VisionInputs"],
+    "ft_vision.collating": ["UnusableImage", "VisionCollator", "collator", "collator_for", "packs"],
     "ft_vision.documents": [
         "COUNTS",
         "IMAGES",
@@ -102,6 +105,7 @@ EXPECTED = {
         "processor_of",
         "settings_of",
     ],
+    "ft_vision.loading": ["adapter_options", "load_for_training", "load_processor", "settings_of"],
     "ft_vision.pixels": ["is_turned", "to_8_bit", "upright"],
     "ft_vision.rows": ["image_name", "normalise", "open_reference", "reference_of"],
     "ft_vision.settings": ["VisionSettings"],

@@ -35,7 +35,7 @@ VISION = ModalitySpec(
     knows="ft_vision.answering:knows",
     answerer="ft_vision.answering:VisionAnswerer",
     plan="ft_vision.planning:VisionFronts",
-    inputs="ft_vision.inputs:VisionInputs",
+    inputs="ft_vision.beside:VisionInputs",
     verify="ft_vision.verifying:prepare",
 )
 
