@@ -249,8 +249,8 @@ class LentWeights:
             self._put(_HeadForward(path, head, self.head))
         if isinstance(embedding, nn.Embedding):
             tied = self._head is not None and hasattr(embedding.weight, LENT)
-            if not tied and _worth([embedding.weight]):
-                self._table = _Group([embedding.weight], stream, pin)
+            if not tied and (taken := _worth(embedding.parameters())):
+                self._table = _Group(taken, stream, pin)
             if hasattr(embedding.weight, LENT):
                 group = self._head if tied else self._table
                 assert group is not None
@@ -317,4 +317,4 @@ def _join(parameters: Sequence[nn.Parameter]) -> None:
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
     """A storage as a tensor that autograd knows nothing of."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -28,7 +28,7 @@ def tell_lengths(model: nn.Module) -> int:
         if type(module).__name__ not in KINDS or has_other(module):
             continue
         if not isinstance(vars(module).get("forward"), _AttentionForward):
-            module.forward = _AttentionForward(module, lengths)  # type: ignore[assignment]
+            vars(module)["forward"] = _AttentionForward(module, lengths)
         found += 1
     return found
 
@@ -55,6 +55,7 @@ class _AttentionForward(Replaced):
         self._lengths = lengths
 
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, *args: Any, **keywords: Any) -> Any:
-        if "flash" not in str(self.module.config._attn_implementation):  # that wants them on the GPU
+        config: Any = self.module.config
+        if "flash" not in str(config._attn_implementation):  # that wants them on the GPU
             cu_seqlens = self._lengths.of(cu_seqlens)
         return self.own(hidden_states, cu_seqlens, *args, **keywords)
