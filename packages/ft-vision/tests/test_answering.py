@@ -318,7 +318,7 @@ def test_without_ft_vision_it_says_what_to_install(
 
 def test_what_is_listed_mentions_vision(ft: Any) -> None:
     listed = {row["name"]: row for row in json.loads(ft("models", "--json").out)}
-    assert (listed["qwen3_vl"]["images"], listed["qwen3"]["images"]) == (True, False)
+    assert (listed["qwen3_vl"]["side"], listed["qwen3"]["side"]) == ("language", "whole")
     assert "what sees or hears is transformers' own" in ft("models").out
     told = json.loads(ft("doctor", "--json").out)
     assert "vision" in told["tasks"]
