@@ -111,6 +111,7 @@ def test_full_fine_tuning_keeps_float32_weights_and_saves_what_it_computes_in(
     ft: Any, configure: Any, tmp_path: Path
 ) -> None:
     import torch
+    import torch
     from safetensors.torch import load_file
 
     run = tmp_path / "run"
@@ -460,3 +461,22 @@ def test_from_data_to_answers_on_a_gpu(ft: Any, configure: Any, tmp_path: Path, 
         assert done.code == 0, done.err
         answers.append(out.read_text(encoding="utf-8").count("\n"))
     assert answers == [2, 2]
+
+
+def test_a_module_that_is_trained_whole_is_trained_in_float32(configure: Any, ft: Any, tmp_path: Path) -> None:
+    """In bfloat16 a step of a thousandth of a weight is rounded away; what is saved is in 16 bits, as the model is."""
+    import torch
+    from safetensors.torch import load_file
+
+    training = {"max_steps": 4, "learning_rate": 1.0e-5, "save_every": 4}
+    done = ft("train", configure(lora={"r": 2, "modules_to_save": ["lm_head"]}, training=training))
+    assert done.code == 0, done.err
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    kept, saved = (
+        load_file(folder / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+        for folder in (checkpoint, tmp_path / "run" / "adapter")
+    )
+    assert (kept.dtype, saved.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(kept.to(torch.bfloat16), saved)
+    begun = kept.to(torch.bfloat16).float()
+    assert ((kept - begun).abs() > 0).float().mean() > 0.9  # no number of 16 bits any more

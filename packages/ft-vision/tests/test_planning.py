@@ -47,9 +47,11 @@ def real(config: Any) -> Any:
     """The model as `ft train` makes it on a machine that computes in bfloat16."""
     from ft_core.plugins import MethodSpec, registry
     from ft_core.training.prepare import prepare_model
+    from ft_core.training.wrapped import widen_whole
 
     device = dataclasses.replace(pick_device(), dtype="bfloat16")
     made = prepare_model(config, registry().get(MethodSpec, "sft"), find_model(config.model), device, lambda line: None)
+    widen_whole(made)
     return made.train()
 
 

@@ -91,7 +91,8 @@ class VisionFronts:
             work=patches * (4 * inner + 12 * hidden),
             flops=flops / counted.tokens,
             passes={"frozen": 1.0, "lora": 2.0, "full": 3.0}[settings.tower],
-            copies=counted.copies if config.lora is None else 0,
+            copies=counted.copies if config.lora is None or whole else 0,
+            itemsize=4,
             row_tokens=self._row_tokens,
             notes=(f"images are assumed to be {self._share:.0%} of a row's tokens{beside}", ROUGH),
         )
@@ -152,9 +153,9 @@ def materialize(
         if path == inside or path.startswith(f"{inside}.") or not path.startswith("model"):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            full = lora is None  # in full training weights are in 32 bits
-            dtype = torch.float32 if full else parameter.dtype
-            trained = (full and not stands_in(f"{path}.{name}", frozen)) or stands_in(f"{path}.{name}", whole)
+            full, is_whole = lora is None, stands_in(f"{path}.{name}", whole)
+            dtype = torch.float32 if full or is_whole else parameter.dtype  # what is trained itself is in 32 bits
+            trained = (full and not stands_in(f"{path}.{name}", frozen)) or is_whole
             empty = torch.empty(parameter.shape, dtype=dtype)
             setattr(module, name, torch.nn.Parameter(empty, requires_grad=trained))
         for name, buffer in list(module.named_buffers(recurse=False)):

@@ -46,7 +46,7 @@ class Front:
     flops: float = 0.0
     passes: float = 1.0
     copies: int = 0
-    itemsize: int = 2
+    itemsize: int = 4
     row_tokens: float | None = None
     notes: tuple[str, ...] = ()
 

@@ -172,6 +172,8 @@ def _peak(blueprint: Blueprint, outline: Outline, step: Step) -> Peak:
     }
     if outline.full:  # autocast keeps a 16-bit copy of each product's weight from forward to backward
         fixed["16-bit copies"] = 2 * sum(m.count for m in (*blueprint.inner, blueprint.head)) + front.copies
+    elif outline.whole:
+        fixed["16-bit copies"] = front.copies
     if not outline.full and blueprint.stored is not None:
         fixed["weights"] = weight_bytes(blueprint, blueprint.stored, itemsize)
     lent = lent_bytes(blueprint, outline, blueprint.stored or step.quantization) if step.lends else Lent()

@@ -47,7 +47,7 @@ from ft_core.training.prepare import (
 from ft_core.training.ranks import Ranks
 from ft_core.training.speed import check_first_step, foresee, leave_disk, plan_ahead, recomputes, speed_up
 from ft_core.training.trainer import last_whole_checkpoint, storage_error
-from ft_core.training.wrapped import as_loaded
+from ft_core.training.wrapped import as_loaded, as_saved, widen_whole
 
 __all__ = ["TrainResult", "train"]
 
@@ -197,6 +197,8 @@ class _Session:
         job.callbacks += [self.writer, *([Progress(self.writer)] if ranks.is_main else []), self.interruption]
         self.trainer: Any = build_trainer(resolve(spec.trainer), job)
         self.trainer.rates = rates_of(job.model, job.config)
+        if job.config.method == "sft":  # others ask the model for answers as it is wrapped
+            widen_whole(job.model)
         self.trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; Progress shows what matters
         plan_ahead(self.trainer, job.say)
         self.trainer.keep_checkpoints = job.config.training.keep_checkpoints
@@ -306,7 +308,8 @@ class _Session:
                     model.generation_config.eos_token_id = stop_ids(model, self.job.tokenizer)
                 model.save_pretrained(beside)
             else:
-                model.save_pretrained(beside)
+                with as_saved(model):
+                    model.save_pretrained(beside)
                 (beside / "README.md").unlink(missing_ok=True)  # PEFT's card is a form that nobody has filled in
                 _name_base(beside / "adapter_config.json", self.run.environment["base_model"]["path"])
             template = alpaca_template(self.job.tokenizer, self.job.train_rows)
