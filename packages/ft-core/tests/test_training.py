@@ -111,7 +111,6 @@ def test_full_fine_tuning_keeps_float32_weights_and_saves_what_it_computes_in(
     ft: Any, configure: Any, tmp_path: Path
 ) -> None:
     import torch
-    import torch
     from safetensors.torch import load_file
 
     run = tmp_path / "run"
