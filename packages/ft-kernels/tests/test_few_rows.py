@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ft_kernels import NF4Weight, decode_attention, nf4_linear, rope_append, row_linear
+from ft_kernels import NF4Weight, decode_attention, gather_rows, nf4_linear, rope_append, row_linear
 from ft_kernels.dispatch import power_of_2
 from ft_kernels.functional import few_rows
 from ft_kernels.ops.nf4 import reference
@@ -443,3 +443,22 @@ def test_at_the_size_of_a_model_and_recorded(device, launched, exact_enough, row
     wide = [t.double() for t in (q, keys, values)]
     eager = attended(q, keys, values, counts, None, 128**-0.5)
     exact_enough("attention", replayed[1], eager, attended(*wide, counts, None, 128**-0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_rows_of_a_table_in_the_hosts_memory(device, dtype, pinned):
+    """Copies, to the bit; a GPU reads a pinned table by itself."""
+    if pinned and torch.device(device).type != "cuda":
+        pytest.skip("memory is pinned for a GPU")
+    table = torch.randn(37, 72, generator=torch.Generator().manual_seed(0)).to(dtype)
+    table = table.pin_memory() if pinned else table
+    index = torch.tensor([3, 0, 36, 3, 12], device=device)
+    for which in (index, index.int(), index[:0]):
+        rows = gather_rows(table, which)
+        assert rows.device == index.device
+        assert torch.equal(rows.cpu(), table[which.cpu()])
+    on_device = table.to(device)
+    assert torch.equal(gather_rows(on_device, index), on_device[index])
+    wide = torch.randn(5, 6000, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+    assert torch.equal(gather_rows(wide[:, ::2], index % 5), wide[:, ::2][index % 5])

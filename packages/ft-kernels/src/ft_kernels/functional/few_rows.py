@@ -270,7 +270,8 @@ def gather_rows(table: Tensor, index: Tensor) -> Tensor:
 
     A table in memory that is not pinned, or on a device without Triton, is read by the host, which waits for the index.
     """
-    if use_triton(table.new_empty(0, device=index.device)) and (table.is_cuda or table.is_pinned()):
+    reaches = table.device == index.device or (index.is_cuda and table.is_pinned())
+    if reaches and use_triton(table.new_empty(0, device=index.device)):
         from ft_kernels.ops.shared_rows import kernels
 
         return kernels.gather_rows(table.detach(), index)
