@@ -11,7 +11,7 @@ import ft_core
 
 EXPECTED: dict[str, list[str]] = {
     "ft_core": ["FtError", "TrainConfig", "__version__", "add_lora", "evaluate", "generate", "load", "train"],
-    "ft_core.adapters": ["add_lora", "dense_targets"],
+    "ft_core.adapters": ["add_lora", "dense_targets", "inject_lora"],
     "ft_core.answering": ["Answerer", "Question", "TextAnswerer", "answerer_of", "turn"],
     "ft_core.cli": ["main"],
     "ft_core.commands": [],

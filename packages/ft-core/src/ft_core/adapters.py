@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["add_lora", "dense_targets"]
+__all__ = ["add_lora", "dense_targets", "inject_lora"]
 
 EXPERT_PARTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 """Names that PEFT reads as the router or parts of the experts where a model keeps its experts in stacked tensors."""
@@ -98,6 +98,13 @@ def add_lora(
         with suppress(fast.NotFast):  # `ft train` says why
             fast.enable(adapted)
     return adapted
+
+
+def inject_lora(model: Any, *, r: int, alpha: float, dropout: float, targets: list[str]) -> None:
+    """Put LoRA into these linear layers, by their paths, of anything that has some; without PEFT's wrapping."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets), model)
 
 
 def dense_targets(model: PreTrainedModel) -> list[str] | None:

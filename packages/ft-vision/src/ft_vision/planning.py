@@ -146,7 +146,8 @@ def materialize(
         modules: what stands before the layers.
     """
     import torch
-    from peft import LoraConfig, inject_adapter_in_model
+
+    from ft_core.adapters import inject_lora
 
     inside = _language_model(model)
     for path, module in list(model.named_modules()):
@@ -168,8 +169,7 @@ def materialize(
     if lora is not None and lora.targets != "all-linear":
         adapted = [path for path in adapted if path.rpartition(".")[2] in lora.targets or path in lora.targets]
     if lora is not None and adapted:
-        options = LoraConfig(r=lora.r, lora_alpha=2 * lora.r, lora_dropout=lora.dropout, target_modules=adapted)
-        inject_adapter_in_model(options, model)
+        inject_lora(model, r=lora.r, alpha=2 * lora.r, dropout=lora.dropout, targets=adapted)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
