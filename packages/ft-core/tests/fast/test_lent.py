@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from ft_core import fast
+from ft_core.errors import RunError
 from ft_core.fast import lent
 from ft_core.fast.find import unwrapped
 from ft_core.fast.lent import LentWeights
@@ -211,3 +212,78 @@ def test_on_a_gpu(quantization: str) -> None:
         expected, found = step(plain, seed), step(moved, seed)
         assert found[0] == expected[0]
         assert [n for n, g in expected[1].items() if not torch.equal(g, found[1][n])] == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"], ["q_proj", "embed_tokens"]])
+def test_an_adapter_on_an_end_is_computed_and_saved(kind: str, targets: list[str], tmp_path: Any) -> None:
+    """PEFT reads the weight beneath such an adapter itself, and writes it down: there the ends stay."""
+    results = []
+    for lends in (False, True):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        model: Any = get_peft_model(MAKE[kind]().to(torch.bfloat16), config).train()
+        path = fast.enable(model)
+        if lends:
+            path.lend()
+            assert len(emptied(model)) == 4 * 7 + (0 if len(targets) > 1 else 1 if kind == "tied" else 2)
+        results.append(step(model))
+        model.save_pretrained(tmp_path / str(lends))
+    assert results[0][0] == results[1][0]
+    assert [n for n, g in results[0][1].items() if not torch.equal(g, results[1][1][n])] == []
+    files = [(tmp_path / str(lends) / "adapter_model.safetensors").read_bytes() for lends in (False, True)]
+    assert files[0] == files[1]
+
+
+def test_a_step_that_did_not_fit_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards and backwards: what had no memory is not taken for what is there."""
+    plain, moved = make("llama", "nf4"), make("llama", "nf4")
+    fast.enable(plain)
+    path = fast.enable(moved)
+    path.lend()
+    gone = emptied(moved)
+    own, calls = torch.UntypedStorage.resize_, [0, 0]
+
+    def failing(storage: Any, size: int) -> Any:
+        calls[0] += size > 0
+        if calls[0] == calls[1]:
+            calls[0] += 1
+            raise torch.OutOfMemoryError("none is left")
+        return own(storage, size)
+
+    expected = step(plain)
+    for fails_at in (3, 8):  # the third layer forwards, the third from the end backwards
+        calls[:] = 0, fails_at
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.UntypedStorage, "resize_", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                step(moved)
+        assert path.lent is not None
+        path.lent.reset()
+        assert emptied(moved) == gone
+        found = step(moved)
+        assert found[0] == expected[0]
+        assert [n for n, g in expected[1].items() if not torch.equal(g, found[1][n])] == []
+        assert emptied(moved) == gone
+
+
+def test_a_lending_that_fails_leaves_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, moved = make("llama", "nf4"), make("llama", "nf4")
+    fast.enable(plain)
+    path = fast.enable(moved)
+    own, count = lent._Group._home, [0]
+
+    def full(group: Any, storage: Any) -> Any:
+        count[0] += 1
+        if count[0] == 3:
+            raise RunError("the host's memory is full")
+        return own(group, storage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lent._Group, "_home", full)
+        with pytest.raises(RunError, match="full"):
+            path.lend()
+    assert path.lent is None
+    assert emptied(moved) == []
+    expected, found = step(plain), step(moved)
+    assert found[0] == expected[0]

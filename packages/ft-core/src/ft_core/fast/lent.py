@@ -77,9 +77,14 @@ class _Group:
         """Start on the way to the GPU."""
         if self.is_here:
             return
+        try:
+            for storage, host in zip(self._storages.values(), self._host, strict=True):
+                storage.resize_(host.numel())
+        except BaseException:  # out of memory: what has some would never be filled
+            for storage in self._storages.values():
+                storage.resize_(0)
+            raise
         self.is_here = True
-        for storage, host in zip(self._storages.values(), self._host, strict=True):
-            storage.resize_(host.numel())
         if self._stream is None:
             self._fill()
             return
@@ -158,8 +163,12 @@ class LentWeights:
                 self._groups[place] = _Group(taken, stream, pin)
         if ends:
             self._take_ends(path, stream, pin)
-        for group in self._all():
-            group.leave()
+        try:
+            for group in self._all():
+                group.leave()
+        except BaseException:
+            self.end()
+            raise
         if stream is not None:
             torch.cuda.empty_cache()  # what the weights took lies in their sizes, which nobody else asks for
 
@@ -171,6 +180,8 @@ class LentWeights:
     def come(self, module: nn.Module) -> None:
         """A layer is about to compute: its weights are there, and the next one's set out."""
         place = self._place[id(module)]
+        if not place:
+            self._ending = False  # a backward pass before this one may have failed
         group = self._groups[place]
         if group is not None:
             group.come()
@@ -197,6 +208,12 @@ class LentWeights:
         finally:
             if not torch.is_grad_enabled():
                 self._head.leave()
+
+    def reset(self) -> None:
+        """A step that failed is over: no weights are on the GPU."""
+        self._ending = False
+        for group in self._all():
+            group.leave()
 
     def end(self) -> None:
         """All weights are the GPU's own again."""
@@ -225,7 +242,7 @@ class LentWeights:
         if not self._ending:
             self._ending = True
             engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._after)
+            engine.queue_callback(self.reset)
         if self._head is not None:
             self._head.leave()
         for other, group in enumerate(self._groups):
@@ -236,25 +253,22 @@ class LentWeights:
             group.come()
         self._set_out(place - 1)
 
-    def _after(self) -> None:
-        self._ending = False
-        for group in self._all():
-            group.leave()
-
     def _take_ends(self, path: FastPath, stream: torch.cuda.Stream | None, pin: bool) -> None:
+        """The head and the embedding, where both are what transformers made them: an adapter's wrapping reads the
+        weight by itself, and writes it down with the adapter."""
         model = path.model
         embedding, head = model.get_input_embeddings(), getattr(model, path.layout.head, None)
-        if isinstance(head, nn.Module) and (taken := _worth(head.parameters())):
+        if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
+            return
+        if taken := _worth(head.parameters()):
             self._head = _Group(taken, stream, pin)
             self._put(_HeadForward(path, head, self.head))
-        if isinstance(embedding, nn.Embedding):
-            tied = self._head is not None and hasattr(embedding.weight, LENT)
-            if not tied and (taken := _worth(embedding.parameters())):
-                self._table = _Group(taken, stream, pin)
-            if hasattr(embedding.weight, LENT):
-                group = self._head if tied else self._table
-                assert group is not None
-                self._put(_RowsForward(path, embedding, group, lambda: self._set_out(0)))
+        tied = self._head is not None and hasattr(embedding.weight, LENT)
+        if not tied and (taken := _worth(embedding.parameters())):
+            self._table = _Group(taken, stream, pin)
+        group = self._head if tied else self._table
+        if group is not None:
+            self._put(_RowsForward(path, embedding, group, lambda: self._set_out(0)))
 
     def _put(self, forward: Forward) -> None:
         forward.module.forward = forward  # type: ignore[assignment]

@@ -124,9 +124,11 @@ class FastPath:
         self.graphs.drop()
         for decoder in self.decoders:
             decoder.blocks.halves()  # what 16-bit weights need beside them is made while they are here
-        self.lent = LentWeights(self, layers, ends=ends)
-        for decoder in self.decoders:
-            decoder.blocks.forget()  # some weights lie elsewhere now
+        try:
+            self.lent = LentWeights(self, layers, ends=ends)
+        finally:
+            for decoder in self.decoders:
+                decoder.blocks.forget()  # some weights lie elsewhere now
 
     @contextlib.contextmanager
     def choosing(self, tokens: int, device: torch.device) -> Iterator[None]:

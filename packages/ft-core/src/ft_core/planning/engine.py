@@ -176,7 +176,7 @@ class Planner:
         kind = self.blueprint.stored or config.quantization
         bytes_here = weight_bytes(self.blueprint, kind, 2) + 4 * sum(outline.all)
         able = self.blueprint.layout is not None and not outline.full and outline.able
-        alone = load.written == 0 and load.sequences == 1 and not load.held
+        alone = load.written == 0 and load.sequences == 1 and not load.held and not _adapts_ends(config)
         return (
             self.lends and able and alone and bytes_here <= limit
             and 0 < lent_bytes(self.blueprint, outline, kind).whole <= self.host
@@ -313,6 +313,15 @@ class Planner:
                 self._counted[one] = _bytes_of(one)
             sizes[one.part] = sizes.get(one.part, 0) + self._counted[one]
         return sizes
+
+
+def _adapts_ends(config: TrainConfig) -> bool:
+    """Whether something is trained of the embedding or the head, whose weights then stay."""
+    if config.lora is None:
+        return True
+    named = [*(config.lora.modules_to_save or ())]
+    named += [] if isinstance(config.lora.targets, str) else config.lora.targets
+    return any("embed" in name or name.rpartition(".")[2] in ("lm_head", "score") for name in named)
 
 
 def _bytes_of(held: Held) -> int:

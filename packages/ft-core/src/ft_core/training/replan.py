@@ -141,7 +141,12 @@ class ReplanningMixin(_Base):
 
     def _drop(self, model: Any) -> None:
         """Let go of all that a step has left."""
+        from ft_core.fast import fast_path_of
+
         model.zero_grad(set_to_none=True)
+        path = fast_path_of(self.model)
+        if path is not None and path.lent is not None:
+            path.lent.reset()
         gc.collect()
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
