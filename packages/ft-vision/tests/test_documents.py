@@ -146,6 +146,25 @@ def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_what_stands_for_images_is_never_trained(name: str, make: Any, talks: list[dict[str, Any]]) -> None:
+    """Where all is trained, too: neither an image's pieces, nor what a processor writes around and between them."""
+    whole, answers = (make(name, talks, train_on=which) for which in ("all", "answers"))
+    for one, other, row in zip(whole.features, answers.features, whole.rows, strict=True):
+        assert one["input_ids"] == other["input_ids"]
+        encode = whole.processor.tokenizer
+        renderer = VisionRenderer(whole.processor)
+        words = [renderer.word(image_size(image)) for image in row["images"]]
+        shown = sum(len(encode(word, add_special_tokens=False)["input_ids"]) for word in words)
+        left_out = [i for i, label in enumerate(one["labels"]) if label == -100]
+        # Where a line break of the text and one of the image are one token, it is either's.
+        assert 1 + shown - 2 * len(words) <= len(left_out) <= 1 + shown + 2 * len(words)
+        assert name == "gemma3" or len(left_out) == 1 + shown
+        token = image_token_of(whole.model.config)
+        assert {i for i, found in enumerate(one["input_ids"]) if found == token} <= set(left_out)
+        assert all(a == b for a, b in zip(one["labels"], one["input_ids"], strict=True) if a != -100)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_packed_row_is_its_documents(name: str, make: Any, talks: list[dict[str, Any]], pictures: list[Path]) -> None:
     made = make(name, talks)
     apart = packs(made.model, made.processor, name)

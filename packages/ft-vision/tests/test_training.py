@@ -293,3 +293,21 @@ def test_where_a_row_with_images_does_not_fit_text_is_checked(
     assert checked == [True, False]
     assert "does not fit beside transformers' own; checked on text alone" in made.out + made.err
     assert "checked against transformers' own on a row, gradients within" in made.out + made.err
+
+
+def test_held_out_rows_that_the_model_cannot_see_are_skipped_too(
+    configure: Any, digits: Any, ft: Any, tmp_path: Path
+) -> None:
+    """An image whose shape the processor refuses: its row is neither measured nor asked about."""
+    from PIL import Image
+
+    Image.new("RGB", (2, 900)).save(tmp_path / "narrow.png")
+    rows = digits(12)
+    bad = json.loads(json.dumps(rows[0]))
+    bad["messages"][0]["content"][0]["image"] = "narrow.png"
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows[:3], bad]))
+    config = configure(rows=rows, eval_data=str(tmp_path / "held_out.jsonl"), vision={"on_bad_image": "skip"})
+    done = ft("train", config)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["rows"] == 3

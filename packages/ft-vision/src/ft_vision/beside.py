@@ -10,7 +10,7 @@ from ft_core.data import Collator
 from ft_core.errors import DataError, ModelError
 from ft_core.fast.beside import Beside
 from ft_vision.collating import WORKERS, _read, collator_for, packs
-from ft_vision.documents import THREADS, VisionRenderer, _fault, _measure
+from ft_vision.documents import THREADS, VisionRenderer, _measure, fault_of
 from ft_vision.loading import settings_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class VisionInputs:
         lines: list[str] = []
         with ThreadPoolExecutor(THREADS) as pool:
             for number, found in enumerate(pool.map(fault, rows)):
-                line = found or _fault(rows[number], self._renderer)
+                line = found or fault_of(rows[number], self._renderer)
                 if line is None:
                     numbers.append(number)
                 elif self._skips:

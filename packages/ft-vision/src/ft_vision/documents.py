@@ -28,7 +28,7 @@ from ft_vision.rows import image_name, open_reference, said_of
 if TYPE_CHECKING:
     from ft_core.training import Job
 
-__all__ = ["COUNTS", "IMAGES", "VisionRenderer", "dataset", "image_token_of", "images_of", "tokenize"]
+__all__ = ["COUNTS", "IMAGES", "VisionRenderer", "dataset", "fault_of", "image_token_of", "images_of", "tokenize"]
 
 IMAGES = "image_references"
 """The column with a row's images, in the order of their tokens. TRL would take one named ``images`` for its own."""
@@ -139,18 +139,20 @@ class VisionRenderer(Renderer):
         pieces = one.text.split(self.processor.image_token)
         words = [self.word(self.sizes[image]) for image in images[: len(pieces) - 1]]
         grown = []  # where a place ends in the old text, and by how much the text has grown by then
+        shown = []
         at = more = 0
         for piece, word in zip(pieces, words, strict=False):
             at += len(piece) + len(self.processor.image_token)
             more += len(word) - len(self.processor.image_token)
             grown.append((at, more))
+            shown.append((at + more - len(word), at + more))
 
         def moved(place: int) -> int:
             return place + next((by for end, by in reversed(grown) if end <= place), 0)
 
         text = "".join(piece + word for piece, word in zip(pieces, [*words, ""], strict=True))
         spans = tuple((moved(start), moved(end)) for start, end in one.spans)
-        return replace(one, text=text, spans=spans, uncuttable=bool(words))
+        return replace(one, text=text, spans=spans, uncuttable=bool(words), shown=tuple(shown))
 
 
 def tokenize(
@@ -178,7 +180,7 @@ def tokenize(
         while batch := list(islice(numbered, BATCH)):
             checked = []
             faults = pool.map(
-                lambda item: _measure(item[1], renderer, on_bad_image == "skip") or _fault(item[1], renderer), batch
+                lambda item: _measure(item[1], renderer, on_bad_image == "skip") or fault_of(item[1], renderer), batch
             )
             for (number, row), fault in zip(batch, faults, strict=True):
                 if fault is None:
@@ -203,7 +205,7 @@ def _measure(row: Row, renderer: VisionRenderer, whole: bool) -> str | None:
     return None
 
 
-def _fault(row: Row, renderer: VisionRenderer) -> str | None:
+def fault_of(row: Row, renderer: VisionRenderer) -> str | None:
     """What the processor has against one of a row's images, if anything."""
     for image in row["images"]:
         try:

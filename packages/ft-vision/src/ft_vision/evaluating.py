@@ -13,7 +13,7 @@ from ft_core.errors import DataError
 from ft_core.evaluation import SHORT_ANSWER, Evaluation, EvaluationJob, Sample
 from ft_core.text_metrics import Normalisation, anls, character_error_rate, exact_match, word_error_rate
 from ft_vision.collating import VisionCollator, collator_for
-from ft_vision.documents import IMAGES, VisionRenderer, image_token_of, images_of, tokenize
+from ft_vision.documents import IMAGES, VisionRenderer, fault_of, image_token_of, images_of, tokenize
 from ft_vision.loading import settings_of
 from ft_vision.rows import image_name
 
@@ -131,7 +131,7 @@ def _questions(job: EvaluationJob, renderer: VisionRenderer) -> tuple[list[Asked
     """What is asked, and whether the expected answers are short."""
     found = []
     for row in job.rows:
-        if all(image in renderer.sizes for image in row["images"]):
+        if all(image in renderer.sizes for image in row["images"]) and fault_of(row, renderer) is None:
             text, expected = renderer.prompt(row)
             if expected is not None:
                 ids = job.tokenizer(text, add_special_tokens=False)["input_ids"]

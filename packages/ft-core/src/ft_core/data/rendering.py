@@ -52,6 +52,7 @@ class Draft:
         mask: for each token whether it is trained, where the chat template's markers say so; ``spans`` is then empty.
         splittable: whether a document that is too long is cut into pieces instead of cut off.
         uncuttable: whether it is left out instead: a cut could go through an image.
+        shown: character ranges [start, end), rising and apart, that stand for what is no text: never trained.
     """
 
     text: str
@@ -60,6 +61,7 @@ class Draft:
     mask: tuple[int, ...] | None = None
     splittable: bool = False
     uncuttable: bool = False
+    shown: tuple[tuple[int, int], ...] = ()
 
 
 def alpaca_template(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,14 +158,19 @@ class RowTokenizer:
                 raise DataError(f"row {number + 1}: {error}") from None
         each = [one for several in drafts for one in several]
         encoded = iter(_encode(each, self.tokenizer, self._renderer.special_ids))
+        all_on = self.train_on == "all"
+        hidden = [replace(one, spans=one.shown, mask=None, end=False) for one in each if one.shown and all_on]
+        shown = iter(_encode(hidden, self.tokenizer, self._renderer.special_ids))
         for (number, _), several in zip(numbered, drafts, strict=True):
             result.rows += 1
             overlong = False
             for one in several:
                 ids, mask = next(encoded)
                 overlong |= len(ids) > self.max_length
-                all_on = self.train_on == "all"
-                labels = [token if all_on or on else IGNORE for token, on in zip(ids, mask, strict=True)]
+                if all_on:
+                    off = next(shown)[1] if one.shown else []
+                    mask = [not number < len(off) or not off[number] for number in range(len(ids))]
+                labels = [token if on else IGNORE for token, on in zip(ids, mask, strict=True)]
                 if one.uncuttable and len(ids) > self.max_length:
                     result.left_out += 1
                     result.dropped += 1
