@@ -142,6 +142,26 @@ def test_a_run_that_was_stopped_goes_on_the_same(name: str, configure: Any, ft: 
     assert losses(run) == losses(tmp_path / "whole")
 
 
+def test_a_run_goes_on_with_the_rows_that_it_began_with(configure: Any, digits: Any, ft: Any, tmp_path: Path) -> None:
+    rows = digits(12)
+    image = tmp_path / rows[4]["messages"][0]["content"][0]["image"]
+    whole = image.read_bytes()
+    image.write_bytes(whole[:40])
+    path = configure(rows=rows, vision={"on_bad_image": "skip"}, training={"max_steps": 4, "save_every": 2})
+    assert ft("train", path).code == 0
+    run = tmp_path / "run"
+    assert json.loads((run / "environment.json").read_text())["left_out_rows"] == [4]
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(run / "adapter")
+    (run / "summary.json").unlink()
+    image.write_bytes(whole)
+    made = ft("train", path, "--resume")
+    assert made.code == 2
+    assert "row 5 of the training data was left out when it began and can be used now" in made.message
+    image.write_bytes(whole[:40])
+    assert ft("train", path, "--resume").code == 0
+
+
 def test_batches_are_the_same_from_a_worker(configure: Any, ft: Any, tmp_path: Path) -> None:
     assert ft("train", configure(vision={"workers": 0})).code == 0
     made = ft("train", configure(vision={"workers": 1}, output=str(tmp_path / "ahead")))

@@ -17,6 +17,7 @@ from ft_core.data import Packed, Tokenized
 from ft_core.data.rendering import Draft, Renderer
 from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
+from ft_core.training.job import LEFT_OUT
 from ft_vision.budgets import can_be_bounded
 from ft_vision.families.parts import image_token_of
 from ft_vision.families.processors import image_options
@@ -61,6 +62,7 @@ class VisionRenderer(Renderer):
         self.processor = processor
         self.options: Mapping[str, Any] = image_options(processor)
         self.sizes: dict[str, tuple[int, int]] = {}
+        self.left_out: list[int] = []
         self._words: dict[tuple[int, int], str] = {}
 
     def drafts(self, row: Row) -> list[Draft]:
@@ -189,6 +191,7 @@ def tokenize(
                     raise DataError(f"row {number + 1}: {fault} (vision.on_bad_image: skip leaves such rows out)")
                 else:
                     bad.append(f"row {number + 1}: {fault}")
+                    renderer.left_out.append(number)
             adding(checked, result)
     return result, bad
 
@@ -235,6 +238,7 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
         train_on=getattr(job.settings, "train_on", "answers"),
         on_bad_image=settings_of(config).on_bad_image,
     )
+    job.kept[LEFT_OUT] = {**job.kept.get(LEFT_OUT, {}), name: renderer.left_out}
     for line in bad[:3]:
         job.say(f"left out: {what} {line}")
     if len(bad) > 3:

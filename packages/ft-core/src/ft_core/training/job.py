@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
     from ft_core.config import TrainConfig
 
-__all__ = ["Job", "build_trainer"]
+__all__ = ["LEFT_OUT", "Job", "build_trainer"]
+
+LEFT_OUT = "left_out"
+"""The key of :attr:`Job.kept` under which a data set says which rows could not be used, by ``train`` and ``held_out``.
+A run that goes on must leave out the same."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ __all__ = [
     "check_method",
     "check_resumable",
     "check_reward_files",
+    "check_same_rows",
     "check_unfinished",
     "environment",
     "fingerprint",
@@ -154,8 +155,25 @@ def prepare_model(
     return add_lora(model, **{**config.lora.model_dump(), **options})
 
 
+def check_same_rows(run: Run, left_out: list[int]) -> None:
+    """Refuse to go on with other rows than those that the run began with: what could not be read then may be there now.
+
+    Raises:
+        RunError: some are; it names the first.
+    """
+    before = run.environment.get("left_out_rows", [])
+    if before == left_out:
+        return
+    number = min(set(before) ^ set(left_out))
+    now = "cannot be used any more" if number in left_out else "was left out when it began and can be used now"
+    raise RunError(
+        f"cannot resume {run.path}: row {number + 1} of the training data {now}, so that the rows would come in "
+        "another order; make its images what they were, or begin anew with --overwrite"
+    )
+
+
 def environment(
-    config: TrainConfig, source: ModelSource, device: Device, model: Any, data_sha256: str
+    config: TrainConfig, source: ModelSource, device: Device, model: Any, data_sha256: str, left_out: list[int]
 ) -> dict[str, Any]:
     """The content of ``environment.json``."""
     import torch
@@ -182,5 +200,6 @@ def environment(
         "dtype": device.dtype,
         "base_model": base,
         "data_sha256": data_sha256,
+        **({"left_out_rows": left_out} if left_out else {}),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -28,7 +28,7 @@ from ft_core.runs import Run, write_json, write_text
 from ft_core.training.arguments import few_steps, total_steps, trainer_arguments
 from ft_core.training.callbacks import Interruption, MetricsWriter, Progress
 from ft_core.training.disk import disk_folder
-from ft_core.training.job import Job, build_trainer
+from ft_core.training.job import LEFT_OUT, Job, build_trainer
 from ft_core.training.lock import held
 from ft_core.training.memory import InUse, memory_capped, memory_errors_said
 from ft_core.training.modality import measure_of, rates_of
@@ -37,6 +37,7 @@ from ft_core.training.prepare import (
     check_method,
     check_resumable,
     check_reward_files,
+    check_same_rows,
     check_unfinished,
     environment,
     fingerprint,
@@ -169,15 +170,17 @@ def _train(
             processor=processor,
         )
         session = _Session(run, spec, job, ranks, {"load": peak_memory()})
+        left_out = job.kept.get(LEFT_OUT, {}).get("train", [])
         if resuming:
             check_unfinished(run, session.total)
+            check_same_rows(run, left_out)
         if ranks.is_main:
             write_text(run.path / run.CONFIG, to_yaml(config))  # on resuming too: its length may have changed
         if ranks.is_main and not resuming:
             if held_out:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in held_out)
                 write_text(run.path / run.HELD_OUT, "".join(lines))
-            write_json(run.path / run.ENVIRONMENT, environment(config, source, device, model, data_sha256))
+            write_json(run.path / run.ENVIRONMENT, environment(config, source, device, model, data_sha256, left_out))
     ranks.wait()
     return session.train()
 
@@ -347,7 +350,7 @@ class _Session:
             "tokens": rows[-1].get("tokens") if rows else 0,
             "seconds": rows[-1].get("seconds") if rows else 0.0,
             "train_loss": self._loss(),
-            "parameters": int(model.num_parameters()) if hasattr(model, "num_parameters") else _count(model),
+            "parameters": int(getattr(model, "num_parameters", lambda: sum(p.numel() for p in model.parameters()))()),
             "trainable_parameters": trainable,
             "data": self.job.counts,
             "memory": {phase: self.memory[phase] for phase in PHASES if phase in self.memory},
@@ -393,7 +396,3 @@ def _to_sixteen_bits(model: Any, arguments: Any) -> None:
 
     if arguments.bf16 or arguments.fp16:
         model.to(torch.bfloat16 if arguments.bf16 else torch.float16)
-
-
-def _count(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
