@@ -272,6 +272,7 @@ def stream(
         DataError: the conversation fills the model's positions, or the chat template refuses it.
         RunError: the memory is too small, or the fast layers were asked for and cannot answer.
     """
+    _check(max_new_tokens, temperature, top_p)
     text = render(messages if tokenizer.chat_template else messages[-1]["content"], tokenizer, None)
     yield from stream_ids(
         model,
