@@ -13,6 +13,7 @@ import torch
 from ft_core.evaluation import EvaluationJob
 from ft_rl import grpo
 from ft_rl.grpo_trainer import _grouped
+from ft_rl.inputs import first_batch
 from ft_rl.pairs import show
 from ft_rl.rollouts.drawing import draw
 from ft_rl.rollouts.protocol import Sampling
@@ -125,3 +126,13 @@ def test_an_evaluation_opens_images_for_some_rows_at_a_time(
     evens = len(range(0, count, 2))
     assert found.metrics["reward"] == pytest.approx((count - 1) / 2 + 0.5 * evens / count)
     assert found.samples[2].answer.endswith("[reward 2.5]")
+
+
+def test_tokens_of_images_are_no_labels_of_the_check() -> None:
+    """Here an image's token is numbered past the head's rows, as a family may have it."""
+    rows, image = 10, 12
+    batch = first_batch(Pictured(None, frozenset({image})), [3, image, image, 4], ["a.png"])
+    assert batch["input_ids"].tolist() == [[3, image, image, 4]]
+    assert batch["labels"].tolist() == [[3, -100, -100, 4]]
+    loss = torch.nn.functional.cross_entropy(torch.zeros(4, rows), batch["labels"][0])
+    torch.testing.assert_close(loss, torch.tensor(rows).log())
