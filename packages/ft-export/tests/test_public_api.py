@@ -233,6 +233,7 @@ API = {
     "ft_export.open_webui.compose": ["ENGINES", "IMAGES", "Wiring", "check_compose", "compose"],
     "ft_export.open_webui.export": ["COMPOSE", "MODEL", "OPTIONS", "export"],
     "ft_export.open_webui.model_json": ["model_json", "unescaped"],
+    "ft_export.opening": ["MAX_BYTES", "MAX_PIXELS", "NotReadError", "open_image"],
     "ft_export.plugin": [
         "GGUF",
         "HUB",
@@ -255,6 +256,7 @@ API = {
     "ft_export.samples": ["Row", "SENTENCES", "prompt_text", "read_rows", "token_ids"],
     "ft_export.seeing": [
         "PLACE",
+        "Picture",
         "QUESTION",
         "Seen",
         "draw",
@@ -270,6 +272,7 @@ API = {
         "seen_rows",
         "sees",
         "text_config",
+        "told",
     ],
     "ft_export.serving": ["FORMS", "Form", "Whole", "write_whole"],
     "ft_export.serving.checks": ["Gap", "Samples", "check_gap", "check_reads", "check_stored", "served_model"],

@@ -36,7 +36,7 @@ def test_a_merged_model_says_what_its_adapter_says(
     assert made.logprobs is not None
     assert made.weights.merged >= 14
     assert (made.weights.replaced > 0) == (family in WHOLE)
-    assert any("with its images" in line for line in made.lines)
+    assert "each of 4 texts was read with images: 4 of the rows' own, none drawn" in made.lines
     # the files have the names of the base's
     assert set(Checkpoint(made.folder)) == set(Checkpoint(base))
     report = json.loads((made.folder / "merge.json").read_text())
@@ -64,7 +64,24 @@ def test_several_adapters_are_combined(make_tokenizer: Any, tmp_path: Path) -> N
     one, two = (add_adapter(tmp_path / str(seed), base, seed=seed) for seed in (1, 2))
     made = merge(one, adapters=[(two, 0.5)])
     assert made.logprobs is not None
-    assert any("with its images" in line for line in made.lines)
+    whose = "0 of the rows' own, 4 drawn (4 for a row without images)"
+    assert f"each of 4 texts was read with images: {whose}" in made.lines
+
+
+def test_images_that_are_drawn_are_counted(make_tokenizer: Any, tmp_path: Path) -> None:
+    base = make_seeing(tmp_path / "base", "qwen3_vl", make_tokenizer())
+    run = write_run(tmp_path / "run", base, tmp_path / "a.png")
+    add_adapter(run / "adapter", base)
+    rows = [json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()]
+    one = rows[1]["messages"][0]["content"][0]
+    rows[1]["images"] += ["https://example.invalid/a.png"]
+    rows[1]["messages"][0]["content"].insert(0, one)
+    rows[2]["images"] = [f"frame:0/2:{tmp_path}/a.mp4"]
+    rows[3]["images"] = ["listed:http://example.invalid/b.png"]
+    (run / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    what = "2 for a URL, which is not fetched; 1 for a frame of a video, which is not decoded"
+    expected = f"each of 4 texts was read with images: 2 of the rows' own, 3 drawn ({what})"
+    assert expected in merge(run).lines
 
 
 def test_a_projector_that_is_not_the_trained_one_is_found(

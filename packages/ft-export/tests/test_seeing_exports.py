@@ -46,7 +46,8 @@ def test_servers_get_the_merged_model_with_its_processor(trained: Path, tmp_path
         proof = json.loads(made.proof.read_text())
         assert proof["with_images"]
         assert proof["samples"] == 4
-        assert "transformers reads 4 texts with their images from the folder" in made.lines
+        whose = "4 of the rows' own, none drawn"
+        assert f"transformers reads 4 texts with images from the folder: {whose}" in made.lines
         transformers.AutoModelForImageTextToText.from_pretrained(made.file)
 
 

@@ -7,14 +7,14 @@ written a second time: only the images' own processor is asked, which works with
 
 from __future__ import annotations
 
-import base64
 import inspect
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ft_export.errors import ExportError
+from ft_export.opening import NotReadError, open_image
 from ft_export.runs import read_json
 from ft_export.samples import Row
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "PLACE", "QUESTION", "Seen", "draw", "extended", "image_inputs", "image_processor", "image_settings", "images_of",
-    "model_class", "question_of", "rendered", "seen", "seen_rows", "sees", "text_config",
+    "PLACE", "QUESTION", "Picture", "Seen", "draw", "extended", "image_inputs", "image_processor", "image_settings",
+    "images_of", "model_class", "question_of", "rendered", "seen", "seen_rows", "sees", "text_config", "told",
 ]  # fmt: skip
 
 PLACE = "\ufdd0"
@@ -39,14 +39,27 @@ TYPES = ("mm_token_type_ids", "token_type_ids")
 """The keywords that say which tokens are an image's, of the families that have one."""
 
 
+class Picture(NamedTuple):
+    """An image of a proof, RGB.
+
+    Attributes:
+        image: of Pillow's. drawn: for what it was drawn, such as "a URL, which is not fetched"; nothing: the row's own.
+    """
+
+    image: Any
+    drawn: str
+
+
 class Seen(tuple[int, ...]):
     """Token ids of a conversation with images, and what goes with them into the model.
 
     Attributes:
         inputs: by the keyword of the model's forward: pixels, their sizes, which tokens are an image's.
+        drawn: of each image, as :attr:`Picture.drawn`; nothing where they are of no row.
     """
 
     inputs: dict[str, torch.Tensor]
+    drawn: tuple[str, ...] = ()
 
     def __new__(cls, ids: Sequence[int], inputs: Mapping[str, torch.Tensor]) -> Seen:
         made = super().__new__(cls, ids)
@@ -154,8 +167,8 @@ def draw(width: int, height: int, seed: int = 0) -> Any:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def images_of(row: Row, size: tuple[int, int] | None = None, seed: int = 0) -> list[Any]:
-    """A row's images as RGB, or drawn ones in the place of those that cannot be read any more; one at least.
+def images_of(row: Row, size: tuple[int, int] | None = None, seed: int = 0) -> list[Picture]:
+    """A row's images, or drawn ones in the place of those that are not read; one at least.
 
     Args:
         size: width and height to bring each to; else no more than ``EDGE`` pixels to an edge.
@@ -164,29 +177,33 @@ def images_of(row: Row, size: tuple[int, int] | None = None, seed: int = 0) -> l
     given = row.get("images")
     found = []
     for number, reference in enumerate(given if isinstance(given, list) and given else [None]):
-        image = _opened(reference)
-        if image is None:
+        why = ""
+        try:
+            if not isinstance(reference, str):
+                raise NotReadError("a row without images")
+            image = open_image(reference)
+        except NotReadError as error:  # moved since training, say: the proof only needs some image
+            why = str(error)
             image = draw(*(size or (EDGE, EDGE * 3 // 4)), seed=seed + number)
         if size is not None:
             image = image.resize(size)
         else:
             image.thumbnail((EDGE, EDGE))
-        found.append(image)
+        found.append(Picture(image, why))
     return found
 
 
-def _opened(reference: Any) -> Any:
-    from PIL import Image
+def told(drawn: Iterable[str]) -> str:
+    """How many images are the rows' own, and how many were drawn, for what.
 
-    if not isinstance(reference, str):
-        return None
-    try:
-        if reference.startswith("data:"):
-            data = base64.b64decode(reference.partition(",")[2], validate=True)
-            return Image.open(io.BytesIO(data)).convert("RGB")
-        return Image.open(reference).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None  # moved or changed since training: the proof only needs some image
+    Args:
+        drawn: for each image why it was drawn, or nothing (``Picture.drawn``).
+    """
+    whys = list(drawn)
+    counts = Counter(filter(None, whys))
+    what = "; ".join(f"{count} for {why}" for why, count in counts.items())
+    own = whys.count("")
+    return f"{own} of the rows' own, " + (f"{len(whys) - own} drawn ({what})" if counts else "none drawn")
 
 
 def question_of(row: Row, whole: bool) -> list[dict[str, str]]:
@@ -322,9 +339,12 @@ def seen_rows(rows: Sequence[Row], tokenizer: Any, processor: Any, model: Any) -
     for seed, row in enumerate(rows):
         messages = question_of(row, whole=True)
         places = sum(one["content"].count(PLACE) for one in messages)
-        images = images_of(row, seed=seed)
-        images = [images[number % len(images)].copy() for number in range(places)]
-        yield seen(rendered(messages, tokenizer, ask=False), images, tokenizer, processor, model)
+        pictures = images_of(row, seed=seed)
+        pictures = [pictures[number % len(pictures)] for number in range(places)]
+        images = [one.image.copy() for one in pictures]
+        made = seen(rendered(messages, tokenizer, ask=False), images, tokenizer, processor, model)
+        made.drawn = tuple(one.drawn for one in pictures)
+        yield made
 
 
 def extended(ids: Sequence[int], more: Sequence[int]) -> Sequence[int]:
@@ -337,4 +357,6 @@ def extended(ids: Sequence[int], more: Sequence[int]) -> Sequence[int]:
     for name in TYPES:
         if name in inputs:
             inputs[name] = torch.cat([inputs[name], torch.zeros(1, len(more), dtype=torch.long)], 1)
-    return Seen([*ids, *more], inputs)
+    made = Seen([*ids, *more], inputs)
+    made.drawn = ids.drawn
+    return made

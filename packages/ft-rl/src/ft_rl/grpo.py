@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ft_core.config import TrainConfig
     from ft_core.evaluation import Evaluation, EvaluationJob
     from ft_core.training import Job
+    from ft_core.training.inputs import Inputs
     from ft_rl.environments import EnvironmentClass
     from ft_rl.rewards import Rewards
 
@@ -36,6 +37,8 @@ KEPT = "rewards"
 """The name by which a job keeps its environment and rewards."""
 AT_ONCE = 32
 """Held-out prompts that are answered at a time."""
+OPENED = 8
+"""Held-out prompts with images that rewards are asked about at a time: those of 12 megapixels are 288 MB."""
 
 
 class WritingSettings(BaseModel):
@@ -293,7 +296,8 @@ def _scored_by(job: Job | EvaluationJob, settings: WritingSettings) -> tuple[Env
 def evaluate(job: EvaluationJob) -> Evaluation:
     """The rewards of the model's likeliest completions (greedy) of held-out prompts, or of episodes with its turns.
 
-    Tools of an environment are not called here.
+    Tools of an environment are not called here. Rewards are asked about all completions at once, but about 8 at a time
+    where prompts have images.
 
     ``reward`` is the mean weighted sum; then each reward's mean, by its name, where there are several; ``length``, the
     mean number of a completion's tokens.
@@ -322,8 +326,6 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     engine = OwnModel(EngineJob(job.model, job.tokenizer, {}, None, job.say))
     prompts = [asked_of(job, row) for row in rows]
     columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-    if inputs is not None:
-        columns[inputs.column] = [inputs.opened(given) for given in columns[inputs.column]]
     ids: list[list[int]] = []
     completions: list[Any] = []
     for start in range(0, len(prompts), AT_ONCE):
@@ -344,7 +346,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
         texts = [job.tokenizer.decode(one, skip_special_tokens=True) for one in ids[start:]]
         completions += map(as_completion, given, texts)
     job.progress(len(prompts), len(prompts), "completions")
-    each, totals = rewards.score(prompts, completions, completion_ids=ids, **columns)
+    each, totals = _scored(rewards, inputs, prompts, completions, {"completion_ids": ids, **columns})
     if REWARD in columns:
         own = columns[REWARD]
         totals = [(total or 0.0) + worth for total, worth in zip(totals, own, strict=True)] if totals else own
@@ -360,6 +362,31 @@ def evaluate(job: EvaluationJob) -> Evaluation:
 
     samples = samples_of(job, prompts, lambda i: f"row {i + 1}", lambda i: None, answer)
     return Evaluation(metrics, samples, len(rows))
+
+
+def _scored(
+    rewards: Rewards, inputs: Inputs | None, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
+) -> tuple[list[list[float | None]], list[float | None]]:
+    """As :meth:`ft_rl.rewards.Rewards.score`; where rows have images, of some rows at a time, whose images are opened
+    for that and let go: an image of 12 megapixels is 36 MB of pixels.
+
+    Args:
+        columns: a value for each prompt; that of the inputs' column are references.
+    """
+    if inputs is None:
+        return rewards.score(prompts, completions, **columns)
+    each: list[list[float | None]] = [[] for _ in rewards.names]
+    totals: list[float | None] = []
+    for start in range(0, len(prompts), OPENED):
+        part = slice(start, start + OPENED)
+        some = {name: values[part] for name, values in columns.items()}
+        some[inputs.column] = [inputs.opened(given) for given in some[inputs.column]]
+        scores, sums = rewards.score(prompts[part], completions[part], **some)
+        for values, more in zip(each, scores, strict=True):
+            values += more
+        totals += sums
+        del some  # before the next are opened
+    return each, totals
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

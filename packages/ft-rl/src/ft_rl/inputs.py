@@ -122,10 +122,17 @@ def beside_of(
 
 
 def first_batch(inputs: Inputs, ids: Sequence[int], given: Sequence[str]) -> dict[str, Any]:
-    """One row as a batch with labels, by which the fast layers are checked."""
+    """One row as a batch with labels, by which the fast layers are checked.
+
+    Tokens that stand for what is beside the text are never labels: nothing learns them, and a family may number them
+    past the rows of its head.
+    """
     import torch
 
+    from ft_core.data.collating import IGNORE
+
     row = torch.tensor([list(ids)])
+    labels = torch.tensor([[IGNORE if token in inputs.never else token for token in ids]])
     beside = inputs.beside([given], row, torch.ones_like(row))
     more = {} if beside is None else beside.padded(torch.arange(row.shape[1])[None])
-    return {"input_ids": row, "labels": row, "use_cache": False, **more}
+    return {"input_ids": row, "labels": labels, "use_cache": False, **more}

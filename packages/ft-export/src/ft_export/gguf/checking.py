@@ -29,6 +29,7 @@ from ft_export.gguf.towers import Tower
 from ft_export.gguf.vocabulary import Vocabulary
 from ft_export.runs import read_json
 from ft_export.samples import Row, prompt_text, read_rows
+from ft_export.seeing import told
 
 __all__ = ["Prove", "Sight", "check_in_llama_cpp", "proven_file", "versions"]
 
@@ -155,8 +156,8 @@ def _asked_with_images(engine: LlamaCpp, tokenizer: Any, sight: Sight, seen_: Pi
 def _told_of_images(seen_: Pictures, found: Comparison) -> list[str]:
     size = "{} x {}".format(*seen_.images[0].size)
     lines = [
-        f"{len(seen_.prompts)} of the prompts have an image of {size} pixels, which neither side resizes; the same "
-        f"inverted moves the likeliest first tokens by {seen_.sight:.2e} nats"
+        f"{len(seen_.prompts)} of the prompts have an image of {size} pixels, which neither side resizes "
+        f"({told(seen_.drawn)}); the same inverted moves the likeliest first tokens by {seen_.sight:.2e} nats"
     ]
     if not seen_.sight > found.bound_mean:
         lines.append(

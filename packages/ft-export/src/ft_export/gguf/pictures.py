@@ -39,6 +39,7 @@ class Pictures:
     texts: with ``PLACE`` for the image. images: one for each. encoded: the same as base64 of PNG.
     sight: nats by which another image moves the likeliest first tokens in transformers, the mean of the prompts.
     around: nats by which the text moves them that the model's processor puts around an image; None where it puts none.
+    drawn: of each image, as :attr:`ft_export.seeing.Picture.drawn`.
     """
 
     prompts: tuple[Prompt, ...]
@@ -47,6 +48,7 @@ class Pictures:
     encoded: tuple[str, ...]
     sight: float
     around: float | None
+    drawn: tuple[str, ...]
 
     def asked(self, marker: str, bos: str) -> list[Prompt]:
         """With what llama.cpp is sent: it puts ``bos`` before a text itself."""
@@ -130,9 +132,10 @@ def pictures(folder: Path, tower: Tower, model: Any, rows: Sequence[Row], tokeni
     """
     processor, config = image_processor(folder), model.config
     size = size_of(folder, config, tower)
-    prompts, texts, images, encoded, moved, around = [], [], [], [], [], []
+    prompts, texts, images, encoded, moved, around, drawn = [], [], [], [], [], [], []
     for number, row in enumerate(rows[:MOST]):
-        image = images_of(row, size, seed=number)[0]
+        image, why = images_of(row, size, seed=number)[0]
+        drawn.append(why)
         messages = _one_place(question_of(row, whole=False))
         bare = rendered(messages, tokenizer, ask=True)
         text = bare.replace(PLACE, tower.around + PLACE + tower.around)
@@ -154,7 +157,7 @@ def pictures(folder: Path, tower: Tower, model: Any, rows: Sequence[Row], tokeni
     mean = sum(moved) / len(moved)
     return Pictures(
         tuple(prompts), tuple(texts), tuple(images), tuple(encoded), mean,
-        sum(around) / len(around) if around else None,
+        sum(around) / len(around) if around else None, tuple(drawn),
     )  # fmt: skip
 
 

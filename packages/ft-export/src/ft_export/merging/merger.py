@@ -47,7 +47,7 @@ from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source
 from ft_export.samples import Row, read_rows, token_ids
-from ft_export.seeing import Seen, image_processor, seen_rows, sees
+from ft_export.seeing import Seen, image_processor, seen_rows, sees, told
 from ft_export.writing import write_model
 
 if TYPE_CHECKING:
@@ -323,8 +323,9 @@ class _Merge:
             None if self.combined is None else partial(put_together, parts=self.combined.parts, how=self.combined.how),
         )  # fmt: skip
         unit = "scores" if self.labels is not None else "log-probabilities"
-        if images := sum("pixel_values" in getattr(text, "inputs", {}) for text in logprobs.texts):
-            self.say(f"each of {images} texts was read with its images")
+        if pictured := [text for text in logprobs.texts if isinstance(text, Seen)]:
+            whose = told(why for text in pictured for why in text.drawn)
+            self.say(f"each of {len(pictured)} texts was read with images: {whose}")
         self.say(
             f"{unit} of {logprobs.merged.tokens} tokens, merged against adapter on its base: largest difference "
             f"{logprobs.merged.largest:.2e} (bound {logprobs.bound_largest:.2e}), mean {logprobs.merged.mean:.2e} "

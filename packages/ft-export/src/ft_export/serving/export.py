@@ -17,7 +17,7 @@ from ft_export.merging.merger import PICTURED, check_unchanged
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 from ft_export.samples import read_rows, token_ids
-from ft_export.seeing import image_processor, seen_rows, sees
+from ft_export.seeing import Seen, image_processor, seen_rows, sees, told
 from ft_export.serving.checks import Gap, Samples, check_gap, check_reads, check_stored, served_model
 from ft_export.serving.engine import OPTIONS as ENGINE_OPTIONS
 from ft_export.serving.engine import Engine, engine_of
@@ -96,7 +96,8 @@ def export_whole(
         gap: Gap | None = None
         samples = 0
         if sighted or plan.compressed or plan.cast:
-            texts = _samples(source, tokenizer, partial, sighted)
+            read: list[Seen] = []
+            texts = _samples(source, tokenizer, partial, read) if sighted else _texts(source, tokenizer)
             if plan.compressed or plan.cast:
                 gap = check_gap(plan, partial, texts, progress)
                 samples = gap.samples
@@ -104,7 +105,8 @@ def export_whole(
             else:
                 samples = check_reads(partial, texts, progress)
             if sighted:
-                lines.append(f"transformers reads {samples} texts with their images from the folder")
+                whose = told(why for text in read for why in text.drawn)
+                lines.append(f"transformers reads {samples} texts with images from the folder: {whose}")
         share = None if memory is None else int(100 * (limits.weights + limits.room) / memory) / 100
         project = project_name(source.name, target, source.path)
         write_launch(partial, service(name, _plain(plan.dtype), limits.context, share), limits, project)
@@ -147,11 +149,19 @@ def _check_seeing(folder: Path, form: Form, engine: Engine | None, target: str) 
     return True
 
 
-def _samples(source: Source, tokenizer: Any, folder: Path, sighted: bool) -> Samples:
-    """Held-out rows as token ids, else built-in sentences; of a model that sees with images, made of its own."""
-    if sighted:
-        rows, processor = read_rows(source.held_out)[:PICTURED], image_processor(folder)
-        return lambda model: list(seen_rows(rows, tokenizer, processor, model))
+def _samples(source: Source, tokenizer: Any, folder: Path, read: list[Seen]) -> Samples:
+    """Held-out rows with images, made of the model's own; ``read`` gets them once they are."""
+    rows, processor = read_rows(source.held_out)[:PICTURED], image_processor(folder)
+
+    def made(model: Any) -> list[Seen]:
+        read[:] = seen_rows(rows, tokenizer, processor, model)
+        return read
+
+    return made
+
+
+def _texts(source: Source, tokenizer: Any) -> list[list[int]]:
+    """Held-out rows as token ids, else built-in sentences."""
     texts = [token_ids(row, tokenizer) for row in read_rows(source.held_out)]
     return [ids for ids in texts if len(ids) > 1] or [token_ids(row, tokenizer) for row in read_rows(None)]
 
