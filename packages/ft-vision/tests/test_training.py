@@ -151,6 +151,7 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(configure: Any, digits: 
     assert ft("train", path).code == 0
     run = tmp_path / "run"
     assert json.loads((run / "environment.json").read_text())["left_out_rows"] == [4]
+    assert (run / "adapter" / "preprocessor_config.json").is_file()  # from which a processor for videos would be made
     shutil.rmtree(run / "checkpoints" / "checkpoint-4")
     shutil.rmtree(run / "adapter")
     (run / "summary.json").unlink()

@@ -77,7 +77,9 @@ class VisionAnswerer:
         Raises:
             DataError: a conversation that cannot be read, or an image that cannot be used.
         """
-        rows = [_normal(question, folder) for question in questions]
+        run = self._target.run
+        config = None if run is None else run.config  # which says what URLs may be asked
+        rows = [_normal(question, folder, config) for question in questions]
         sizes: dict[str, tuple[int, int]] = {}
         with ThreadPoolExecutor(THREADS) as pool:
             for question, row in zip(questions, rows, strict=True):
@@ -181,7 +183,7 @@ def _config(target: Target) -> tuple[TrainConfig, ModelSource]:
     return run.config, find_model(str(run.model) if trained_whole else run.config.model)
 
 
-def _normal(question: Question, folder: Path) -> dict[str, Any]:
+def _normal(question: Question, folder: Path, config: TrainConfig | None) -> dict[str, Any]:
     """The row of a question. What reads rows wants an answer in each, which is given it and taken away."""
     turns = question.prompt
     if isinstance(turns, str):
@@ -193,7 +195,7 @@ def _normal(question: Question, folder: Path) -> dict[str, Any]:
     if question.images is not None:
         row["images"] = [*question.images]
     try:
-        made = normalise(row, FORMATS[form], folder)
+        made = normalise(row, FORMATS[form], folder, config=config)
     except DataError as error:
         raise question.wrong(error) from error
     return {**made, "messages": made["messages"][:-1]}

@@ -41,7 +41,7 @@ def bound_pixels(images: Any, options: Mapping[str, Any], settings: VisionSettin
     if not can_be_bounded(images, options):
         raise ConfigError(f"vision.{given[0]}: {name} sees every image at the same size, {size}; remove the key")
     if kind == "Qwen2VLImageProcessor":
-        made = _between(size, settings)
+        made = _between(size, _patch(told) * int(told["merge_size"]), settings, name)
     elif kind == "PixtralImageProcessor":
         made = _edge(size["longest_edge"], _patch(told), settings, name)
     else:
@@ -66,8 +66,13 @@ def _size(images: Any) -> dict[str, int]:
     return {key: value for key, value in dict(images.size).items() if value is not None}
 
 
-def _between(size: Mapping[str, int], settings: VisionSettings) -> dict[str, int]:
-    """Qwen's: the names are transformers', but they are numbers of pixels, not of edges."""
+def _between(size: Mapping[str, int], edge: int, settings: VisionSettings, name: str) -> dict[str, int]:
+    """Qwen's: the names are transformers', but they are numbers of pixels, not of edges. ``edge`` is a token's."""
+    if settings.max_pixels is not None and settings.max_pixels < edge * edge:
+        raise ConfigError(
+            f"vision.max_pixels: {settings.max_pixels} is less than {name} can see an image with, {edge} x {edge} = "
+            f"{edge * edge}; give at least that"
+        )
     made = dict(size)
     if settings.max_pixels is not None:
         made["longest_edge"] = settings.max_pixels

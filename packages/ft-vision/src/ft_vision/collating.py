@@ -172,7 +172,7 @@ def _read(image: str) -> Any:
         return read_image(open_reference(image))
     except ImageError as error:
         raise UnusableImage(
-            f"{said_of(image, error)} (it was there when training began; mend it, and go on with --resume)"
+            f"{said_of(image, error)} (mend it, and go on; vision.on_bad_image: skip leaves such rows out)"
         ) from error
 
 

@@ -16,6 +16,7 @@ from typing import Any
 __all__ = ["image_options", "processor_class"]
 
 VIDEO = "video_preprocessor_config.json"
+IMAGES = "preprocessor_config.json"
 
 
 def processor_class(config: Any, folder: Path) -> Any:
@@ -71,8 +72,11 @@ def _without_videos(known: Any, folder: Path) -> Any:
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
             made = super().save_pretrained(save_directory, *args, **kwargs)
-            if (folder / VIDEO).is_file():  # for whoever reads it where there is a processor for videos
-                shutil.copyfile(folder / VIDEO, Path(save_directory) / VIDEO)
+            # For whoever reads it where there is one for videos: its own file, or the one that stands in for it.
+            for name in (VIDEO, IMAGES):
+                if (folder / name).is_file() and not (Path(save_directory) / name).exists():
+                    shutil.copyfile(folder / name, Path(save_directory) / name)
+                    break
             return made
 
     found = _without_numbers(Processor) if known.__name__ == "SmolVLMProcessor" else Processor
