@@ -237,6 +237,38 @@ def test_hosts_are_named_with_or_without_a_port() -> None:
     assert check_url("https://a.org/x", True) == "https://a.org/x"
 
 
+def test_an_ipv6_address_is_allowed_in_brackets() -> None:
+    url = "http://[2606:4700::1111]/x"
+    for allowed in ("2606:4700::1111", "[2606:4700::1111]", "[2606:4700::1111]:80"):
+        assert check_url(url, [allowed]) == LISTED + url
+    with pytest.raises(ImageError, match="its host is not among"):
+        check_url(url, ["2606:4700::1111:80"])  # another address
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://[2606:4700::1111]/", ("2606:4700::1111", 80)),
+        ("https://[2606:4700::1111]/", ("2606:4700::1111", 443)),
+        ("http://[2606:4700::1111]:8080/", ("2606:4700::1111", 8080)),
+        ("https://a.org/", ("a.org", 443)),
+    ],
+)
+def test_the_address_that_is_asked_is_that_of_the_url(
+    url: str, asked: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, int]] = []
+
+    def look(host: str, port: int, **options: Any) -> list[Any]:
+        found.append((host, port))
+        raise socket.gaierror
+
+    monkeypatch.setattr(fetching.socket, "getaddrinfo", look)
+    with pytest.raises(ImageError, match="its host is not known"):
+        cached(url)
+    assert set(found) == {asked}
+
+
 def test_a_run_fetches_before_it_trains_and_goes_on_without_the_host(
     configure: Callable[..., Path], ft: Callable[..., Any], server: Server, tmp_path: Path
 ) -> None:

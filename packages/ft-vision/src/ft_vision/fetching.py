@@ -73,8 +73,8 @@ def check_url(url: str, allowed: bool | Sequence[str]) -> str:
     if not allowed:
         raise ImageError("nothing is downloaded unless vision.allow_urls says so; set it, or give the path of a file")
     host = (parts.hostname or "").lower()
-    with_port = f"{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
-    if {host, with_port}.isdisjoint(one.lower() for one in allowed):
+    bracketed = f"[{host}]" if ":" in host else host  # else an address and a port would read as another address
+    if {host, bracketed, f"{bracketed}:{_port(parts)}"}.isdisjoint(one.lower() for one in allowed):
         raise ImageError(f"its host is not among vision.allow_urls ({', '.join(allowed)})")
     return LISTED + url
 
@@ -222,18 +222,23 @@ def _parts(url: str) -> SplitResult:
     return parts
 
 
+def _port(parts: SplitResult) -> int:
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
 def _connection(parts: SplitResult, private: bool) -> http.client.HTTPConnection:
     host = (parts.hostname or "").encode("idna").decode() if not _is_address(parts.hostname or "") else parts.hostname
     assert host is not None
+    # The port is always told: without one, http.client takes what follows the last colon of an IPv6 address for it.
     if parts.scheme == "https":
-        return _Https(host, parts.port, private)
-    return _Http(host, parts.port, private)
+        return _Https(host, _port(parts), private)
+    return _Http(host, _port(parts), private)
 
 
 class _Http(http.client.HTTPConnection):
     """A connection to an address that was looked at."""
 
-    def __init__(self, host: str, port: int | None, private: bool) -> None:
+    def __init__(self, host: str, port: int, private: bool) -> None:
         super().__init__(host, port, timeout=SECONDS)
         self._private = private
 
@@ -244,7 +249,7 @@ class _Http(http.client.HTTPConnection):
 class _Https(http.client.HTTPSConnection):
     """The same, with the host's certificate checked."""
 
-    def __init__(self, host: str, port: int | None, private: bool) -> None:
+    def __init__(self, host: str, port: int, private: bool) -> None:
         self._checking = ssl.create_default_context()
         super().__init__(host, port, timeout=SECONDS, context=self._checking)
         self._private = private
