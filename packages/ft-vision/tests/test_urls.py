@@ -170,6 +170,27 @@ def test_a_private_address_is_asked_only_by_name(host: str, monkeypatch: pytest.
         cached("http://images.example.org/a.png")
 
 
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        *((address, True) for address in ("8.8.8.8", "93.184.216.34", "2606:4700::1111", "2a00:1450::", "2001:4860::")),
+        # IPv4 in IPv6: mapped, NAT64, 6to4, each of a public and of a private address
+        *((address, True) for address in ("::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1")),
+        *((address, False) for address in ("::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::1", "2002:a83f:8110::")),
+        # compatible, translated, NAT64 of a network's own, Teredo: of no public host, whatever they hold
+        *((address, False) for address in ("::7f00:1", "::a00:1", "::ffff:0:7f00:1", "64:ff9b:1::7f00:1")),
+        *((address, False) for address in ("2001:0:4136:e378:8000:63bf:80ff:fffe", "::8.8.8.8", "::", "::1")),
+        # site-local, link-local, unique local, multicast, documentation, discarded, segment routing
+        *((address, False) for address in ("fec0::1", "fe80::1%eth0", "fd00:ec2::254", "ff0e::1")),
+        *((address, False) for address in ("2001:db8::1", "3fff::1", "100::1", "5f00::1", "4000::1")),
+        *((address, False) for address in ("168.63.129.16", "::ffff:168.63.129.16", "169.254.169.254", "192.0.0.192")),
+        *((address, False) for address in ("192.88.99.1", "100.100.100.200", "198.18.0.1", "240.0.0.1", "224.0.0.1")),
+    ],
+)
+def test_what_is_a_public_address(address: str, public: bool) -> None:
+    assert fetching._is_public(address) is public
+
+
 def test_a_public_url_may_not_lead_to_a_private_host(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     url = server.add("/a", status=302, Location=f"{server.url}/b")
     monkeypatch.setattr(fetching, "_is_public", lambda address: not server.asked)

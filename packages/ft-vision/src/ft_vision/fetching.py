@@ -44,7 +44,20 @@ AGAIN = (408, 429, 500, 502, 503, 504)
 FORGET = 60.0
 """Seconds for which a URL that could not be fetched is not asked for again: many rows may have it."""
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052, 2.1
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052, 2.1
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All that is given out of IPv6's global unicast (RFC 4291, 2.4). Outside lie site-local addresses, IPv4 ones in the forms
+"compatible" and "translated" (::/96, ::ffff:0:0:0/96), and NAT64's of a network's own (64:ff9b:1::/48)."""
+
+_SPECIAL = [
+    ipaddress.ip_network(network)
+    for network in (
+        *("2001::/23", "2001:db8::/32", "3fff::/20"),  # protocols (Teredo's 2001::/32 among them), documentation
+        *("192.0.0.0/24", "192.88.99.0/24"),  # protocols, 6to4's relays: RFC 6890, 7526
+        "168.63.129.16/32",  # what an Azure machine's host answers it on, as others do on link-local addresses
+    )
+]
+"""Addresses that lead to no public host, beside those that Python's ipaddress knows: its lists grew from 3.11 on."""
 
 _failed: dict[str, tuple[float, str]] = {}
 _locks: dict[str, threading.Lock] = {}
@@ -292,13 +305,15 @@ def _is_address(text: str) -> bool:
 
 
 def _is_public(text: str) -> bool:
+    """Whether an address is one of the public internet. An IPv4 address in an IPv6 one is what counts of it."""
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
-        if address in _NAT64:
-            address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        else:
-            address = address.ipv4_mapped or address.sixtofour or address
-    return address.is_global and not address.is_multicast
+        inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
+        inner = inner or address.ipv4_mapped or address.sixtofour
+        if inner is None and address not in _UNICAST:
+            return False
+        address = inner or address
+    return address.is_global and not address.is_multicast and not any(address in network for network in _SPECIAL)
 
 
 def _reason(error: BaseException) -> str:
