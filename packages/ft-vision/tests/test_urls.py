@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,51 @@ def test_a_busy_host_is_asked_again(server: Server) -> None:
     assert server.asked["/a.png"] == 2
 
 
+DRIPS: dict[str, tuple[bytes, bytes]] = {
+    "the status line": (b"HTTP/1.1 200 ", b"x"),
+    "headers": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    "the body": (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+    "TLS": (b"\x16\x03\x03\x40\x00", b"\x00"),  # the head of a handshake's record, RFC 8446, 5.1
+}
+
+
+@pytest.mark.parametrize("what", DRIPS)
+def test_a_host_that_drips_has_a_limit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never says nothing for long, and is never done: nothing but the limit on all of it ends the fetch."""
+    first, then = DRIPS[what]
+    monkeypatch.setattr(fetching, "SECONDS_IN_ALL", 0.4)
+    monkeypatch.setattr(fetching, "SECONDS", 30.0)
+    stop, asked = threading.Event(), 0
+
+    def serve() -> None:
+        nonlocal asked
+        while True:
+            try:
+                other, _ = listening.accept()
+            except OSError:
+                return
+            asked += 1
+            with other, suppress(OSError):
+                other.sendall(first)
+                for _ in range(150):
+                    if stop.wait(0.02):
+                        break
+                    other.sendall(then)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"{'https' if what == 'TLS' else 'http'}://127.0.0.1:{listening.getsockname()[1]}/x"
+        try:
+            with pytest.raises(ImageError, match="it took more than 0 seconds"):
+                cached(LISTED + url)
+        finally:
+            stop.set()
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+    assert asked <= 1  # no other try
+
+
 def test_a_redirection_on_the_same_host_is_followed(server: Server) -> None:
     server.image("/real.png")
     assert read_image(str(cached(LISTED + server.add("/a", status=302, Location="/real.png")))).size == (56, 56)
@@ -165,7 +211,7 @@ def test_a_private_address_is_asked_only_by_name(host: str, monkeypatch: pytest.
         return [(socket.AF_INET, 0, 0, "", ("93.184.216.34", port)), (family, 0, 0, "", (host, port))]
 
     monkeypatch.setattr(fetching.socket, "getaddrinfo", found)
-    monkeypatch.setattr(fetching.socket, "socket", lambda *_: pytest.fail("a connection was made"))
+    monkeypatch.setattr(fetching, "_Plain", lambda *_: pytest.fail("a connection was made"))
     with pytest.raises(ImageError, match="which is no public address: to ask it, name it in vision"):
         cached("http://images.example.org/a.png")
 
@@ -203,7 +249,7 @@ def test_https_does_not_lead_to_http(monkeypatch: pytest.MonkeyPatch) -> None:
     class Connection:
         status, reason = 301, "Moved"
 
-        def __init__(self, parts: Any, private: bool) -> None:
+        def __init__(self, parts: Any, private: bool, until: float) -> None:
             assert parts.scheme == "https"
 
         def request(self, *words: Any, **options: Any) -> None: ...

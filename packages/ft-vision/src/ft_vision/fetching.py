@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import ipaddress
+import math
 import os
 import socket
 import ssl
@@ -20,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from ft_vision.images import ImageError, image_size
@@ -35,6 +37,7 @@ MAX_FETCHED = 64 * 1024 * 1024
 SECONDS = 20.0
 """How long a host may say nothing."""
 SECONDS_IN_ALL = 120.0
+"""How long all of a URL may take from the first connection on: its tries and redirections, and however a host drips."""
 TRIES = 3
 PAUSE = 0.5
 """Seconds before the second try, and twice as many before the third."""
@@ -46,8 +49,8 @@ FORGET = 60.0
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052, 2.1
 _UNICAST = ipaddress.IPv6Network("2000::/3")
-"""All that is given out of IPv6's global unicast (RFC 4291, 2.4). Outside lie site-local addresses, IPv4 ones in the forms
-"compatible" and "translated" (::/96, ::ffff:0:0:0/96), and NAT64's of a network's own (64:ff9b:1::/48)."""
+"""All that is given out of IPv6's global unicast (RFC 4291, 2.4). Outside lie site-local addresses, IPv4 ones in the
+forms "compatible" and "translated" (::/96, ::ffff:0:0:0/96), and NAT64's of a network's own (64:ff9b:1::/48)."""
 
 _SPECIAL = [
     ipaddress.ip_network(network)
@@ -151,15 +154,18 @@ def _fetched(url: str, *, private: bool) -> bytes:
     Raises:
         ImageError: it cannot be had.
     """
-    why = ""
+    why, until = "", time.monotonic() + SECONDS_IN_ALL
     for number in range(TRIES):
         if number:
             time.sleep(PAUSE * number)
         try:
-            return _asked(url, private)
+            return _asked(url, private, until)
         except _Transient as error:
             why = str(error)
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if time.monotonic() >= until:
+                why = f"it took more than {SECONDS_IN_ALL:.0f} seconds"
+                break
             why = _reason(error)
             if isinstance(error, ssl.SSLError | ValueError):
                 break
@@ -170,16 +176,16 @@ class _Transient(Exception):
     """An answer that may be another one in a moment."""
 
 
-def _asked(url: str, private: bool) -> bytes:
-    """One attempt, its redirections followed."""
-    first, at, until = _parts(url), url, time.monotonic() + SECONDS_IN_ALL
+def _asked(url: str, private: bool, until: float) -> bytes:
+    """One attempt, its redirections followed; ``until``, by the monotonic clock, it may take."""
+    first, at = _parts(url), url
     for _ in range(REDIRECTIONS + 1):
         parts = _parts(at)
         if (parts.scheme, private) == ("http", False) and first.scheme == "https":
             raise ImageError(f"{_short(url)}: leads from https to http")
         if private and (parts.hostname, parts.port) != (first.hostname, first.port):
             raise ImageError(f"{_short(url)}: leads to another host, {parts.hostname}: give the URL there")
-        connection = _connection(parts, private)
+        connection = _connection(parts, private, until)
         try:
             target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=_SAFE)
             connection.request("GET", target, headers=_HEADERS)
@@ -191,13 +197,13 @@ def _asked(url: str, private: bool) -> bytes:
                 raise _Transient(f"HTTP {answer.status} {answer.reason}")
             if answer.status != 200:
                 raise ImageError(f"{_short(url)}: cannot be fetched: HTTP {answer.status} {answer.reason}")
-            return _body(answer, url, until)
+            return _body(answer, url)
         finally:
             connection.close()
     raise ImageError(f"{_short(url)}: is redirected more than {REDIRECTIONS} times")
 
 
-def _body(answer: http.client.HTTPResponse, url: str, until: float) -> bytes:
+def _body(answer: http.client.HTTPResponse, url: str) -> bytes:
     length = answer.getheader("Content-Length")
     announced = int(length) if length is not None and length.isdigit() else 0
     made = bytearray()
@@ -208,8 +214,6 @@ def _body(answer: http.client.HTTPResponse, url: str, until: float) -> bytes:
                 raise _Transient("the answer ended too early")
             return bytes(made)
         made += part
-        if time.monotonic() > until:
-            raise _Transient(f"it took more than {SECONDS_IN_ALL:.0f} seconds")
     raise ImageError(f"{_short(url)}: is larger than {MAX_FETCHED:,} bytes")
 
 
@@ -239,44 +243,82 @@ def _port(parts: SplitResult) -> int:
     return parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def _connection(parts: SplitResult, private: bool) -> http.client.HTTPConnection:
+def _connection(parts: SplitResult, private: bool, until: float) -> http.client.HTTPConnection:
     host = (parts.hostname or "").encode("idna").decode() if not _is_address(parts.hostname or "") else parts.hostname
     assert host is not None
     # The port is always told: without one, http.client takes what follows the last colon of an IPv6 address for it.
     if parts.scheme == "https":
-        return _Https(host, _port(parts), private)
-    return _Http(host, _port(parts), private)
+        return _Https(host, _port(parts), private, until)
+    return _Http(host, _port(parts), private, until)
 
 
 class _Http(http.client.HTTPConnection):
     """A connection to an address that was looked at."""
 
-    def __init__(self, host: str, port: int, private: bool) -> None:
+    def __init__(self, host: str, port: int, private: bool, until: float) -> None:
         super().__init__(host, port, timeout=SECONDS)
-        self._private = private
+        self._private, self._until = private, until
 
     def connect(self) -> None:
-        self.sock = _socket(self.host, self.port, self._private)
+        self.sock = _socket(self.host, self.port, self._private, self._until)
 
 
 class _Https(http.client.HTTPSConnection):
     """The same, with the host's certificate checked."""
 
-    def __init__(self, host: str, port: int, private: bool) -> None:
+    def __init__(self, host: str, port: int, private: bool, until: float) -> None:
         self._checking = ssl.create_default_context()
+        self._checking.sslsocket_class = _Secure
         super().__init__(host, port, timeout=SECONDS, context=self._checking)
-        self._private = private
+        self._private, self._until = private, until
 
     def connect(self) -> None:
-        plain = _socket(self.host, self.port, self._private)
+        plain = _socket(self.host, self.port, self._private, self._until)
         try:
-            self.sock = self._checking.wrap_socket(plain, server_hostname=self.host)
+            made = self._checking.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
         except BaseException:
             plain.close()
             raise
+        try:
+            assert isinstance(made, _Secure)
+            made.until = self._until
+            made.settimeout(_left(self._until))
+            made.do_handshake()  # of all of which a timeout is the limit
+        except BaseException:
+            made.close()
+            raise
+        self.sock = made
 
 
-def _socket(host: str, port: int, private: bool) -> socket.socket:
+def _left(until: float) -> float:
+    """The seconds for which a host may be waited for."""
+    left = min(SECONDS, until - time.monotonic())
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Plain(socket.socket):
+    """A socket that is read from until a moment: a timeout alone begins anew with every byte."""
+
+    until = math.inf
+
+    def recv_into(self, *given: Any, **named: Any) -> int:  # what http.client reads with
+        self.settimeout(_left(self.until))
+        return super().recv_into(*given, **named)
+
+
+class _Secure(ssl.SSLSocket):
+    """The same of TLS."""
+
+    until = math.inf
+
+    def recv_into(self, *given: Any, **named: Any) -> int:
+        self.settimeout(_left(self.until))
+        return super().recv_into(*given, **named)
+
+
+def _socket(host: str, port: int, private: bool, until: float) -> socket.socket:
     """A socket that is connected to the host, or to none of its addresses if one of them is not public."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if not private and (hidden := [where[0] for *_, where in found if not _is_public(str(where[0]))]):
@@ -285,9 +327,10 @@ def _socket(host: str, port: int, private: bool) -> socket.socket:
         )
     failure: OSError | None = None
     for family, kind, protocol, _, where in found:
-        made = socket.socket(family, kind, protocol)
-        made.settimeout(SECONDS)
+        made = _Plain(family, kind, protocol)
+        made.until = until
         try:
+            made.settimeout(_left(until))
             made.connect(where)
             return made
         except OSError as error:
