@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -105,6 +107,87 @@ def test_it_is_fetched_once_and_kept(server: Server, cache: Path) -> None:
         assert read_image(open_reference(url)).getpixel((0, 0)) == (255, 0, 0)
     assert server.asked == {"/a.png?size=1&x=%20": 1}
     assert [len(path.name) for path in cache.iterdir()] == [64]
+
+
+def test_others_may_read_what_is_kept_as_the_umask_says(server: Server) -> None:
+    before = os.umask(0o027)
+    try:
+        assert cached(LISTED + server.image("/a.png")).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_what_a_killed_process_left_goes_after_a_day(server: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    for name, hours in ((".partial-old", 25), (".partial-new", 23), ("other", 25)):
+        (cache / name).write_bytes(b"x")
+        os.utime(cache / name, (time.time() - hours * 3600,) * 2)
+    kept = cached(LISTED + server.image("/a.png"))
+    assert {path.name for path in cache.iterdir()} == {".partial-new", "other", kept.name}
+
+
+def test_a_failure_is_known_to_a_thread_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    url, held = "https://a.org/a.png", []
+
+    class Noted(dict[str, Any]):
+        def __setitem__(self, reference: str, what: Any) -> None:
+            held.append(fetching._locks[reference].locked())
+            super().__setitem__(reference, what)
+
+    def fetched(url: str, *, private: bool) -> bytes:
+        raise ImageError("gone")
+
+    monkeypatch.setattr(fetching, "_failed", Noted())
+    monkeypatch.setattr(fetching, "_fetched", fetched)
+    for _ in range(2):
+        with pytest.raises(ImageError, match="gone"):
+            cached(url)
+    assert held == [True]  # once: that it is known is no failure anew, which would never be forgotten
+    assert not fetching._locks
+
+
+def test_a_url_has_one_lock_while_a_thread_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    url, waits, held = "https://a.org/a.png", threading.Event(), []
+
+    class Counted:
+        """The lock of the locks, which says when a second thread has found the URL's."""
+
+        def __init__(self) -> None:
+            self.inner, self.count = threading.Lock(), 0
+
+        def __enter__(self) -> None:
+            self.inner.acquire()
+
+        def __exit__(self, *what: object) -> None:
+            self.count += 1
+            if self.count == 2:
+                waits.set()
+            self.inner.release()
+
+    def fetched(address: str, *, private: bool) -> bytes:
+        if threading.current_thread() is first:
+            assert waits.wait(30)
+        else:
+            first.join()
+            lock = fetching._locks.get(url)  # what a third thread would wait for
+            held.append(lock is not None and lock.locked())
+        raise ImageError("gone")
+
+    def ask() -> None:
+        with suppress(ImageError):
+            cached(url)
+
+    monkeypatch.setattr(fetching, "FORGET", 0.0)
+    monkeypatch.setattr(fetching, "_lock", Counted())
+    monkeypatch.setattr(fetching, "_fetched", fetched)
+    first, second = (threading.Thread(target=ask) for _ in range(2))
+    first.start()
+    while url not in fetching._locks:
+        time.sleep(0.001)
+    second.start()
+    for thread in (first, second):
+        thread.join()
+    assert held == [True]
 
 
 @pytest.mark.parametrize(

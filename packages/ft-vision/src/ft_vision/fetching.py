@@ -8,16 +8,18 @@ environment names are not used.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import ipaddress
 import math
 import os
+import secrets
 import socket
 import ssl
-import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +46,9 @@ PAUSE = 0.5
 REDIRECTIONS = 5
 AGAIN = (408, 429, 500, 502, 503, 504)
 """Answers after which it is worth asking once more."""
+PARTIAL = ".partial-"
+LEFT_OVER = 24 * 3600.0
+"""Seconds after which nothing is writing a partial file any more."""
 FORGET = 60.0
 """Seconds for which a URL that could not be fetched is not asked for again: many rows may have it."""
 
@@ -63,7 +68,8 @@ _SPECIAL = [
 """Addresses that lead to no public host, beside those that Python's ipaddress knows: its lists grew from 3.11 on."""
 
 _failed: dict[str, tuple[float, str]] = {}
-_locks: dict[str, threading.Lock] = {}
+_locks: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
+"""A reference's lock, for as long as a thread has it or waits for it."""
 _lock = threading.Lock()
 
 
@@ -113,18 +119,17 @@ def cached(reference: str) -> Path:
         return path
     with _lock:
         own = _locks.setdefault(reference, threading.Lock())
-    try:
-        with own:
-            since, why = _failed.get(reference, (0.0, ""))
-            if why and time.monotonic() - since < FORGET:
-                raise ImageError(why)
-            if not path.is_file():
-                _keep(_fetched(url, private=reference.startswith(LISTED)), url, path)
-    except ImageError as error:
-        _failed[reference] = (time.monotonic(), str(error))
-        raise
-    finally:
-        _locks.pop(reference, None)
+    with own:
+        since, why = _failed.get(reference, (0.0, ""))
+        if why and time.monotonic() - since < FORGET:
+            raise ImageError(why)
+        if path.is_file():
+            return path
+        try:
+            _keep(_fetched(url, private=reference.startswith(LISTED)), url, path)
+        except ImageError as error:  # noted before another thread can look
+            _failed[reference] = (time.monotonic(), str(error))
+            raise
     return path
 
 
@@ -134,18 +139,29 @@ def _keep(data: bytes, url: str, path: Path) -> None:
         image_size(data)
     except ImageError as error:
         raise ImageError(f"{_short(url)}: what was fetched is of no use: {error}") from error
-    beside = None
+    beside = path.parent / f"{PARTIAL}{secrets.token_hex(16)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-        with os.fdopen(handle, "wb") as file:
+        _sweep(path.parent)
+        # Not by tempfile, whose files no one else may read: of a cache that is shared, others have their part.
+        with open(beside, "xb") as file:
             file.write(data)
         os.replace(beside, path)
     except OSError as error:
-        if beside is not None:
-            with suppress(OSError):
-                os.unlink(beside)
+        with suppress(OSError):
+            os.unlink(beside)
         raise ImageError(f"{_short(url)}: cannot be kept in {path.parent}: {error.strerror or error}") from error
+
+
+@functools.cache  # once is enough: a cache may hold a million files
+def _sweep(folder: Path) -> None:
+    """Delete what processes left there that were killed as they wrote."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(PARTIAL):
+                with suppress(OSError):  # another process may be as quick
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > LEFT_OVER:
+                        os.unlink(entry)
 
 
 def _fetched(url: str, *, private: bool) -> bytes:
