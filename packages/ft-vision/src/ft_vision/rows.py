@@ -16,6 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from ft_core.data import Format
 from ft_core.errors import DataError
@@ -314,12 +315,22 @@ def _path(given: Any, where: str, folder: Path | None) -> str:
     """An absolute path."""
     if not isinstance(given, str) or not given:
         raise DataError(f"{where} must be a path, a data: URL, or an object with 'bytes' or 'path', not {_kind(given)}")
-    if "://" in given and not given.startswith("file://"):
+    if "://" in given and not given.lower().startswith("file://"):
         raise DataError(f"{where} is a URL, {_short(given)}, of a kind that is not read: http, https and file are")
-    path = Path(given.removeprefix("file://")).expanduser()
+    try:
+        path = _of_file_url(given, where) if "://" in given else Path(given).expanduser()
+    except RuntimeError:  # pathlib's, of ~ and a name that no user has
+        raise DataError(f"{where} is {_short(given)}, of a user whom this machine does not know") from None
     if folder is None and not path.is_absolute():
         raise DataError(f"{where} is a relative path, {_short(given)}, in rows that come from no file of this machine")
     return os.path.abspath(path if folder is None else folder / path)
+
+
+def _of_file_url(url: str, where: str) -> Path:
+    host, _, path = url[len("file://") :].partition("/")
+    if host.lower() not in ("", "localhost"):  # RFC 8089, 2
+        raise DataError(f"{where} is {_short(url)}, a file of the host {_short(host)}: write file:///folder/a.png")
+    return Path("/" + unquote(path))
 
 
 def reference_of(image: Any) -> str:
