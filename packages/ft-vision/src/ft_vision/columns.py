@@ -11,10 +11,10 @@ from typing import Any
 
 from ft_core.errors import DataError
 from ft_vision.rows import ANSWERS
+from ft_vision.seen import SEEN
 
 __all__ = ["as_messages"]
 
-SEEN = ("images", "image", "videos", "video")
 CONVERSATIONS = ("messages", "conversations", "chosen", "instruction")
 QUESTIONS = ("question", "query")
 ANSWER = ("answer", ANSWERS, "label", "multiple_choice_answer")
