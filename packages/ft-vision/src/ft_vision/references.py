@@ -15,7 +15,7 @@ from ft_core.errors import DataError
 from ft_vision import frames
 from ft_vision.fetching import cached, check_url, is_url, url_of
 from ft_vision.images import ImageError
-from ft_vision.settings import VisionSettings
+from ft_vision.settings import MOST_FRAMES, VisionSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,13 +56,25 @@ def reference(image: Any, where: str, folder: Path | None, config: TrainConfig |
         decoded(image, where)
         return image
     if isinstance(image, str) and image.startswith(frames.PREFIX):  # of a row that was in its normal form already
-        return image
+        return _checked_frame(image, where, config)
     if isinstance(image, str) and is_url(image):
         try:
             return check_url(url_of(image), settings_or_default(config).allow_urls)
         except ImageError as error:
             raise DataError(f"{where} is a URL, {short(url_of(image))}: {error}") from None
     return absolute_path(image, where, folder)
+
+
+def _checked_frame(given: str, where: str, config: TrainConfig | None) -> str:
+    """A reference to a frame, which a row's own text may claim to be: of no more frames than are taken of a video."""
+    try:
+        _, count, path = frames.frame_of(given)
+    except ImageError as error:
+        raise DataError(f"{where}, {error}; of a file of that name write ./{short(given)}") from None
+    most = MOST_FRAMES if config is None else settings_or_default(config).video_frames
+    if count > most:
+        raise DataError(f"{where} is one of {count} frames of {short(path)}: vision.video_frames allows {most}")
+    return given
 
 
 def absolute_path(given: Any, where: str, folder: Path | None) -> str:
@@ -145,9 +157,8 @@ def image_name(reference: str) -> str:
     if is_url(reference):
         return short(url_of(reference))
     if reference.startswith(frames.PREFIX):
-        place, _, path = reference.removeprefix(frames.PREFIX).partition(":")
-        number, _, count = place.partition("/")
-        return f"frame {int(number) + 1} of {count} of {path}"
+        number, count, path = frames.frame_of(reference)
+        return f"frame {number + 1} of {count} of {path}"
     return reference
 
 

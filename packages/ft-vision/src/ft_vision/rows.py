@@ -43,7 +43,8 @@ def normalise(
     stand as many images as ``vision.video_frames`` says.
 
     Args:
-        config: says how many frames are taken of a video, and which URLs are allowed; None: as by default.
+        config: says how many frames are taken of a video, and which URLs are allowed; None: as by default. A row that
+            is in its normal form already may have as many frames of a video; with None, as any configuration allows.
 
     Raises:
         DataError: no conversation, no image or too many, or one given in another way.
