@@ -69,10 +69,19 @@ def test_an_answer_is_read_as_it_was_written() -> None:
     expected = [([1.0, 2.0, 3.0, 4.0], "a [cat]"), ([5.0, 6.0, 7.0, 8.0], "Hund ä")]
     assert read_boxes(answer) == read_boxes(f"```json\n{answer}\n```") == expected
     assert read_boxes("none: []") == []
+    for around in (
+        "[The cat] is at {}",
+        "as asked [1, 2]: {} [done]",
+        "[ {} ...",
+        "first [], then {}",
+        "[" * 5000 + "{}",
+    ):
+        assert read_boxes(around.replace("{}", answer)) == expected, around[:20]
 
 
 @pytest.mark.parametrize(
-    "answer", ["a cat", "[1, 2]", '[{"bbox_2d": [1, 2, 3]}]', '[{"bbox_2d": [1, 2', '[{"label": "a"}]']
+    "answer",
+    ["a cat", "[1, 2]", '[{"bbox_2d": []}]', "[", '[{"bbox_2d": [1, 2, 3]}]', '[{"bbox_2d": [1, 2', '[{"label": "a"}]'],
 )
 def test_an_answer_without_boxes_is_refused(answer: str) -> None:
     with pytest.raises(ValueError, match="holds no list of boxes"):

@@ -44,6 +44,10 @@ def read(folder: Path, *rows: dict[str, Any]) -> list[dict[str, Any]]:
         ({"question": "q", "answers": [{"answer": a, "answer_id": 1} for a in ("no", "net", "net")]},  # VQAv2
          [PLACE, text("q")], "net", ["no", "net"]),
         ({"question": "q", "multiple_choice_answer": "net", "answers": None}, [PLACE, text("q")], "net", None),
+        ({"question": "q", "answer": "x", "answers": ["x", "y"]}, [PLACE, text("q")], "x", ["x", "y"]),
+        ({"question": "q", "answer": "z", "answers": ["x", "x", 2]}, [PLACE, text("q")], "z", ["z", "x", "2"]),
+        ({"question": "q", "answer": "x", "answers": [{"answer": "x"}]}, [PLACE, text("q")], "x", None),
+        ({"question": "q", "answer": "x", "answers": []}, [PLACE, text("q")], "x", None),
         ({"text": "what it reads"}, [PLACE], "what it reads", None),
         ({"caption": "a cat"}, [PLACE], "a cat", None),
         ({"captions": ["a cat", "a pet"]}, [PLACE], "a cat", ["a cat", "a pet"]),

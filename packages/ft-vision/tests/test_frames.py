@@ -125,6 +125,40 @@ def test_what_is_refused(row: dict[str, Any], message: str, tmp_path: Path) -> N
         normal(row, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("frame:0/400:/a.gif", "image 1 is one of 400 frames of /a.gif: vision.video_frames allows 3"),
+        ("frame:0/3:a.gif", "image 1, frame:0/3:a.gif: is no reference to a frame, such as"),
+        (
+            "frame:3/3:/a.gif",
+            "is no reference to a frame, such as frame:0/8:/folder/a.mp4; of a file of that name write",
+        ),
+        ("frame:-1/3:/a.gif", "is no reference"),
+        ("frame:²/3:/a.gif", "is no reference"),
+        (f"frame:0/{'9' * 5000}:/a.gif", "is no reference"),
+        ("frame:x.png", "is no reference .* write ./frame:x.png"),
+        ("frame:", "is no reference"),
+    ],
+)
+def test_a_row_does_not_claim_any_frame(reference: str, message: str, tmp_path: Path) -> None:
+    """The normal form is read again, and so is what a data set's text has of it."""
+    user = {"role": "user", "content": "q"}
+    shown = {"role": "user", "content": [{"type": "image", "image": reference}]}
+    for row in ({"images": [reference], "messages": [user, ANSWER]}, {"messages": [shown, ANSWER]}):
+        with pytest.raises(DataError, match=message) as raised:
+            normal(row, tmp_path)
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 300
+
+
+def test_frames_of_a_normal_form_are_taken(tmp_path: Path) -> None:
+    row = {"images": ["frame:1/3:/a:b.gif"], "messages": [{"role": "user", "content": [PLACE]}, ANSWER]}
+    assert normal(row, tmp_path) == normal(row, None) == row
+    row["images"] = ["frame:1/1024:/a.gif"]
+    assert normalise(row, FORMATS["messages"], None) == row  # of any configuration, where none is told
+
+
 def test_a_file_that_is_no_video_is_a_bad_image(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("#EXTM3U\n/etc/passwd\n")
     whole = animation(tmp_path / "a.gif", "GIF", 8).read_bytes()

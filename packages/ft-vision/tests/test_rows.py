@@ -118,6 +118,15 @@ def test_several_turns_keep_their_images_and_words(tmp_path: Path) -> None:
         ({"images": "a", "messages": [asked(PLACE), ANSWER]}, "images must be a list, not text"),
         ({"messages": [asked({"type": "image", "image": "https://x.org/a.png"}), ANSWER]}, "nothing is downloaded"),
         ({"messages": [asked({"type": "image", "image": 3}), ANSWER]}, "must be a path, a data: URL"),
+        (
+            {"images": ["~nosuchuser/x.png"], "messages": [asked(PLACE), ANSWER]},
+            "image 1 is ~nosuchuser/x.png, of a user whom this machine does not know",
+        ),
+        (
+            {"images": ["file://host/x.png"], "messages": [asked(PLACE), ANSWER]},
+            "image 1 is file://host/x.png, a file of the host host: write file:///folder/a.png",
+        ),
+        ({"images": ["ftp://host/x.png"], "messages": [asked(PLACE), ANSWER]}, "of a kind that is not read"),
         ({"messages": [asked({"type": "image", "image": "data:image/png,abc"}), ANSWER]}, "without base64"),
         ({"messages": [asked({"type": "image", "image": "data:image/png;base64,a?"}), ANSWER]}, "is no base64"),
         ({"messages": [asked({"type": "audio", "audio": "a"}), ANSWER]}, "a part of type 'audio'"),
@@ -138,6 +147,19 @@ def test_what_is_refused(row: dict[str, Any], message: str, tmp_path: Path) -> N
 def test_strings_are_no_conversation(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no conversation"):
         normalise({"prompt": "a", "completion": "b"}, FORMATS["prompt-completion"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("file:///a/b%20c%C3%A4%25.png", "/a/b cä%.png"),
+        ("file://localhost/a.png", "/a.png"),
+        ("FILE:///~a/b#1?.png", "/~a/b#1?.png"),
+    ],
+)
+def test_a_file_url_is_a_path(url: str, path: str, tmp_path: Path) -> None:
+    made = normalise({"images": [url], "messages": [asked(PLACE), ANSWER]}, FORMATS["messages"], tmp_path)
+    assert made["images"] == [path]
 
 
 def test_a_relative_path_needs_a_file() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,87 @@ def test_it_is_fetched_once_and_kept(server: Server, cache: Path) -> None:
     assert [len(path.name) for path in cache.iterdir()] == [64]
 
 
+def test_others_may_read_what_is_kept_as_the_umask_says(server: Server) -> None:
+    before = os.umask(0o027)
+    try:
+        assert cached(LISTED + server.image("/a.png")).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_what_a_killed_process_left_goes_after_a_day(server: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    for name, hours in ((".partial-old", 25), (".partial-new", 23), ("other", 25)):
+        (cache / name).write_bytes(b"x")
+        os.utime(cache / name, (time.time() - hours * 3600,) * 2)
+    kept = cached(LISTED + server.image("/a.png"))
+    assert {path.name for path in cache.iterdir()} == {".partial-new", "other", kept.name}
+
+
+def test_a_failure_is_known_to_a_thread_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    url, held = "https://a.org/a.png", []
+
+    class Noted(dict[str, Any]):
+        def __setitem__(self, reference: str, what: Any) -> None:
+            held.append(fetching._locks[reference].locked())
+            super().__setitem__(reference, what)
+
+    def fetched(url: str, *, private: bool) -> bytes:
+        raise ImageError("gone")
+
+    monkeypatch.setattr(fetching, "_failed", Noted())
+    monkeypatch.setattr(fetching, "_fetched", fetched)
+    for _ in range(2):
+        with pytest.raises(ImageError, match="gone"):
+            cached(url)
+    assert held == [True]  # once: that it is known is no failure anew, which would never be forgotten
+    assert not fetching._locks
+
+
+def test_a_url_has_one_lock_while_a_thread_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    url, waits, held = "https://a.org/a.png", threading.Event(), []
+
+    class Counted:
+        """The lock of the locks, which says when a second thread has found the URL's."""
+
+        def __init__(self) -> None:
+            self.inner, self.count = threading.Lock(), 0
+
+        def __enter__(self) -> None:
+            self.inner.acquire()
+
+        def __exit__(self, *what: object) -> None:
+            self.count += 1
+            if self.count == 2:
+                waits.set()
+            self.inner.release()
+
+    def fetched(address: str, *, private: bool) -> bytes:
+        if threading.current_thread() is first:
+            assert waits.wait(30)
+        else:
+            first.join()
+            lock = fetching._locks.get(url)  # what a third thread would wait for
+            held.append(lock is not None and lock.locked())
+        raise ImageError("gone")
+
+    def ask() -> None:
+        with suppress(ImageError):
+            cached(url)
+
+    monkeypatch.setattr(fetching, "FORGET", 0.0)
+    monkeypatch.setattr(fetching, "_lock", Counted())
+    monkeypatch.setattr(fetching, "_fetched", fetched)
+    first, second = (threading.Thread(target=ask) for _ in range(2))
+    first.start()
+    while url not in fetching._locks:
+        time.sleep(0.001)
+    second.start()
+    for thread in (first, second):
+        thread.join()
+    assert held == [True]
+
+
 @pytest.mark.parametrize(
     ("body", "options", "message"),
     [
@@ -145,6 +229,51 @@ def test_a_busy_host_is_asked_again(server: Server) -> None:
     assert server.asked["/a.png"] == 2
 
 
+DRIPS: dict[str, tuple[bytes, bytes]] = {
+    "the status line": (b"HTTP/1.1 200 ", b"x"),
+    "headers": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    "the body": (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+    "TLS": (b"\x16\x03\x03\x40\x00", b"\x00"),  # the head of a handshake's record, RFC 8446, 5.1
+}
+
+
+@pytest.mark.parametrize("what", DRIPS)
+def test_a_host_that_drips_has_a_limit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never says nothing for long, and is never done: nothing but the limit on all of it ends the fetch."""
+    first, then = DRIPS[what]
+    monkeypatch.setattr(fetching, "SECONDS_IN_ALL", 0.4)
+    monkeypatch.setattr(fetching, "SECONDS", 30.0)
+    stop, asked = threading.Event(), 0
+
+    def serve() -> None:
+        nonlocal asked
+        while True:
+            try:
+                other, _ = listening.accept()
+            except OSError:
+                return
+            asked += 1
+            with other, suppress(OSError):
+                other.sendall(first)
+                for _ in range(150):
+                    if stop.wait(0.02):
+                        break
+                    other.sendall(then)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"{'https' if what == 'TLS' else 'http'}://127.0.0.1:{listening.getsockname()[1]}/x"
+        try:
+            with pytest.raises(ImageError, match="it took more than 0 seconds"):
+                cached(LISTED + url)
+        finally:
+            stop.set()
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+    assert asked <= 1  # no other try
+
+
 def test_a_redirection_on_the_same_host_is_followed(server: Server) -> None:
     server.image("/real.png")
     assert read_image(str(cached(LISTED + server.add("/a", status=302, Location="/real.png")))).size == (56, 56)
@@ -165,9 +294,30 @@ def test_a_private_address_is_asked_only_by_name(host: str, monkeypatch: pytest.
         return [(socket.AF_INET, 0, 0, "", ("93.184.216.34", port)), (family, 0, 0, "", (host, port))]
 
     monkeypatch.setattr(fetching.socket, "getaddrinfo", found)
-    monkeypatch.setattr(fetching.socket, "socket", lambda *_: pytest.fail("a connection was made"))
+    monkeypatch.setattr(fetching, "_Plain", lambda *_: pytest.fail("a connection was made"))
     with pytest.raises(ImageError, match="which is no public address: to ask it, name it in vision"):
         cached("http://images.example.org/a.png")
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        *((address, True) for address in ("8.8.8.8", "93.184.216.34", "2606:4700::1111", "2a00:1450::", "2001:4860::")),
+        # IPv4 in IPv6: mapped, NAT64, 6to4, each of a public and of a private address
+        *((address, True) for address in ("::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1")),
+        *((address, False) for address in ("::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::1", "2002:a83f:8110::")),
+        # compatible, translated, NAT64 of a network's own, Teredo: of no public host, whatever they hold
+        *((address, False) for address in ("::7f00:1", "::a00:1", "::ffff:0:7f00:1", "64:ff9b:1::7f00:1")),
+        *((address, False) for address in ("2001:0:4136:e378:8000:63bf:80ff:fffe", "::8.8.8.8", "::", "::1")),
+        # site-local, link-local, unique local, multicast, documentation, discarded, segment routing
+        *((address, False) for address in ("fec0::1", "fe80::1%eth0", "fd00:ec2::254", "ff0e::1")),
+        *((address, False) for address in ("2001:db8::1", "3fff::1", "100::1", "5f00::1", "4000::1")),
+        *((address, False) for address in ("168.63.129.16", "::ffff:168.63.129.16", "169.254.169.254", "192.0.0.192")),
+        *((address, False) for address in ("192.88.99.1", "100.100.100.200", "198.18.0.1", "240.0.0.1", "224.0.0.1")),
+    ],
+)
+def test_what_is_a_public_address(address: str, public: bool) -> None:
+    assert fetching._is_public(address) is public
 
 
 def test_a_public_url_may_not_lead_to_a_private_host(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +332,7 @@ def test_https_does_not_lead_to_http(monkeypatch: pytest.MonkeyPatch) -> None:
     class Connection:
         status, reason = 301, "Moved"
 
-        def __init__(self, parts: Any, private: bool) -> None:
+        def __init__(self, parts: Any, private: bool, until: float) -> None:
             assert parts.scheme == "https"
 
         def request(self, *words: Any, **options: Any) -> None: ...
@@ -235,6 +385,38 @@ def test_hosts_are_named_with_or_without_a_port() -> None:
     for allowed in (["A.org"], ["a.org:443"]):
         assert check_url("https://a.org/x", allowed) == f"{LISTED}https://a.org/x"
     assert check_url("https://a.org/x", True) == "https://a.org/x"
+
+
+def test_an_ipv6_address_is_allowed_in_brackets() -> None:
+    url = "http://[2606:4700::1111]/x"
+    for allowed in ("2606:4700::1111", "[2606:4700::1111]", "[2606:4700::1111]:80"):
+        assert check_url(url, [allowed]) == LISTED + url
+    with pytest.raises(ImageError, match="its host is not among"):
+        check_url(url, ["2606:4700::1111:80"])  # another address
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://[2606:4700::1111]/", ("2606:4700::1111", 80)),
+        ("https://[2606:4700::1111]/", ("2606:4700::1111", 443)),
+        ("http://[2606:4700::1111]:8080/", ("2606:4700::1111", 8080)),
+        ("https://a.org/", ("a.org", 443)),
+    ],
+)
+def test_the_address_that_is_asked_is_that_of_the_url(
+    url: str, asked: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, int]] = []
+
+    def look(host: str, port: int, **options: Any) -> list[Any]:
+        found.append((host, port))
+        raise socket.gaierror
+
+    monkeypatch.setattr(fetching.socket, "getaddrinfo", look)
+    with pytest.raises(ImageError, match="its host is not known"):
+        cached(url)
+    assert set(found) == {asked}
 
 
 def test_a_run_fetches_before_it_trains_and_goes_on_without_the_host(

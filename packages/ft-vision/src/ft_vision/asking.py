@@ -13,19 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft_core.data import Format
 from ft_core.errors import DataError
-from ft_vision.rows import (
-    _SEEN,
-    FRAME,
-    PLACE,
-    _before,
-    _check_text,
-    _flat,
-    _listed,
-    _parts,
-    _reference,
-    _Seen,
-    _with_words,
-)  # fmt: skip
+from ft_vision.seen import SEEN, Seen, check_text, flat, has_place
 
 if TYPE_CHECKING:
     from ft_core.config import TrainConfig
@@ -47,16 +35,15 @@ def normalise_asking(
     Raises:
         DataError: as there; or an image in an answer, or images that chosen and rejected do not share.
     """
-    listed = _listed(row)
-    columns = {name: value for name, value in row.items() if name not in _SEEN}
+    columns = {name: value for name, value in row.items() if name not in SEEN}
     read = ("prompt", "chosen", "rejected") if format.name == "preference" else ("prompt",)
-    shown: list[_Seen] = []
+    shown: list[Seen] = []
     for name in read:
-        seen = _Seen(row, folder, config)
+        seen = Seen(row, folder, config)
         if isinstance(columns.get(name), list):
-            columns[name] = [_flat(message, name, number, seen) for number, message in enumerate(columns[name])]
+            columns[name] = [flat(message, name, number, seen) for number, message in enumerate(columns[name])]
         elif isinstance(columns.get(name), str):
-            _check_text(columns[name], name)
+            check_text(columns[name], name)
             if name == "prompt":
                 columns[name] = seen.words(columns[name], name)
             role = "user" if name == "prompt" else "assistant"
@@ -71,26 +58,12 @@ def normalise_asking(
     if format.name == "preference" and not normal["prompt"]:
         raise DataError("holds no prompt: task: vision compares answers to a user's turn")
     for name in read[1:]:
-        if any(mark in str(message.get("content", "")) for message in normal[name] for mark in (PLACE, FRAME)):
+        if any(has_place(message) for message in normal[name]):
             raise DataError(f"{name} is an answer with an image: only text is learnt")
-    seen = shown[0] if shown else _Seen(row, folder, config)
-    if seen.images and listed:
-        raise DataError("gives images in its messages and in a column too: keep one of the two")
-    prompt = _with_words(normal["prompt"], listed)
-    if seen.videos and seen.frames:
-        raise DataError(f"has {len(seen.videos)} more videos than places for them")
-    if seen.videos:
-        prompt = _before(prompt, "".join(seen.show(None, "the row") for _ in list(seen.videos)))
-    written = "".join(str(message.get("content", "")) for message in prompt)
-    images = seen.images or listed
-    if len(images) != written.count(PLACE):
-        raise DataError(f"has {len(images)} images for {written.count(PLACE)} places")
-    made = {**normal, "prompt": [_parts(message, number) for number, message in enumerate(prompt)]}
-    left = iter(_reference(image, f"image {number + 1}", folder, config) for number, image in enumerate(images))
-    frames = iter(seen.frames)
-    made["images"] = [next(left if mark == PLACE else frames) for mark in written if mark in (PLACE, FRAME)]
-    return made
+    seen = shown[0] if shown else Seen(row, folder, config)
+    prompt, images = seen.placed(normal["prompt"], "prompt")
+    return {**normal, "prompt": prompt, "images": images}
 
 
-def _same(one: _Seen, other: _Seen) -> bool:
+def _same(one: Seen, other: Seen) -> bool:
     return one.images == other.images and one.frames == other.frames

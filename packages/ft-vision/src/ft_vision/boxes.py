@@ -9,7 +9,6 @@ model that is trained with one of these two learns it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -24,8 +23,6 @@ Convention = Literal["seen-pixels", "thousandths"]
 
 CONVENTIONS: dict[str, Convention] = {"qwen2_5_vl": "seen-pixels", "qwen3_vl": "thousandths"}
 """What the numbers of a family count, by ``model_type``."""
-
-_JSON = re.compile(r"\[.*\]", re.DOTALL)
 
 
 def seen_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
@@ -109,18 +106,34 @@ def write_boxes(boxes: Iterable[Sequence[int]], labels: Iterable[str]) -> str:
 def read_boxes(answer: str) -> list[tuple[list[float], str]]:
     """The boxes of an answer as :func:`write_boxes` makes it, each with its label, whatever stands around the list.
 
+    Of several lists it is the first that is not empty.
+
     Raises:
         ValueError: there is no such list in it.
     """
-    found = _JSON.search(answer)
-    try:
-        read = json.loads(found.group()) if found else None
-        boxes = [([float(number) for number in one["bbox_2d"]], str(one.get("label", ""))) for one in read or ()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"the answer holds no list of boxes: {error}") from error
-    if read is None or any(len(box) != 4 for box, _ in boxes):
-        raise ValueError("the answer holds no list of boxes of four numbers")
-    return boxes
+    decoder, at, empty, why = json.JSONDecoder(), answer.find("["), False, "no list of boxes of four numbers"
+    while at >= 0:
+        end = at + 1
+        try:
+            read, end = decoder.raw_decode(answer, at)
+            boxes = [_box(one) for one in read]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            why = f"no list of boxes: {error}"
+        else:
+            if boxes:
+                return boxes
+            empty = True
+        at = answer.find("[", end)  # past a list that was read: what is in it is no answer of its own
+    if not empty:
+        raise ValueError(f"the answer holds {why}")
+    return []
+
+
+def _box(one: Any) -> tuple[list[float], str]:
+    numbers = [float(number) for number in one["bbox_2d"]]
+    if len(numbers) != 4:
+        raise ValueError(f"{len(numbers)} numbers are no box")
+    return numbers, str(one.get("label", ""))
 
 
 def _units(size: tuple[int, int], convention: Convention, processor: Any) -> tuple[int, int]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from ft_core.errors import DataError
 from ft_vision.rows import ANSWERS
+from ft_vision.seen import SEEN
 
 __all__ = ["as_messages"]
 
-SEEN = ("images", "image", "videos", "video")
 CONVERSATIONS = ("messages", "conversations", "chosen", "instruction")
 QUESTIONS = ("question", "query")
 ANSWER = ("answer", ANSWERS, "label", "multiple_choice_answer")
@@ -27,7 +27,7 @@ def as_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
     * ``question`` (or ``query``) and ``answer``, ``answers``, ``label`` or ``multiple_choice_answer``: text, a number,
       or a list of these, or of objects with an ``answer`` as VQA has them, of which the most frequent is learnt, the
-      first of several; all stay in ``answers``;
+      first of several; all stay in ``answers``, with those that the row has there beside ``answer``;
     * ``text``, ``caption`` or ``captions``: what is learnt to be said of the image alone, without a question;
     * ``texts``: a list of ``{"user", "assistant"}``, turn by turn, as in The Cauldron;
     * ``prompt`` and ``completion`` as strings.
@@ -56,15 +56,20 @@ def as_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _answered(row: Mapping[str, Any], question: str, column: str) -> dict[str, Any]:
-    given = row[column]
-    each = given if isinstance(given, list) else [given]
-    answers = [_text(one.get("answer") if isinstance(one, Mapping) else one, column) for one in each]
+    answers = _texts(row[column], column)
     if not answers:
         raise DataError(f"{column} is empty, so there is nothing to learn")
     made = {**row, "messages": _asked(question, Counter(answers).most_common(1)[0][0])}
-    made.pop(ANSWERS, None)
+    accepted = made.pop(ANSWERS, None)
+    if column != ANSWERS and accepted is not None:
+        answers += _texts(accepted, ANSWERS)
     different = list(dict.fromkeys(answers))
     return made | ({ANSWERS: different} if len(different) > 1 else {})
+
+
+def _texts(given: Any, column: str) -> list[str]:
+    each = given if isinstance(given, list) else [given]
+    return [_text(one.get("answer") if isinstance(one, Mapping) else one, column) for one in each]
 
 
 def _asked(question: str, answer: str) -> list[dict[str, str]]:

@@ -8,18 +8,22 @@ environment names are not used.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import ipaddress
+import math
 import os
+import secrets
 import socket
 import ssl
-import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from ft_vision.images import ImageError, image_size
@@ -35,19 +39,37 @@ MAX_FETCHED = 64 * 1024 * 1024
 SECONDS = 20.0
 """How long a host may say nothing."""
 SECONDS_IN_ALL = 120.0
+"""How long all of a URL may take from the first connection on: its tries and redirections, and however a host drips."""
 TRIES = 3
 PAUSE = 0.5
 """Seconds before the second try, and twice as many before the third."""
 REDIRECTIONS = 5
 AGAIN = (408, 429, 500, 502, 503, 504)
 """Answers after which it is worth asking once more."""
+PARTIAL = ".partial-"
+LEFT_OVER = 24 * 3600.0
+"""Seconds after which nothing is writing a partial file any more."""
 FORGET = 60.0
 """Seconds for which a URL that could not be fetched is not asked for again: many rows may have it."""
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052, 2.1
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052, 2.1
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All that is given out of IPv6's global unicast (RFC 4291, 2.4). Outside lie site-local addresses, IPv4 ones in the
+forms "compatible" and "translated" (::/96, ::ffff:0:0:0/96), and NAT64's of a network's own (64:ff9b:1::/48)."""
+
+_SPECIAL = [
+    ipaddress.ip_network(network)
+    for network in (
+        *("2001::/23", "2001:db8::/32", "3fff::/20"),  # protocols (Teredo's 2001::/32 among them), documentation
+        *("192.0.0.0/24", "192.88.99.0/24"),  # protocols, 6to4's relays: RFC 6890, 7526
+        "168.63.129.16/32",  # what an Azure machine's host answers it on, as others do on link-local addresses
+    )
+]
+"""Addresses that lead to no public host, beside those that Python's ipaddress knows: its lists grew from 3.11 on."""
 
 _failed: dict[str, tuple[float, str]] = {}
-_locks: dict[str, threading.Lock] = {}
+_locks: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
+"""A reference's lock, for as long as a thread has it or waits for it."""
 _lock = threading.Lock()
 
 
@@ -73,8 +95,8 @@ def check_url(url: str, allowed: bool | Sequence[str]) -> str:
     if not allowed:
         raise ImageError("nothing is downloaded unless vision.allow_urls says so; set it, or give the path of a file")
     host = (parts.hostname or "").lower()
-    with_port = f"{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
-    if {host, with_port}.isdisjoint(one.lower() for one in allowed):
+    bracketed = f"[{host}]" if ":" in host else host  # else an address and a port would read as another address
+    if {host, bracketed, f"{bracketed}:{_port(parts)}"}.isdisjoint(one.lower() for one in allowed):
         raise ImageError(f"its host is not among vision.allow_urls ({', '.join(allowed)})")
     return LISTED + url
 
@@ -97,18 +119,17 @@ def cached(reference: str) -> Path:
         return path
     with _lock:
         own = _locks.setdefault(reference, threading.Lock())
-    try:
-        with own:
-            since, why = _failed.get(reference, (0.0, ""))
-            if why and time.monotonic() - since < FORGET:
-                raise ImageError(why)
-            if not path.is_file():
-                _keep(_fetched(url, private=reference.startswith(LISTED)), url, path)
-    except ImageError as error:
-        _failed[reference] = (time.monotonic(), str(error))
-        raise
-    finally:
-        _locks.pop(reference, None)
+    with own:
+        since, why = _failed.get(reference, (0.0, ""))
+        if why and time.monotonic() - since < FORGET:
+            raise ImageError(why)
+        if path.is_file():
+            return path
+        try:
+            _keep(_fetched(url, private=reference.startswith(LISTED)), url, path)
+        except ImageError as error:  # noted before another thread can look
+            _failed[reference] = (time.monotonic(), str(error))
+            raise
     return path
 
 
@@ -118,18 +139,29 @@ def _keep(data: bytes, url: str, path: Path) -> None:
         image_size(data)
     except ImageError as error:
         raise ImageError(f"{_short(url)}: what was fetched is of no use: {error}") from error
-    beside = None
+    beside = path.parent / f"{PARTIAL}{secrets.token_hex(16)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-        with os.fdopen(handle, "wb") as file:
+        _sweep(path.parent)
+        # Not by tempfile, whose files no one else may read: of a cache that is shared, others have their part.
+        with open(beside, "xb") as file:
             file.write(data)
         os.replace(beside, path)
     except OSError as error:
-        if beside is not None:
-            with suppress(OSError):
-                os.unlink(beside)
+        with suppress(OSError):
+            os.unlink(beside)
         raise ImageError(f"{_short(url)}: cannot be kept in {path.parent}: {error.strerror or error}") from error
+
+
+@functools.cache  # once is enough: a cache may hold a million files
+def _sweep(folder: Path) -> None:
+    """Delete what processes left there that were killed as they wrote."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(PARTIAL):
+                with suppress(OSError):  # another process may be as quick
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > LEFT_OVER:
+                        os.unlink(entry)
 
 
 def _fetched(url: str, *, private: bool) -> bytes:
@@ -138,15 +170,18 @@ def _fetched(url: str, *, private: bool) -> bytes:
     Raises:
         ImageError: it cannot be had.
     """
-    why = ""
+    why, until = "", time.monotonic() + SECONDS_IN_ALL
     for number in range(TRIES):
         if number:
             time.sleep(PAUSE * number)
         try:
-            return _asked(url, private)
+            return _asked(url, private, until)
         except _Transient as error:
             why = str(error)
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if time.monotonic() >= until:
+                why = f"it took more than {SECONDS_IN_ALL:.0f} seconds"
+                break
             why = _reason(error)
             if isinstance(error, ssl.SSLError | ValueError):
                 break
@@ -157,16 +192,16 @@ class _Transient(Exception):
     """An answer that may be another one in a moment."""
 
 
-def _asked(url: str, private: bool) -> bytes:
-    """One attempt, its redirections followed."""
-    first, at, until = _parts(url), url, time.monotonic() + SECONDS_IN_ALL
+def _asked(url: str, private: bool, until: float) -> bytes:
+    """One attempt, its redirections followed; ``until``, by the monotonic clock, it may take."""
+    first, at = _parts(url), url
     for _ in range(REDIRECTIONS + 1):
         parts = _parts(at)
         if (parts.scheme, private) == ("http", False) and first.scheme == "https":
             raise ImageError(f"{_short(url)}: leads from https to http")
         if private and (parts.hostname, parts.port) != (first.hostname, first.port):
             raise ImageError(f"{_short(url)}: leads to another host, {parts.hostname}: give the URL there")
-        connection = _connection(parts, private)
+        connection = _connection(parts, private, until)
         try:
             target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=_SAFE)
             connection.request("GET", target, headers=_HEADERS)
@@ -178,13 +213,13 @@ def _asked(url: str, private: bool) -> bytes:
                 raise _Transient(f"HTTP {answer.status} {answer.reason}")
             if answer.status != 200:
                 raise ImageError(f"{_short(url)}: cannot be fetched: HTTP {answer.status} {answer.reason}")
-            return _body(answer, url, until)
+            return _body(answer, url)
         finally:
             connection.close()
     raise ImageError(f"{_short(url)}: is redirected more than {REDIRECTIONS} times")
 
 
-def _body(answer: http.client.HTTPResponse, url: str, until: float) -> bytes:
+def _body(answer: http.client.HTTPResponse, url: str) -> bytes:
     length = answer.getheader("Content-Length")
     announced = int(length) if length is not None and length.isdigit() else 0
     made = bytearray()
@@ -195,8 +230,6 @@ def _body(answer: http.client.HTTPResponse, url: str, until: float) -> bytes:
                 raise _Transient("the answer ended too early")
             return bytes(made)
         made += part
-        if time.monotonic() > until:
-            raise _Transient(f"it took more than {SECONDS_IN_ALL:.0f} seconds")
     raise ImageError(f"{_short(url)}: is larger than {MAX_FETCHED:,} bytes")
 
 
@@ -222,43 +255,86 @@ def _parts(url: str) -> SplitResult:
     return parts
 
 
-def _connection(parts: SplitResult, private: bool) -> http.client.HTTPConnection:
+def _port(parts: SplitResult) -> int:
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _connection(parts: SplitResult, private: bool, until: float) -> http.client.HTTPConnection:
     host = (parts.hostname or "").encode("idna").decode() if not _is_address(parts.hostname or "") else parts.hostname
     assert host is not None
+    # The port is always told: without one, http.client takes what follows the last colon of an IPv6 address for it.
     if parts.scheme == "https":
-        return _Https(host, parts.port, private)
-    return _Http(host, parts.port, private)
+        return _Https(host, _port(parts), private, until)
+    return _Http(host, _port(parts), private, until)
 
 
 class _Http(http.client.HTTPConnection):
     """A connection to an address that was looked at."""
 
-    def __init__(self, host: str, port: int | None, private: bool) -> None:
+    def __init__(self, host: str, port: int, private: bool, until: float) -> None:
         super().__init__(host, port, timeout=SECONDS)
-        self._private = private
+        self._private, self._until = private, until
 
     def connect(self) -> None:
-        self.sock = _socket(self.host, self.port, self._private)
+        self.sock = _socket(self.host, self.port, self._private, self._until)
 
 
 class _Https(http.client.HTTPSConnection):
     """The same, with the host's certificate checked."""
 
-    def __init__(self, host: str, port: int | None, private: bool) -> None:
+    def __init__(self, host: str, port: int, private: bool, until: float) -> None:
         self._checking = ssl.create_default_context()
+        self._checking.sslsocket_class = _Secure
         super().__init__(host, port, timeout=SECONDS, context=self._checking)
-        self._private = private
+        self._private, self._until = private, until
 
     def connect(self) -> None:
-        plain = _socket(self.host, self.port, self._private)
+        plain = _socket(self.host, self.port, self._private, self._until)
         try:
-            self.sock = self._checking.wrap_socket(plain, server_hostname=self.host)
+            made = self._checking.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
         except BaseException:
             plain.close()
             raise
+        try:
+            assert isinstance(made, _Secure)
+            made.until = self._until
+            made.settimeout(_left(self._until))
+            made.do_handshake()  # of all of which a timeout is the limit
+        except BaseException:
+            made.close()
+            raise
+        self.sock = made
 
 
-def _socket(host: str, port: int, private: bool) -> socket.socket:
+def _left(until: float) -> float:
+    """The seconds for which a host may be waited for."""
+    left = min(SECONDS, until - time.monotonic())
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Plain(socket.socket):
+    """A socket that is read from until a moment: a timeout alone begins anew with every byte."""
+
+    until = math.inf
+
+    def recv_into(self, *given: Any, **named: Any) -> int:  # what http.client reads with
+        self.settimeout(_left(self.until))
+        return super().recv_into(*given, **named)
+
+
+class _Secure(ssl.SSLSocket):
+    """The same of TLS."""
+
+    until = math.inf
+
+    def recv_into(self, *given: Any, **named: Any) -> int:
+        self.settimeout(_left(self.until))
+        return super().recv_into(*given, **named)
+
+
+def _socket(host: str, port: int, private: bool, until: float) -> socket.socket:
     """A socket that is connected to the host, or to none of its addresses if one of them is not public."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if not private and (hidden := [where[0] for *_, where in found if not _is_public(str(where[0]))]):
@@ -267,9 +343,10 @@ def _socket(host: str, port: int, private: bool) -> socket.socket:
         )
     failure: OSError | None = None
     for family, kind, protocol, _, where in found:
-        made = socket.socket(family, kind, protocol)
-        made.settimeout(SECONDS)
+        made = _Plain(family, kind, protocol)
+        made.until = until
         try:
+            made.settimeout(_left(until))
             made.connect(where)
             return made
         except OSError as error:
@@ -287,13 +364,15 @@ def _is_address(text: str) -> bool:
 
 
 def _is_public(text: str) -> bool:
+    """Whether an address is one of the public internet. An IPv4 address in an IPv6 one is what counts of it."""
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
-        if address in _NAT64:
-            address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        else:
-            address = address.ipv4_mapped or address.sixtofour or address
-    return address.is_global and not address.is_multicast
+        inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
+        inner = inner or address.ipv4_mapped or address.sixtofour
+        if inner is None and address not in _UNICAST:
+            return False
+        address = inner or address
+    return address.is_global and not address.is_multicast and not any(address in network for network in _SPECIAL)
 
 
 def _reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,10 +20,12 @@ from PIL import Image
 from ft_core.errors import DataError
 from ft_vision.images import MAX_FRAMES, MAX_PIXELS, ImageError, frame_count, image_format, read_frames
 
-__all__ = ["PREFIX", "frame_references", "read_frame", "spread", "video_frames"]
+__all__ = ["PREFIX", "frame_of", "frame_references", "read_frame", "spread", "video_frames"]
 
 PREFIX = "frame:"
 """Begins a reference to one frame of a video: ``frame:2/8:/folder/a.mp4`` is the third of eight taken evenly."""
+
+_REFERENCE = re.compile(rf"{PREFIX}(?P<number>[0-9]{{1,9}})/(?P<count>[0-9]{{1,9}}):(?P<path>.+)", re.DOTALL)
 
 INSTALL = 'video is decoded by PyAV, which is not installed: pip install "ft-vision[video]", or give the frames'
 
@@ -56,29 +59,38 @@ def frame_references(path: str, most: int) -> list[str]:
     return [f"{PREFIX}{number}/{count}:{path}" for number in range(count)]
 
 
+def frame_of(reference: str) -> tuple[int, int, str]:
+    """The number of the frame that a reference names, of how many that are taken, and the video's absolute path.
+
+    Raises:
+        ImageError: it is no such reference.
+    """
+    found = _REFERENCE.fullmatch(reference)
+    if found is None or int(found["number"]) >= int(found["count"]) or not os.path.isabs(found["path"]):
+        raise ImageError(f"{_short(reference)}: is no reference to a frame, such as {PREFIX}0/8:/folder/a.mp4")
+    return int(found["number"]), int(found["count"]), found["path"]
+
+
 def read_frame(reference: str) -> Image.Image:
     """The image that a reference to a frame names, 8-bit RGB.
 
     Raises:
-        ImageError: the file cannot be read, is damaged or too large.
+        ImageError: it names none, or the file cannot be read, is damaged or too large.
         DataError: it needs PyAV, which is not installed.
     """
-    place, _, path = reference.removeprefix(PREFIX).partition(":")
-    number, _, count = place.partition("/")
-    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise ImageError(f"{reference}: is no reference to a frame, such as {PREFIX}0/8:a.mp4")
+    number, count, path = frame_of(reference)
     try:
         found = os.stat(path)
-        state = (path, int(count), found.st_mtime_ns, found.st_size)
+        state = (path, count, found.st_mtime_ns, found.st_size)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if getattr(_last, "state", None) != state:
         _last.state = None
-        _last.frames = video_frames(path, int(count))
+        _last.frames = video_frames(path, count)
         _last.state = state
-    if int(number) >= len(_last.frames):
+    if number >= len(_last.frames):
         raise ImageError(f"{path}: has {len(_last.frames)} frames where it had {count}: it has changed")
-    frame: Image.Image = _last.frames[int(number)]
+    frame: Image.Image = _last.frames[number]
     return frame
 
 
@@ -214,6 +226,10 @@ def _container(source: str | bytes) -> str | None:
         f"{_name(source)}: holds no video that is known here; read are animated GIF, WebP and PNG, TIFF, MP4, MOV, "
         "Matroska, WebM and AVI"
     )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def _name(source: str | bytes) -> str:

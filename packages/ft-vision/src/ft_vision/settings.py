@@ -8,7 +8,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ft_core.config.numbers import Number, Section, Switch, Whole
 
-__all__ = ["VisionSettings"]
+__all__ = ["MOST_FRAMES", "VisionSettings"]
+
+MOST_FRAMES = 1024
+"""The most that ``vision.video_frames`` may be."""
 
 Trained = Literal["frozen", "lora", "full"]
 
@@ -56,7 +59,7 @@ class VisionSettings(Section):
     projector_learning_rate: Number | None = Field(default=None, gt=0)
     max_pixels: Whole | None = Field(default=None, ge=1)
     min_pixels: Whole | None = Field(default=None, ge=1)
-    video_frames: Whole = Field(default=8, ge=1, le=1024)
+    video_frames: Whole = Field(default=8, ge=1, le=MOST_FRAMES)
     allow_urls: Annotated[Switch | list[str], BeforeValidator(_hosts)] = False
     backend: Literal["auto", "pillow", "torchvision"] = "auto"
     on_bad_image: Literal["stop", "skip"] = "stop"

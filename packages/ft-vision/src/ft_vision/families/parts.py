@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ft_core.errors import ModelError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["FAMILIES", "Family", "family_of", "image_token_of"]
 
