@@ -13,7 +13,7 @@ from PIL import Image
 
 from ft_core.config.load import check_config
 from ft_core.data import FORMATS, Collator
-from ft_core.errors import DataError
+from ft_core.errors import ConfigError, DataError
 from ft_core.models import find_model, load_tokenizer
 from ft_vision.collating import INPUTS, UnusableImage, VisionCollator, collator_for, packs
 from ft_vision.documents import COUNTS, IMAGES, VisionRenderer, image_token_of, images_of, tokenize
@@ -288,6 +288,9 @@ def test_pixels_have_a_budget(family: Any, pictures: list[Path]) -> None:
         sizes[budget] = int(made["image_grid_thw"].prod()) // 4
     assert sizes[28 * 28] == 1
     assert 1 < sizes[4 * 28 * 28] <= 4 < sizes[None]
+    small = check_config({**values, "vision": {"max_pixels": 28 * 28 - 1}})
+    with pytest.raises(ConfigError, match="28 x 28 = 784; give at least that"):
+        load_processor(source, small, load_tokenizer(source))
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
