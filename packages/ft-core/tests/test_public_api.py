@@ -371,7 +371,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.callbacks": ["Interruption", "MetricsWriter", "Progress"],
     "ft_core.training.disk": ["disk_folder"],
     "ft_core.training.inputs": ["Inputs"],
-    "ft_core.training.job": ["LEFT_OUT", "Job", "build_trainer"],
+    "ft_core.training.job": ["Job", "LEFT_OUT", "build_trainer"],
     "ft_core.training.lock": ["held"],
     "ft_core.training.longest": ["longest_batch", "tokens_in"],
     "ft_core.training.memory": ["InUse", "memory_capped", "memory_errors_said"],

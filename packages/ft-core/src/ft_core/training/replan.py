@@ -144,7 +144,7 @@ class ReplanningMixin(_Base):
         from ft_core.fast import fast_path_of
 
         model.zero_grad(set_to_none=True)
-        path = fast_path_of(self.model)
+        path = fast_path_of(model)
         if path is not None and path.lent is not None:
             path.lent.reset()
         gc.collect()
