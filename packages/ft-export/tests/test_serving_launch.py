@@ -131,7 +131,7 @@ def test_a_base_in_the_hub_s_cache(base: Path, make_run: Any, make_adapter: Any,
 
     made = export_open_webui(snapshot, tmp_path / "out", options={"engine": "vllm"})
     mounts = {v["target"]: Path(v["source"]) for v in _compose(made.file)["services"]["vllm"]["volumes"]}
-    assert set(mounts) == {f"/model/{file.name}" for file in base.iterdir()}
+    assert set(mounts) == {f"/model/{file.name}" for file in files}
     assert all(here.parent == cache / "blobs" for here in mounts.values())
 
     (cache / "blobs/0").unlink()
