@@ -26,10 +26,11 @@ def widen_whole(model: Any) -> int:
 @contextmanager
 def as_saved(model: Any) -> Iterator[None]:
     """Within it modules that are trained whole are in the format of what they take the place of."""
-    wide = [(parameter, parameter.data) for parameter, dtype in _whole(model) if parameter.dtype != dtype]
-    formats = {id(parameter): dtype for parameter, dtype in _whole(model)}
-    for parameter, data in wide:
-        parameter.data = data.to(formats[id(parameter)])
+    wide = []
+    for parameter, dtype in _whole(model):
+        if parameter.dtype != dtype:
+            wide.append((parameter, parameter.data))
+            parameter.data = parameter.data.to(dtype)
     try:
         yield
     finally:
