@@ -82,7 +82,8 @@ def _next(config: TrainConfig, run: Path, *, evaluated: bool) -> list[list[str]]
     if speaks and (config.task == "text" or registry().get(ModalitySpec, config.task).answerer is not None):
         words.append(["chat", str(run)])
     if config.task != "text":  # the others read nothing else yet
-        return words
+        named = registry().get(ModalitySpec, config.task).next
+        return words + [[word.format(run=run) for word in command] for command in named]
     if config.lora is not None and "merge" in registry().names("ft.commands"):
         words.append(["merge", str(run)])
     if speaks and "gguf" in registry().names("ft.exporters"):

@@ -60,6 +60,8 @@ def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
     if isinstance(values, TrainConfig):
         config = values
     else:
+        named = [name for name in registry().names(ModalitySpec.group) if name in values]
+        values = {"task": named[0], **values} if len(named) == 1 else values  # that whose section is there
         if values.get("quantization") == "fp8":
             raise ConfigError("quantization: 'fp8' is not available in this version (allowed: none, nf4, int8)")
         # Before the rest, so that `modle: …` is not told that `model` is missing.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ft_core.errors import PluginError, RunError
+from ft_core.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,29 +67,19 @@ def find_target(reference: str) -> Target:
     from ft_core.models.source import find_model
     from ft_core.plugins import MethodSpec, ModalitySpec, registry
     from ft_core.runs import Run
+    from ft_core.training.modality import is_of
 
     run = Run(reference)
     if not (run.path.is_dir() and run.is_run):
         source = find_model(reference)
         names = registry().names(ModalitySpec.group)
-        task = next((name for name in names if _is_of(name, source)), "text")
+        task = next((name for name in names if is_of(name, source)), "text")
         return Target(reference, task, source=source)
     run = Run.open(reference)
     method = run.config.method
     if registry().get(MethodSpec, method).head != "language-model":
         raise RunError(f"{reference} was trained with {method}: its model gives scores and writes no text")
     return Target(reference, run.config.task, run=run)
-
-
-def _is_of(name: str, source: ModelSource) -> bool:
-    """Whether the modality of this name says that a model is its own."""
-    from ft_core.plugins import ModalitySpec, registry, resolve
-
-    try:
-        knows = registry().get(ModalitySpec, name).knows
-        return knows is not None and bool(resolve(knows)(source))
-    except (PluginError, ImportError):  # what is broken keeps no other model from being opened; `ft plugins` says it
-        return False
 
 
 def open_target(

@@ -38,13 +38,14 @@ EXTRAS: dict[str, dict[str, str]] = {
         ),
         "rl",
     ),
-    "ft.modalities": {"vision": "vision", "stt": "speech"},
+    "ft.modalities": {"vision": "vision", "stt": "speech", "tts": "speech"},
+    "ft.codecs": dict.fromkeys(("snac", "mimi", "mel"), "speech"),
     "ft.architectures": dict.fromkeys(
         ("gemma3", "idefics3", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm"), "vision"
     ),
     "ft.rollouts": dict.fromkeys(("transformers", "vllm", "vllm-colocate"), "rl"),
     "ft.exporters": dict.fromkeys(("gguf", "ollama", "open-webui", "vllm", "sglang", "hub"), "export"),
-    "ft.commands": {"merge": "export"},
+    "ft.commands": {"merge": "export", "transcribe": "speech", "speak": "speech"},
 }
 """The extra of ft-core that brings a name that is known but not there."""
 

@@ -154,6 +154,13 @@ class ModalitySpec(Spec):
             methods that make batches of their own; None where there are none such among ``methods``.
         verify: reference to ``f(source, device, *, quantization, dtype, layers, batches, tokens) -> (load, inputs)``,
             what ``ft verify`` compares of such a model: as :func:`ft_core.fast.verify.verify` takes them.
+        trainer: reference to ``f(job) -> transformers.Trainer | None``, which makes the trainer in the method's place;
+            None of it where the model is trained as the method does: as a language model on ``dataset`` and
+            ``collator``.
+        fast: reference to ``f(model)``, which puts fast layers of its own into a model that ft_core's are not made for,
+            and returns a handle with ``on`` and ``undo()`` (see :func:`ft_core.fast.enable`); None of it for others.
+        claims: whether a configuration that names no task has this one where ``knows`` takes its model for one.
+        next: commands that a run of this modality can be handed to, as words after ``ft``; ``{run}`` is its folder.
     """
 
     group: ClassVar[str] = "ft.modalities"
@@ -175,6 +182,10 @@ class ModalitySpec(Spec):
     plan: str | None = None
     inputs: str | None = None
     verify: str | None = None
+    trainer: str | None = None
+    fast: str | None = None
+    claims: bool = False
+    next: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

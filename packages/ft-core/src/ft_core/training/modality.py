@@ -6,15 +6,20 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_core.config import TrainConfig
 from ft_core.data.formats import Format
-from ft_core.errors import ConfigError
+from ft_core.errors import ConfigError, PluginError
 from ft_core.plugins import MethodSpec, ModalitySpec, registry, resolve
 from ft_core.training.optimizers import Rates, check_rates
 
-__all__ = ["RowForm", "check_text_only", "measure_of", "of_modality", "rates_of"]
+if TYPE_CHECKING:
+    from ft_core.models import ModelSource
+
+__all__ = [
+    "RowForm", "check_text_only", "is_of", "measure_of", "of_modality", "rates_of", "trainer_of", "with_task",
+]  # fmt: skip
 
 
 class RowForm:
@@ -69,6 +74,49 @@ def measure_of(config: TrainConfig, spec: MethodSpec) -> Any:
     """What measures a model of ``config``: the modality's own function, or the method's."""
     own = None if spec.inputs else of_modality(config, "evaluate")
     return own or resolve(spec.evaluate)
+
+
+def trainer_of(config: TrainConfig, spec: MethodSpec) -> Callable[[Any], Any]:
+    """What builds the trainer of a job: the modality's own function where it takes the job's model, or the method's."""
+    own, method = of_modality(config, "trainer"), resolve(spec.trainer)
+    if own is None:
+        return method  # type: ignore[no-any-return]
+
+    def build(job: Any) -> Any:
+        trainer = own(job)
+        return method(job) if trainer is None else trainer
+
+    return build
+
+
+def with_task(config: TrainConfig, source: ModelSource) -> TrainConfig:
+    """The configuration with the task that its model is of, where it names none.
+
+    Raises:
+        FtError: it holds what that task does not allow; see :func:`ft_core.config.load_config`.
+    """
+    from ft_core.config.load import check_config
+
+    if "task" in config.model_fields_set:
+        return config
+    names = registry().names(ModalitySpec.group)
+    task = next((name for name in names if is_of(name, source, claimed=True)), None)
+    return config if task is None else check_config(config.model_copy(update={"task": task}))
+
+
+def is_of(name: str, source: ModelSource, *, claimed: bool = False) -> bool:
+    """Whether the modality of this name says that a model is its own.
+
+    Args:
+        claimed: ask only those modalities that configurations without a task are theirs for such a model.
+    """
+    try:
+        spec = registry().get(ModalitySpec, name)
+        if spec.knows is None or (claimed and not spec.claims):
+            return False
+        return bool(resolve(spec.knows)(source))
+    except (PluginError, ImportError):  # what is broken keeps no other model from being opened; `ft plugins` says it
+        return False
 
 
 def check_text_only(config: TrainConfig, command: str) -> None:

@@ -31,7 +31,7 @@ from ft_core.training.disk import disk_folder
 from ft_core.training.job import LEFT_OUT, Job, build_trainer
 from ft_core.training.lock import held
 from ft_core.training.memory import InUse, memory_capped, memory_errors_said
-from ft_core.training.modality import measure_of, rates_of
+from ft_core.training.modality import measure_of, rates_of, trainer_of, with_task
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import (
     check_method,
@@ -108,6 +108,7 @@ def train(
         check_reward_files(config)
         check_method(config)
         source = find_model(config.model)
+        config = with_task(config, source)
         read_ahead(source)
         config = fit_to_model(config, source, say=say)
         disk_folder(config)  # whether it is there is asked before anything is loaded
@@ -148,7 +149,7 @@ def _train(
     with run.claim() if ranks.is_main and not resuming else nullcontext():
         ranks.wait()
         model = prepare_model(config, spec, source, device, say)
-        speed_up(model, device, say)
+        speed_up(model, device, say, config)
         job = Job(
             config=config,
             settings=method_settings(config),
@@ -198,7 +199,7 @@ class _Session:
         self.writer = MetricsWriter(metrics, seconds=run.seconds_until(step))
         self.interruption = Interruption(job.say, ranks.any)
         job.callbacks += [self.writer, *([Progress(self.writer)] if ranks.is_main else []), self.interruption]
-        self.trainer: Any = build_trainer(resolve(spec.trainer), job)
+        self.trainer: Any = build_trainer(trainer_of(job.config, spec), job)
         self.trainer.rates = rates_of(job.model, job.config)
         if job.config.method == "sft":  # others ask the model for answers as it is wrapped
             widen_whole(job.model)

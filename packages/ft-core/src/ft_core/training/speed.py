@@ -12,6 +12,7 @@ from ft_core.errors import RunError
 from ft_core.memory import bytes_of, is_memory_error
 from ft_core.models import Device, ModelSource
 from ft_core.training.disk import disk_folder
+from ft_core.training.modality import of_modality
 
 if TYPE_CHECKING:
     from ft_core.fast.check import Comparison
@@ -62,13 +63,17 @@ def foresee(config: TrainConfig, source: ModelSource, device: Device, say: Calla
     return planned
 
 
-def speed_up(model: Any, device: Device, say: Callable[[str], None]) -> None:
-    """Let the model train on the fast layers, or say in one line why not: they do not know it, or fail here."""
+def speed_up(model: Any, device: Device, say: Callable[[str], None], config: TrainConfig | None = None) -> None:
+    """Let the model train on the fast layers, or say in one line why not: they do not know it, or fail here.
+    ``config``: says the modality, which may have fast layers of its own."""
     if not runs_kernels(device):
         return
     from ft_core import fast
 
     try:
+        own = None if config is None else of_modality(config, "fast")
+        if own is not None and own(model) is not None:
+            return
         path = fast.enable(model)
     except fast.NotFast as reason:
         say(f"trained on transformers' own layers, slower than need be: {reason}")

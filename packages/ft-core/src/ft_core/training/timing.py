@@ -21,6 +21,7 @@ from ft_core.runs import Run
 from ft_core.training.arguments import trainer_arguments
 from ft_core.training.job import Job, build_trainer
 from ft_core.training.memory import memory_capped
+from ft_core.training.modality import trainer_of, with_task
 from ft_core.training.optimizers import optimizer_of
 from ft_core.training.prepare import prepare_model, prepare_processor, prepare_rows
 from ft_core.training.speed import foresee, recomputes, speed_up
@@ -73,6 +74,7 @@ def time_steps(
     """
     config = check_config(config)
     source = find_model(config.model)
+    config = with_task(config, source)
     config = fit_to_model(config, source, say=say)
     spec = registry().get(MethodSpec, config.method)
     device = pick_device()
@@ -91,7 +93,7 @@ def _time(
     tokenizer = load_tokenizer(source)
     processor = prepare_processor(config, source, tokenizer)
     model = prepare_model(config, spec, source, device, say)
-    speed_up(model, device, say)
+    speed_up(model, device, say, config)
     loaded = time.perf_counter() - began
     from ft_core.fast import fast_path_of
 
@@ -108,7 +110,7 @@ def _time(
             config=config, settings=method_settings(config), model=model, tokenizer=tokenizer,
             train_rows=rows, eval_rows=None, arguments=arguments, callbacks=[], say=say, processor=processor,
         )  # fmt: skip
-        return _timed(build_trainer(resolve(spec.trainer), job), device, loaded, steps, warm)
+        return _timed(build_trainer(trainer_of(config, spec), job), device, loaded, steps, warm)
 
 
 def _timed(trainer: Any, device: Any, loaded: float, steps: int, warm: int) -> Timing:
