@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ft_export.exporting import Exported
 
 __all__ = [
+    "CTRANSLATE2",
     "GGUF",
     "HUB",
     "MERGE",
@@ -78,6 +79,13 @@ VLLM = ExporterSpec(
     export="ft_export.plugin:export_vllm",
     types=VLLM_TYPES,
     options=SERVER_OPTIONS,
+)
+
+CTRANSLATE2 = ExporterSpec(
+    name="ctranslate2",
+    summary="a Whisper for CTranslate2 and faster-whisper",
+    export="ft_export.plugin:export_ctranslate2",
+    types=("float16", "float32", "int8"),
 )
 
 SGLANG = ExporterSpec(
@@ -177,6 +185,17 @@ def export_sglang(request: ExportRequest) -> ExportResult:
     from ft_export.sglang.export import export
 
     return _result(export, request, "16bit")
+
+
+def export_ctranslate2(request: ExportRequest) -> ExportResult:
+    """``ft export RUN --to ctranslate2``.
+
+    Raises:
+        FtError: as :func:`export_vllm`.
+    """
+    from ft_export.ctranslate2.export import export
+
+    return _result(export, request, "float16")
 
 
 def export_ollama(request: ExportRequest) -> ExportResult:

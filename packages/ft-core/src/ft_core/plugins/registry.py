@@ -44,7 +44,7 @@ EXTRAS: dict[str, dict[str, str]] = {
         ("gemma3", "idefics3", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm"), "vision"
     ),
     "ft.rollouts": dict.fromkeys(("transformers", "vllm", "vllm-colocate"), "rl"),
-    "ft.exporters": dict.fromkeys(("gguf", "ollama", "open-webui", "vllm", "sglang", "hub"), "export"),
+    "ft.exporters": dict.fromkeys(("gguf", "ollama", "open-webui", "vllm", "sglang", "hub", "ctranslate2"), "export"),
     "ft.commands": {"merge": "export", "transcribe": "speech", "speak": "speech"},
 }
 """The extra of ft-core that brings a name that is known but not there."""

@@ -22,7 +22,7 @@ from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick
 from ft_core.models.device import count_peak_anew, peak_memory
 from ft_core.models.positions import fit_to_model
 from ft_core.models.source import read_ahead
-from ft_core.plugins import MethodSpec, registry, resolve
+from ft_core.plugins import MethodSpec, registry
 from ft_core.report import write_report
 from ft_core.runs import Run, write_json, write_text
 from ft_core.training.arguments import few_steps, total_steps, trainer_arguments

@@ -16,7 +16,7 @@ from ft_core.config.load import check_config, method_settings
 from ft_core.models import Device, ModelSource, find_model, load_tokenizer, pick_device
 from ft_core.models.device import peak_memory
 from ft_core.models.positions import fit_to_model
-from ft_core.plugins import MethodSpec, registry, resolve
+from ft_core.plugins import MethodSpec, registry
 from ft_core.runs import Run
 from ft_core.training.arguments import trainer_arguments
 from ft_core.training.job import Job, build_trainer

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["Codec", "Layout", "StreamDecoder"]
 
-Samples = npt.NDArray[np.float32]
-Codes = npt.NDArray[np.int64]
+Samples: TypeAlias = npt.NDArray[np.float32]
+Codes: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
