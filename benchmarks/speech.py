@@ -9,7 +9,7 @@ Contestants:
   computed again. ft-recompute: they wait on the GPU.
 - transformers: its own layers with torch's attention and PEFT. transformers-checkpointing: the same, computed again.
 
-The rate is the median of ten steps after three; the most memory is torch's own count of what was allocated in them. The
+The rate is the median of ten steps after five; the most memory is torch's own count of what was allocated in them. The
 first step's loss is in each row: adapters begin as zero, so all compute the same number, but for rounding. One that
 fails is a row with its error. Rows are added to benchmarks/results/speech.jsonl. What an Orpheus costs is measured by
 benchmarks/packed.py --shape orpheus-3b.
@@ -32,7 +32,7 @@ import fast_path
 RESULTS = Path(__file__).with_name("results") / "speech.jsonl"
 CONTESTANTS = ("ft", "ft-recompute", "ft-small", "transformers", "transformers-checkpointing")
 BATCH, RANK, TEXT = 16, 32, 128
-WARM, TIMED = 3, 10
+WARM, TIMED = 5, 10
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def table_line(row: dict[str, Any]) -> str:
         return f"{row['contestant']:27} {row['error']}"
     return (
         f"{row['contestant']:27} {row['step_s'] * 1e3:7.1f} ms a step  {row['audio_per_second']:7.0f} s of audio a "
-        f"second  {row['peak_gib']:6.2f} GiB  first loss {row['loss']:.5f}"
+        f"second  {row['peak_gib']:6.2f} GiB  first loss {row['loss']:.5f}  {row['recorded'] or ''}"
     )
 
 
@@ -147,13 +147,16 @@ def run(contestant: str, args: argparse.Namespace) -> dict[str, Any]:
         losses.append(loss.item())
     median = statistics.median(seconds[WARM:])
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    kept = None if path is None else [layer.choice for layer in path.layers]
+    kept = None if path is None else [path.chosen.of(layer) for layer in path.layers]
     if args.profile and cuda:
+        if path is not None:
+            path.graphs.on = False  # a recorded step's kernels do not say what they are of
         profiled(step)
     return {
         "batch": BATCH, "text": args.text, "step_s": round(median, 5), "steps": [round(s, 4) for s in seconds],
         "audio_per_second": round(BATCH * 30 / median), "peak_gib": round(peak / cases.GIB, 3),
         "loss": round(losses[0], 6), "last_loss": round(losses[-1], 6),
+        "recorded": None if path is None else (path.graphs.replays, path.graphs.reason),
         "layers_keep": None if kept is None else {choice: kept.count(choice) for choice in sorted(set(kept))},
         "gpu": torch.cuda.get_device_name() if cuda else "none", "versions": fast_path.versions(),
     }  # fmt: skip
@@ -164,10 +167,12 @@ def profiled(step: Any) -> None:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as found:
         step()
         torch.cuda.synchronize()
-    print(found.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90))
+    print(found.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=110))
+    shapes = found.key_averages(group_by_input_shape=True)
+    print(shapes.table(sort_by="self_cuda_time_total", row_limit=40, max_shapes_column_width=120))
 
 
 def _now(cuda: bool) -> float:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ft_kernels as kernels
-from ft_core.fast.again import Choice
 from ft_core.fast.linears import frozen, read, updates
 from ft_core.fast.wide import Wide
 
@@ -36,22 +35,19 @@ class SpeechLayer:
     Attributes:
         module: transformers' layer.
         wide: its weights with room for updates.
-        choice: what waits for backward (see :data:`ft_core.fast.again.Choice`).
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.wide = Wide()
-        self.choice: Choice = "keep"
         self.listens = hasattr(module, "encoder_attn")
 
-    def __call__(self, x: Tensor, heard: Tensor | None = None, **ignored: Any) -> Tensor:
+    def __call__(self, x: Tensor, heard: Tensor | None = None) -> Tensor:
         """The layer's output ``[B, S, H]``.
 
         Args:
             x: ``[B, S, H]``.
             heard: the encoder's states ``[B, T, H]``, for a decoder's layer.
-            ignored: what :func:`ft_core.fast.again.compute_by_choice` says; all is kept that backward wants.
         """
         layer = self.module
         inner = layer.self_attn

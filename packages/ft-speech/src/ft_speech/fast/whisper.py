@@ -8,30 +8,31 @@ transformers' own.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ft_kernels as kernels
 from ft_core.data.collating import IGNORE
-from ft_core.fast.again import Choice, compute_by_choice, without_checkpointing
+from ft_core.fast.again import without_checkpointing
 from ft_core.fast.find import NotFast, unwrapped
-from ft_core.fast.forwards import Replaced, has_other
+from ft_core.fast.forwards import Replaced, has_other, silent
+from ft_core.fast.graphs import Graphs
 from ft_core.fast.head import as_count, can_fuse
-from ft_core.fast.linears import is_plain, read
+from ft_core.fast.linears import is_plain, read, state
 from ft_core.fast.offload import HostMemory
+from ft_speech.fast.again import computed_again
+from ft_speech.fast.choosing import Chosen, Wanted, chosen
 from ft_speech.fast.layers import SpeechLayer, layer_norm
 
 __all__ = ["WhisperPath", "enable", "path_of"]
 
 HANDLE = "_ft_speech_path"
-HEAD = 2**30
-"""Bytes that the head may use at a time."""
-SHARE = 0.7
-"""Of the free memory, what counted activations may fill."""
+TEXT = 32
+"""Tokens to write are filled up to a multiple of this, so that batches of few lengths come again and again: a recorded
+step is of one length. What is added is not trained, and seen by nothing before it."""
 
 
 class WhisperPath:
@@ -41,6 +42,8 @@ class WhisperPath:
         model: transformers' model with its head.
         on: whether the fast layers are used.
         layers: what computes each layer, the encoder's first.
+        chosen: what they keep between forward and backward.
+        graphs: recorded steps; ``graphs.on = False`` does without.
         host: activations that wait in the host's memory.
     """
 
@@ -48,73 +51,46 @@ class WhisperPath:
         self.model = model
         self.on = True
         self.layers: list[SpeechLayer] = []
+        self.chosen = Chosen()
+        self.graphs = Graphs()
         self.host = HostMemory()
-        self._changed: list[nn.Module] = []
-        self._want: Literal["auto"] | Choice = "auto"
+        self._want: Wanted = "auto"
         self._memory: int | None = None
         self._planned: tuple[int, int] | None = None
+        self._changed: list[nn.Module] = []
 
-    def choose(
-        self, what: Literal["auto", "keep", "recompute", "offload"] = "auto", *, memory: int | None = None
-    ) -> None:
+    def choose(self, what: Wanted = "auto", *, memory: int | None = None) -> None:
         """Choose what each layer keeps between forward and backward, instead of a trainer's gradient_checkpointing.
 
         Args:
             what: ``keep`` all that backward wants, ``recompute`` it from the layers' inputs, ``offload`` these inputs
-                to the host's memory; ``auto`` keeps as many layers as fit, and recomputes the rest.
+                to the host's memory; ``auto`` does the first that fits, layer by layer.
             memory: bytes that the GPU's allocated memory may reach, for ``auto``; None for what is free.
 
         Raises:
             ValueError: no such choice.
         """
-        choices: dict[str, Any] = {
-            "auto": "auto", "keep": "keep", "recompute": "recompute", "offload": "offload-input",
-        }  # fmt: skip
-        if what not in choices:
-            raise ValueError(f"choose: {what!r} (allowed: {', '.join(choices)})")
-        self._want, self._memory, self._planned = choices[what], memory, None
-        if what != "auto":
-            for layer in self.layers:
-                layer.choice = choices[what]
+        if what not in ("auto", "keep", "recompute", "offload"):
+            raise ValueError(f"choose: {what!r} (allowed: auto, keep, recompute, offload)")
+        self._want, self._memory, self._planned = what, memory, None
 
     def plan(self, audio: Tensor, text: int) -> None:
         """Before a batch is computed for backward: what layers keep of it.
 
         Args:
-            audio: the features ``[B, mels, frames]``. text: how many tokens the batch is to write, padding included.
+            audio: the features ``[B, mels, frames]``. text: how many tokens are written of each, padding included.
         """
         self.host.begin()
-        if self._want != "auto":
+        shape = audio.shape[0], text
+        if self._planned is not None and all(new <= old for new, old in zip(shape, self._planned, strict=True)):
             return
-        heard = audio.shape[0] * self.model.config.max_source_positions
-        if self._planned is not None and heard <= self._planned[0] and text <= self._planned[1]:
-            return
-        self._planned = heard, text
-        if audio.device.type != "cuda":
-            return
-        room = SHARE * self._free(audio.device)
-        sizes = [_kept(layer, heard, text, self.model.config) for layer in self.layers]
-        inputs = [heard if not layer.listens else text for layer in self.layers]
-        least = sum(inputs) * self.model.config.d_model * self.model.dtype.itemsize
-        left = room - least - max(sizes)
-        # The last layers first: backward begins with them.
-        for layer, size in reversed(list(zip(self.layers, sizes, strict=True))):
-            left -= size
-            layer.choice = "keep" if left >= 0 else "recompute"
-
-    def _free(self, device: torch.device) -> float:
-        free, _ = torch.cuda.mem_get_info(device)
-        used = torch.cuda.memory_allocated(device)
-        free += torch.cuda.memory_reserved(device) - used
-        limit = (
-            torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
-        )
-        most = min(limit, self._memory) if self._memory is not None else limit
-        return max(min(float(free), most - used), 0.0)
+        self._planned = shape
+        self.chosen = chosen(self.layers, self.model, shape, audio.device, self._want, self._memory)
 
     def undo(self) -> None:
         """Give every instance its own forward back."""
         self.on = False
+        self.graphs.drop()
         for layer in self.layers:
             layer.wide.undo(list(layer.module.parameters()))
         for module in self._changed:
@@ -124,18 +100,9 @@ class WhisperPath:
         vars(self.model).pop(HANDLE, None)
 
     def put(self, forward: _Forward) -> None:
+        """Give an instance another forward."""
         forward.module.forward = forward  # type: ignore[assignment]
         self._changed.append(forward.module)
-
-
-def _kept(layer: SpeechLayer, heard: int, text: int, config: Any) -> int:
-    """Bytes that a layer keeps for backward: its single operations' inputs, two states wide ones at each perceptron."""
-    d = config.d_model
-    if layer.listens:
-        numbers = text * (12 * d + 2 * config.decoder_ffn_dim) + 2 * heard * d
-    else:
-        numbers = heard * (8 * d + 2 * config.encoder_ffn_dim)
-    return int(numbers * 2)
 
 
 def path_of(model: Any) -> WhisperPath | None:
@@ -195,7 +162,7 @@ class _Forward(Replaced):
 
 class _NormForward(_Forward):
     def __call__(self, x: Tensor) -> Any:
-        return layer_norm(self.module, x) if self.path.on else self.own(x)  # type: ignore[arg-type]
+        return layer_norm(cast(nn.LayerNorm, self.module), x) if self.path.on else self.own(x)
 
 
 class _LayerForward(_Forward):
@@ -215,32 +182,21 @@ class _LayerForward(_Forward):
     ) -> Any:
         special = attention_mask is not None or encoder_attention_mask is not None or past_key_values is not None
         missing = self.fast.listens and encoder_hidden_states is None
-        if not self.path.on or special or missing or keywords.get("output_attentions") or not self._plain():
+        plain = all(is_plain(child) for child in self.module.children())
+        if not self.path.on or special or missing or keywords.get("output_attentions") or not plain:
             if self.fast.listens:
                 keywords |= {
                     "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
                     "past_key_values": past_key_values, "use_cache": use_cache,
                 }  # fmt: skip
             return self.own(hidden_states, attention_mask, **keywords)
-        compute = functools.partial(self.fast, heard=encoder_hidden_states)
-        if self.fast.choice == "keep" or not torch.is_grad_enabled():
-            return compute(hidden_states)
-        return compute_by_choice(
-            self.fast.choice,
-            compute,
-            hidden_states,
-            False,
-            lambda: self._trained(encoder_hidden_states),
-            self.path.host,
-        )
-
-    def _plain(self) -> bool:
-        return all(is_plain(child) for child in self.module.children())
-
-    def _trained(self, heard: Tensor | None) -> list[Tensor]:
-        """What is differentiated beside the input: the layer's parameters, and what it hears."""
-        found: list[Tensor] = [p for p in self.module.parameters() if p.requires_grad]
-        return [*found, heard] if heard is not None and heard.requires_grad else found
+        heard = encoder_hidden_states
+        choice = self.path.chosen.of(self.fast) if torch.is_grad_enabled() else "keep"
+        if choice == "keep":
+            return self.fast(hidden_states, heard)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        with self.path.host.layer() if choice == "offload" else contextlib.nullcontext():
+            return computed_again(self.fast, hidden_states, heard, trained, self.path.chosen.pieces)
 
 
 class _ModelForward(_Forward):
@@ -250,57 +206,90 @@ class _ModelForward(_Forward):
         self, input_features: Tensor | None = None, *args: Any, labels: Tensor | None = None,
         decoder_input_ids: Tensor | None = None, num_items_in_batch: Any = None, **keywords: Any,
     ) -> Any:  # fmt: skip
-        path, model = self.path, self.module
-        head: Any = model.proj_out
         told = {name: value for name, value in keywords.items() if value is not None}
-        simple = not args and not (told.keys() - {"return_dict", "use_cache", "attention_mask"})
-        fused = path.on and simple and model.training and labels is not None and input_features is not None
-        if (
-            not fused
-            or labels is None
-            or input_features is None
-            or told.get("return_dict") is False
-            or not can_fuse(head)
-        ):
+        if labels is None or input_features is None or args or not self._fuses(labels, told):
             if num_items_in_batch is not None:
                 keywords["num_items_in_batch"] = num_items_in_batch
             return self.own(input_features, *args, labels=labels, decoder_input_ids=decoder_input_ids, **keywords)
         from transformers.modeling_outputs import Seq2SeqLMOutput
         from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
-        config: Any = model.config
-        if labels.shape[1] > config.max_target_positions:
-            return self.own(input_features, labels=labels, decoder_input_ids=decoder_input_ids, **keywords)
+        config: Any = self.module.config
         if decoder_input_ids is None:
             decoder_input_ids = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
-        with self._planned(input_features, decoder_input_ids.numel()):
-            body: Any = model.model
-            hidden = body(
-                input_features, decoder_input_ids=decoder_input_ids, attention_mask=told.get("attention_mask"),
-                use_cache=False,
-            ).last_hidden_state  # fmt: skip
-        linear = read(head)
+        device = input_features.device
+        room = min(-(-labels.shape[1] // TEXT) * TEXT, config.max_target_positions) - labels.shape[1]
+        given = {
+            "features": input_features,
+            "ids": F.pad(decoder_input_ids.to(device), (0, room), value=config.pad_token_id),
+            "labels": F.pad(labels.to(device), (0, room), value=IGNORE),
+        }
+        if num_items_in_batch is not None:
+            given["count"] = as_count(num_items_in_batch, device)
+        if not torch.is_grad_enabled():
+            return Seq2SeqLMOutput(loss=self._loss(**given, mask=told.get("attention_mask")))
+        self.path.plan(input_features, given["ids"].shape[1])
+        loss = self._recorded(given) if told.get("attention_mask") is None else None
+        if loss is None:
+            loss = self._loss(**given, mask=told.get("attention_mask"))
+        return Seq2SeqLMOutput(loss=loss)
+
+    def _fuses(self, labels: Tensor, told: dict[str, Any]) -> bool:
+        """Whether a call is a training step that asks for no more than its loss."""
+        model: Any = self.module
+        simple = (
+            not (told.keys() - {"return_dict", "use_cache", "attention_mask"}) and told.get("return_dict") is not False
+        )
+        fits = labels.shape[1] <= model.config.max_target_positions
+        return self.path.on and model.training and simple and fits and can_fuse(model.proj_out)
+
+    def _loss(
+        self, features: Tensor, ids: Tensor, labels: Tensor, count: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        model: Any = self.module
+        body = model.model
+        flagged = [m for m in (*body.encoder.layers, *body.decoder.layers) if getattr(m, "gradient_checkpointing", 0)]
+        with without_checkpointing(flagged):
+            hidden = body(features, decoder_input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        self.path.host.settle()
+        linear = read(model.proj_out)
         assert linear is not None
         adapter = linear.adapter
         loss: Tensor = kernels.linear_cross_entropy(
-            hidden, linear.weight, labels.to(hidden.device),
-            bias=linear.bias, lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
-            ignore_index=IGNORE, reduction="mean" if num_items_in_batch is None else "sum", max_memory=HEAD,
+            hidden, linear.weight, labels, bias=linear.bias,
+            lora=None if adapter is None else (adapter.a, adapter.b, adapter.scaling),
+            ignore_index=IGNORE, reduction="mean" if count is None else "sum", max_memory=self.path.chosen.head,
         )  # fmt: skip
-        if num_items_in_batch is not None:
-            loss = loss / as_count(num_items_in_batch, loss.device)
-        return Seq2SeqLMOutput(loss=loss)
+        return loss if count is None else loss / count
 
-    @contextlib.contextmanager
-    def _planned(self, features: Tensor, text: int) -> Iterator[None]:
-        if not torch.is_grad_enabled():
-            yield
-            return
-        self.path.plan(features, text)
-        body: Any = self.module.model
-        layers: Sequence[Any] = [*body.encoder.layers, *body.decoder.layers]
-        with without_checkpointing([layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]):
-            try:
-                yield
-            finally:
-                self.path.host.settle()
+    def _recorded(self, given: dict[str, Tensor]) -> Tensor | None:
+        """The loss by a recorded step; None where it has to be computed."""
+        path = self.path
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not given["features"].is_cuda or several or torch.compiler.is_compiling() or not path.graphs.on:
+            return None
+        return path.graphs.loss(self._loss, given, self._looks, path.model, fresh=True)
+
+    def _looks(self) -> tuple[Any, Any] | None:
+        """What a recorded step depends on but for its input, and what that is made of; None where none can be."""
+        model: Any = self.module
+        body, config = model.model, model.config
+        drawn = config.apply_spec_augment and (config.mask_time_prob or config.mask_feature_prob)
+        if drawn or body.encoder.layerdrop or body.decoder.layerdrop or not silent([body, model.proj_out]):
+            return None
+        linears = [m for m in model.modules() if hasattr(m, "base_layer") or isinstance(m, nn.Linear)]
+        read_ones = [read(m) for m in linears if hasattr(m, "base_layer")]
+        if any(one is None or (one.adapter is not None and one.adapter.dropout) for one in read_ones):
+            return None
+        parameters = list(model.parameters())
+        key = (
+            path_key(self.path), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
+            tuple(state(m) for m in linears),
+            tuple((id(p), p.data_ptr(), p.requires_grad) for p in parameters),
+        )  # fmt: skip
+        return key, (linears, parameters)
+
+
+def path_key(path: WhisperPath) -> tuple[Any, ...]:
+    """What of the choices a recorded step depends on."""
+    return path.chosen.pieces, path.chosen.head, tuple(path.chosen.of(layer) for layer in path.layers)
