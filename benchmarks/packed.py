@@ -215,7 +215,7 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
         "tokens_per_second": round(statistics.median(n / s for n, s in zip(tokens[args.warm :], timed, strict=True))),
         "overall": round(sum(tokens[args.warm :]) / sum(timed)), "filled": round(sum(tokens) / sum(positions), 3),
         "step_s": round(statistics.median(timed), 4), "first_step_s": round(seconds[0], 2),
-        "slowest_step_s": round(max(timed), 4), "first_loss": round(losses[0], 5), "loss": round(losses[-1], 5),
+        "slowest_step_s": round(max(timed), 4), "steps": [round(s, 3) for s in seconds], "first_loss": round(losses[0], 5), "loss": round(losses[-1], 5),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0.0,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else 0.0,
         "gpu": torch.cuda.get_device_name() if cuda else "none", "versions": fast_path.versions(),

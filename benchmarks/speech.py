@@ -9,7 +9,7 @@ Contestants:
   computed again. ft-recompute: they wait on the GPU.
 - transformers: its own layers with torch's attention and PEFT. transformers-checkpointing: the same, computed again.
 
-The rate is the median of ten steps after five; the most memory is torch's own count of what was allocated in them. The
+The rate is the median of ten steps after five; the most memory is torch's own count of what was allocated in any. The
 first step's loss is in each row: adapters begin as zero, so all compute the same number, but for rounding. One that
 fails is a row with its error. Rows are added to benchmarks/results/speech.jsonl. What an Orpheus costs is measured by
 benchmarks/packed.py --shape orpheus-3b.
@@ -75,9 +75,10 @@ def table_line(row: dict[str, Any]) -> str:
     """A row of the table."""
     if "error" in row:
         return f"{row['contestant']:27} {row['error']}"
+    memory = f"{row['peak_gib']:6.2f} GiB ({row['reserved_gib']:.2f} reserved)"
     return (
         f"{row['contestant']:27} {row['step_s'] * 1e3:7.1f} ms a step  {row['audio_per_second']:7.0f} s of audio a "
-        f"second  {row['peak_gib']:6.2f} GiB  first loss {row['loss']:.5f}  {row['recorded'] or ''}"
+        f"second  {memory}  first loss {row['loss']:.5f}  {row['recorded'] or ''}"
     )
 
 
@@ -128,6 +129,8 @@ def run(contestant: str, args: argparse.Namespace) -> dict[str, Any]:
     features = torch.randn(shape, generator=generator).to(args.device, torch.bfloat16)
     labels = torch.randint(4, config.vocab_size, (BATCH, args.text), generator=generator).to(args.device)
     cases.tidy()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
 
     def step() -> Any:
         with torch.autocast(args.device, torch.bfloat16):
@@ -138,9 +141,7 @@ def run(contestant: str, args: argparse.Namespace) -> dict[str, Any]:
         return loss
 
     seconds, losses = [], []
-    for number in range(WARM + TIMED):
-        if number == WARM and cuda:
-            torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARM + TIMED):
         began = _now(cuda)
         loss = step()
         seconds.append(_now(cuda) - began)
@@ -149,12 +150,14 @@ def run(contestant: str, args: argparse.Namespace) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     kept = None if path is None else [path.chosen.of(layer) for layer in path.layers]
     if args.profile and cuda:
+        profiled(step)
         if path is not None:
             path.graphs.on = False  # a recorded step's kernels do not say what they are of
-        profiled(step)
+            profiled(step)
     return {
         "batch": BATCH, "text": args.text, "step_s": round(median, 5), "steps": [round(s, 4) for s in seconds],
         "audio_per_second": round(BATCH * 30 / median), "peak_gib": round(peak / cases.GIB, 3),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / cases.GIB, 3) if cuda else 0.0,
         "loss": round(losses[0], 6), "last_loss": round(losses[-1], 6),
         "recorded": None if path is None else (path.graphs.replays, path.graphs.reason),
         "layers_keep": None if kept is None else {choice: kept.count(choice) for choice in sorted(set(kept))},

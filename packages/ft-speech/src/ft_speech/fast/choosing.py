@@ -21,7 +21,7 @@ HEAD, LEAST_HEAD = 2**30, 2**27
 SHARE = 0.45
 """Of the free memory, what counted activations may fill: a recorded step keeps its memory to itself, and is recorded
 while what an earlier one took is still there."""
-PIECES = 4
+PIECES = 8
 """Parts in which a batch is computed where memory is short."""
 BACKWARD = 2.2
 """What a layer's backward pass takes at most, in what it keeps: that, and the gradients of it."""

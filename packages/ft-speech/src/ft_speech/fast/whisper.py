@@ -180,23 +180,34 @@ class _LayerForward(_Forward):
         use_cache: bool | None = None,
         **keywords: Any,
     ) -> Any:
-        special = attention_mask is not None or encoder_attention_mask is not None or past_key_values is not None
+        known = attention_mask is not None and attention_mask.numel() == 0  # what _ModelForward says: none but causal
+        special = not (known or attention_mask is None) or encoder_attention_mask is not None
+        special = special or past_key_values is not None
         missing = self.fast.listens and encoder_hidden_states is None
         plain = all(is_plain(child) for child in self.module.children())
         if not self.path.on or special or missing or keywords.get("output_attentions") or not plain:
+            if known:
+                attention_mask = _causal(hidden_states)
             if self.fast.listens:
                 keywords |= {
                     "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
                     "past_key_values": past_key_values, "use_cache": use_cache,
                 }  # fmt: skip
             return self.own(hidden_states, attention_mask, **keywords)
-        heard = encoder_hidden_states
+        # The encoder's convolutions leave their channels first, and a sum keeps the order of its terms.
+        hidden_states, heard = hidden_states.contiguous(), encoder_hidden_states
         choice = self.path.chosen.of(self.fast) if torch.is_grad_enabled() else "keep"
         if choice == "keep":
             return self.fast(hidden_states, heard)
         trained = [p for p in self.module.parameters() if p.requires_grad]
         with self.path.host.layer() if choice == "offload" else contextlib.nullcontext():
             return computed_again(self.fast, hidden_states, heard, trained, self.path.chosen.pieces)
+
+
+def _causal(x: Tensor) -> Tensor:
+    """What is added to scores so that tokens ``[B, S, H]`` see nothing after them, ``[1, 1, S, S]``."""
+    length = x.shape[1]
+    return torch.full((1, 1, length, length), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu(1)
 
 
 class _ModelForward(_Forward):
@@ -250,7 +261,12 @@ class _ModelForward(_Forward):
         body = model.model
         flagged = [m for m in (*body.encoder.layers, *body.decoder.layers) if getattr(m, "gradient_checkpointing", 0)]
         with without_checkpointing(flagged):
-            hidden = body(features, decoder_input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            # A mask with four dimensions is handed on as it is. Without one transformers leaves it to the attention,
+            # but not while a step is recorded.
+            none = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=ids.device)
+            hidden = body(
+                features, decoder_input_ids=ids, decoder_attention_mask=none, attention_mask=mask, use_cache=False
+            ).last_hidden_state
         self.path.host.settle()
         linear = read(model.proj_out)
         assert linear is not None
