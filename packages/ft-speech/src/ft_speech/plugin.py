@@ -27,6 +27,7 @@ def _modality(name: str, summary: str, part: str, next: tuple[str, ...]) -> Moda
         trainer=f"{families}:trainer",
         evaluate=f"{families}:evaluate",
         fast=f"{families}:fast",
+        verify=f"{families}:verify",
         knows=f"{families}:knows_{name}",
         claims=True,
         next=(next,),
