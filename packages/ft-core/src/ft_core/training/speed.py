@@ -137,7 +137,9 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
     """Compare the fast layers with transformers' own on one short row, before they train anything.
 
     A row that cannot be cut anywhere, because it holds images, is one that the collator's ``checked(rows)`` gives; see
-    :attr:`ft_core.plugins.ModalitySpec.collator`. Where it does not fit, its text alone is compared.
+    :attr:`ft_core.plugins.ModalitySpec.collator`. Where it does not fit, its text alone is compared. The trainer of a
+    model with fast layers of its own has a method ``compared()``, which gives a :class:`ft_core.fast.Comparison` and on
+    what it was made, or None.
 
     Raises:
         RunError: they differ; it names the parameter.
@@ -146,7 +148,13 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     path = fast.fast_path_of(model)
-    if path is None or not path.on or config.verify == "off" or len(trainer.train_dataset) == 0:
+    if config.verify == "off" or len(trainer.train_dataset) == 0:
+        return
+    if (own := getattr(trainer, "compared", None)) is not None:
+        if (made := own()) is not None:
+            _say_or_refuse(*made, say)
+        return
+    if path is None or not path.on:
         return
     checked = getattr(trainer.data_collator, "checked", None)
     row = None if checked is None else checked(trainer.train_dataset)
@@ -165,6 +173,11 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
             say("fast layers: not checked, for the method's rows hold no tokens (`ft verify` checks them)")
             return
         result = _compared(trainer, path, model, found)
+    _say_or_refuse(result, what, say)
+
+
+def _say_or_refuse(result: Comparison, what: str, say: Callable[[str], None]) -> None:
+    """Say how far the fast layers are from transformers' own on ``what``, or refuse to train on them."""
     if (name := result.mismatch) is not None:
         if name == "loss":
             wrong = "the loss is {:.6g}, transformers' own {:.6g}".format(*result.losses)
