@@ -152,7 +152,8 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
         return
     if (own := getattr(trainer, "compared", None)) is not None:
         if (made := own()) is not None:
-            _say_or_refuse(*made, say)
+            result, what = made
+            _say_or_refuse(result, what, say)
         return
     if path is None or not path.on:
         return
