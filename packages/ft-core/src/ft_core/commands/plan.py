@@ -30,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.errors import ConfigError
     from ft_core.memory import bytes_of
 
-    config = load_config(args.config, args.overrides)
+    from ft_core.training.modality import with_local_task
+
+    config = with_local_task(load_config(args.config, args.overrides))
     try:
         memory = None if args.memory is None else bytes_of(args.memory)
     except ValueError:

@@ -73,6 +73,12 @@ def trainer(job: Job) -> Trainer:
         def _tighter(self, inputs: dict[str, Any]) -> str | None:
             return super()._tighter(inputs) if path_of(self.model) is None else None
 
+        @property
+        def fast_layers(self) -> bool:
+            """Whether the model computes with fast layers."""
+            path = path_of(self.model)
+            return path is not None and path.on
+
         def compared(self) -> tuple[Any, str] | None:
             """The fast layers beside transformers' own on the first recording; None without them."""
             path = path_of(self.model)
