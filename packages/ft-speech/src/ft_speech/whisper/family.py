@@ -16,11 +16,11 @@ __all__ = [
 
 
 def fast(model: Any) -> Any:
-    """Whisper's fast layers, put into a model; None where this version has none."""
-    try:
-        from ft_speech.fast.whisper import enable
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("ft_speech.fast"):
-            raise
-        return None
+    """Whisper's fast layers, put into a model.
+
+    Raises:
+        ft_core.fast.NotFast: it has parts that they do not know.
+    """
+    from ft_speech.fast.whisper import enable
+
     return enable(model)

@@ -29,7 +29,7 @@ LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 TIMESTAMPS = 1501
 """Tokens for 0 to 30 s, 0.02 s apart."""
 HEAD = 64
-"""Values of one head of attention, in every Whisper; older revisions of the format do not say how many heads there are."""
+"""Values of one head of attention, in every Whisper; older revisions of the format do not say how many heads it has."""
 
 
 def convert(
@@ -273,7 +273,9 @@ def _binary(places: Sequence[Path]) -> list[Path]:
             if match := PARTS.fullmatch(path.name):
                 parts[int(match[1])] = path
     if not parts or sorted(parts) != list(range(1, len(parts) + 1)):
-        have = f"there are the parts {', '.join(map(str, sorted(parts)))}" if parts else "looked for model.bin.part1 too"
+        have = (
+            f"there are the parts {', '.join(map(str, sorted(parts)))}" if parts else "looked for model.bin.part1 too"
+        )
         raise ModelError(f"{', '.join(map(str, places))}: holds no model.bin of CTranslate2 ({have})")
     return [parts[number] for number in sorted(parts)]
 
@@ -305,7 +307,9 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="python -m ft_speech.whisper.from_ctranslate2",
         description="Write a Whisper of CTranslate2 (faster-whisper) as a model folder of transformers.",
     )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="with model.bin or its parts, and the files beside")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="with model.bin or its parts, and the files beside"
+    )
     parser.add_argument("out", metavar="OUT", help="the folder to make")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
     args = parser.parse_args(words)

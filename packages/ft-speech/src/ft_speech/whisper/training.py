@@ -9,18 +9,11 @@ if TYPE_CHECKING:
 
     from ft_core.training import Job
 
-__all__ = ["path_of", "trainer"]
+__all__ = ["trainer"]
 
-
-def path_of(model: Any) -> Any:
-    """The handle of the fast layers that a model computes with, or None where it has none."""
-    try:
-        from ft_speech.fast.whisper import path_of as found
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("ft_speech.fast"):
-            raise
-        return None
-    return found(model)
+GAPS = 0.95
+"""The share of the memory that a configuration allows which is planned with: torch's own count of what it holds is
+above what is in use."""
 
 
 def trainer(job: Job) -> Trainer:
@@ -35,7 +28,9 @@ def trainer(job: Job) -> Trainer:
     import torch
     from transformers import Trainer, TrainingArguments
 
+    from ft_core.memory import bytes_of
     from ft_core.training.trainer import RunTrainerMixin
+    from ft_speech.fast.whisper import path_of
     from ft_speech.whisper.collating import collator
     from ft_speech.whisper.documents import dataset
 
@@ -78,9 +73,17 @@ def trainer(job: Job) -> Trainer:
             return batch
 
         def _tighter(self, inputs: dict[str, Any]) -> str | None:
-            return super()._tighter(inputs) if path_of(self.model) is None else None
+            path = path_of(self.model)
+            if path is None or not path.on:
+                return super()._tighter(inputs)
+            path.graphs.drop()  # recorded steps hold the memory that they were recorded with
+            path.choose("recompute")
+            return "every layer is computed again in backward"
 
-    if path_of(job.model) is not None:  # it keeps little enough, and knows no recomputing
+    path = path_of(job.model)
+    if path is not None:  # it chooses by itself what is computed again
+        memory = job.config.memory
+        path.choose(job.config.activations, memory=None if memory == "auto" else int(GAPS * bytes_of(memory)))
         job.arguments |= {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": None}
     collate = collator(job)
     train = dataset(job, job.train_rows, "train")
