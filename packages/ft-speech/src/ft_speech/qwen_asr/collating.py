@@ -71,9 +71,13 @@ class AsrCollator:
 
     def spectra(self, recordings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What the forward pass is handed of recordings, as they stand in the column ``recordings``."""
+        return self.spectra_of([_fitting(one) for one in recordings])
+
+    def spectra_of(self, samples: Sequence[Any]) -> dict[str, Any]:
+        """What the forward pass is handed of recordings, each float32 [samples] at 16 kHz."""
         import torch
 
-        made = [self._spectrum(one) for one in recordings]
+        made = [self._spectrum(one) for one in samples]
         longest = max(one.shape[-1] for one, _ in made)
         pad = torch.nn.functional.pad
         return {
@@ -92,13 +96,8 @@ class AsrCollator:
             "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"),
         }
 
-    def _spectrum(self, recording: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        made = self.processor(
-            text=[self.processor.audio_token],
-            audio=[_fitting(recording)],
-            sampling_rate=SAMPLING_RATE,
-            return_tensors="pt",
-        )
+    def _spectrum(self, samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        made = self.processor(text=[self.processor.audio_token], audio=[samples], sampling_rate=SAMPLING_RATE)
         return made["input_features"], made["input_features_mask"].long()
 
     def checked(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

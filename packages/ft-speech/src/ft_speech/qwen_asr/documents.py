@@ -74,31 +74,38 @@ class AsrRenderer(Renderer):
         self.processor, self.language = processor, language
         self.samples: dict[Heard, int] = {}
         self.left_out: list[int] = []
-        asked = [{"role": "user", "content": [{"type": "audio", "audio": "recording.wav"}]}]
-        text = self._render(asked, None, prompting=True)
-        self._around = text.split(processor.audio_token)
-        if len(self._around) != 2:
+        self._around = self.around()
+
+    def around(self, context: str | None = None) -> tuple[str, str]:
+        """What stands before a recording's tokens and after them, up to where the model begins to write.
+
+        Args:
+            context: words that may be expected; None: none.
+
+        Raises:
+            DataError: the chat template has not one place for a recording, or the context holds one of the model's own
+                tokens.
+        """
+        self._check_text("the prompt", context or "")
+        asked: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "audio", "audio": "recording.wav"}]}]
+        if context:
+            asked.insert(0, {"role": "system", "content": context})
+        parts = self._render(asked, None, prompting=True).split(self.processor.audio_token)
+        if len(parts) != 2:
             raise DataError(
-                f"the chat template writes {counted(len(self._around) - 1, 'place')} for a recording instead of one: "
-                "it is not that of a recogniser"
+                f"the chat template writes {counted(len(parts) - 1, 'place')} for a recording instead of one: it is "
+                "not that of a recogniser"
             )
+        return parts[0], parts[1]
 
     def prompt(self, row: Row) -> tuple[str, str | None]:
         """What the model is asked of a row's recording, and what is said in it."""
         return self.question(Heard.of(row)), str(row["text"]).strip()
 
-    def question(self, heard: Heard, language: str | None = None) -> str:
-        """What the model is asked of a recording, up to where it begins to write.
-
-        Args:
-            language: the code of the language that is spoken; None: the model says it first.
-
-        Raises:
-            DataError: a language that is not known.
-        """
+    def question(self, heard: Heard) -> str:
+        """What the model is asked of a recording, up to where it begins to write."""
         before, after = self._around
-        asked = f"{before}{self.processor.audio_token * audio_tokens(self.samples[heard])}{after}"
-        return asked if language is None else asked + written("", name_of(language))
+        return f"{before}{self.processor.audio_token * audio_tokens(self.samples[heard])}{after}"
 
     def answer(self, row: Row) -> str:
         """What the model is to write of a row's recording.
@@ -118,13 +125,16 @@ class AsrRenderer(Renderer):
         """
         if row.get("task") == "translate":
             raise DataError("task is translate: Qwen3-ASR writes down what is said, in its language")
-        if (found := next((token for token in self.special if token in row["text"]), None)) is not None:
-            raise DataError(f"text holds {found!r}, which means something else to the model")
+        self._check_text("text", row["text"])
         prompt = self.question(Heard.of(row))
         text = prompt + self.answer(row)
         start = len(self._around[0])
         shown = ((start, len(prompt) - len(self._around[1])),)
         return [Draft(text, ((len(prompt), len(text)),), end=True, uncuttable=True, shown=shown)]
+
+    def _check_text(self, what: str, text: str) -> None:
+        if (found := next((token for token in self.special if token in text), None)) is not None:
+            raise DataError(f"{what} holds {found!r}, which means something else to the model")
 
 
 def tokenize(

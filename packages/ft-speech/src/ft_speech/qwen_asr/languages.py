@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ft_core.errors import DataError
 
-__all__ = ["LANGUAGES", "code_of", "name_of"]
+__all__ = ["LANGUAGES", "code_of", "name_of", "told"]
 
 LANGUAGES = {
     "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English", "es": "Spanish",
@@ -28,17 +28,34 @@ def name_of(code: str) -> str:
     from transformers.models.whisper.tokenization_whisper import LANGUAGES as MORE
 
     if code not in MORE:
-        raise DataError(f"no language has the code {code!r} (known are those of Qwen3-ASR and of Whisper: en, de, …)")
+        raise DataError(f"no language has the code {code!r}: known are those of Qwen3-ASR and of Whisper (en, de, …)")
     return " ".join(word.capitalize() for word in MORE[code].split())
 
 
 def code_of(name: str | None) -> str | None:
-    """The code of a language that the model has named; None where it named none, or one that is not known."""
+    """The code of a language by its English name; None for none, or one that is not known."""
     if name is None:
         return None
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     said = name.strip().lower()
-    own = {own.lower(): code for code, own in LANGUAGES.items()}
+    own = {known.lower(): code for code, known in LANGUAGES.items()}
     found = own.get(said) or TO_LANGUAGE_CODE.get(said)
     return None if found is None else str(found)
+
+
+def told(language: str) -> str:
+    """The code of a language that somebody names, by its code or English name.
+
+    Raises:
+        DataError: it is neither.
+    """
+    code = code_of(language) or language.strip().lower()
+    try:
+        name_of(code)
+    except DataError:
+        raise DataError(
+            f"language: {language!r} is not known (allowed: {', '.join(sorted(LANGUAGES))}, their English names, and "
+            "what a model was taught beside them)"
+        ) from None
+    return code

@@ -78,7 +78,7 @@ def adapter_options(model: Any, config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def load_processor(source: ModelSource, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+def load_processor(source: ModelSource, config: TrainConfig | None, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The model's processor for recordings and text, with this tokenizer.
 
     Raises:
