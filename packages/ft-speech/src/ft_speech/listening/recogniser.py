@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     Samples: TypeAlias = npt.NDArray[np.float32]
 
 __all__ = [
-    "LONG_FORMS", "RECOGNISERS", "TASKS", "TIMESTAMPS", "LongForm", "Recogniser", "Timestamps", "open_recogniser",
-    "recognise", "transcribe",
+    "LONG_FORMS", "RECOGNISERS", "TASKS", "TIMESTAMPS", "LongForm", "Recogniser", "Timestamps", "check_task",
+    "open_recogniser", "recognise", "transcribe",
 ]  # fmt: skip
 
 RECOGNISERS = {

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ft_core.errors import DataError, ModelError
+from ft_core.errors import DataError
 from ft_core.memory import enough_memory
 from ft_speech.listening.recogniser import LongForm, Timestamps, check_task
 from ft_speech.listening.transcripts import Segment, Transcript, Word, joined, ordered
 from ft_speech.listening.windows import at_pauses, is_silent
 from ft_speech.whisper.aligning import token_times, words_of
+from ft_speech.whisper.asking import FALLBACK, Frames, chances_kept, generation_of, processor_of
 from ft_speech.whisper.vocabulary import Vocabulary, language_code, vocabulary_of
 
 if TYPE_CHECKING:
     from ft_core.models.opening import Target
 
-__all__ = ["FALLBACK", "WhisperRecogniser", "processor_of"]
+__all__ = ["WhisperRecogniser"]
 
 Samples: TypeAlias = npt.NDArray[np.float32]
-
-FALLBACK: dict[str, Any] = {
-    "temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
-    "compression_ratio_threshold": 1.35,
-    "logprob_threshold": -1.0,
-    "no_speech_threshold": 0.6,
-}
-"""When a window is heard again with a higher temperature, or taken for silence: section 3.8 of the paper. The ratio is
-of token numbers, as transformers compresses them; the paper's 2.4 is of text."""
 
 LESS_MEMORY = "take a smaller --batch-size, or free memory that other programs hold"
 
@@ -160,13 +150,13 @@ class WhisperRecogniser:
                 whole.append(_Window(number, 0.0, one))
             else:
                 windows += [_Window(number, a / self.sampling_rate, one[a:b]) for a, b in found]
-        with _chances_kept(self._plain.device):
+        with chances_kept(self._plain.device):
             self._tell_languages([*windows, *whole], language, batch_size)
             for batch in _batches([one for one in windows if not is_silent(one.samples)], batch_size):
                 self._hear(batch, **settings)
                 report(sum(self._seconds(one) for one in batch))
             for one in whole:
-                frames = _Frames(report, self.longest / self._frames)
+                frames = Frames(report, self.longest / self._frames)
                 self._hear([one], report=frames, **settings)
                 frames(np.array([[len(one.samples) // self.features.hop_length, 0]]))
         report(sum(self._seconds(one) for one in windows if is_silent(one.samples)))
@@ -185,7 +175,7 @@ class WhisperRecogniser:
         timestamps: Timestamps,
         prompt: str | None,
         new: int,
-        report: _Frames | None = None,
+        report: Frames | None = None,
     ) -> None:
         """Hear windows together, or one whole recording, and leave the transcripts in them."""
         import torch
@@ -199,7 +189,7 @@ class WhisperRecogniser:
         with enough_memory(f"hearing {len(batch)} x {self.longest:g} s", LESS_MEMORY), torch.inference_mode():
             made = self._plain.generate(
                 input_features=features,
-                generation_config=self._generation(),
+                generation_config=generation_of(self._plain, self.vocabulary),
                 return_timestamps=timestamps != "none" or features.shape[-1] > self._frames,
                 return_segments=True,
                 max_new_tokens=new,
@@ -315,27 +305,6 @@ class WhisperRecogniser:
         before = len(self._prompt(prompt)) + len(self.vocabulary.prefix("en", "transcribe"))
         return int(self._plain.config.max_target_positions) - before
 
-    def _generation(self) -> Any:
-        """The model's generation configuration, with what an older one, or none, leaves out."""
-        own, known = copy.deepcopy(self._plain.generation_config), self.vocabulary
-        own.update(
-            decoder_start_token_id=known.start,
-            eos_token_id=known.end,
-            pad_token_id=known.end if own.pad_token_id is None else own.pad_token_id,
-            no_timestamps_token_id=known.no_timestamps,
-            prev_sot_token_id=known.previous,
-            is_multilingual=bool(known.languages),
-            lang_to_id={f"<|{code}|>": number for code, number in known.languages.items()},
-            task_to_id=known.tasks,
-            forced_decoder_ids=None,
-            condition_on_prev_tokens=False,
-            return_timestamps=False,
-        )
-        for name in ("lang_to_id", "task_to_id"):
-            if not getattr(own, name):
-                delattr(own, name)
-        return own
-
     def _tell_languages(self, windows: Sequence[_Window], language: str | None, batch_size: int) -> None:
         """Say of each window what language is spoken in its recording; where it is not told, its beginning tells."""
         import torch
@@ -363,57 +332,6 @@ class WhisperRecogniser:
             one.language = told or found.get(one.file)
 
 
-def processor_of(target: Target, model: Any) -> Any:
-    """What makes features of samples for a model, from its run's or its own files.
-
-    Where there is none, as in folders that were made of other programs' weights, it is the one that all Whisper models
-    have.
-
-    Raises:
-        ModelError: its files cannot be read, or are another model's.
-    """
-    from transformers import WhisperFeatureExtractor
-
-    from ft_core.models.source import find_model
-
-    if target.run is not None:
-        own = target.run.adapter if target.run.adapter.is_dir() else target.run.model
-        folders = [own] if own == target.run.model else [own, find_model(target.run.config.model).path]
-    else:
-        assert target.source is not None
-        folders = [target.source.path]
-    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
-    for folder in folders:
-        if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-            continue
-        try:
-            features = WhisperFeatureExtractor.from_pretrained(folder)
-        except Exception as error:  # its files may lack or hold anything
-            line = " ".join(str(error).split())
-            raise ModelError(f"the feature extractor in {folder} cannot be loaded: {line[:300]}") from error
-        if features.feature_size != config.num_mel_bins:
-            raise ModelError(
-                f"the feature extractor in {folder} makes {features.feature_size} mel bands, the model "
-                f"{target.reference} hears {config.num_mel_bins}: its files are not of one model"
-            )
-        return features
-    return WhisperFeatureExtractor(feature_size=config.num_mel_bins)
-
-
-class _Frames:
-    """A callback of transformers, which tells frames, that tells seconds since the last call."""
-
-    def __init__(self, report: Callable[[float], None], seconds: float) -> None:
-        self._report, self._seconds, self._told = report, seconds, 0
-
-    def __call__(self, places: Any) -> None:
-        """``places``: ``[1, 2]``, the frame that is heard now and the number of all."""
-        now = int(places[0, 0])
-        if now > self._told:
-            self._report((now - self._told) * self._seconds)
-            self._told = now
-
-
 def _language(windows: Sequence[_Window]) -> str | None:
     return next((one.language for one in windows if one.language is not None), None)
 
@@ -425,13 +343,3 @@ def _moved(words: Sequence[Word], by: float) -> list[Word]:
 def _batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
-
-
-@contextmanager
-def _chances_kept(device: Any) -> Iterator[None]:
-    """The same random numbers in each call, for windows that are heard again; the caller's are left as they were."""
-    import torch
-
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
