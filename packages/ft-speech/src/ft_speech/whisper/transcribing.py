@@ -25,6 +25,9 @@ __all__ = ["WhisperRecogniser"]
 
 Samples: TypeAlias = npt.NDArray[np.float32]
 
+PREFIX = 4
+"""Tokens before a text, at most: the start, the language, the task, and that there are no timestamps."""
+
 LESS_MEMORY = "take a smaller --batch-size, or free memory that other programs hold"
 
 
@@ -302,8 +305,7 @@ class WhisperRecogniser:
 
     def _room(self, prompt: str | None) -> int:
         """How many tokens a text may have."""
-        before = len(self._prompt(prompt)) + len(self.vocabulary.prefix("en", "transcribe"))
-        return int(self._plain.config.max_target_positions) - before
+        return int(self._plain.config.max_target_positions) - PREFIX - len(self._prompt(prompt))
 
     def _tell_languages(self, windows: Sequence[_Window], language: str | None, batch_size: int) -> None:
         """Say of each window what language is spoken in its recording; where it is not told, its beginning tells."""
