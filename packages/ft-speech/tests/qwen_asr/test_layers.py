@@ -20,8 +20,9 @@ from ft_speech.qwen_asr.collating import AsrCollator, collator_for, drawn, packs
 
 SHARE = 5e-5
 """fp32, a few hundred sums in each of some ten layers, rounded at 6e-8: of each, and of their gradients."""
-SHAPES = ((7, 0.3), (12, 1.4), (5, 2.0))
-"""Of documents: how many words, and how many seconds before them; the encoder sees a second at once."""
+SHAPES = ((7, 0.3), (12, 1.4), (5, 9.3))
+"""Of documents: how many words, and how many seconds before them; the encoder's convolutions see one at once,
+its attention eight."""
 
 
 class Made(NamedTuple):

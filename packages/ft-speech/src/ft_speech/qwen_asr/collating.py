@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,9 @@ from ft_core.data import Collator, keeps_documents_apart
 from ft_core.data.collating import IGNORE
 from ft_core.errors import DataError
 from ft_speech.audio import AudioError
+from ft_speech.listening.augment import mask_features, vary_samples
+from ft_speech.listening.recordings import UnusableAudio
+from ft_speech.listening.settings import AugmentSettings
 from ft_speech.qwen_asr.documents import RECORDINGS, AsrRenderer, Heard
 from ft_speech.qwen_asr.loading import settings_of
 from ft_speech.qwen_asr.parts import ENCODER, SAMPLING_RATE, audio_tokens
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
     from ft_core.training import Job
 
-__all__ = ["AsrCollator", "UnusableAudio", "collator", "collator_for", "drawn", "packs"]
+__all__ = ["AsrCollator", "collator", "collator_for", "drawn", "packs"]
 
 WORKERS = 4
 """Processes that make batches ahead of a GPU, unless the configuration says how many."""
@@ -29,15 +32,6 @@ LOOKED_AT = 64
 """Rows among which the shortest documents are found."""
 OFF = 0.1
 """Seconds by which a recording may be longer or shorter than its header says: it is cut, or filled up with silence."""
-
-
-class UnusableAudio(DataError):
-    """A recording that turned out to be unusable when its batch was made. It stays one line on its way out of a worker,
-    whose exceptions torch makes again with their whole traceback for a message."""
-
-    def __init__(self, message: str) -> None:
-        last = message.rstrip().rpartition("\n")[2]
-        super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,8 @@ class AsrCollator:
         text: batches the text.
         processor: the model's.
         dtype: of the spectra, the encoder's.
-        holds: what the rows hold beside text, for messages.
+        augment: how recordings of training rows are varied: by noise and by SpecAugment.
+        holds: what rows hold beside text, for messages.
 
     Raises:
         UnusableAudio: when it is called: a recording that cannot be read any more, is damaged, or has another length.
@@ -63,7 +58,8 @@ class AsrCollator:
     text: Collator
     processor: Any
     dtype: torch.dtype
-    holds: str = "a recording"
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    holds: str = "recordings"
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.text(features)
@@ -71,19 +67,13 @@ class AsrCollator:
 
     def spectra(self, recordings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What the forward pass is handed of recordings, as they stand in the column ``recordings``."""
-        return self.spectra_of([_fitting(one) for one in recordings])
+        return self._together(
+            [self._varied(one) if self._varies(one) else self._of(_fitting(one)) for one in recordings]
+        )
 
     def spectra_of(self, samples: Sequence[Any]) -> dict[str, Any]:
         """What the forward pass is handed of recordings, each float32 [samples] at 16 kHz."""
-        import torch
-
-        made = [self._spectrum(one) for one in samples]
-        longest = max(one.shape[-1] for one, _ in made)
-        pad = torch.nn.functional.pad
-        return {
-            "input_features": torch.cat([pad(one, (0, longest - one.shape[-1])) for one, _ in made]).to(self.dtype),
-            "input_features_mask": torch.cat([pad(one, (0, longest - one.shape[-1])) for _, one in made]),
-        }
+        return self._together([self._of(one) for one in samples])
 
     def left_padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Prompts that are answered together: ``input_ids`` and ``attention_mask``, int64 [prompts, longest]."""
@@ -96,9 +86,33 @@ class AsrCollator:
             "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"),
         }
 
-    def _spectrum(self, samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _together(self, made: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+        import torch
+
+        longest = max(one.shape[-1] for one, _ in made)
+        pad = torch.nn.functional.pad
+        return {
+            "input_features": torch.cat([pad(one, (0, longest - one.shape[-1])) for one, _ in made]).to(self.dtype),
+            "input_features_mask": torch.cat([pad(one, (0, longest - one.shape[-1])) for _, one in made]),
+        }
+
+    def _of(self, samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
         made = self.processor(text=[self.processor.audio_token], audio=[samples], sampling_rate=SAMPLING_RATE)
         return made["input_features"], made["input_features_mask"].long()
+
+    def _varies(self, recording: Mapping[str, Any]) -> bool:
+        return bool(recording.get("varied")) and self.augment != AugmentSettings()
+
+    def _varied(self, recording: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        import numpy as np
+        import torch
+
+        # torch's numbers are those that a checkpoint and a worker's seed bring back
+        chance = np.random.default_rng(int(torch.randint(2**31, ()).item()))
+        samples = vary_samples(_fitting(recording), SAMPLING_RATE, self.augment, chance, speed=False)
+        spectrum, mask = self._of(samples)
+        masked = mask_features(spectrum[0].numpy(), int(mask.sum()), self.augment, chance)
+        return torch.from_numpy(masked)[None], mask
 
     def checked(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A row of the two documents that are the shortest among the first rows, or of the only one; see
@@ -132,7 +146,7 @@ def _fitting(recording: Mapping[str, Any]) -> Any:
     wanted = recording["samples"]
     try:
         samples = open_row(recording, SAMPLING_RATE)
-    except AudioError as error:
+    except (AudioError, DataError) as error:
         raise UnusableAudio(f"{error} (mend it, and go on; stt.on_bad_audio: skip leaves such rows out)") from error
     off = len(samples) - wanted
     if abs(off) > OFF * SAMPLING_RATE:
@@ -149,7 +163,8 @@ def collator(job: Job) -> AsrCollator:
     from ft_core.fast import fast_path_of
     from ft_core.training.sft import MIXES
 
-    workers = settings_of(job.config).workers
+    settings = settings_of(job.config)
+    workers = settings.workers
     if workers is None:
         workers = 0 if job.arguments["use_cpu"] else WORKERS
     job.arguments["dataloader_num_workers"] = workers
@@ -158,7 +173,7 @@ def collator(job: Job) -> AsrCollator:
         job.say(MIXES)
     lengths = padding_free and fast_path_of(job.model) is not None
     text = Collator(job.tokenizer.pad_token_id, padding_free=padding_free, lengths=lengths)
-    return collator_for(job.model, job.processor, text)
+    return replace(collator_for(job.model, job.processor, text), augment=settings.augment)
 
 
 def collator_for(model: Any, processor: Any, text: Collator) -> AsrCollator:
@@ -204,7 +219,7 @@ def drawn(processor: Any, shapes: Sequence[tuple[int, float]], seed: int) -> lis
             {
                 "input_ids": [*asked, *said],
                 "labels": [*[IGNORE] * len(asked), *said],
-                RECORDINGS: [{**heard._asdict(), "samples": samples}],
+                RECORDINGS: [{**heard._asdict(), "samples": samples, "varied": False}],
             }
         )
         assert asked.count(processor.audio_token_id) == audio_tokens(samples)

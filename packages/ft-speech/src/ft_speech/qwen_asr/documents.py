@@ -7,7 +7,6 @@ need not say how long it is); the samples are read when a batch is made (:mod:`f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,11 +16,10 @@ from ft_core.data.rendering import Draft, Renderer
 from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
 from ft_core.training.job import LEFT_OUT
-from ft_speech.audio import AudioError, audio_info
+from ft_speech.listening.recordings import looked_at
 from ft_speech.qwen_asr.languages import name_of
 from ft_speech.qwen_asr.loading import settings_of
 from ft_speech.qwen_asr.parts import SAMPLING_RATE, audio_tokens, written
-from ft_speech.references import open_row, source_of
 
 if TYPE_CHECKING:
     from ft_core.training import Job
@@ -30,13 +28,11 @@ __all__ = ["RECORDINGS", "AsrRenderer", "Heard", "dataset", "heard_in", "tokeniz
 
 RECORDINGS = "recordings"
 """The column with a row's recordings, one for each of its documents: objects with ``audio``, a reference, ``start`` and
-``end`` of the stretch that is meant, in seconds, and ``samples``, how many it has at 16 kHz."""
+``end`` of the stretch that is meant, in seconds, ``samples``, how many it has at 16 kHz, and ``varied``, whether it is
+augmented."""
 
 BATCH = 64
-"""Rows that are looked at together."""
-THREADS = 8
-EXACT = ("wav", "flac", "ogg")
-"""Formats whose headers say how long a file is."""
+"""Rows that are written together."""
 
 Row = Mapping[str, Any]
 
@@ -157,50 +153,21 @@ def tokenize(
     result = Tokenized()
     adding = RowTokenizer(renderer.processor.tokenizer, max_length, train_on, renderer)
     bad: list[str] = []
-    numbered = iter(enumerate(rows))
-    with ThreadPoolExecutor(THREADS) as pool:
-        while batch := list(islice(numbered, BATCH)):
-            good = []
-            faults = pool.map(lambda item: measure(item[1], renderer, on_bad_audio == "skip"), batch)
-            for (number, row), fault in zip(batch, faults, strict=True):
-                if fault is None:
-                    good.append((number, row))
-                elif on_bad_audio == "stop":
-                    raise DataError(f"row {number + 1}: {fault} (stt.on_bad_audio: skip leaves such rows out)")
-                else:
-                    bad.append(f"row {number + 1}: {fault}")
-                    renderer.left_out.append(number)
-            adding(good, result)
+    skip = on_bad_audio == "skip"
+    looks = zip(enumerate(rows), looked_at(rows, whole=skip), strict=True)
+    while batch := list(islice(looks, BATCH)):
+        good = []
+        for (number, row), look in batch:
+            if look.fault is None:
+                renderer.samples[Heard.of(row)] = round(look.seconds * SAMPLING_RATE)
+                good.append((number, row))
+            elif skip:
+                bad.append(f"row {number + 1}: {look.fault}")
+                renderer.left_out.append(number)
+            else:
+                raise DataError(f"row {number + 1}: {look.fault} (stt.on_bad_audio: skip leaves such rows out)")
+        adding(good, result)
     return result, bad
-
-
-def measure(row: Row, renderer: AsrRenderer, whole: bool = False) -> str | None:
-    """Note how many samples a row's recording has; what is wrong with it, if anything is.
-
-    Args:
-        whole: decode it, so that all that can be wrong shows.
-    """
-    heard = Heard.of(row)
-    if heard not in renderer.samples:
-        try:
-            renderer.samples[heard] = _decoded(row) if whole else _samples(row, heard)
-        except (AudioError, DataError) as error:
-            return str(error)
-    return None
-
-
-def _decoded(row: Row) -> int:
-    return len(open_row(row, SAMPLING_RATE))
-
-
-def _samples(row: Row, heard: Heard) -> int:
-    if heard.start is not None or heard.end is not None:
-        info = audio_info(source_of(heard.audio))
-        start, end = heard.start or 0.0, info.seconds if heard.end is None else min(heard.end, info.seconds)
-        # What is wrong with the stretch is said where it is read.
-        return _decoded(row) if info.format not in EXACT or start >= end else round((end - start) * SAMPLING_RATE)
-    info = audio_info(source_of(heard.audio))
-    return _decoded(row) if info.format not in EXACT else round(info.seconds * SAMPLING_RATE)
 
 
 def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
@@ -237,7 +204,7 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
             f"none of {counted(len(rows), f'{what} row')} can be trained on: {tokens.left_out} longer than max_length "
             f"{config.max_length}, {len(bad)} with a recording that cannot be used"
         )
-    heard = [heard_in(rows[row], renderer) for row in tokens.row_of]
+    heard = [heard_in(rows[row], renderer, varied=name == "train") for row in tokens.row_of]
     job.counts |= {f"{name}_tokens": tokens.tokens}
     if name == "train":
         job.counts |= {
@@ -251,7 +218,7 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
     return tokens.dataset(packed).add_column(RECORDINGS, [[heard[i] for i in row] for row in packed])
 
 
-def heard_in(row: Row, renderer: AsrRenderer) -> dict[str, Any]:
+def heard_in(row: Row, renderer: AsrRenderer, *, varied: bool = False) -> dict[str, Any]:
     """A row's recording, as it stands in the column :data:`RECORDINGS`."""
     heard = Heard.of(row)
-    return {**heard._asdict(), "samples": renderer.samples[heard]}
+    return {**heard._asdict(), "samples": renderer.samples[heard], "varied": varied}

@@ -10,6 +10,7 @@ from ft_core.data import Collator
 from ft_core.data.collating import IGNORE
 from ft_core.errors import DataError
 from ft_core.evaluation import Evaluation, EvaluationJob, Sample
+from ft_core.text_metrics import Normalisation
 from ft_speech.listening.metrics import word_and_character_errors
 from ft_speech.qwen_asr.collating import AsrCollator, collator_for
 from ft_speech.qwen_asr.documents import RECORDINGS, AsrRenderer, Heard, heard_in, tokenize
@@ -37,8 +38,8 @@ def evaluate(job: EvaluationJob) -> Evaluation:
 
     The loss is the mean negative log-likelihood per trained token (nats), accumulated in float64; perplexity is its
     exponential. Answers are greedy; the model finds the language out by itself. ``wer`` and ``cer`` are those of
-    :func:`ft_speech.listening.metrics.word_and_character_errors`, over all rows that are asked about. Rows that are too
-    long are left out of the loss, and where bad recordings are skipped, their rows of all.
+    :func:`ft_speech.listening.metrics.word_and_character_errors`, by ``stt.normalizer``, over all rows that are asked
+    about. Rows that are too long are left out of the loss, and where bad recordings are skipped, their rows of all.
 
     Raises:
         DataError: a row cannot be written, has a recording that cannot be used, or none is left.
@@ -69,16 +70,17 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     ]
     metrics: dict[str, float | None] = {}
     if asked:
-        languages = [one.row.get("language") or settings.language for one in asked]
-        metrics |= _errors(said, [one.expected for one in asked], languages)
+        also = Normalisation(**job.compared) if job.compared else None
+        metrics |= word_and_character_errors(
+            said,
+            [one.expected for one in asked],
+            [one.row.get("language") or settings.language for one in asked],
+            normalizer=settings.normalizer,
+            also=also,
+        )
     metrics |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-    return Evaluation(metrics, samples, len(job.rows) - len(bad), len(asked))
-
-
-def _errors(said: Sequence[str], expected: Sequence[str], languages: Sequence[str | None]) -> dict[str, float | None]:
-    """WER and CER; of the language where all rows are of one."""
-    one = languages[0] if len(set(languages)) == 1 else None
-    return dict(word_and_character_errors(said, expected, one))
+    compared = {"normalizer": settings.normalizer, **job.compared}
+    return Evaluation(metrics, samples, len(job.rows) - len(bad), len(asked), compared)
 
 
 def _nll(model: Any, batch: dict[str, Any]) -> float:

@@ -8,9 +8,11 @@ from ft_speech.qwen_asr.collating import collator
 from ft_speech.qwen_asr.documents import dataset
 from ft_speech.qwen_asr.evaluating import evaluate
 from ft_speech.qwen_asr.loading import adapter_options, load_for_training, load_processor
+from ft_speech.qwen_asr.verifying import prepare as verify
 
 __all__ = [
     "adapter_options", "collator", "dataset", "evaluate", "fast", "load_for_training", "load_processor", "trainer",
+    "verify",
 ]  # fmt: skip
 
 

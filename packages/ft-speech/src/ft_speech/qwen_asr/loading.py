@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ft_core.errors import ConfigError, ModelError
+from ft_core.errors import ConfigError, DataError, ModelError
+from ft_speech.qwen_asr.languages import told
 from ft_speech.qwen_asr.parts import ENCODER, SAMPLING_RATE, audio_tokens
 from ft_speech.qwen_asr.waits import tell_lengths
 
@@ -23,12 +24,29 @@ TRIED = (3_000, 20_001, 48_160)
 
 
 def settings_of(config: TrainConfig) -> SttSettings:
-    """The configuration's section ``stt``, checked."""
-    from typing import cast
+    """The configuration's section ``stt``, checked; the encoder frozen where it says nothing, the language by its code.
 
+    Raises:
+        ConfigError: it asks for what Qwen3-ASR cannot learn.
+    """
     from ft_core.config.load import modality_settings
 
-    return cast("SttSettings", modality_settings(config))
+    settings = cast("SttSettings", modality_settings(config))
+    language = settings.language
+    try:
+        language = None if language is None else told(language)
+    except DataError as error:
+        raise ConfigError(f"stt.{error}") from None
+    if settings.task == "translate":
+        raise ConfigError("stt.task: translate: Qwen3-ASR writes in the language that it hears (allowed: transcribe)")
+    if settings.timestamps:
+        raise ConfigError("stt.timestamps: true: Qwen3-ASR writes no times (allowed: false; Whisper does)")
+    if settings.augment.speed is not None:
+        raise ConfigError(
+            "stt.augment.speed: Qwen3-ASR's tokens are counted by a recording's length, which stays as it is (allowed: "
+            "null; spec and noise vary it)"
+        )
+    return settings.model_copy(update={"encoder": settings.encoder or "frozen", "language": language})
 
 
 def load_for_training(source: ModelSource, config: TrainConfig, device: Device, head: str) -> PreTrainedModel:
