@@ -141,7 +141,8 @@ class ModalitySpec(Spec):
         collator: reference to ``f(job)``, which makes a collator of those rows, as :class:`ft_core.data.Collator` is.
             It may set ``dataloader_*`` arguments in ``job.arguments``. Where a row cannot be cut anywhere, it has a
             method ``checked(rows) -> row | None``: a short row of whole documents, on which the fast layers are
-            compared with transformers' own before the first step.
+            compared with transformers' own before the first step; its attribute ``holds`` says what such a row holds
+            beside text (``images`` where there is none).
         evaluate: reference to a function that measures in the place of the method's.
         knows: reference to ``f(source: ft_core.models.ModelSource) -> bool``, whether a model that is no run's, found
             and not loaded, is of this modality; None where none is taken for one.

@@ -157,17 +157,18 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
         return
     if path is None or not path.on:
         return
-    checked = getattr(trainer.data_collator, "checked", None)
+    checked, holds = (getattr(trainer.data_collator, name, None) for name in ("checked", "holds"))
+    holds = holds or "images"
     row = None if checked is None else checked(trainer.train_dataset)
     result, what = None, "a row"
     if row is not None:
         try:
             result = _compared(trainer, path, model, dict(trainer.data_collator([row])))
-            what = f"{counted(len(row['input_ids']), 'token')} with images"
+            what = f"{counted(len(row['input_ids']), 'token')} with {holds}"
         except Exception as error:  # transformers' own layers keep all that they compute
             if not is_memory_error(error):
                 raise
-            say("fast layers: a row with images does not fit beside transformers' own; checked on text alone")
+            say(f"fast layers: a row with {holds} does not fit beside transformers' own; checked on text alone")
     if result is None:
         found = _first_batch(trainer, model)
         if found is None:
