@@ -50,11 +50,10 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
+    *("vocab.json", "merges.txt", "vocab.txt"),
     "tokenizer.model",
     "spiece.model",
+    "normalizer.json",
     "chat_template.jinja",
     "chat_template.json",
     "processor_config.json",
@@ -187,8 +186,8 @@ def _is_refused_value(error: Exception) -> bool:
     return isinstance(error, StrictDataclassError)
 
 
-def attach(model: Any, adapter: Path) -> Any:
-    """The adapter on its base, in evaluation mode.
+def attach(model: Any, adapter: Path, rows: int | None = None) -> Any:
+    """The adapter on its base, in evaluation mode, of ``rows`` tokens where these became more.
 
     Raises:
         ExportError: PEFT cannot put it there.
@@ -196,6 +195,8 @@ def attach(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     try:
+        if rows is not None:
+            model.resize_token_embeddings(rows, mean_resizing=False)
         return PeftModel.from_pretrained(model, adapter, is_trainable=False).eval()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"PEFT cannot attach {adapter} to its base: {error}") from error

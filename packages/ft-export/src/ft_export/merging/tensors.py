@@ -60,6 +60,8 @@ def _merged(
     if isinstance(change, Replacement):
         return _replaced(key, change, adapter, to)
     if isinstance(change, LowRank):
+        if "base" in change.parts:  # of a vocabulary that has grown
+            shape = adapter.files.shape(change.parts["base"])
         blocks = partial(merged_weight, adapter, change, partial(_on, device, stored, source), shape, to)
     elif bias is not None:
         blocks = partial(merged_bias, adapter, bias, partial(stored.blocks, source), to)

@@ -13,7 +13,8 @@ from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name, save_proof, whole_model
 from ft_export.folders import clear_inside, files_in, key_of, new_folder, sha256_of
 from ft_export.merging.merger import MARKER as MERGED
-from ft_export.merging.merger import PICTURED, check_unchanged
+from ft_export.merging.merger import check_unchanged
+from ft_export.merging.texts import PICTURED
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 from ft_export.samples import read_rows, token_ids
