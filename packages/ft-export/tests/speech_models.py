@@ -114,7 +114,8 @@ def make_csm(folder: Path, tokenizer: Any, *, dtype: str = "bfloat16", seed: int
     }  # fmt: skip
     config = t.CsmConfig(
         num_codebooks=4, vocab_size=35, text_vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, **heads,
-        max_position_embeddings=128, codec_config={"model_type": "mimi", **mimi}, audio_token_id=1, audio_eos_token_id=2,
+        max_position_embeddings=128, codec_config={"model_type": "mimi", **mimi}, audio_token_id=1,
+        audio_eos_token_id=2,
         depth_decoder_config={
             "num_codebooks": 4, "backbone_hidden_size": 64, "vocab_size": 35, "hidden_size": 32,
             "intermediate_size": 48, "max_position_embeddings": 8, **heads,
@@ -178,7 +179,7 @@ def wav(seconds: float, rate: int = 16_000, seed: int = 0) -> bytes:
 
 
 def write_speech_run(run: Path, base: Path, task: str = "stt", rows: int = 4) -> Path:
-    """A run folder with held-out rows, one of a file and the others of ``data:`` URLs, without a trained model in it."""
+    """A run folder with held-out rows, one of a file and others of ``data:`` URLs, without a trained model."""
     run.mkdir(parents=True)
     (run / "environment.json").write_text(json.dumps({"run_format": 1, "base_model": {"path": str(base)}}))
     (run / "config.yaml").write_text(f"model: {base}\nmethod: sft\ntask: {task}\nquantization: none\n")

@@ -74,7 +74,7 @@ def _caller(model: Any, ids: Sequence[int]) -> Any:
 
 
 def _inputs(ids: Sequence[int], device: Any) -> dict[str, torch.Tensor]:
-    """A batch of one text, with what goes with it (an image: :mod:`ft_export.seeing`, a sound: :mod:`ft_export.hearing`)."""
+    """A batch of one text, with the images or the sound that go with it (``Seen``, ``Heard``)."""
     import torch
 
     more: dict[str, torch.Tensor] = getattr(ids, "inputs", {})

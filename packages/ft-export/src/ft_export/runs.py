@@ -125,8 +125,9 @@ def _open_adapter(path: Path, name: str) -> Source:
     whole = _open_run(run, run.name) if in_run else None
     if began is None and whole is not None and whole.on_quantized:
         began = whole.quantization, whole.dtype
-    of_run = {} if whole is None else {"rope": whole.rope, "task": whole.task}
-    source = Source(path, name, adapter=path, **of_run)
+    source = Source(path, name, adapter=path)
+    if whole is not None:
+        source = replace(source, rope=whole.rope, task=whole.task)
     return source if began is None else replace(source, quantization=began[0], dtype=began[1], on_quantized=True)
 
 

@@ -31,7 +31,7 @@ from ft_export.serving.served import NOT_RUN, check_served, questions
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OPTIONS", "check_stops", "export_whole", "prove", "write_proof"]
+__all__ = ["OPTIONS", "check_stops", "export_whole", "merge_of", "prove", "write_proof"]
 
 OPTIONS = {
     "memory": "of the card that serves it, such as 24GiB: the context and the server's share are made to fit",
@@ -120,7 +120,7 @@ def export_whole(
             "type": form.name,
             "dtype": _plain(plan.dtype),
             "weights_linked_to_the_merge": whole.linked,
-            "merge": _merge_of(model),
+            "merge": merge_of(model),
             "tensors": tensors,
             "stop_tokens": stops,
             "samples": samples,
@@ -210,7 +210,7 @@ def prove(
     return served.as_dict(engine)
 
 
-def _merge_of(model: Path) -> dict[str, Any] | None:
+def merge_of(model: Path) -> dict[str, Any] | None:
     """What a merge says of itself, if its weights are still what it left."""
     if not (model / MERGED).is_file():
         return None
