@@ -191,3 +191,30 @@ def write_speech_run(run: Path, base: Path, task: str = "stt", rows: int = 4) ->
         said.append({"audio": str(run.parent / "a.wav") if number == 0 else url, "text": TEXTS[number % len(TEXTS)]})
     (run / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     return run
+
+
+def grow(folder: Path, base: Path, tokenizer: Any, how: str) -> Path:
+    """A run of a language model that got a codec's tokens: 60 of them, named as Orpheus does.
+
+    Args:
+        how: its embeddings are trained ``whole``, by a ``low rank``, or only ``saved``, as PEFT does where they grew.
+    """
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    run = write_speech_run(folder / "run", base, "tts")
+    tokenizer.add_tokens([f"<custom_token_{number}>" for number in range(60)], special_tokens=True)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"]} if how == "whole" else {}
+    targets = ["q_proj", "up_proj", *(["embed_tokens", "lm_head"] if how == "low rank" else [])]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **whole)
+    wrapped = get_peft_model(model, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    wrapped.save_pretrained(run / "adapter")
+    tokenizer.save_pretrained(run / "adapter")
+    return run

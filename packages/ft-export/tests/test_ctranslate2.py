@@ -117,7 +117,7 @@ def test_a_wrong_variable_is_named(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="encoder/num_heads is 2, not 4"):
         check_file(ModelFile(path), model, config, "float16")
     path.write_bytes(whole[:-7])
-    with pytest.raises(ExportError, match="is no whole model.bin"):
+    with pytest.raises(ExportError, match=r"is no whole model\.bin"):
         ModelFile(path)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ExportError, match="bytes, its sizes ask for"):
@@ -168,9 +168,7 @@ def test_what_cannot_be_exported_is_refused_in_a_line(
 ) -> None:
     with pytest.raises(ExportError, match="is a llama, and only Whisper is exported to ctranslate2"):
         export(base, tmp_path / "out")
-    with pytest.raises(
-        ExportError, match=r"--type 'q8_0' is not known for ctranslate2 \(allowed: float16, float32, int8\)"
-    ):
+    with pytest.raises(ExportError, match=r"--type 'q8_0' is not known for ctranslate2 \(allowed: float16, "):
         export(trained, tmp_path / "out", type="q8_0")
     with pytest.raises(ExportError, match="option 'beam' is not known"):
         export(trained, tmp_path / "out", options={"beam": "2"})

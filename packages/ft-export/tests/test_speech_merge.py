@@ -12,6 +12,7 @@ import torch
 import transformers
 from speech_models import (
     add_speech_adapter,
+    grow,
     make_csm,
     make_qwen_asr,
     make_whisper,
@@ -157,7 +158,7 @@ def test_csm_is_merged_with_its_depth_decoder(make_tokenizer: Any, tmp_path: Pat
     assert made.logprobs.merged.tokens == 4 * 12 * 4
     assert any("read with codes after it, drawn by chance: 48 frames" in line for line in made.lines)
     assert set(Checkpoint(made.folder)) == set(Checkpoint(base))
-    model, told = transformers.AutoModelForTextToWaveform.from_pretrained(made.folder, output_loading_info=True)
+    _, told = transformers.AutoModelForTextToWaveform.from_pretrained(made.folder, output_loading_info=True)
     assert not told["missing_keys"]
     # the end of its speech is a code: no token of a text is written into what it generates by
     assert "eos_token_id" not in json.loads((made.folder / "generation_config.json").read_text()) or (
@@ -165,35 +166,12 @@ def test_csm_is_merged_with_its_depth_decoder(make_tokenizer: Any, tmp_path: Pat
     )
 
 
-def orpheus(tmp_path: Path, make_model: Any, make_tokenizer: Any, how: str, tied: bool = True) -> tuple[Path, Path]:
-    """A run of a language model that got a codec's tokens: base, and the run with an adapter that grew."""
-    from peft import LoraConfig, get_peft_model
-
-    base = make_model(tmp_path / "base", "Llama", tie_word_embeddings=tied)
-    run = write_speech_run(tmp_path / "run", base, "tts")
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens([f"<custom_token_{number}>" for number in range(60)], special_tokens=True)
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    whole = {"modules_to_save": ["embed_tokens", "lm_head"]} if how == "whole" else {}
-    targets = ["q_proj", "up_proj", *(["embed_tokens", "lm_head"] if how == "low rank" else [])]
-    wrapped = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **whole)
-    )
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    wrapped.save_pretrained(run / "adapter")
-    tokenizer.save_pretrained(run / "adapter")
-    return base, run
-
-
 @pytest.mark.parametrize(("how", "tied"), [("whole", True), ("whole", False), ("saved", True), ("low rank", False)])
 def test_a_vocabulary_that_grew_is_merged(
     how: str, tied: bool, make_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
-    base, run = orpheus(tmp_path, make_model, make_tokenizer, how, tied)
+    base = make_model(tmp_path / "base", "Llama", tie_word_embeddings=tied)
+    run = grow(tmp_path, base, make_tokenizer(), how)
     made = merge(run)
     tokens = len(transformers.AutoTokenizer.from_pretrained(run / "adapter"))
     assert f"the vocabulary grew in training: the merged model has {tokens} tokens" in made.lines
@@ -208,7 +186,7 @@ def test_a_vocabulary_that_grew_is_merged(
 def test_a_vocabulary_that_grew_at_one_end_is_refused(make_model: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    base, run = orpheus(tmp_path, make_model, make_tokenizer, "whole", tied=False)
+    run = grow(tmp_path, make_model(tmp_path / "base", "Llama"), make_tokenizer(), "whole")
     file = run / "adapter" / "adapter_model.safetensors"
     tensors = {name: value for name, value in load_file(file).items() if "lm_head" not in name}
     save_file(tensors, file, {"format": "pt"})

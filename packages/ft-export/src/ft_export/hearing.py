@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CSM", "FAMILIES", "QWEN_ASR", "WHISPER", "Heard", "Spoken", "feature_extractor", "features_of", "heard_rows",
-    "listens", "name_features", "speaks", "speech_class", "speech_family",
+    "listens", "name_features", "refuse", "speaks", "speech_class", "speech_family",
 ]  # fmt: skip
 
 WHISPER, QWEN_ASR, CSM = "whisper", "qwen3_asr", "csm"
@@ -32,6 +32,13 @@ FAMILIES = {
     CSM: "AutoModelForTextToWaveform",
 }
 """By ``model_type``, the transformers class that loads a model of speech. Language models that speak are plain ones."""
+KINDS = {WHISPER: "a model that listens", QWEN_ASR: "a model that listens", CSM: "a model that speaks"}
+ELSEWHERE = {
+    WHISPER: "export it to ctranslate2 (for faster-whisper), vllm or hub",
+    QWEN_ASR: "transformers loads what ft merge writes, and --to hub pushes it",
+    CSM: "transformers loads what ft merge writes, and --to hub pushes it",
+}
+"""By ``model_type``, where a model goes that a target does not take."""
 TEXT_TOKENS = 64
 """Of a row's text, at most."""
 FRAMES = 12
@@ -113,6 +120,19 @@ def speech_class(config: Any) -> Any:
 
     family = speech_family(config)
     return None if family is None else getattr(transformers, FAMILIES[family])
+
+
+def refuse(config: Any, what: object, target: str) -> None:
+    """
+    Args:
+        config: transformers' configuration. what: the folder, for the message.
+
+    Raises:
+        ExportError: it is of a model of speech, which ``target`` does not take; says where it goes.
+    """
+    family = speech_family(config)
+    if family is not None:
+        raise ExportError(f"{what} is {KINDS[family]} ({family}), not exported to {target}: {ELSEWHERE[family]}")
 
 
 def feature_extractor(folder: Path) -> Any:

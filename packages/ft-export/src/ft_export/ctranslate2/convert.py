@@ -92,7 +92,7 @@ def _converter(model: Path) -> Any:
     """CTranslate2's converter, which loads safetensors of this folder alone and runs nobody's code."""
     from ctranslate2.converters import TransformersConverter
 
-    class Converter(TransformersConverter):  # type: ignore[misc]  # of a library without types
+    class Converter(TransformersConverter):
         def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
             return model_class.from_pretrained(
                 model_name_or_path,

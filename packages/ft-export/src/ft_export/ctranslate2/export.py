@@ -79,8 +79,8 @@ def export(
         dtype = "float32" if type == "int8" else type
         counts = check_file(file, model, config, dtype, progress)
         lines.append(
-            f"{sum(counts.values())} variables read back from {MARKER}: {counts['compressed']} in 8 bits to within half "
-            f"a step, {counts['equal']} equal bit for bit to the model's in {dtype}"
+            f"{sum(counts.values())} variables read back from {MARKER}: {counts['compressed']} in 8 bits to within "
+            f"half a step, {counts['equal']} equal bit for bit to the model's in {dtype}"
         )
         tokenizer = load_tokenizer(model)
         _check_words(partial, tokenizer, config)
