@@ -74,6 +74,18 @@ def test_parts_trained_whole_and_the_two_ends_of_a_tied_head(make_tokenizer: Any
     assert model.proj_out.weight.equal(merged.tensor("proj_out.weight").to(model.dtype))
 
 
+def test_an_encoder_that_was_trained_whole(make_tokenizer: Any, tmp_path: Path) -> None:
+    """As ft trains it with ``stt.encoder: full``: an adapter on the decoder, and the encoder among the saved modules."""
+    base = make_whisper(tmp_path / "base", make_tokenizer())
+    run = write_speech_run(tmp_path / "run", base)
+    without = r"(.*\.)?(model\.encoder)(\..*)?"
+    add_speech_adapter(run / "adapter", base, modules_to_save=["model.encoder"], exclude_modules=without)
+    made = merge(run)
+    encoder = [name for name in Checkpoint(base) if name.startswith("model.encoder.")]
+    assert (made.weights.merged, made.weights.replaced) == (4 * 3 + 2, len(encoder))
+    assert set(Checkpoint(made.folder)) == set(Checkpoint(base))
+
+
 def test_what_the_run_saved_of_its_processor_goes_along(make_tokenizer: Any, tmp_path: Path) -> None:
     """transformers 5 saves a processor as one file; engines read the feature extractor's own."""
     base = make_whisper(tmp_path / "base", make_tokenizer())
@@ -143,6 +155,22 @@ def test_qwen3_asr_is_merged_with_its_encoder_and_projector(make_tokenizer: Any,
     model, told = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(made.folder, output_loading_info=True)
     assert not told["missing_keys"]
     assert type(model).__name__ == "Qwen3ASRForConditionalGeneration"
+
+
+def test_csm_with_its_depth_decoder_trained_whole_keeps_its_codec(make_tokenizer: Any, tmp_path: Path) -> None:
+    """As ft trains it with ``tts.csm.depth_decoder: full``; the codec of an fp32 base is not rounded with the rest."""
+    base = make_csm(tmp_path / "base", make_tokenizer(), dtype="float32")
+    run = write_speech_run(tmp_path / "run", base, "tts")
+    parts = [*(f"model.layers.{number}" for number in range(2)), "model.norm", "model.inputs_embeds_projector"]
+    whole = [*(f"depth_decoder.{part}" for part in parts), "depth_decoder.codebooks_head"]
+    without = r"(.*\.)?(codec_model|depth_decoder)(\..*)?"
+    add_speech_adapter(run / "adapter", base, exclude_modules=without, modules_to_save=whole)
+    made = merge(run)
+    assert made.weights.replaced == 2 * 9 + 3
+    merged, was = Checkpoint(made.folder), Checkpoint(base)
+    codec = [name for name in merged if name.startswith("codec_model.")]
+    assert all(merged.tensor(name).equal(was.tensor(name)) for name in codec)
+    assert merged.dtype("lm_head.weight") == torch.bfloat16
 
 
 def test_csm_is_merged_with_its_depth_decoder(make_tokenizer: Any, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "CSM", "FAMILIES", "QWEN_ASR", "WHISPER", "Heard", "Spoken", "feature_extractor", "features_of", "heard_rows",
+    "CODEC", "CSM", "FAMILIES", "QWEN_ASR", "WHISPER", "Heard", "Spoken", "feature_extractor", "features_of", "heard_rows",
     "listens", "name_features", "refuse", "speaks", "speech_class", "speech_family",
 ]  # fmt: skip
 
@@ -39,6 +39,8 @@ ELSEWHERE = {
     CSM: "transformers loads what ft merge writes, and --to hub pushes it",
 }
 """By ``model_type``, where a model goes that a target does not take."""
+CODEC = "codec_model."
+"""What the names of a codec's tensors begin with, in a model that holds one; a merge leaves them in their own type."""
 TEXT_TOKENS = 64
 """Of a row's text, at most."""
 FRAMES = 12

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ft_export.checkpoints import Checkpoint, code_of
+from ft_export.hearing import CODEC
 from ft_export.merging.adapter import Adapter, LowRank, Replacement
 from ft_export.merging.arithmetic import Blocks, merged_bias, merged_weight
 from ft_export.merging.outline import Outline
@@ -55,7 +56,7 @@ def _merged(
     """A tensor of the base, ``source``, as what the adapter makes of the parameter ``name``."""
     change, key = adapter.changes.get(name), stored.key(name) if name == source else name
     was, shape = stored.dtype(source), stored.shape(source)
-    to = dtype if was.is_floating_point else was
+    to = dtype if was.is_floating_point and not name.startswith(CODEC) else was
     blocks: Blocks
     if isinstance(change, Replacement):
         return _replaced(key, change, adapter, to)
