@@ -75,7 +75,7 @@ def test_parts_trained_whole_and_the_two_ends_of_a_tied_head(make_tokenizer: Any
 
 
 def test_an_encoder_that_was_trained_whole(make_tokenizer: Any, tmp_path: Path) -> None:
-    """As ft trains it with ``stt.encoder: full``: an adapter on the decoder, and the encoder among the saved modules."""
+    """As ft trains it with ``stt.encoder: full``: an adapter on the decoder, the encoder among saved modules."""
     base = make_whisper(tmp_path / "base", make_tokenizer())
     run = write_speech_run(tmp_path / "run", base)
     without = r"(.*\.)?(model\.encoder)(\..*)?"

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "CODEC", "CSM", "FAMILIES", "QWEN_ASR", "WHISPER", "Heard", "Spoken", "feature_extractor", "features_of", "heard_rows",
-    "listens", "name_features", "refuse", "speaks", "speech_class", "speech_family",
+    "CODEC", "CSM", "FAMILIES", "QWEN_ASR", "WHISPER", "Heard", "Spoken", "feature_extractor", "features_of",
+    "heard_rows", "listens", "name_features", "refuse", "speaks", "speech_class", "speech_family",
 ]  # fmt: skip
 
 WHISPER, QWEN_ASR, CSM = "whisper", "qwen3_asr", "csm"
