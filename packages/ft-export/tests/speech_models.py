@@ -46,7 +46,7 @@ def make_whisper(folder: Path, learned: Any, *, dtype: str = "bfloat16", seed: i
     config = t.WhisperConfig(
         **{
             "vocab_size": len(tokenizer), "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
-            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
             "num_mel_bins": 16, "max_source_positions": 100, "max_target_positions": 64,
             "decoder_start_token_id": ids["<|startoftranscript|>"], "eos_token_id": ids["<|endoftext|>"],
             "bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"], "suppress_tokens": None,

@@ -134,6 +134,16 @@ def test_a_whisper_that_is_not_the_trained_one_is_found(
     assert not (run / "merged").exists()
 
 
+def test_a_whisper_that_was_trained_in_4_bits_is_merged_into_the_whole_one(make_tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = make_whisper(tmp_path / "base", make_tokenizer())
+    run = write_speech_run(tmp_path / "run", base, rows=2)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("none", "nf4"))
+    add_speech_adapter(run / "adapter", base)
+    made = merge(run)
+    assert any("log-probabilities against the nf4 run: largest" in line for line in made.lines)
+
+
 def test_a_run_trained_in_full_has_nothing_to_merge(make_tokenizer: Any, tmp_path: Path) -> None:
     base = make_whisper(tmp_path / "base", make_tokenizer())
     run = write_speech_run(tmp_path / "run", base)

@@ -78,10 +78,9 @@ def export(
         file = ModelFile(partial / MARKER)
         dtype = "float32" if type == "int8" else type
         counts = check_file(file, model, config, dtype, progress)
-        lines.append(
-            f"{sum(counts.values())} variables read back from {MARKER}: {counts['compressed']} in 8 bits to within "
-            f"half a step, {counts['equal']} equal bit for bit to the model's in {dtype}"
-        )
+        equal = f"{counts['equal']} equal bit for bit to the model's in {dtype}"
+        codes = f", {counts['compressed']} in 8 bits to within half a step" if counts["compressed"] else ""
+        lines.append(f"{sum(counts.values())} variables read back from {MARKER}: {equal}{codes}")
         tokenizer = load_tokenizer(model)
         _check_words(partial, tokenizer, config)
         lines.append(f"the names of its {config.vocab_size} tokens are the tokenizer's")
@@ -124,7 +123,7 @@ def _version() -> str:
 def _command(folder: Path) -> str:
     """Transcribes a file with faster-whisper."""
     said = (
-        f"from faster_whisper import WhisperModel; m = WhisperModel({str(folder)!r}); "
-        "[print(s.text) for s in m.transcribe('audio.wav')[0]]"
+        f"from faster_whisper import WhisperModel; m = WhisperModel({json.dumps(str(folder), ensure_ascii=False)}); "
+        'print(*(part.text for part in m.transcribe("audio.wav")[0]))'
     )
     return f"python -c {shlex.quote(said)}  # pip install faster-whisper"
