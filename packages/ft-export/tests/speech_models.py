@@ -193,22 +193,29 @@ def write_speech_run(run: Path, base: Path, task: str = "stt", rows: int = 4) ->
     return run
 
 
+def sound_tokens() -> list[str]:
+    return ["<|speech_start|>", "<|speech_end|>", *(f"<|audio_{number}|>" for number in range(58))]
+
+
 def grow(folder: Path, base: Path, tokenizer: Any, how: str) -> Path:
-    """A run of a language model that got a codec's tokens: 60 of them, named as Orpheus does.
+    """A run of a language model that got a codec's tokens: 60 of them, under ft-speech's names.
 
     Args:
-        how: its embeddings are trained ``whole``, by a ``low rank``, or only ``saved``, as PEFT does where they grew.
+        how: its embeddings are trained ``whole``, by a ``low rank``, or only ``saved``, as PEFT does where they grew;
+            ``whole, tied`` trains both ends as one.
     """
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
 
     run = write_speech_run(folder / "run", base, "tts")
-    tokenizer.add_tokens([f"<custom_token_{number}>" for number in range(60)], special_tokens=True)
+    tokenizer.add_tokens(sound_tokens(), special_tokens=True)
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    whole = {"modules_to_save": ["embed_tokens", "lm_head"]} if how == "whole" else {}
+    whole: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"]} if how == "whole" else {}
+    if how == "whole, tied":
+        whole = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     targets = ["q_proj", "up_proj", *(["embed_tokens", "lm_head"] if how == "low rank" else [])]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **whole)
     wrapped = get_peft_model(model, config)
@@ -217,4 +224,5 @@ def grow(folder: Path, base: Path, tokenizer: Any, how: str) -> Path:
             parameter.data += 0.1 * torch.randn_like(parameter)
     wrapped.save_pretrained(run / "adapter")
     tokenizer.save_pretrained(run / "adapter")
+    (run / "adapter" / "speech.json").write_text('{"codec": "mel"}')
     return run

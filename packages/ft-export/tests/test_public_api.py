@@ -147,6 +147,7 @@ API = {
         "refuse",
         "speaks",
         "speech_class",
+        "speech_end",
         "speech_family",
     ],
     "ft_export.hub": ["TYPES", "Wanted"],

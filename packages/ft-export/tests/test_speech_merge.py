@@ -204,7 +204,10 @@ def test_csm_is_merged_with_its_depth_decoder(make_tokenizer: Any, tmp_path: Pat
     )
 
 
-@pytest.mark.parametrize(("how", "tied"), [("whole", True), ("whole", False), ("saved", True), ("low rank", False)])
+@pytest.mark.parametrize(
+    ("how", "tied"),
+    [("whole", True), ("whole", False), ("whole, tied", True), ("saved", True), ("low rank", False)],
+)
 def test_a_vocabulary_that_grew_is_merged(
     how: str, tied: bool, make_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -218,7 +221,11 @@ def test_a_vocabulary_that_grew_is_merged(
     assert not told["unexpected_keys"]
     assert model.get_input_embeddings().weight.shape[0] == tokens == model.config.vocab_size
     assert len(transformers.AutoTokenizer.from_pretrained(made.folder)) == tokens
-    assert model.config.tie_word_embeddings == (how == "saved")
+    assert model.config.tie_word_embeddings == (how in ("saved", "whole, tied"))
+    # what says which codec the tokens belong to goes along, and an answer ends where the sound does
+    assert (made.folder / "speech.json").read_text() == '{"codec": "mel"}'
+    ends = json.loads((made.folder / "generation_config.json").read_text())["eos_token_id"]
+    assert transformers.AutoTokenizer.from_pretrained(made.folder).convert_tokens_to_ids("<|speech_end|>") in ends
 
 
 def test_a_vocabulary_that_grew_at_one_end_is_refused(make_model: Any, make_tokenizer: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.folders import check_inside
+from ft_export.hearing import speech_end
 from ft_export.runs import Rope, read_json
 from ft_export.seeing import model_class
 
@@ -51,9 +52,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     *("vocab.json", "merges.txt", "vocab.txt"),
-    "tokenizer.model",
-    "spiece.model",
-    "normalizer.json",
+    *("tokenizer.model", "spiece.model", "normalizer.json"),
+    "speech.json",  # ft-speech's: which codec the tokens of sound belong to
     "chat_template.jinja",
     "chat_template.json",
     "processor_config.json",
@@ -337,6 +337,7 @@ def stop_tokens(tokenizer: Any, folder: Path) -> list[int]:
         ExportError: a configuration names something that is no token.
     """
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    found += speech_end(tokenizer)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     text = config.get("text_config")
     size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)

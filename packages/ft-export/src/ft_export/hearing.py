@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CODEC", "CSM", "FAMILIES", "QWEN_ASR", "WHISPER", "Heard", "Spoken", "feature_extractor", "features_of",
-    "heard_rows", "listens", "name_features", "refuse", "speaks", "speech_class", "speech_family",
+    "heard_rows", "listens", "name_features", "refuse", "speaks", "speech_class", "speech_end",
+    "speech_family",
 ]  # fmt: skip
 
 WHISPER, QWEN_ASR, CSM = "whisper", "qwen3_asr", "csm"
@@ -135,6 +136,13 @@ def refuse(config: Any, what: object, target: str) -> None:
     family = speech_family(config)
     if family is not None:
         raise ExportError(f"{what} is {KINDS[family]} ({family}), not exported to {target}: {ELSEWHERE[family]}")
+
+
+def speech_end(tokenizer: Any) -> list[int]:
+    """The token that ends the sound of a language model that speaks, by ft-speech's name of it or Orpheus's."""
+    known = tokenizer.get_vocab()
+    names = (("<|speech_start|>", "<|speech_end|>"), ("<custom_token_10>", "<custom_token_2>"))
+    return [known[end] for other, end in names if other in known and end in known][:1]
 
 
 def feature_extractor(folder: Path) -> Any:
