@@ -154,7 +154,7 @@ def _timed(trainer: Any, device: Any, loaded: float, steps: int, warm: int) -> T
     path = fast_path_of(model)
     return Timing(
         device=str(device),
-        fast=path is not None and path.on,
+        fast=getattr(trainer, "fast_layers", path is not None and path.on),
         seconds={part: statistics.median(row[part] for row in taken[warm:]) for part in PARTS},
         tokens=statistics.mean(tokens[warm:]),
         memory=peak_memory(),

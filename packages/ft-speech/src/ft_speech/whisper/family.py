@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ft_speech.fast.verifying import prepare as verify
 from ft_speech.whisper.collating import collator
 from ft_speech.whisper.documents import dataset
 from ft_speech.whisper.evaluating import evaluate
@@ -12,6 +13,7 @@ from ft_speech.whisper.training import trainer
 
 __all__ = [
     "adapter_options", "collator", "dataset", "evaluate", "fast", "load_for_training", "load_processor", "trainer",
+    "verify",
 ]  # fmt: skip
 
 

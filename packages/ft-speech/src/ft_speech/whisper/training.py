@@ -11,10 +11,6 @@ if TYPE_CHECKING:
 
 __all__ = ["trainer"]
 
-GAPS = 0.95
-"""The share of the memory that a configuration allows which is planned with: torch's own count of what it holds is
-above what is in use."""
-
 
 def trainer(job: Job) -> Trainer:
     """The trainer of one run; see :attr:`ft_core.plugins.ModalitySpec.trainer`.
@@ -28,7 +24,9 @@ def trainer(job: Job) -> Trainer:
     import torch
     from transformers import Trainer, TrainingArguments
 
+    from ft_core.fast import compare
     from ft_core.memory import bytes_of
+    from ft_core.training.speed import GAPS
     from ft_core.training.trainer import RunTrainerMixin
     from ft_speech.fast.whisper import path_of
     from ft_speech.whisper.collating import collator
@@ -76,15 +74,32 @@ def trainer(job: Job) -> Trainer:
             path = path_of(self.model)
             if path is None or not path.on:
                 return super()._tighter(inputs)
-            path.graphs.drop()  # recorded steps hold the memory that they were recorded with
-            path.choose("recompute")
-            return "every layer is computed again in backward"
+            alone = self.replans and self.accelerator.num_processes == 1
+            return path.tighter() if alone else None  # others are in the middle of their step
+
+        @property
+        def fast_layers(self) -> bool:
+            """Whether the model computes with fast layers."""
+            path = path_of(self.model)
+            return path is not None and path.on
+
+        def compared(self) -> tuple[Any, str] | None:
+            """The fast layers beside transformers' own on the first recording; None without them."""
+            path = path_of(self.model)
+            if path is None or not path.on:
+                return None
+            batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+            given = {name: batch[name] for name in ("input_features", "labels")}
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            layers, states = len(path.layers), self.model.config.max_source_positions
+            found = compare(path, self.model, given, dtype, layers=layers, terms=states)
+            return found, f"a recording and its {batch['tokens']} tokens"
 
     path = path_of(job.model)
     if path is not None:  # it chooses by itself what is computed again
+        job.arguments |= {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": None}
         memory = job.config.memory
         path.choose(job.config.activations, memory=None if memory == "auto" else int(GAPS * bytes_of(memory)))
-        job.arguments |= {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": None}
     collate = collator(job)
     train = dataset(job, job.train_rows, "train")
     held_out = dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
