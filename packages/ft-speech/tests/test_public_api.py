@@ -5,10 +5,48 @@ from __future__ import annotations
 import importlib
 
 EXPECTED = {
-    "ft_speech": ["AudioError", "__version__", "read_audio", "resample", "write_audio"],
-    "ft_speech.audio": ["AudioError", "FORMATS", "SAMPLING_RATES", "read_audio", "resample", "write_audio"],
+    "ft_speech": ["AudioError", "__version__", "read_audio", "resample", "transcribe", "write_audio"],
+    "ft_speech.audio": [
+        "AudioError",
+        "AudioInfo",
+        "FORMATS",
+        "SAMPLING_RATES",
+        "SLACK",
+        "audio_info",
+        "read_audio",
+        "resample",
+        "write_audio",
+    ],
     "ft_speech.containers": ["missing_bytes"],
-    "ft_speech.plugin": ["STT"],
+    "ft_speech.listening.augment": ["mask_features", "vary_samples"],
+    "ft_speech.listening.metrics": ["Normalizer", "UNSPACED", "normalizer_of", "word_and_character_errors"],
+    "ft_speech.listening.recordings": ["Look", "UnusableAudio", "looked_at"],
+    "ft_speech.listening.settings": ["AugmentSettings", "SttSettings"],
+    "ft_speech.plugin": [
+        "MEL",
+        "MIMI",
+        "QWEN3_ASR",
+        "SNAC",
+        "SPEAK",
+        "STT",
+        "TRANSCRIBE",
+        "TTS",
+        "WHISPER",
+    ],
+    "ft_speech.whisper.collating": ["WhisperCollator", "collator", "workers_of"],
+    "ft_speech.whisper.ctranslate2_file": ["CTranslate2File", "read_file"],
+    "ft_speech.whisper.documents": ["Examples", "SAID", "dataset", "examples"],
+    "ft_speech.whisper.evaluating": ["evaluate"],
+    "ft_speech.whisper.from_ctranslate2": ["convert", "main", "weights"],
+    "ft_speech.whisper.labels": ["Labels", "TICK", "labels_of"],
+    "ft_speech.whisper.loading": [
+        "adapter_options",
+        "encoder_of",
+        "load_for_training",
+        "load_processor",
+        "settings_of",
+    ],
+    "ft_speech.whisper.training": ["trainer"],
 }
 
 
