@@ -48,6 +48,23 @@ EXPECTED = {
     ],
     "ft_speech.whisper.training": ["trainer"],
 }
+    "ft_speech.audio": ["AudioError", "FORMATS", "SAMPLING_RATES", "read_audio", "resample", "write_audio"],
+    "ft_speech.containers": ["missing_bytes"],
+    "ft_speech.commands.transcribe": ["add_arguments", "more_help", "run"],
+    "ft_speech.listening.formats": ["FORMATS", "as_row", "clock", "cues", "document", "srt", "text", "vtt"],
+    "ft_speech.listening.progress": ["Shown", "seconds_of"],
+    "ft_speech.listening.recogniser": [
+        "LONG_FORMS", "LongForm", "RECOGNISERS", "Recogniser", "TASKS", "TIMESTAMPS", "Timestamps", "check_task",
+        "open_recogniser", "recognise", "transcribe",
+    ],
+    "ft_speech.listening.transcripts": ["Segment", "Transcript", "Word", "joined", "ordered"],
+    "ft_speech.listening.windows": ["FRAME", "PAUSE", "SPREAD", "at_pauses", "is_silent"],
+    "ft_speech.plugin": ["MEL", "MIMI", "QWEN3_ASR", "SNAC", "SPEAK", "STT", "TRANSCRIBE", "TTS"],
+    "ft_speech.whisper.aligning": ["in_words", "path", "token_times", "without_pauses", "words_of"],
+    "ft_speech.whisper.asking": ["FALLBACK", "Frames", "chances_kept", "generation_of", "processor_of"],
+    "ft_speech.whisper.transcribing": ["WhisperRecogniser"],
+    "ft_speech.whisper.vocabulary": ["Vocabulary", "language_code", "vocabulary_of"],
+}  # fmt: skip
 
 
 def test_the_public_names() -> None:
