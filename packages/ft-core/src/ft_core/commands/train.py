@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.evaluation import table
     from ft_core.installing import how_to_install
     from ft_core.plugins import registry
+    from ft_core.runs import Run
     from ft_core.training import train
     from ft_core.training.ranks import Ranks
 
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if result.evaluation:
         print(table(result.evaluation))
     print(f"report: {result.run / 'report.html'}")
+    if "task" not in config.model_fields_set:
+        config = Run.open(result.run).config  # the model has told it
     commands = _next(config, result.run, evaluated=result.evaluation is not None)
     if commands:
         print("next: " + "  |  ".join(shlex.join(["ft", *words]) for words in commands))
