@@ -383,6 +383,7 @@ EXPECTED: dict[str, list[str]] = {
         "of_modality",
         "rates_of",
         "trainer_of",
+        "with_local_task",
         "with_task",
     ],
     "ft_core.training.moment": ["Moment", "changed_by_forward"],

@@ -85,7 +85,7 @@ def knows_stt(source: ModelSource) -> bool:
 
 def knows_tts(source: ModelSource) -> bool:
     """Whether a model that was found speaks, as far as its configuration shows it."""
-    return model_type_of(source) in FAMILIES["tts"]
+    return model_type_of(source) in FAMILIES["tts"] or (source.path / "speech.json").is_file()
 
 
 def load_for_training(source: ModelSource, config: TrainConfig, device: Device, head: str) -> Any:

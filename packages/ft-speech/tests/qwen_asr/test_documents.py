@@ -39,7 +39,7 @@ def test_tokens_are_counted_as_the_processor_and_the_encoder_make_them(samples: 
 
 
 def test_documents_are_what_the_processor_writes(processor: Any, tmp_path: Path) -> None:
-    """The prompt of transformers' own request, the answer that the model's card shows, and the end; trained from there."""
+    """The prompt of transformers' own request, then, trained, the answer that the model's card shows, and the end."""
     rows = [
         {"audio": speech(tmp_path / "a.wav", 20_000), "text": " high ", "language": "en"},
         {"audio": speech(tmp_path / "b.wav", 40_000), "text": "low"},

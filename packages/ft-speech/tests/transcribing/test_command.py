@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import soundfile
 
-from ft_core.runs import Run
-
 RATE = 16_000
 SAID = "<|0.10|> Hallo,<|0.40|><|0.40|> Welt.<|0.80|>"
 
@@ -213,25 +211,46 @@ def test_a_text_that_is_cut_off_is_said(ft: Any, plain: Path, recordings: Path) 
     )
 
 
-@pytest.mark.parametrize("lora", [True, False])
-def test_a_run_hears_with_what_it_learnt(
-    ft: Any, tiny: Path, recordings: Path, tmp_path: Path, lora: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A tiny model is taught one text by `ft train`, and writes it; the folder it began from does not."""
+def trained(ft: Any, tiny: Path, recordings: Path, folder: Path, **changes: Any) -> Path:
+    """A run of `ft train` that teaches the tiny model to write ``ja`` for a recording."""
     pytest.importorskip("ft_speech.whisper.family")
-    rows = tmp_path / "rows.jsonl"
+    rows = folder / "rows.jsonl"
     rows.write_text(json.dumps({"audio": str(recordings / "a.wav"), "text": "ja", "language": "de"}) + "\n")
-    run = tmp_path / "run"
-    config = tmp_path / "config.yaml"
-    settings = {
-        "model": str(tiny), "data": str(rows), "output": str(run), "task": "stt", "verify": "off",
-        "lora": {"r": 8, "alpha": 64} if lora else None,
-        "training": {"max_steps": 60, "batch_size": 1, "gradient_accumulation": 1, "learning_rate": 5e-3},
-    }  # fmt: skip
-    config.write_text(json.dumps(settings))
-    trained = ft("train", config)
-    assert trained.code == 0, trained.err
-    assert (Run(run).adapter if lora else Run(run).model).is_dir()
+    training = {"max_steps": 40, "batch_size": 1, "gradient_accumulation": 1, "learning_rate": 5e-3}
+    config = {"model": str(tiny), "data": str(rows), "output": str(folder / "run"), "task": "stt", "verify": "off"}
+    (folder / "config.yaml").write_text(json.dumps({**config, "training": training, **changes}))
+    found = ft("train", folder / "config.yaml")
+    assert found.code == 0, found.err
+    return folder / "run"
+
+
+def test_a_run_of_a_whole_model_writes_what_it_learnt(ft: Any, tiny: Path, recordings: Path, tmp_path: Path) -> None:
+    run = trained(ft, tiny, recordings, tmp_path, lora=None)
     found = ft("transcribe", run, recordings / "a.wav", "--language", "de")
     assert (found.code, found.out) == (0, "ja\n")
     assert ft("transcribe", tiny, recordings / "a.wav", "--language", "de", "--max-new-tokens", 8).out != "ja\n"
+
+
+def test_a_run_of_an_adapter_hears_with_it(ft: Any, tiny: Path, recordings: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+
+    from ft_speech.listening.recogniser import open_recogniser
+
+    few = {"max_steps": 5, "batch_size": 1, "gradient_accumulation": 1, "learning_rate": 1e-2}
+    run = trained(ft, tiny, recordings, tmp_path, lora={"r": 8, "alpha": 64}, training=few)
+    assert ft("transcribe", run, recordings / "a.wav", "--language", "de", "--max-new-tokens", 8).code == 0
+
+    def scores(model: Any) -> Any:
+        features = torch.randn(1, 80, 200, generator=torch.Generator().manual_seed(0), dtype=model.dtype)
+        with torch.inference_mode():
+            return model(input_features=features, decoder_input_ids=torch.tensor([[257, 259, 262]])).logits.float()
+
+    hear = open_recogniser(str(run))
+    base: Any = open_recogniser(str(tiny))
+    before = scores(base._plain)
+    merged = PeftModel.from_pretrained(base._plain, run / "adapter").merge_and_unload()
+    # A CPU with bfloat16 computes in it: eight bits, through two layers.
+    within = 1e-4 if merged.dtype == torch.float32 else 0.05
+    assert (scores(hear._plain) - scores(merged)).abs().max() < within  # type: ignore[attr-defined]
+    assert (before - scores(merged)).abs().max() > 4 * within

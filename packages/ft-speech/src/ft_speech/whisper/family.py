@@ -18,7 +18,11 @@ __all__ = [
 
 
 def fast(model: Any) -> Any:
-    """Whisper's fast layers, put into a model."""
+    """Whisper's fast layers, put into a model.
+
+    Raises:
+        ft_core.fast.NotFast: it has parts that they do not know.
+    """
     from ft_speech.fast.whisper import enable
 
     return enable(model)

@@ -29,7 +29,7 @@ LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 TIMESTAMPS = 1501
 """Tokens for 0 to 30 s, 0.02 s apart."""
 HEAD = 64
-"""Values of one head of attention, in every Whisper; older revisions of the format do not say how many heads there are."""
+"""Values of one head of attention, in every Whisper; older revisions of the format do not say how many heads it has."""
 
 
 def convert(

@@ -71,7 +71,17 @@ def trainer(job: Job) -> Trainer:
             return batch
 
         def _tighter(self, inputs: dict[str, Any]) -> str | None:
-            return super()._tighter(inputs) if path_of(self.model) is None else None
+            path = path_of(self.model)
+            if path is None or not path.on:
+                return super()._tighter(inputs)
+            alone = self.replans and self.accelerator.num_processes == 1
+            return path.tighter() if alone else None  # others are in the middle of their step
+
+        @property
+        def fast_layers(self) -> bool:
+            """Whether the model computes with fast layers."""
+            path = path_of(self.model)
+            return path is not None and path.on
 
         def compared(self) -> tuple[Any, str] | None:
             """The fast layers beside transformers' own on the first recording; None without them."""
@@ -86,7 +96,7 @@ def trainer(job: Job) -> Trainer:
             return found, f"a recording and its {batch['tokens']} tokens"
 
     path = path_of(job.model)
-    if path is not None:  # its layers choose by themselves what they keep
+    if path is not None:  # it chooses by itself what is computed again
         job.arguments |= {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": None}
         memory = job.config.memory
         path.choose(job.config.activations, memory=None if memory == "auto" else int(GAPS * bytes_of(memory)))
