@@ -76,7 +76,7 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(tokenizer: Any, **text: Any) -> Any:
+def make_model(tokenizer: Any, *, tied: bool = False, **text: Any) -> Any:
     """Random weights, larger than a fresh model's: those let so little of a sound through that nothing hangs on it."""
     import torch
     from transformers import Qwen3ASRConfig, Qwen3ASRForConditionalGeneration
@@ -101,13 +101,13 @@ def make_model(tokenizer: Any, **text: Any) -> Any:
             "num_key_value_heads": 1,
             "head_dim": 16,
             "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": tied,
             **text,
         },
         audio_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[5]),
         eos_token_id=[0, 2],
         pad_token_id=0,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     model = Qwen3ASRForConditionalGeneration(config)
     with torch.no_grad():

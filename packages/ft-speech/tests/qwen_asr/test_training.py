@@ -74,13 +74,20 @@ def test_the_encoder_is_trained_as_the_configuration_says(
         assert any("multi_modal_projector" in key for key in heard)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["", "a tied head"])
 def test_trained_in_full_the_encoder_stays_unless_it_is_told(
-    configure: Any, ft: Any, folder: Path, tmp_path: Path
+    tied: bool, configure: Any, ft: Any, parts: Any, folder: Path, tmp_path: Path
 ) -> None:
-    made = ft("train", configure(lora=None, training={"max_steps": 2}))
+    if tied:
+        folder, tokenizer = tmp_path / "tied", parts.make_tokenizer()
+        parts.make_model(tokenizer, tied=True).save_pretrained(folder)
+        parts.make_processor(tokenizer).save_pretrained(folder)
+    made = ft("train", configure(model=str(folder), lora=None, training={"max_steps": 2}))
     assert made.code == 0, made.err
     from transformers import AutoModelForSpeechSeq2Seq
 
+    saved = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "run" / "model")
+    assert (saved.lm_head.weight is saved.model.language_model.embed_tokens.weight) == tied
     before, after = (
         AutoModelForSpeechSeq2Seq.from_pretrained(one, dtype=torch.bfloat16).state_dict()
         for one in (folder, tmp_path / "run" / "model")
