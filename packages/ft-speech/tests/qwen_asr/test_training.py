@@ -209,6 +209,45 @@ def test_bad_recordings_stop_or_are_counted(configure: Any, ft: Any, sounds: Any
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["left_out_rows"] == [1]
 
 
+def test_what_is_measured_is_what_transformers_would(
+    configure: Any, ft: Any, sounds: Any, folder: Path, tmp_path: Path
+) -> None:
+    """On held-out rows of several lengths, one of which cannot be heard, one of which is a stretch."""
+    rows = sounds(5, seconds=(0.4, 1.3, 0.6))
+    rows[3] |= {"start": 0.1, "end": 0.35}
+    (tmp_path / "sounds" / "1.wav").write_bytes(b"no sound")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = configure(rows=[rows[0]], eval_data=str(held_out), stt={"on_bad_audio": "skip", "normalizer": "none"},
+                     training={"max_steps": 1})  # fmt: skip
+    made = ft("train", path)
+    assert made.code == 0, made.err
+    measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert (measured["rows"], measured["answers"]) == (4, 4)
+    assert [one["prompt"] for one in measured["samples"]][2] == "[3.wav] from 0.1 s to 0.35 s"
+
+    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+    from ft_speech import read_audio
+
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    losses_of, count = 0.0, 0
+    for row in (rows[0], *rows[2:]):
+        samples, _ = read_audio(tmp_path / row["audio"], start=row.get("start", 0.0), end=row.get("end"))
+        given = processor.apply_transcription_request([samples])
+        said = processor.tokenizer(f"language English<asr_text>{row['text']}<|im_end|>", return_tensors="pt")
+        ids = torch.cat([given["input_ids"], said["input_ids"]], dim=1)
+        labels = torch.where(torch.arange(ids.shape[1]) < given["input_ids"].shape[1], -100, ids)
+        given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        given["input_features"] = given["input_features"].bfloat16()
+        with torch.no_grad():
+            number = said["input_ids"].shape[1]
+            losses_of, count = losses_of + float(model(**given).loss) * number, count + number
+    # Both in bfloat16; the logits of other positions are left out in one, so that sums may be of another order.
+    assert measured["metrics"]["loss"]["before"] == pytest.approx(losses_of / count, rel=2.0**-8)
+
+
 def test_a_recording_that_changed_since_it_was_counted_stops_the_run(
     configure: Any, ft: Any, sounds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
