@@ -12,8 +12,6 @@ import pytest
 import soundfile
 import yaml
 
-pytest.importorskip("transformers.models.qwen3_asr", reason="this transformers does not know Qwen3-ASR")
-
 TEMPLATE = (
     "<|im_start|>system\n{% for m in messages if m['role'] == 'system' %}{% for p in m['content'] %}{{ p['text'] }}"
     "{% endfor %}{% endfor %}<|im_end|>\n{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n"
