@@ -75,9 +75,7 @@ class OrpheusSpeaker:
         stream, waiting = codec.stream(), []
         at_once = max(1, round(PIECE * codec.sample_rate / codec.frame_samples))
         self.cut = True
-        for frame in frames(
-            self.model, processor, words, most=most, temperature=temperature, top_p=top_p, seed=seed
-        ):
+        for frame in frames(self.model, processor, words, most=most, temperature=temperature, top_p=top_p, seed=seed):
             if frame is None:
                 self.cut = False
                 break

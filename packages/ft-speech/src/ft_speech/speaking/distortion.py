@@ -21,9 +21,7 @@ FLOOR = 1e-7
 Floats = npt.NDArray[np.float64]
 
 
-def mel_cepstral_distortion(
-    one: npt.NDArray[np.floating], other: npt.NDArray[np.floating], sample_rate: int
-) -> float:
+def mel_cepstral_distortion(one: npt.NDArray[np.floating], other: npt.NDArray[np.floating], sample_rate: int) -> float:
     """The distortion of one recording against another, in dB, where both are aligned best.
 
     Of mel cepstra c and c' of two frames it is ``10 / ln 10 * sqrt(2 * sum((c_d - c'_d)^2))`` over d = 1 to 13; here the

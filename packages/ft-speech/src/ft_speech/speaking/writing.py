@@ -27,7 +27,12 @@ ENDLESS = 0xFFFFFFFF
 
 @contextmanager
 def sink(
-    out: str | os.PathLike[str], sample_rate: int, *, grows: bool = False, raw: bool = False, stdout: BinaryIO | None = None
+    out: str | os.PathLike[str],
+    sample_rate: int,
+    *,
+    grows: bool = False,
+    raw: bool = False,
+    stdout: BinaryIO | None = None,
 ) -> Iterator[Callable[[npt.NDArray[np.float32]], None]]:
     """A function that takes pieces of mono audio, float32 ``[samples]``, full scale -1 to 1; beyond it they are cut off.
 
@@ -59,7 +64,9 @@ def sink(
         with suppress(OSError):
             if not grows:
                 beside.unlink(missing_ok=True)
-        raise AudioError(f"{target}: {format.lower()} at {sample_rate} Hz cannot be written: {_reason(error)}") from error
+        raise AudioError(
+            f"{target}: {format.lower()} at {sample_rate} Hz cannot be written: {_reason(error)}"
+        ) from error
     try:
         with file:
             yield lambda piece: _to_file(file, piece, target, grows)
