@@ -46,7 +46,7 @@ def test_whisper_understands_numbers_that_a_llama_learnt_to_speak(tmp_path: Path
         "tts": {"codec": "mel", "codec_model": str(tmp_path / "mel")},
         "training": {
             "max_steps": int(os.environ.get("FT_SPEAKING_STEPS", "500")), "batch_size": 16, "gradient_accumulation": 1,
-            "learning_rate": 1.5e-3, "warmup_ratio": 0.1, "scheduler": "cosine", "optimizer": "adamw",
+            "learning_rate": 1.5e-3, "warmup_ratio": 0.1, "scheduler": "cosine", "optimizer": "adamw_torch",
         },
         "output": str(tmp_path / "run"),
     }  # fmt: skip

@@ -154,7 +154,7 @@ def _spoken(
         before = samples
         for piece in _pieces(args, speaker, line):
             if number and samples == before:
-                pause = np.zeros(round(PAUSE * speaker.sample_rate), np.float32)
+                pause: npt.NDArray[np.float32] = np.zeros(round(PAUSE * speaker.sample_rate), np.float32)
                 write(pause)
                 samples += len(pause)
             write(piece)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ft_core.models.opening import Target
     from ft_speech.codecs.protocol import Codes
 
-    Samples = npt.NDArray[np.float32]
+    Samples: TypeAlias = npt.NDArray[np.float32]
 
 __all__ = ["OrpheusSpeaker", "frames"]
 

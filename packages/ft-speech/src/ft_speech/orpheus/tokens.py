@@ -20,7 +20,7 @@ from ft_core.errors import DataError, ModelError
 if TYPE_CHECKING:
     from ft_speech.codecs.protocol import Codes, Layout
 
-__all__ = ["SpeechTokens", "grow", "is_orpheus", "prompt_text", "speech_tokens", "words_of"]
+__all__ = ["SpeechTokens", "document", "grow", "is_orpheus", "prompt_text", "speech_tokens", "words_of"]
 
 FIRST = 10
 """The number of Orpheus' first token of sound."""

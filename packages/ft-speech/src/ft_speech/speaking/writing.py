@@ -34,7 +34,7 @@ def sink(
     raw: bool = False,
     stdout: BinaryIO | None = None,
 ) -> Iterator[Callable[[npt.NDArray[np.float32]], None]]:
-    """A function that takes pieces of mono audio, float32 ``[samples]``, full scale -1 to 1; beyond it they are cut off.
+    """A function that takes pieces of mono audio, float32 ``[samples]``, full scale -1 to 1, cut off beyond it.
 
     A file is written beside its place and renamed at the end; where the work fails, what was written is removed.
 
@@ -100,7 +100,7 @@ def _to_stream(stream: BinaryIO, piece: npt.NDArray[np.float32]) -> None:
 
 def as_sixteen_bits(piece: npt.NDArray[np.float32]) -> bytes:
     """Samples as little-endian 16-bit integers."""
-    return np.round(np.clip(piece, -1, 1) * 32767).astype("<i2").tobytes()
+    return bytes(np.round(np.clip(piece, -1, 1) * 32767).astype("<i2").tobytes())
 
 
 def wav_header(sample_rate: int) -> bytes:
