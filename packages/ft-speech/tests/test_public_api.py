@@ -65,6 +65,33 @@ EXPECTED = {
     "ft_speech.whisper.transcribing": ["WhisperRecogniser"],
     "ft_speech.whisper.vocabulary": ["Vocabulary", "language_code", "vocabulary_of"],
 }  # fmt: skip
+    "ft_speech.commands.speak": ["add_arguments", "more_help", "run"],
+    "ft_speech.orpheus.family": [
+        "adapter_options",
+        "collator",
+        "dataset",
+        "evaluate",
+        "fast",
+        "load_for_training",
+        "load_processor",
+        "trainer",
+    ],
+    "ft_speech.orpheus.tokens": [
+        "SpeechTokens",
+        "document",
+        "grow",
+        "is_orpheus",
+        "prompt_text",
+        "speech_tokens",
+        "words_of",
+    ],
+    "ft_speech.speaking.distortion": ["aligned", "mel_cepstra", "mel_cepstral_distortion"],
+    "ft_speech.speaking.settings": ["PLACES", "TtsSettings"],
+    "ft_speech.speaking.speaker": ["ANY", "SPEAKERS", "Speaker", "open_speaker", "speak"],
+    "ft_speech.speaking.spoken": ["Spoken", "measured"],
+    "ft_speech.speaking.writing": ["as_sixteen_bits", "sink", "wav_header"],
+    "ft_speech.plugin": ["MEL", "MIMI", "QWEN3_ASR", "SNAC", "SPEAK", "STT", "TRANSCRIBE", "TTS"],
+}
 
 
 def test_the_public_names() -> None:
