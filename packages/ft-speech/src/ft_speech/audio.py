@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
@@ -17,7 +21,10 @@ import soxr
 from ft_core.errors import FtError
 from ft_speech.containers import missing_bytes
 
-__all__ = ["FORMATS", "SAMPLING_RATES", "AudioError", "read_audio", "resample", "write_audio"]
+__all__ = [
+    "FORMATS", "SAMPLING_RATES", "SLACK", "AudioError", "AudioInfo", "audio_info", "read_audio", "resample",
+    "write_audio",
+]  # fmt: skip
 
 Samples: TypeAlias = npt.NDArray[np.float32]
 
@@ -26,6 +33,9 @@ FORMATS = ("wav", "flac", "ogg", "mp3")
 
 SAMPLING_RATES = range(1_000, 768_001)
 """The sampling rates, in Hz, that are taken: anything else in a header is damage, and resampling it would explode."""
+
+SLACK = 0.5
+"""Seconds by which the end of a stretch may lie behind the end of what it is of: such times are often rounded."""
 
 _CONTAINERS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
 _SOUND_ERRORS = (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, OSError)
@@ -42,6 +52,8 @@ def read_audio(
     sampling_rate: int | None = 16_000,
     mono: bool = True,
     max_seconds: float | None = None,
+    start: float = 0.0,
+    end: float | None = None,
 ) -> tuple[Samples, int]:
     """Read one audio file as float32 samples, full scale being -1 to 1.
 
@@ -56,32 +68,72 @@ def read_audio(
         sampling_rate: samples per second of the result, or None for the file's own.
         mono: whether to average the channels.
         max_seconds: refuse longer audio. Checked against the header, and again while decoding. None: no limit.
+        start, end: the stretch of the file that is read, in seconds; ``end`` None: to the file's. An end of up to
+            :data:`SLACK` seconds behind it is its end. What is before and after isn't decoded, nor counts for
+            ``max_seconds``.
 
     Returns:
         The samples, of shape [samples], or [channels, samples] with ``mono=False``; and their sampling rate in Hz.
 
     Raises:
         AudioError: the file is missing, unreadable, no audio of these formats, cut short, damaged, without samples, too
-            long, has samples that are NaN or infinite, or a sampling rate outside :data:`SAMPLING_RATES`.
-        ValueError: ``sampling_rate`` is outside :data:`SAMPLING_RATES`.
+            long, has samples that are NaN or infinite, or a sampling rate outside :data:`SAMPLING_RATES`; or the
+            stretch reaches beyond it.
+        ValueError: ``sampling_rate`` is outside :data:`SAMPLING_RATES`, or ``start`` and ``end`` are no stretch.
     """
     if sampling_rate is not None:
         _check_rate(sampling_rate, "sampling_rate")
+    if not 0 <= start < (math.inf if end is None else end):
+        raise ValueError(f"a stretch is from start >= 0 to an end behind it, not from {start} to {end}")
     name, file, opened = _open(source)
     try:
-        audio, rate = _decode(name, file, mono, max_seconds)
+        audio, rate = _decode(name, file, mono, max_seconds, (start, end))
     finally:
         if opened:
             file.close()
     if not np.isfinite(audio).all():
         bad = np.flatnonzero(~np.isfinite(audio).all(axis=0))
-        raise AudioError(f"{name}: {len(bad)} samples are NaN or infinite, the first at {bad[0] / rate:.3f} s")
+        raise AudioError(f"{name}: {len(bad)} samples are NaN or infinite, the first at {start + bad[0] / rate:.3f} s")
     if sampling_rate is not None and sampling_rate != rate:
         audio = resample(audio, rate, sampling_rate)
         rate = sampling_rate
         if audio.shape[1] == 0:
             raise AudioError(f"{name}: is too short to hold one sample at {sampling_rate} Hz")
     return (audio[0] if mono else audio), rate
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What the header of an audio file says.
+
+    Attributes:
+        seconds: how long it is; of an mp3 without a length in its header, and of a wav that was streamed, an estimate.
+        sampling_rate: in Hz. channels: how many.
+        format: one of :data:`FORMATS`.
+    """
+
+    seconds: float
+    sampling_rate: int
+    channels: int
+    format: str
+
+
+def audio_info(source: str | os.PathLike[str] | bytes | BinaryIO) -> AudioInfo:
+    """What an audio file's header says, and whether the file is as long as that: nothing is decoded.
+
+    Raises:
+        AudioError: as :func:`read_audio`, save for what shows in the samples alone.
+    """
+    name, file, opened = _open(source)
+    try:
+        with _sound(name, file) as sound:
+            if not sound.frames:
+                raise AudioError(f"{name}: holds no samples")
+            rate = int(sound.samplerate)
+            return AudioInfo(sound.frames / rate, rate, sound.channels, _CONTAINERS[sound.format])
+    finally:
+        if opened:
+            file.close()
 
 
 def resample(
@@ -207,8 +259,42 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _decode(name: str, file: BinaryIO, mono: bool, max_seconds: float | None) -> tuple[Samples, int]:
-    """All samples as [channels, samples] (one channel if ``mono``), at the file's own rate."""
+def _decode(
+    name: str, file: BinaryIO, mono: bool, max_seconds: float | None, stretch: tuple[float, float | None]
+) -> tuple[Samples, int]:
+    """All samples of a stretch as [channels, samples] (one channel if ``mono``), at the file's own rate."""
+    with _sound(name, file) as sound:
+        rate = int(sound.samplerate)
+        first, last = _bounds(name, sound, *stretch)
+        _check_length(name, last - first, rate, max_seconds)
+        blocks, done = [], 0
+        try:
+            if first:
+                sound.seek(first)
+            wanted = (
+                _BLOCK if stretch[1] is None else min(_BLOCK, last - first)
+            )  # to the end of the file, whatever its header says
+            while wanted and len(block := sound.read(wanted, dtype="float32", always_2d=True)):
+                done += len(block)
+                _check_length(name, done, rate, max_seconds)
+                # Averaged in float64: a sum of float32 would round once a channel.
+                blocks.append(block.mean(axis=1, dtype=np.float64).astype(np.float32)[None] if mono else block.T)
+                wanted = _BLOCK if stretch[1] is None else min(_BLOCK, last - first - done)
+        except _SOUND_ERRORS as error:
+            at = (first + done) / rate
+            raise AudioError(f"{name}: is cut short or damaged after {at:.1f} s: {error}") from error
+        if done < last - first:
+            raise AudioError(
+                f"{name}: is cut short or damaged: {first + done} of {sound.frames} samples can be decoded"
+            )
+    if not blocks:
+        raise AudioError(f"{name}: holds no samples")
+    return np.concatenate(blocks, axis=1), rate
+
+
+@contextmanager
+def _sound(name: str, file: BinaryIO) -> Iterator[soundfile.SoundFile]:
+    """A file whose header is in order, ready to be decoded."""
     if file.seek(0, os.SEEK_END) == 0:
         raise AudioError(f"{name}: is empty")
     if missing := missing_bytes(file):
@@ -219,26 +305,21 @@ def _decode(name: str, file: BinaryIO, mono: bool, max_seconds: float | None) ->
     except _SOUND_ERRORS as error:
         raise AudioError(f"{name}: is no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from error
     with sound:
-        rate = int(sound.samplerate)
         if sound.format not in _CONTAINERS:
             raise AudioError(f"{name}: is a {sound.format} file; read are {', '.join(FORMATS)}: convert it")
-        if rate not in SAMPLING_RATES:
-            raise AudioError(f"{name}: its header says {rate} Hz, which is no sampling rate of audio")
-        _check_length(name, sound.frames, rate, max_seconds)
-        blocks, done = [], 0
-        try:
-            while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
-                done += len(block)
-                _check_length(name, done, rate, max_seconds)
-                # Averaged in float64: a sum of float32 would round once a channel.
-                blocks.append(block.mean(axis=1, dtype=np.float64).astype(np.float32)[None] if mono else block.T)
-        except _SOUND_ERRORS as error:
-            raise AudioError(f"{name}: is cut short or damaged after {done / rate:.1f} s: {error}") from error
-        if done < sound.frames:
-            raise AudioError(f"{name}: is cut short or damaged: {done} of {sound.frames} samples can be decoded")
-    if not blocks:
-        raise AudioError(f"{name}: holds no samples")
-    return np.concatenate(blocks, axis=1), rate
+        if sound.samplerate not in SAMPLING_RATES:
+            raise AudioError(f"{name}: its header says {sound.samplerate} Hz, which is no sampling rate of audio")
+        yield sound
+
+
+def _bounds(name: str, sound: soundfile.SoundFile, start: float, end: float | None) -> tuple[int, int]:
+    """The first sample of a stretch, and the one behind its last."""
+    rate, frames = int(sound.samplerate), int(sound.frames)
+    first, last = round(start * rate), frames if end is None else round(end * rate)
+    if last > frames + SLACK * rate or (first and first >= frames):
+        at = f"starts at {start:g}" if first >= frames else f"ends at {end:g}"
+        raise AudioError(f"{name}: has {frames / rate:.2f} s, and the stretch {at} s")
+    return first, min(last, frames)
 
 
 class _Nameless:
