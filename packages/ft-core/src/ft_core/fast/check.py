@@ -94,7 +94,9 @@ def compare(path: FastPath, model: nn.Module, batch: dict[str, Any], dtype: torc
     largest = max((float(g.norm()) for g in plain if g is not None), default=0.0)
     distances = {name: _distance(one, two, largest) for name, one, two in zip(parameters, fast, plain, strict=True)}
     computed = dtype or next(iter(model.parameters())).dtype
-    terms = max(path.model.config.get_text_config().intermediate_size, batch["input_ids"].numel())
+    # A batch may be embedded already; its gradients are sums over as many places.
+    places = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+    terms = max(path.model.config.get_text_config().intermediate_size, places.numel())
     rounded = device.type == "cuda" and any(type(m).__name__ == "Linear8bitLt" for m in path.model.modules())
     limit = bound(computed, len(path.layers) + _before(path), terms, rounded)
     return Comparison((float(fast_loss), float(plain_loss)), distances, limit)
