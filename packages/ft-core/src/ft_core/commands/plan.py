@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.config import load_config
     from ft_core.errors import ConfigError
     from ft_core.memory import bytes_of
+    from ft_core.training.modality import with_local_task
 
-    config = load_config(args.config, args.overrides)
+    config = with_local_task(load_config(args.config, args.overrides))
     try:
         memory = None if args.memory is None else bytes_of(args.memory)
     except ValueError:
