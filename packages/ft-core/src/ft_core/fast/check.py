@@ -98,8 +98,9 @@ def compare(
     largest = max((float(g.norm()) for g in plain if g is not None), default=0.0)
     distances = {name: _distance(one, two, largest) for name, one, two in zip(parameters, fast, plain, strict=True)}
     computed = dtype or next(iter(model.parameters())).dtype
-    if terms is None:
-        terms = max(path.model.config.get_text_config().intermediate_size, batch["input_ids"].numel())
+    if terms is None:  # a batch may be embedded already; its gradients are sums over as many places
+        places = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+        terms = max(path.model.config.get_text_config().intermediate_size, places.numel())
     if layers is None:
         layers = len(path.layers) + _before(path)
     rounded = device.type == "cuda" and any(type(m).__name__ == "Linear8bitLt" for m in path.model.modules())
