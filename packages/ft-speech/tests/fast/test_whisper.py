@@ -156,6 +156,19 @@ def test_a_layer_that_somebody_listens_to_is_called() -> None:
     assert heard == ["encoder", "decoder"]
 
 
+def test_what_a_measurement_makes_can_be_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights get room for updates when they are first used, which may be in inference mode."""
+    monkeypatch.setattr("ft_core.fast.wide._can_move", lambda weight: not weight.requires_grad)
+    model = adapted(whisper())
+    plain = step(model, batch())
+    path = enable(model)
+    with torch.inference_mode():
+        model.eval()(**batch())
+    same(plain, step(model.train(), batch()), LIMIT)
+    path.on = False
+    same(plain, step(model, batch()), LIMIT)
+
+
 def test_a_copy_has_layers_of_its_own() -> None:
     model = whisper()
     path = enable(model)

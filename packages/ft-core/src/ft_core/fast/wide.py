@@ -42,7 +42,10 @@ class Wide:
                 return known
             return found if len(found) > 1 else found[0]
         if known is None or known.room < rank or not _is_view(known, found):
-            known = kernels.widen(found, rank)
+            with torch.inference_mode(
+                False
+            ):  # a measurement may come first, and what it makes could not be trained with
+                known = kernels.widen(found, rank)
             for weight, part in zip(found, known.parts(), strict=True):
                 weight.data = part
             self.weights[group] = known

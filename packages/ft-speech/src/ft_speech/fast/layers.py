@@ -54,7 +54,11 @@ class SpeechLayer:
         h = layer_norm(layer.self_attn_layer_norm, x)
         q, k, v = self._products("self", [inner.q_proj, inner.k_proj, inner.v_proj], h, inner.embed_dim)
         q, k, v = (part.unflatten(-1, (-1, inner.head_dim)) for part in (q, k, v))
-        out = kernels.packed_attention(q, k, v, causal=self.listens, scale=inner.scaling)
+        if self.listens:  # a few tokens: by the kernel that transformers has
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=inner.scaling).transpose(1, 2)
+        else:
+            out = kernels.packed_attention(q, k, v, causal=False, scale=inner.scaling)
         x = x + self._product("self.out", inner.out_proj, out.flatten(-2))
         if heard is not None:
             x = x + self._heard(layer_norm(layer.encoder_attn_layer_norm, x), heard)
