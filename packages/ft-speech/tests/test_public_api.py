@@ -6,7 +6,17 @@ import importlib
 
 EXPECTED = {
     "ft_speech": ["AudioError", "__version__", "read_audio", "resample", "write_audio"],
-    "ft_speech.audio": ["AudioError", "FORMATS", "SAMPLING_RATES", "read_audio", "resample", "write_audio"],
+    "ft_speech.audio": [
+        "AudioError",
+        "AudioInfo",
+        "FORMATS",
+        "SAMPLING_RATES",
+        "SLACK",
+        "audio_info",
+        "read_audio",
+        "resample",
+        "write_audio",
+    ],
     "ft_speech.containers": ["missing_bytes"],
     "ft_speech.commands.speak": ["add_arguments", "more_help", "run"],
     "ft_speech.orpheus.family": [
