@@ -89,8 +89,8 @@ def aligned(costs: Floats) -> npt.NDArray[np.int64]:
     total = np.full((rows + 1, columns + 1), np.inf)
     total[0, 0] = 0
     for diagonal in range(rows + columns - 1):  # all pairs of which no one leads to another
-        i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
-        j = diagonal - i
+        i: npt.NDArray[np.int64] = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
+        j: npt.NDArray[np.int64] = diagonal - i
         before = np.minimum(total[i, j], np.minimum(total[i, j + 1], total[i + 1, j]))
         total[i + 1, j + 1] = costs[i, j] + before
     row, column = rows, columns
