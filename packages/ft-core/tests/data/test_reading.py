@@ -401,6 +401,60 @@ def test_a_split_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert asked == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_recordings_of_a_hub_data_set_are_not_decoded(
+    stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row has what the Hub holds: the bytes, here of no audio at all, which decoding would refuse."""
+    import datasets
+    import huggingface_hub
+
+    made = datasets.Dataset.from_list([{"audio": {"bytes": b"sound", "path": "a.wav"}, "text": "hello"}])
+    made = made.cast_column("audio", datasets.Audio(sampling_rate=16_000))
+
+    def loaded(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        return made.to_iterable_dataset() if streaming else made
+
+    def form(row: Any, format: Any, folder: Path | None) -> dict[str, Any]:
+        assert folder is None
+        return {"text": row["text"], "held": row["audio"]["bytes"].decode(), "path": row["audio"]["path"]}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    rows = (
+        RowStream("owner/name", ["text"], form=form) if stream else read_rows("owner/name", ["text"], seed=0, form=form)
+    )
+    assert list(rows) == [{"text": "hello", "held": "sound", "path": "a.wav"}]
+
+
+def test_metadata_as_in_ljspeech(tmp_path: Path) -> None:
+    """No header, no quotes, | between the cells: only beside a folder of wavs, any other such file is still refused."""
+    lines = 'LJ001-0001|In "1837", he said|In eighteen thirty-seven, he said\nLJ001-0002|Yes.\n\n'
+    (tmp_path / "metadata.csv").write_text(lines)
+    with pytest.raises(DataError, match=r"metadata\.csv, line 2"):
+        read_rows(tmp_path, ["text"], seed=0)
+    (tmp_path / "wavs").mkdir()
+
+    def form(row: Any, format: Any, folder: Path | None) -> dict[str, Any]:
+        assert folder == tmp_path
+        return dict(row)
+
+    assert list(read_rows(tmp_path, ["text"], seed=0, form=form)) == [
+        {
+            "audio": "wavs/LJ001-0001.wav",
+            "text": 'In "1837", he said',
+            "normalized_text": "In eighteen thirty-seven, he said",
+        },
+        {"audio": "wavs/LJ001-0002.wav", "text": "Yes."},
+    ]
+    (tmp_path / "metadata.csv").write_text("a|b|c|d\n")
+    with pytest.raises(DataError, match=r"metadata\.csv, line 1: has 4 cells; beside a folder wavs, as in LJSpeech"):
+        read_rows(tmp_path, ["text"], seed=0, form=form)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nwavs/a.wav,a | b\n")
+    assert list(read_rows(tmp_path, ["text"], seed=0, form=form)) == [{"file_name": "wavs/a.wav", "text": "a | b"}]
+
+
 def test_rows_of_a_dataset_are_read_like_those_of_a_file(tmp_path: Path) -> None:
     # What the Hub gives is a datasets.Dataset; here one that datasets itself has loaded from a folder.
     import datasets

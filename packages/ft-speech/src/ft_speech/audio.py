@@ -39,6 +39,7 @@ SLACK = 0.5
 
 _CONTAINERS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
 _SOUND_ERRORS = (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, OSError)
+_VORBIS_PAGE = 255 * 4096  # the most samples that a page can hold: 255 packets of half a window of 8192
 _BLOCK = 1 << 18  # samples of one channel that are decoded at a time
 
 
@@ -269,8 +270,7 @@ def _decode(
         _check_length(name, last - first, rate, max_seconds)
         blocks, done = [], 0
         try:
-            if first:
-                sound.seek(first)
+            _go_to(sound, first)
             wanted = (
                 _BLOCK if stretch[1] is None else min(_BLOCK, last - first)
             )  # to the end of the file, whatever its header says
@@ -310,6 +310,17 @@ def _sound(name: str, file: BinaryIO) -> Iterator[soundfile.SoundFile]:
         if sound.samplerate not in SAMPLING_RATES:
             raise AudioError(f"{name}: its header says {sound.samplerate} Hz, which is no sampling rate of audio")
         yield sound
+
+
+def _go_to(sound: soundfile.SoundFile, sample: int) -> None:
+    """Seek a sample. Within the last page of an Ogg Vorbis file libvorbisfile may land elsewhere, and says nothing:
+    what can lie there is read from a place before it."""
+    if not sample:
+        return
+    place = min(sample, max(0, int(sound.frames) - _VORBIS_PAGE)) if sound.subtype == "VORBIS" else sample
+    sound.seek(place)
+    while place < sample:
+        place += len(sound.read(min(_BLOCK, sample - place), dtype="float32")) or sample
 
 
 def _bounds(name: str, sound: soundfile.SoundFile, start: float, end: float | None) -> tuple[int, int]:

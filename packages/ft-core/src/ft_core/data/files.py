@@ -18,6 +18,8 @@ Numbered = Iterator[tuple[int, Any]]
 _BOM = b"\xef\xbb\xbf"
 _NESTED = ("messages", "conversations")
 """Columns whose cells in a csv file are JSON."""
+_RECORDINGS = "wavs"
+"""The folder that LJSpeech's recordings lie in."""
 _DELIMITERS = (";", "\t", "|")
 """What other programs write between the cells of a csv file instead of commas."""
 
@@ -83,6 +85,10 @@ def _json(path: Path) -> Numbered:
 
 
 def _csv(path: Path) -> Numbered:
+    if path.name == "metadata.csv" and (path.parent / _RECORDINGS).is_dir() and _begins_without_header(path):
+        yield from _ljspeech(path)
+        return
+
     def lines() -> Iterator[str]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -121,6 +127,29 @@ def _csv(path: Path) -> Numbered:
         raise DataError(f"{at(str(path), reader.line_num)}: broken csv: {error}") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _begins_without_header(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"|" in file.readline()
+
+
+def _ljspeech(path: Path) -> Numbered:
+    """LJSpeech's ``metadata.csv``: a line is the name of a file in ``wavs``, the text, and perhaps the text as it is
+    read out, with ``|`` between them, no header and no quotes."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = _decode(line.removeprefix(_BOM) if number == 1 else line, at(str(path), number)).rstrip("\r\n")
+            cells = text.split("|")
+            if not text.strip():
+                continue
+            if len(cells) not in (2, 3):
+                raise DataError(
+                    f"{at(str(path), number)}: has {len(cells)} cells; beside a folder {_RECORDINGS}, as in LJSpeech, "
+                    "a line is a file's name, the text, and perhaps the text as it is read out, with | between them"
+                )
+            row = dict(zip(("audio", "text", "normalized_text"), cells, strict=False))
+            yield number, {**row, "audio": f"{_RECORDINGS}/{cells[0]}.wav"}
 
 
 def _parquet(path: Path) -> Numbered:

@@ -202,7 +202,11 @@ def _read_hub(
         if not cached.is_dir():
             raise DataError(f"{missing}: the Hub is not reached ({_first_line(error)})") from error
     try:
-        yield from enumerate(datasets.load_dataset(name, config, split=split or "train", streaming=streaming), start=1)
+        data = datasets.load_dataset(name, config, split=split or "train", streaming=streaming)
+        for column, feature in (data.features or {}).items():
+            if isinstance(feature, datasets.Audio):  # as it is encoded: to decode it datasets asks for torchcodec
+                data = data.cast_column(column, datasets.Audio(feature.sampling_rate, decode=False))
+        yield from enumerate(data, start=1)
     except Exception as error:  # what datasets raises has no common base
         raise DataError(f"{name}: cannot be loaded from the Hub: {_first_line(error)}") from error
 

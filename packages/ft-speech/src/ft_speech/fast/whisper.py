@@ -74,6 +74,14 @@ class WhisperPath:
             raise ValueError(f"choose: {what!r} (allowed: auto, keep, recompute, offload)")
         self._want, self._memory, self._planned = what, memory, None
 
+    def tighter(self) -> str | None:
+        """After a step that did not fit: keep less from the next on. What was done, in words; None if nothing is left."""
+        if self._want == "offload":
+            return None
+        self.graphs.drop()  # recorded steps hold the memory that they were recorded with
+        self.choose("offload")
+        return "the layers' inputs wait in the host's memory, and the rest is computed again in backward"
+
     def plan(self, audio: Tensor, text: int) -> None:
         """Before a batch is computed for backward: what layers keep of it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = ["mask_features", "vary_samples"]
 
-Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
 
 BANDS, WIDEST = 2, 27
+"""How many bands of frequency are blanked, and how many of 80 frequencies each has at most."""
 STRETCHES, LONGEST, SHARE = 2, 100, 0.2
+"""How many stretches of time are, how many frames each has at most, and what share of the recording."""
 
 
 def vary_samples(
-    samples: Floats, sampling_rate: int, settings: AugmentSettings, chance: Any, *, speed: bool = True
+    samples: Floats, sampling_rate: int, settings: AugmentSettings, chance: np.random.Generator, *, speed: bool = True
 ) -> Floats:
     """Samples at another speed and with noise, as the settings say.
 
@@ -30,7 +32,7 @@ def vary_samples(
         chance: a ``numpy.random.Generator``.
         speed: whether the speed may change.
     """
-    made = samples
+    made = np.asarray(samples, np.float32)
     if settings.speed is not None and speed:
         rate = round(sampling_rate * chance.uniform(*settings.speed))
         made = np.asarray(resample(made, rate, sampling_rate), np.float32)
@@ -38,11 +40,11 @@ def vary_samples(
         ratio = chance.uniform(*settings.noise)
         power = float(np.mean(np.square(made, dtype=np.float64)))
         sigma = np.sqrt(power / 10 ** (ratio / 10))
-        made = made + (sigma * chance.standard_normal(len(made))).astype(np.float32)
+        made = made + np.float32(sigma) * chance.standard_normal(len(made), np.float32)
     return made
 
 
-def mask_features(features: Floats, frames: int, settings: AugmentSettings, chance: Any) -> Floats:
+def mask_features(features: Floats, frames: int, settings: AugmentSettings, chance: np.random.Generator) -> Floats:
     """SpecAugment without its time warping: two bands of up to 27 of 80 frequencies, two stretches of up to 1 s and a
     fifth of the recording, filled with the mean (the policy LD of Park et al. 2019, table 1, in smaller stretches).
 

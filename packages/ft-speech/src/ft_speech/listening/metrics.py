@@ -45,7 +45,8 @@ def word_and_character_errors(
     if len(answers) != len(expected):
         raise ValueError(f"{len(answers)} answers, but {len(expected)} expected")
     languages = [language] * len(answers) if language is None or isinstance(language, str) else language
-    said, wanted = [], []
+    said: list[str] = []
+    wanted: list[str] = []
     for answer, text, code in zip(answers, expected, languages, strict=True):
         plain = normalizer_of(code, normalizer, spellings)
         for made, one in ((said, answer), (wanted, text)):
@@ -55,10 +56,11 @@ def word_and_character_errors(
         edits = length = 0
         pairs = [pair for pair in zip(wanted, said, strict=True) if pair[0]]
         if pairs:
-            found: Any = count(*map(list, zip(*pairs, strict=True)))
+            found: Any = count([text for text, _ in pairs], [answer for _, answer in pairs])
             edits = found.substitutions + found.deletions + found.insertions
             length = found.substitutions + found.deletions + found.hits
-        edits += sum(len(a.split() if name == "wer" else a) for t, a in zip(wanted, said, strict=True) if not t)
+        more = [answer for text, answer in zip(wanted, said, strict=True) if not text]
+        edits += sum(len(answer.split()) if name == "wer" else len(answer) for answer in more)
         rates[name] = edits / length if length else None
     return rates
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ft_core.config.numbers import Number, Section
+from ft_speech.csm.settings import CsmSettings
 
 __all__ = ["PLACES", "TtsSettings"]
 
@@ -45,6 +46,7 @@ class TtsSettings(Section):
         recogniser: a model or a run that recognises speech; where it is given, measuring has it write down what the
             model speaks, and counts the words that differ.
         language: of the texts, for the recogniser: a code such as ``en``. Unset, it finds out.
+        csm: what concerns CSM alone.
     """
 
     codec: str = Field(default="snac", min_length=1)
@@ -55,3 +57,4 @@ class TtsSettings(Section):
     on_bad_audio: Literal["stop", "skip"] = "stop"
     recogniser: str | None = Field(default=None, min_length=1)
     language: str | None = Field(default=None, min_length=1)
+    csm: CsmSettings = Field(default_factory=CsmSettings)

@@ -67,7 +67,8 @@ def in_words(tokens: Sequence[int], tokenizer: Any, language: str | None) -> lis
         begins = piece[:1].isspace() or language in SPACELESS
         spoken = any(character.isalnum() for character in piece)
         waits = bool(words) and not any(character.isalnum() for character in words[-1][0])  # an opening bracket, say
-        if words and (waits or not begins or (not spoken and not _opens(piece))):
+        closes = bool(piece.strip()) and not spoken and not _opens(piece)
+        if words and (waits or not begins or closes):
             words[-1] = (words[-1][0] + piece, words[-1][1] + count)
         else:
             words.append((piece, count))

@@ -79,22 +79,26 @@ class Frames:
 def generation_of(model: Any, vocabulary: Vocabulary) -> Any:
     """A model's generation configuration, with what an older one, or none, leaves out."""
     own, known = copy.deepcopy(model.generation_config), vocabulary
-    own.update(
-        decoder_start_token_id=known.start,
-        eos_token_id=known.end,
-        pad_token_id=known.end if own.pad_token_id is None else own.pad_token_id,
-        no_timestamps_token_id=known.no_timestamps,
-        prev_sot_token_id=known.previous,
-        is_multilingual=bool(known.languages),
-        lang_to_id={f"<|{code}|>": number for code, number in known.languages.items()},
-        task_to_id=known.tasks,
-        forced_decoder_ids=None,
-        condition_on_prev_tokens=False,
-        return_timestamps=False,
-    )
-    for name in ("lang_to_id", "task_to_id"):
-        if not getattr(own, name):
-            delattr(own, name)
+    told: dict[str, Any] = {
+        "decoder_start_token_id": known.start,
+        "eos_token_id": known.end,
+        "pad_token_id": known.end if own.pad_token_id is None else own.pad_token_id,
+        "no_timestamps_token_id": known.no_timestamps,
+        "prev_sot_token_id": known.previous,
+        "is_multilingual": bool(known.languages),
+        "forced_decoder_ids": None,
+        "condition_on_prev_tokens": False,
+        "return_timestamps": False,
+        "max_length": None,  # max_new_tokens says it
+    }
+    if known.languages:
+        told["lang_to_id"] = {f"<|{code}|>": number for code, number in known.languages.items()}
+        told["task_to_id"] = known.tasks
+    else:  # transformers would look for the language wherever it finds these
+        for name in ("lang_to_id", "task_to_id"):
+            own.__dict__.pop(name, None)
+    for name, value in told.items():
+        setattr(own, name, value)
     return own
 
 

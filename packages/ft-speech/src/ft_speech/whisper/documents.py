@@ -59,10 +59,10 @@ class Examples:
         if len(self.bad) > 3:
             lines.append(f"left out: {counted(len(self.bad), f'{what} row')} in all with a recording that is no use")
         if self.too_long:
-            verb = "is" if self.too_long == 1 else "are"
+            whose = "recording is" if self.too_long == 1 else "recordings are"
             lines.append(
-                f"left out: {counted(self.too_long, f'{what} row')} whose recording {verb} longer than the {seconds:g} "
-                "s that the model hears at a time: cut it into pieces, or give rows a start and an end"
+                f"left out: {counted(self.too_long, f'{what} row')} whose {whose} longer than the {seconds:g} s that "
+                "the model hears at a time: cut them into pieces, or give rows a start and an end"
             )
         if self.overlong:
             lines.append(

@@ -139,5 +139,6 @@ def _asked(row: Row) -> str:
     """What to show a person of a row's recording."""
     name = audio_name(row["audio"]).replace("\\", "/").rpartition("/")[2]
     start, end = row.get("start"), row.get("end")
-    stretch = "" if start is None and end is None else f" from {start or 0:g} s" + ("" if end is None else f" to {end:g} s")
-    return f"[{name}]{stretch}"
+    if start is None and end is None:
+        return f"[{name}]"
+    return f"[{name}] from {start or 0:g} s" + ("" if end is None else f" to {end:g} s")

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from ft_core.errors import FtError, ModelError
 from ft_speech.whisper.ctranslate2_file import Array, CTranslate2File, read_file
+from ft_speech.whisper.vocabulary import ENGLISH_ONLY
 
 __all__ = ["convert", "main", "weights"]
 
@@ -29,7 +30,7 @@ LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 TIMESTAMPS = 1501
 """Tokens for 0 to 30 s, 0.02 s apart."""
 HEAD = 64
-"""Values of one head of attention, in every Whisper; older revisions of the format do not say how many heads there are."""
+"""Values of one head of attention, in every Whisper; older revisions of the format do not say how many heads it has."""
 
 
 def convert(
@@ -178,7 +179,7 @@ class _Tokens:
         last = min(self.tasks.values())
         between = {name: number for name, number in self.ids.items() if self.start < number < last}
         self.languages = {name: number for name, number in between.items() if LANGUAGE.fullmatch(name)}
-        self.multilingual = size >= 51865  # by this OpenAI's own program tells them apart
+        self.multilingual = size != ENGLISH_ONLY
 
     def file(self) -> dict[str, Any]:
         """The file with the timestamps, as OpenAI's have them: tokens that are not special."""
@@ -273,7 +274,9 @@ def _binary(places: Sequence[Path]) -> list[Path]:
             if match := PARTS.fullmatch(path.name):
                 parts[int(match[1])] = path
     if not parts or sorted(parts) != list(range(1, len(parts) + 1)):
-        have = f"there are the parts {', '.join(map(str, sorted(parts)))}" if parts else "looked for model.bin.part1 too"
+        have = (
+            f"there are the parts {', '.join(map(str, sorted(parts)))}" if parts else "looked for model.bin.part1 too"
+        )
         raise ModelError(f"{', '.join(map(str, places))}: holds no model.bin of CTranslate2 ({have})")
     return [parts[number] for number in sorted(parts)]
 
@@ -305,7 +308,9 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="python -m ft_speech.whisper.from_ctranslate2",
         description="Write a Whisper of CTranslate2 (faster-whisper) as a model folder of transformers.",
     )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="with model.bin or its parts, and the files beside")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="with model.bin or its parts, and the files beside"
+    )
     parser.add_argument("out", metavar="OUT", help="the folder to make")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
     args = parser.parse_args(words)
