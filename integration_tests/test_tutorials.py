@@ -142,7 +142,7 @@ def test_speaking(here: Path) -> None:
     assert list(shown) == ["numbers.py", "model.py", "speak.yaml"]
     few = (
         shown["numbers.py"]
-        .replace("< 2024", "< 28")
+        .replace("< 2024", "< 25")
         .replace("rows[:2000]", "rows[:24]")
         .replace("rows[2000:]", "rows[24:]")
     )
@@ -161,7 +161,6 @@ def test_speaking(here: Path) -> None:
     assert main(["train", "speak.yaml", "training.max_steps=2", "training.batch_size=2"]) == 0
     assert main([*commands[4][1:], "--max-seconds", "1"]) == 0
     assert Path("a.wav").stat().st_size > 44
-    assert main(["eval", "runs/speak", "--answers", "1"]) == 0
 
 
 def spoken_rows(part: str) -> list[dict[str, Any]]:
