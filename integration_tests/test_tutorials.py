@@ -132,6 +132,37 @@ def test_reading_as_it_stands(here: Path) -> None:
     assert (here / "page.png").is_file()
 
 
+@pytest.mark.skipif(not shutil.which("espeak-ng"), reason="needs espeak-ng: apt-get install espeak-ng")
+def test_speaking(here: Path) -> None:
+    """The page's programs and configuration on a few recordings, with two steps."""
+    from ft_core.cli import main
+    from ft_speech.codecs.mel import main as fit
+
+    shown = files("speaking")
+    assert list(shown) == ["numbers.py", "model.py", "speak.yaml"]
+    few = (
+        shown["numbers.py"]
+        .replace("< 2024", "< 25")
+        .replace("rows[:2000]", "rows[:24]")
+        .replace("rows[2000:]", "rows[24:]")
+    )
+    exec(compile(few, "numbers.py", "exec"), {})  # noqa: S102
+    Path("speak.yaml").write_text(shown["speak.yaml"], encoding="utf-8")
+    config = load_config("speak.yaml")
+    assert (config.task, config.data, config.eval_data) == ("tts", "train.jsonl", "held_out.jsonl")
+    page = (TUTORIALS / "speaking.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()]
+    assert [" ".join(words[:2]) for words in commands] == [
+        "python numbers.py", "python -m", "python model.py", "ft train", "ft speak", "ft eval",
+    ]  # fmt: skip
+    options = [word for word in commands[1][3:] if "*" not in word]
+    assert fit([*map(str, sorted(Path("wav").glob("00*.wav"))), *options]) == 0
+    exec(compile(shown["model.py"], "model.py", "exec"), {})  # noqa: S102
+    assert main(["train", "speak.yaml", "training.max_steps=2", "training.batch_size=2"]) == 0
+    assert main([*commands[4][1:], "--max-seconds", "1"]) == 0
+    assert Path("a.wav").stat().st_size > 44
+
+
 def spoken_rows(part: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
 

@@ -412,7 +412,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.replan": ["ReplanningMixin", "longest_batch"],
     "ft_core.training.run": ["TrainResult", "train"],
     "ft_core.training.schedule": ["renewed", "rising"],
-    "ft_core.training.sft": ["MIXES", "SftSettings", "build", "check_head"],
+    "ft_core.training.sft": ["MIXES", "SftSettings", "build", "check_head", "text_collator"],
     "ft_core.training.speed": [
         "check_first_step",
         "foresee",

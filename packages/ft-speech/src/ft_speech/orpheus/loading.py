@@ -84,7 +84,10 @@ def load_processor(source: ModelSource, config: TrainConfig, tokenizer: Any) -> 
     settings = settings_of(config)
     codec = codec_of(settings.codec, settings.codec_model)
     grow(tokenizer, codec.layout)
-    return SpeechProcessor(tokenizer, codec, settings.codec, str(settings.codec_model), settings.prompt)
+    reference = str(settings.codec_model)
+    folder = Path(reference).expanduser()  # by its whole path: the model may be used from elsewhere
+    reference = str(folder.resolve()) if folder.is_dir() else reference
+    return SpeechProcessor(tokenizer, codec, settings.codec, reference, settings.prompt)
 
 
 def load_for_training(source: ModelSource, config: TrainConfig, device: Device, head: str) -> Any:

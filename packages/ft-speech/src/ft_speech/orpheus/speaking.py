@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
@@ -94,9 +95,13 @@ def _told(target: Target) -> dict[str, Any]:
     """What a run's configuration, or the file beside a model's tokenizer, says of the codec and the prompt."""
     if target.run is not None:
         settings = settings_of(target.run.config)
-        return {"codec": settings.codec, "codec_model": settings.codec_model, "prompt": settings.prompt}
+        told = {"codec": settings.codec, "codec_model": settings.codec_model, "prompt": settings.prompt}
+        return told | (_file(target.run.adapter / FILE) or _file(target.run.model / FILE))
     assert target.source is not None
-    file = target.source.path / FILE
+    return _file(target.source.path / FILE)
+
+
+def _file(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -89,13 +89,14 @@ def aligned(costs: Floats) -> npt.NDArray[np.int64]:
     total = np.full((rows + 1, columns + 1), np.inf)
     total[0, 0] = 0
     for diagonal in range(rows + columns - 1):  # all pairs of which no one leads to another
-        i = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
-        j = diagonal - i
+        i: npt.NDArray[np.int64] = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
+        j: npt.NDArray[np.int64] = diagonal - i
         before = np.minimum(total[i, j], np.minimum(total[i, j + 1], total[i + 1, j]))
         total[i + 1, j + 1] = costs[i, j] + before
-    i, j = rows, columns
-    path = [(i, j)]
-    while (i, j) != (1, 1):
-        _, i, j = min((total[i - 1, j - 1], i - 1, j - 1), (total[i - 1, j], i - 1, j), (total[i, j - 1], i, j - 1))
-        path.append((i, j))
+    row, column = rows, columns
+    path = [(row, column)]
+    while (row, column) != (1, 1):
+        before_it = [(row - 1, column - 1), (row - 1, column), (row, column - 1)]
+        row, column = min(before_it, key=lambda pair: float(total[pair]))
+        path.append((row, column))
     return np.array(path[::-1], dtype=np.int64) - 1
