@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--turn", type=float, default=120.0, help="seconds after which a contestant's turn is ended")
     parser.add_argument("--unsloth-path", help="put before PYTHONPATH for unsloth alone, which wants an older trl")
     parser.add_argument("--make", action="store_true", help="make the model and stop")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the model")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a tiny model, to test this program
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
@@ -69,13 +70,13 @@ def main() -> None:
     names = {word.partition("@")[0] for word in args.contestants.split(",")}
     if unknown := sorted(names - set(CONTESTANTS)):
         parser.error(f"unknown contestants: {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
-    args.folder = args.work / f"llama-{'8b' if args.device == 'cuda' else 'tiny'}-{args.layers}"
+    args.folder = folder_of(args)
     if args.one:
         run(*args.one, args)
         return
     if not (args.folder / "config.json").is_file():
         if args.make:
-            make(args.folder, args.layers, args.device)
+            make(args.folder, args.layers, args.device, args.shape)
         else:  # in a process of its own, which gives its memory on the GPU back
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)
     if args.make:
@@ -133,21 +134,38 @@ def table_line(row: dict[str, Any]) -> str:
     )
 
 
-def make(folder: Path, layers: int, device: str) -> None:
-    """A model of the shape of Llama 3.1 8B with random weights, or for a CPU a tiny one."""
+SHAPES = ("llama-8b", "orpheus-3b")
+ORPHEUS = {
+    "vocab_size": 156940, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+"""Llama 3.2 3B with a codec's tokens: canopylabs/orpheus-3b."""
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """Where the model of this shape lies."""
+    return Path(
+        args.work / f"{args.shape if args.device == 'cuda' else args.shape.split('-')[0] + '-tiny'}-{args.layers}"
+    )
+
+
+def make(folder: Path, layers: int, device: str, shape: str = "llama-8b") -> None:
+    """A model of the shape of Llama 3.1 8B, or Orpheus 3B, with random weights, or for a CPU a tiny one."""
     from transformers import LlamaConfig
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if device == "cuda":
-        sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
-        sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+        sizes: dict[str, Any] = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+        sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+        if shape == "orpheus-3b":
+            sizes, rope["factor"] = ORPHEUS, 32.0
     else:
         sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
-        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": shape == "orpheus-3b"}
     config = LlamaConfig(
         **sizes, num_hidden_layers=layers, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        rope_parameters=rope, bos_token_id=0, eos_token_id=1, pad_token_id=2, tie_word_embeddings=False,
+        rope_parameters=rope, bos_token_id=0, eos_token_id=1, pad_token_id=2,
         dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     make_from(config, folder, device)

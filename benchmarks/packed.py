@@ -2,9 +2,10 @@
 
 On one GPU: the model of benchmarks/fast_path.py (Llama 3.1 8B in shape, random weights, made once in DIR), nf4, LoRA of
 rank 16 on all linear layers, bitsandbytes' 8-bit AdamW, a bare loop under autocast to bfloat16. A batch is sixteen
-documents of random tokens whose lengths are log-normal, a median of 350 tokens and a sigma of 0.8, cut to 50 and 2000;
-drawn by a seed, another batch at each step, the same for every contestant. Every token is trained but each document's
-first, which nothing predicts. The rate is that of real tokens, padding not counted: the median of ten steps after five.
+documents of random tokens whose lengths are log-normal, a median of 350 tokens and a sigma of 0.8, cut to 50 and 2000
+(with --shape orpheus-3b, Llama 3.2 3B with a codec's tokens, those of speech: 520, 0.5, 120 and 1350); drawn by a seed,
+another batch at each step, the same for every contestant. Every token is trained but each document's first, which
+nothing predicts. The rate is that of real tokens, padding not counted: the median of ten steps after five.
 
 Two of the steps before are chosen for all alike, so that no timed step meets anything for the first time: the largest
 batch comes first, for the allocator, and the second is cut to a multiple of sixteen tokens, for which Triton compiles
@@ -12,6 +13,7 @@ kernels of their own.
 
 Contestants:
 - ft: the documents in one row without padding, as ft's collator makes it (positions restart, lengths are stated).
+  ft-small: the same under --memory GiB, a bound.
 - unsloth: its defaults in a bare loop, documents padded to the longest, with an attention mask.
 - unsloth-packed: the same model given one row without padding, with positions that restart and the documents' lengths
   as `packed_seq_lengths`, int32 [documents]: what its trainer hands to its models, according to its documentation
@@ -46,9 +48,12 @@ from turns import Player, my_turn, play
 
 RESULTS = Path(__file__).with_name("results") / "packed.jsonl"
 CONTESTANTS = ("ft", "unsloth", "unsloth-packed", "transformers")
-OTHERS = ("liger",)
+OTHERS = ("liger", "ft-small")
 DOCUMENTS = 16
-MEDIAN, SIGMA, SHORTEST, LONGEST = 350, 0.8, 50, 2000
+LENGTHS = {"llama-8b": (350, 0.8, 50, 2000), "orpheus-3b": (520, 0.5, 120, 1350)}
+"""Median and sigma of the documents' lengths, the shortest and the longest. Speech: 7 tokens a frame, 12 frames a
+second, so that the median is six seconds and the longest sixteen, with some tokens of text."""
+LAYERS = {"llama-8b": 32, "orpheus-3b": 28}
 PAD = 2
 
 Batch = list[list[int]]
@@ -59,7 +64,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where the model is made, and kept")
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help=f"also: {', '.join(OTHERS)}")
     parser.add_argument("--quantization", default="nf4", help="nf4, none, or both, comma-separated")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=fast_path.SHAPES, default=fast_path.SHAPES[0], help="of the model")
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--memory", type=float, default=None, help="GiB that ft-small may use")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warm", type=int, default=5, help="steps before them")
     parser.add_argument("--seed", type=int, default=0, help="draws lengths and tokens")
@@ -73,12 +80,13 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := sorted(set(args.contestants.split(",")) - {*CONTESTANTS, *OTHERS}):
         parser.error(f"unknown contestants: {', '.join(unknown)}; there are {', '.join((*CONTESTANTS, *OTHERS))}")
-    args.folder = args.work / f"llama-{'8b' if args.device == 'cuda' else 'tiny'}-{args.layers}"
+    args.layers = args.layers or LAYERS[args.shape]
+    args.folder = fast_path.folder_of(args)
     if args.one:
         run(*args.one, args)
         return
     if not (args.folder / "config.json").is_file():
-        shape = ["--layers", str(args.layers), "--device", args.device]
+        shape = ["--layers", str(args.layers), "--device", args.device, "--shape", args.shape]
         subprocess.run([sys.executable, fast_path.__file__, "--work", str(args.work), *shape, "--make"], check=True)
     compete(args)
 
@@ -86,7 +94,7 @@ def main() -> None:
 def compete(args: argparse.Namespace) -> None:
     """Let the contestants run, and write down what they print."""
     facts = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "layers": args.layers}
-    facts |= {"seed": args.seed} | ({"together": True} if args.together else {})
+    facts |= {"seed": args.seed, "shape": args.shape} | ({"together": True} if args.together else {})
     pairs = list(itertools.product(args.quantization.split(","), args.contestants.split(",")))
     rows: list[dict[str, Any]] = []
     args.results.parent.mkdir(exist_ok=True)
@@ -129,10 +137,10 @@ def table_line(row: dict[str, Any]) -> str:
     )
 
 
-def batches(count: int, seed: int, vocabulary: int, divide: int = 1) -> list[Batch]:
+def batches(count: int, seed: int, vocabulary: int, divide: int = 1, shape: str = "llama-8b") -> list[Batch]:
     """So many batches of documents, each a list of token ids; see the top for their lengths and their order."""
     draw = random.Random(f"packed:{seed}")
-    found = [[_length(draw, divide) for _ in range(DOCUMENTS)] for _ in range(count)]
+    found = [[_length(draw, divide, shape) for _ in range(DOCUMENTS)] for _ in range(count)]
     largest = max(range(count), key=lambda i: sum(found[i]))
     found.insert(0, found.pop(largest))
     if count > 1:
@@ -141,9 +149,10 @@ def batches(count: int, seed: int, vocabulary: int, divide: int = 1) -> list[Bat
     return [[[draw.randrange(3, vocabulary) for _ in range(length)] for length in lengths] for lengths in found]
 
 
-def _length(draw: random.Random, divide: int) -> int:
-    length = round(math.exp(draw.gauss(math.log(MEDIAN), SIGMA)))
-    return min(max(length, SHORTEST), LONGEST) // divide
+def _length(draw: random.Random, divide: int, shape: str) -> int:
+    median, sigma, shortest, longest = LENGTHS[shape]
+    length = round(math.exp(draw.gauss(math.log(median), sigma)))
+    return min(max(length, shortest), longest) // divide
 
 
 def given(contestant: str, batch: Sequence[list[int]]) -> dict[str, Any]:
@@ -153,7 +162,7 @@ def given(contestant: str, batch: Sequence[list[int]]) -> dict[str, Any]:
     from ft_core.data import Collator
 
     features = [{"input_ids": ids, "labels": ids} for ids in batch]
-    if contestant == "ft":
+    if contestant.startswith("ft"):
         return Collator(PAD, lengths=True)(features)
     if contestant == "unsloth-packed":
         lengths = torch.tensor([len(ids) for ids in batch], dtype=torch.int32)
@@ -169,14 +178,16 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
     import torch
 
     cuda = args.device == "cuda"
-    documents = batches(args.warm + args.steps, args.seed, 128000 if cuda else 512, args.divide)
-    packed = contestant in ("ft", "unsloth-packed")
+    documents = batches(args.warm + args.steps, args.seed, 128000 if cuda else 512, args.divide, args.shape)
+    packed = contestant in ("ft", "ft-small", "unsloth-packed")
     longest = max((sum if packed else max)(map(len, batch)) for batch in documents)
     model = fast_path.load(contestant, quantization, args, longest).train()
-    if contestant == "ft":
+    if contestant.startswith("ft"):
         from ft_core import fast
 
-        fast.enable(model)  # which a GPU does by itself
+        path = fast.enable(model)  # which a GPU does by itself
+        if contestant == "ft-small":
+            path.choose("auto", memory=None if args.memory is None else int(args.memory * 2**30))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = fast_path.adamw8bit(contestant, trained)
     if cuda:
@@ -204,7 +215,8 @@ def run(contestant: str, quantization: str, args: argparse.Namespace) -> None:
         "tokens_per_second": round(statistics.median(n / s for n, s in zip(tokens[args.warm :], timed, strict=True))),
         "overall": round(sum(tokens[args.warm :]) / sum(timed)), "filled": round(sum(tokens) / sum(positions), 3),
         "step_s": round(statistics.median(timed), 4), "first_step_s": round(seconds[0], 2),
-        "slowest_step_s": round(max(timed), 4), "first_loss": round(losses[0], 5), "loss": round(losses[-1], 5),
+        "slowest_step_s": round(max(timed), 4), "steps": [round(s, 3) for s in seconds],
+        "first_loss": round(losses[0], 5), "loss": round(losses[-1], 5),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0.0,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else 0.0,
         "gpu": torch.cuda.get_device_name() if cuda else "none", "versions": fast_path.versions(),

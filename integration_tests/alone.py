@@ -28,6 +28,7 @@ BRINGS = {
     "ft-rl": {*CORE, "ft-rl"},
     "ft-vision": {*CORE, "ft-vision"},
     "ft-speech": {*CORE, "ft-speech"},
+    "ft-core[speech]": {*CORE, "ft-speech"},
     "ft-export": {"ft-export"},
 }
 # Modules that may be imported only with something that the package does not depend on by itself.
@@ -173,6 +174,33 @@ def use_speech() -> None:
         samples, rate = read_audio(file)
     assert rate == 16_000
     assert abs(samples - tone).max() < 2**-15, "more than one step of 16 bits"
+    assert not any(normal(found.name) == "torchaudio" for found in distributions())
+    listed = ft("plugins")
+    for name in (" stt ", " tts ", " transcribe ", " speak ", " snac ", " mimi "):
+        assert name in listed, listed
+    assert "cannot be used" not in listed, listed
+    listen()
+
+
+def listen() -> None:
+    """A step of a tiny Whisper on the fast layers is that of transformers' own."""
+    import torch
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    from ft_speech.fast.whisper import enable
+
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "vocab_size"), 64)
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(**sizes, d_model=32, num_mel_bins=8, max_source_positions=20, max_target_positions=16)
+    ).train()
+    model.config.pad_token_id, model.config.decoder_start_token_id = 0, 1
+    given = {"input_features": torch.randn(2, 8, 40), "labels": torch.randint(64, (2, 9))}
+    plain = model(**given).loss.item()
+    enable(model)
+    assert abs(model(**given).loss.item() - plain) < 1e-5 * plain
 
 
 def use_export() -> None:
@@ -207,6 +235,7 @@ USES = {
     "ft-rl": use_rl,
     "ft-vision": use_vision,
     "ft-speech": use_speech,
+    "ft-core[speech]": use_speech,
     "ft-export": use_export,
 }
 
@@ -214,7 +243,7 @@ USES = {
 def main(requirement: str) -> None:
     ours = {normal(d.name) for d in distributions() if normal(d.name).startswith("ft-")}
     assert ours == BRINGS[requirement], f"{requirement} brought {sorted(ours)}, not {sorted(BRINGS[requirement])}"
-    packages = BRINGS["ft-core[rl]"] if "[" in requirement else {requirement}
+    packages = BRINGS[requirement] if "[" in requirement else {requirement}
     for package in sorted(packages):
         import_all(package.replace("-", "_"))
     USES[requirement]()

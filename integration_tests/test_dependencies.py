@@ -35,6 +35,8 @@ MAY = {
         "xllamacpp",
         "bitsandbytes",
         "pillow",  # by the extra `vision`: models that see are proven on images
+        "soundfile",  # by the extra `speech`: models that listen are proven on sounds
+        "ctranslate2",  # by the extra of its name: it converts, and the proof runs it
     },
 }
 # What a package uses where its user has installed it and asks for it by name, and never depends on.

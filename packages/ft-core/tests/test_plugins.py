@@ -199,8 +199,9 @@ def test_a_name_that_is_known_but_not_installed() -> None:
 
 def test_a_name_that_nobody_knows() -> None:
     assert reason("ft.methods", "sfd").startswith("no method 'sfd'; did you mean 'sft'? (allowed: ")
-    with pytest.raises(PluginError, match=r"^no codec 'x' \(allowed: none is installed\)$"):
-        Registry([]).load("ft.codecs", "x")
+    with pytest.raises(PluginError, match=r"^no command 'x' \(allowed: ") as caught:
+        Registry([]).load("ft.commands", "x")
+    assert "transcribe" in str(caught.value)
 
 
 def test_a_reference_is_resolved_when_it_is_used() -> None:

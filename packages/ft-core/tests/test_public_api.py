@@ -375,7 +375,17 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.training.lock": ["held"],
     "ft_core.training.longest": ["longest_batch", "tokens_in"],
     "ft_core.training.memory": ["InUse", "memory_capped", "memory_errors_said"],
-    "ft_core.training.modality": ["RowForm", "check_text_only", "measure_of", "of_modality", "rates_of"],
+    "ft_core.training.modality": [
+        "RowForm",
+        "check_text_only",
+        "is_of",
+        "measure_of",
+        "of_modality",
+        "rates_of",
+        "trainer_of",
+        "with_local_task",
+        "with_task",
+    ],
     "ft_core.training.moment": ["Moment", "changed_by_forward"],
     "ft_core.training.optimizers": [
         "QueuedUpdates",

@@ -52,6 +52,7 @@ LONGEST_FIRST = (
     "test_smollm2.py",
     "test_hub.py",
     "test_merge.py",
+    "test_speech_merge.py",
     "test_gguf_families.py",
     "test_resuming.py",
 )

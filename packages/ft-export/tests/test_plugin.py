@@ -28,6 +28,9 @@ def test_registered() -> None:
     vllm, sglang = registry().get(ExporterSpec, "vllm"), registry().get(ExporterSpec, "sglang")
     assert vllm.types == ("16bit", "bf16", "f16", "fp8", "w8a8", "lora")
     assert sglang.types == ("16bit", "bf16", "f16")
+    whisper = registry().get(ExporterSpec, "ctranslate2")
+    assert whisper.types == ("float16", "float32", "int8")
+    assert callable(resolve(whisper.export))
     for name in ("ollama", "open-webui"):
         spec = registry().get(ExporterSpec, name)
         assert spec.types == exporter.types

@@ -32,6 +32,13 @@ API = {
     "ft_export.commands": [],
     "ft_export.commands.merge": ["add_arguments", "run"],
     "ft_export.conversations": ["SAMPLING", "Serving", "all_rows", "conversation", "serving", "whole_number"],
+    "ft_export.ctranslate2": [],
+    "ft_export.ctranslate2.checking": ["check_file"],
+    "ft_export.ctranslate2.convert": ["QUANTIZATIONS", "TYPES", "check_convertible", "convert", "require_ctranslate2"],
+    "ft_export.ctranslate2.decoding": ["Decoded", "SHARES", "check_decoding"],
+    "ft_export.ctranslate2.export": ["MARKER", "TYPES", "export"],
+    "ft_export.ctranslate2.layout": ["EMBEDDINGS", "HEAD", "Part", "variables_of"],
+    "ft_export.ctranslate2.reading": ["ModelFile", "VERSION", "Variable"],
     "ft_export.errors": ["ExportError", "one_line"],
     "ft_export.exporting": [
         "Exported",
@@ -120,17 +127,29 @@ API = {
         "rendered",
         "shown",
     ],
-    "ft_export.gguf.towers": [
-        "TOWERS",
-        "Tower",
-        "check_gemma3_vl",
-        "check_qwen3_vl",
-        "tower_of",
-        "unturned",
-    ],
+    "ft_export.gguf.towers": ["TOWERS", "Tower", "check_gemma3_vl", "check_qwen3_vl", "tower_of", "unturned"],
     "ft_export.gguf.undecided": ["undecided"],
     "ft_export.gguf.upstream": ["OUT_TYPES", "SCRIPT", "convert_upstream", "find_script"],
     "ft_export.gguf.vocabulary": ["PRE_TOKENIZERS", "Vocabulary", "read_vocabulary", "write_vocabulary"],
+    "ft_export.hearing": [
+        "CODEC",
+        "CSM",
+        "FAMILIES",
+        "Heard",
+        "QWEN_ASR",
+        "Spoken",
+        "WHISPER",
+        "feature_extractor",
+        "features_of",
+        "heard_rows",
+        "listens",
+        "name_features",
+        "refuse",
+        "speaks",
+        "speech_class",
+        "speech_end",
+        "speech_family",
+    ],
     "ft_export.hub": ["TYPES", "Wanted"],
     "ft_export.hub.answers": ["WAITS", "answered", "status_of"],
     "ft_export.hub.card": ["CARD", "Subject", "write_card"],
@@ -156,7 +175,7 @@ API = {
     "ft_export.hub.record": ["Record", "is_local", "read_record"],
     "ft_export.hub.repository": ["Repository", "base_card", "data_sets", "token_of"],
     "ft_export.hub.staging": ["File", "check_clean", "listed", "place", "place_model", "pushable"],
-    "ft_export.hub.usage": ["SEES", "usage"],
+    "ft_export.hub.usage": ["LISTENS", "SEES", "SPEAKS", "usage"],
     "ft_export.hub.wanted": ["HUB_NAME", "OPTIONS", "TYPES", "Wanted", "check_type", "read_options"],
     "ft_export.logprobs": ["Difference", "all_logprobs", "difference", "evaluation_error", "token_logprobs"],
     "ft_export.merging": ["MergeResult", "is_current", "merge"],
@@ -183,6 +202,7 @@ API = {
     "ft_export.merging.combined_check": ["check_combined"],
     "ft_export.merging.combining": ["Combined", "combine", "combined_adapter", "put_together"],
     "ft_export.merging.dequantizing": ["write_dequantized"],
+    "ft_export.merging.growing": ["grown_rows"],
     "ft_export.merging.logprobs_check": ["LogprobsCheck", "as_trained", "check_logprobs", "gap_to_quantized"],
     "ft_export.merging.merger": [
         "DEVICES",
@@ -209,6 +229,7 @@ API = {
         "sums",
     ],
     "ft_export.merging.tensors": ["merged_tensors"],
+    "ft_export.merging.texts": ["PICTURED", "SPOKEN", "Texts", "check_inputs", "of_texts", "samples_told", "texts_of"],
     "ft_export.merging.weights_check": ["WeightsCheck", "check_weights", "half_ulp"],
     "ft_export.ollama": [],
     "ft_export.ollama.deriving": ["Candidate", "Chat", "Refused", "candidates"],
@@ -235,6 +256,7 @@ API = {
     "ft_export.open_webui.model_json": ["model_json", "unescaped"],
     "ft_export.opening": ["MAX_BYTES", "MAX_PIXELS", "NotReadError", "open_image"],
     "ft_export.plugin": [
+        "CTRANSLATE2",
         "GGUF",
         "HUB",
         "MERGE",
@@ -243,6 +265,7 @@ API = {
         "SGLANG",
         "VLLM",
         "as_ft_error",
+        "export_ctranslate2",
         "export_gguf",
         "export_hub",
         "export_ollama",
@@ -277,14 +300,16 @@ API = {
     "ft_export.serving": ["FORMS", "Form", "Whole", "write_whole"],
     "ft_export.serving.checks": ["Gap", "Samples", "check_gap", "check_reads", "check_stored", "served_model"],
     "ft_export.serving.engine": ["Answer", "Engine", "OPTIONS", "Server", "engine_of", "running"],
-    "ft_export.serving.export": ["OPTIONS", "check_stops", "export_whole", "prove", "write_proof"],
+    "ft_export.serving.export": ["OPTIONS", "check_stops", "export_whole", "merge_of", "prove", "write_proof"],
     "ft_export.serving.folder": ["Plan", "Whole", "plan_whole", "take_names", "write_whole"],
     "ft_export.serving.forms": ["COMPRESSED", "FORMS", "Form", "form_of"],
     "ft_export.serving.launch": ["MARKER", "Service", "mounts_of", "project_name", "write_launch"],
     "ft_export.serving.limits": ["ALLOWANCE", "CARDS", "Limits", "UTILIZATION", "limits_of", "memory_of"],
+    "ft_export.serving.listening": ["check_speech", "refuse_speech"],
     "ft_export.serving.served": ["NOT_RUN", "Question", "Served", "check_served", "questions"],
     "ft_export.serving.stream": ["Planned", "write_tensors"],
     "ft_export.sglang.export": ["IMAGE", "TYPES", "export"],
+    "ft_export.sounds": ["LONGEST", "MAX_BYTES", "NotHeardError", "Sound", "make_sound", "open_sound", "sound_of"],
     "ft_export.vllm.export": ["IMAGE", "TYPES", "export", "service"],
     "ft_export.vllm.lora": ["RANKS", "check_servable", "export_lora"],
     "ft_export.writing": ["SHARD", "Tensor", "ahead", "bytes_of", "header_of", "shards_of", "write_model"],
@@ -303,8 +328,8 @@ def test_importing_is_light_and_needs_no_ft_core() -> None:
     code = (
         "import sys, ft_export, ft_export.commands.merge, ft_export.gguf, ft_export.merging, ft_export.gguf.export\n"
         "import ft_export.hub.export, ft_export.vllm.export, ft_export.sglang.export\n"
-        "import ft_export.ollama.export, ft_export.open_webui.export\n"
-        "heavy = ('torch', 'transformers', 'peft', 'gguf', 'xllamacpp', 'ft_core', 'huggingface_hub')\n"
+        "import ft_export.ollama.export, ft_export.open_webui.export, ft_export.ctranslate2.export\n"
+        "heavy = ('torch', 'transformers', 'peft', 'gguf', 'xllamacpp', 'ctranslate2', 'ft_core', 'huggingface_hub')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

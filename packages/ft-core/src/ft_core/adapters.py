@@ -76,7 +76,8 @@ def add_lora(
         modules_to_save=modules_to_save,
         # LoftQ replaces the weights below; recorded, it would be done again whenever PEFT loads the adapter.
         init_lora_weights=True if init_lora_weights == "loftq" else init_lora_weights,
-        task_type=TaskType.SEQ_CLS if is_score else TaskType.CAUSAL_LM,
+        # PEFT's classes for a task hand on token ids, which a model that is given something else does not take.
+        task_type=TaskType.SEQ_CLS if is_score else TaskType.CAUSAL_LM if _takes_ids(model) else None,
     )
     if _adapts_experts(config, model):
         parts = [name for name in targets if name.rpartition(".")[2] in EXPERT_PARTS]
@@ -98,6 +99,10 @@ def add_lora(
         with suppress(fast.NotFast):  # `ft train` says why
             fast.enable(adapted)
     return adapted
+
+
+def _takes_ids(model: Any) -> bool:
+    return bool(getattr(model, "main_input_name", "input_ids") == "input_ids")
 
 
 def inject_lora(model: Any, *, r: int, alpha: float, dropout: float, targets: list[str]) -> None:

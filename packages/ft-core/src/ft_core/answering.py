@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ft_core.errors import DataError
+from ft_core.errors import DataError, RunError
 
 if TYPE_CHECKING:
     from ft_core.models.opening import Target
@@ -98,6 +99,7 @@ def answerer_of(reference: str, *, images: bool = False) -> Answerer:
 
     Raises:
         DataError: it sees none.
+        RunError: it is a model of a task that answers no prompts.
         PluginError: a package that would show them to it is not installed.
         RunError, ModelError: as :func:`ft_core.models.opening.find_target`.
     """
@@ -105,7 +107,12 @@ def answerer_of(reference: str, *, images: bool = False) -> Answerer:
     from ft_core.plugins import ModalitySpec, registry, resolve
 
     target = find_target(reference)
-    named = registry().get(ModalitySpec, target.task).answerer
+    spec = registry().get(ModalitySpec, target.task)
+    named = spec.answerer
+    if named is None and target.task != "text":
+        commands = [shlex.join(word.format(run=reference) for word in words) for words in spec.next]
+        instead = f": ft {commands[0]}" if commands else ""
+        raise RunError(f"{reference} is a model of the task {target.task}, which answers no prompts{instead}")
     answerer: Answerer = TextAnswerer(target) if named is None else resolve(named)(target)
     if images and not answerer.images:
         if target.run is None:  # without ft-vision no model is known to see, whether it does or not

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.folders import check_inside
+from ft_export.hearing import speech_end
 from ft_export.runs import Rope, read_json
 from ft_export.seeing import model_class
 
@@ -50,11 +51,9 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
+    *("vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "normalizer.json"),
+    "speech.json",  # ft-speech's: which codec the tokens of sound belong to
     "chat_template.jinja",
     "chat_template.json",
     "processor_config.json",
@@ -187,8 +186,8 @@ def _is_refused_value(error: Exception) -> bool:
     return isinstance(error, StrictDataclassError)
 
 
-def attach(model: Any, adapter: Path) -> Any:
-    """The adapter on its base, in evaluation mode.
+def attach(model: Any, adapter: Path, rows: int | None = None) -> Any:
+    """The adapter on its base, in evaluation mode, of ``rows`` tokens where these became more.
 
     Raises:
         ExportError: PEFT cannot put it there.
@@ -196,6 +195,8 @@ def attach(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     try:
+        if rows is not None:
+            model.resize_token_embeddings(rows, mean_resizing=False)
         return PeftModel.from_pretrained(model, adapter, is_trainable=False).eval()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"PEFT cannot attach {adapter} to its base: {error}") from error
@@ -336,6 +337,7 @@ def stop_tokens(tokenizer: Any, folder: Path) -> list[int]:
         ExportError: a configuration names something that is no token.
     """
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    found += speech_end(tokenizer)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     text = config.get("text_config")
     size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)

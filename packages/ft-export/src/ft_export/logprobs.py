@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ft_export.errors import ExportError
+from ft_export.hearing import Heard, Spoken
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +50,13 @@ def token_logprobs(
     results = []
     model.eval()
     for ids in samples:
+        if isinstance(ids, Spoken):
+            results.append(ids.read(model))
+            count()
+            continue
         device = next(model.parameters()).device
         with torch.inference_mode():
-            logits = model(**_inputs(ids, device), use_cache=False).logits[0].float().cpu()
+            logits = _caller(model, ids)(**_inputs(ids, device), use_cache=False).logits[0].float().cpu()
         if logits.dim() == 1:
             results.append(logits)
         else:
@@ -63,12 +68,18 @@ def token_logprobs(
     return results
 
 
+def _caller(model: Any, ids: Sequence[int]) -> Any:
+    """What is called with sounds: PEFT's own forward for encoder and decoder has other keywords than a Whisper's."""
+    return model.get_base_model() if isinstance(ids, Heard) and hasattr(model, "get_base_model") else model
+
+
 def _inputs(ids: Sequence[int], device: Any) -> dict[str, torch.Tensor]:
-    """A batch of one text, with what goes with it (:class:`ft_export.seeing.Seen`)."""
+    """A batch of one text, with the images or the sound that go with it (``Seen``, ``Heard``)."""
     import torch
 
     more: dict[str, torch.Tensor] = getattr(ids, "inputs", {})
-    return {"input_ids": torch.tensor([list(ids)], device=device), **{k: v.to(device) for k, v in more.items()}}
+    name = getattr(ids, "keyword", "input_ids")
+    return {name: torch.tensor([list(ids)], device=device), **{k: v.to(device) for k, v in more.items()}}
 
 
 def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:

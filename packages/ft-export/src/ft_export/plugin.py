@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ft_core.errors import FtError
 from ft_core.plugins import CommandSpec, ExporterSpec, ExportRequest, ExportResult
+from ft_export.ctranslate2.convert import TYPES as CTRANSLATE2_TYPES
 from ft_export.errors import ExportError
 from ft_export.gguf.export import OPTIONS as GGUF_OPTIONS
 from ft_export.gguf.mixes import FILE_TYPES
@@ -35,6 +36,7 @@ __all__ = [
     "SGLANG",
     "VLLM",
     "as_ft_error",
+    "export_ctranslate2",
     "export_gguf",
     "export_hub",
     "export_ollama",
@@ -83,9 +85,9 @@ VLLM = ExporterSpec(
 
 CTRANSLATE2 = ExporterSpec(
     name="ctranslate2",
-    summary="a Whisper for CTranslate2 and faster-whisper",
+    summary="a Whisper for CTranslate2 and faster-whisper, checked in CTranslate2",
     export="ft_export.plugin:export_ctranslate2",
-    types=("float16", "float32", "int8"),
+    types=CTRANSLATE2_TYPES,
 )
 
 SGLANG = ExporterSpec(

@@ -15,7 +15,7 @@ __all__ = ["RUN_FORMAT", "Rope", "Source", "open_source", "read_json"]
 
 RUN_FORMAT = 1
 """The newest version of the run folder's layout that this package reads."""
-TASKS = ("text", "vision")
+TASKS = ("text", "vision", "stt", "tts")
 """What runs are merged and exported of (``task`` in their configuration)."""
 NAMED = 5
 """Runs that a message names at most."""
@@ -62,6 +62,7 @@ class Source:
         on_quantized: whether the adapter began as what the base's quantization lost (LoftQ), so that it belongs to the
             quantized base alone.
         rope: the rotary scaling that the base was trained with, where that is not its own.
+        task: of the run, ``text`` where it does not say.
     """
 
     path: Path
@@ -75,6 +76,7 @@ class Source:
     dtype: str | None = None
     on_quantized: bool = False
     rope: Rope | None = None
+    task: str = "text"
 
 
 def open_source(path: Path) -> Source:
@@ -123,7 +125,9 @@ def _open_adapter(path: Path, name: str) -> Source:
     whole = _open_run(run, run.name) if in_run else None
     if began is None and whole is not None and whole.on_quantized:
         began = whole.quantization, whole.dtype
-    source = Source(path, name, adapter=path, rope=whole.rope if whole is not None else None)
+    source = Source(path, name, adapter=path)
+    if whole is not None:
+        source = replace(source, rope=whole.rope, task=whole.task)
     return source if began is None else replace(source, quantization=began[0], dtype=began[1], on_quantized=True)
 
 
@@ -164,7 +168,7 @@ def _open_run(path: Path, name: str) -> Source:
     config = config if isinstance(config, dict) else {}
     if (task := config.get("task", "text")) not in TASKS:
         raise ExportError(
-            f"{path} was trained with task: {task}: only models of {' and '.join(TASKS)} are merged and exported yet; "
+            f"{path} was trained with task: {task}, which is not exported here (allowed: {', '.join(TASKS)}); "
             "transformers and PEFT load its adapter and merge it (merge_and_unload)"
         )
     quantization, lora, dtype = config.get("quantization"), config.get("lora"), environment.get("dtype")
@@ -188,6 +192,7 @@ def _open_run(path: Path, name: str) -> Source:
         held_out=held_out if held_out.is_file() else None,
         dtype=dtype if isinstance(dtype, str) else None,
         rope=_rope(path, base, config) if adapter else None,
+        task=task,
         on_quantized=isinstance(lora, dict) and lora.get("init_lora_weights") == "loftq" and quantization == "nf4",
     )
 

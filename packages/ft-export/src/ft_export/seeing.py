@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ft_export.errors import ExportError
+from ft_export.hearing import speech_class
 from ft_export.opening import NotReadError, open_image
 from ft_export.runs import read_json
 from ft_export.samples import Row
@@ -75,9 +76,11 @@ def sees(config: Any) -> bool:
 
 
 def model_class(config: Any) -> Any:
-    """The transformers class that loads a configuration's language model, with its tower where it has one."""
+    """The transformers class that loads a model: of language, with its tower where it has one, or of speech."""
     import transformers
 
+    if (kind := speech_class(config)) is not None:
+        return kind
     return transformers.AutoModelForImageTextToText if sees(config) else transformers.AutoModelForCausalLM
 
 
@@ -193,17 +196,18 @@ def images_of(row: Row, size: tuple[int, int] | None = None, seed: int = 0) -> l
     return found
 
 
-def told(drawn: Iterable[str]) -> str:
+def told(drawn: Iterable[str], how: str = "drawn") -> str:
     """How many images are the rows' own, and how many were drawn, for what.
 
     Args:
         drawn: for each image why it was drawn, or nothing (``Picture.drawn``).
+        how: what is done in the place of one that is not the row's own; a sound is ``made``.
     """
     whys = list(drawn)
     counts = Counter(filter(None, whys))
     what = "; ".join(f"{count} for {why}" for why, count in counts.items())
     own = whys.count("")
-    return f"{own} of the rows' own, " + (f"{len(whys) - own} drawn ({what})" if counts else "none drawn")
+    return f"{own} of the rows' own, " + (f"{len(whys) - own} {how} ({what})" if counts else f"none {how}")
 
 
 def question_of(row: Row, whole: bool) -> list[dict[str, str]]:

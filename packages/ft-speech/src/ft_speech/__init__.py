@@ -1,9 +1,11 @@
-"""Speech for ft: audio files read and resampled without torchaudio.
+"""Speech for ft: audio files read and resampled without torchaudio, and what is said in them written down.
 
 >>> from ft_speech import read_audio
 >>> samples, sampling_rate = read_audio("speech.mp3")  # doctest: +SKIP
+>>> from ft_speech import transcribe
+>>> transcribe("openai/whisper-base", "speech.mp3")[0].text  # doctest: +SKIP
 
-numpy, soundfile and soxr are imported when a name is first used.
+numpy, soundfile, soxr and torch are imported when a name is first used.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ft_speech.audio import AudioError, read_audio, resample, write_audio
+    from ft_speech.listening.recogniser import transcribe
 
 __version__ = "0.1.0"
 
-__all__ = ["AudioError", "__version__", "read_audio", "resample", "write_audio"]
+__all__ = ["AudioError", "__version__", "read_audio", "resample", "transcribe", "write_audio"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from ft_speech import audio
 
         return getattr(audio, name)
+    if name == "transcribe":
+        from ft_speech.listening.recogniser import transcribe
+
+        return transcribe
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

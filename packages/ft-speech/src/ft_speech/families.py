@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILIES", "Family", "adapter_options", "collator", "dataset", "evaluate", "family_of", "fast", "knows_stt",
-    "knows_tts", "load_for_training", "load_processor", "model_type_of", "trainer",
+    "knows_tts", "load_for_training", "load_processor", "model_type_of", "trainer", "verify",
 ]  # fmt: skip
 
 FAMILIES: dict[str, dict[str, str]] = {
@@ -85,7 +85,7 @@ def knows_stt(source: ModelSource) -> bool:
 
 def knows_tts(source: ModelSource) -> bool:
     """Whether a model that was found speaks, as far as its configuration shows it."""
-    return model_type_of(source) in FAMILIES["tts"]
+    return model_type_of(source) in FAMILIES["tts"] or (source.path / "speech.json").is_file()
 
 
 def load_for_training(source: ModelSource, config: TrainConfig, device: Device, head: str) -> Any:
@@ -123,6 +123,20 @@ def fast(model: Any) -> Any:
     model_type = unwrapped(model).config.model_type
     module = FAMILIES["stt"].get(model_type) or FAMILIES["tts"].get(model_type)
     return None if module is None else importlib.import_module(module).fast(model)
+
+
+def verify(source: ModelSource, device: Device, **settings: Any) -> Any:
+    """What ``ft verify`` compares.
+
+    Raises:
+        ModelError: the family has nothing to compare.
+    """
+    model_type = model_type_of(source)
+    module = FAMILIES["stt"].get(model_type) or FAMILIES["tts"].get(model_type)
+    prepare = None if module is None else getattr(importlib.import_module(module), "verify", None)
+    if prepare is None:
+        raise ModelError(f"the model {source.reference} is a {model_type}, which ft verify does not compare yet")
+    return prepare(source, device, **settings)
 
 
 def _by_source(source: ModelSource, config: TrainConfig) -> Family:

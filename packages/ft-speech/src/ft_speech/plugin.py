@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ft_core.plugins.specs import ArchitectureSpec, CodecSpec, CommandSpec, ModalitySpec
 
-__all__ = ["MEL", "MIMI", "QWEN3_ASR", "SNAC", "SPEAK", "STT", "TRANSCRIBE", "TTS"]
+__all__ = ["CSM", "MEL", "MIMI", "QWEN3_ASR", "SNAC", "SPEAK", "STT", "TRANSCRIBE", "TTS", "WHISPER"]
 
 
 def _modality(name: str, summary: str, part: str, next: tuple[str, ...]) -> ModalitySpec:
@@ -27,6 +27,7 @@ def _modality(name: str, summary: str, part: str, next: tuple[str, ...]) -> Moda
         trainer=f"{families}:trainer",
         evaluate=f"{families}:evaluate",
         fast=f"{families}:fast",
+        verify=f"{families}:verify",
         knows=f"{families}:knows_{name}",
         claims=True,
         next=(next,),
@@ -54,7 +55,14 @@ MEL = CodecSpec(
     name="mel", summary="codebooks of mel spectra, fitted to recordings in seconds", codec="ft_speech.codecs.mel:Mel"
 )
 
+WHISPER = ArchitectureSpec(
+    name="whisper", summary="Whisper, its encoder and its decoder", model_types=("whisper",),
+    parts=("norms", "linears", "head"),
+)  # fmt: skip
 QWEN3_ASR = ArchitectureSpec(
     name="qwen3_asr", summary="Qwen 3-ASR: its language side", model_types=("qwen3_asr",),
     describe="ft_speech.qwen_asr.layout:describe",
 )  # fmt: skip
+CSM = ArchitectureSpec(
+    name="csm", summary="CSM: its backbone", model_types=("csm",), describe="ft_speech.csm.layout:describe"
+)

@@ -49,6 +49,9 @@ def _row(spec: Any) -> dict[str, Any]:
     from ft_core.plugins import resolve
 
     row: dict[str, Any] = {"name": spec.name, "model_types": list(spec.model_types), "summary": spec.summary}
+    if spec.describe is None:
+        fast = {*spec.parts} >= {*PARTS} - {"rotary"}
+        return {**row, "parts": [*spec.parts], "side": "whole", "fast": fast, "problem": None}
     try:
         from transformers import CONFIG_MAPPING
 

@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.config import load_config
     from ft_core.errors import ConfigError
     from ft_core.memory import bytes_of
+    from ft_core.training.modality import with_local_task
 
-    config = load_config(args.config, args.overrides)
+    config = with_local_task(load_config(args.config, args.overrides))
     try:
         memory = None if args.memory is None else bytes_of(args.memory)
     except ValueError:
@@ -50,12 +51,13 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.planning import card_here, find_card, plan, ways, with_memory
     from ft_core.planning.blueprint import find_outline
     from ft_core.planning.show import table
+    from ft_core.training.modality import with_task
 
     elsewhere = args.gpu is not None
     taken: list[str] = []
     named = find_card(args.gpu, memory, say=taken.append) if elsewhere else None  # before a model is looked for
     source = find_outline(config)
-    config = fit_to_model(config, source, say=console.say)
+    config = fit_to_model(with_task(config, source), source, say=console.say)
     for said in taken:  # not beside a mistake, which is one line
         console.say(said)
     card = named or card_here()

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
             f"--memory {args.memory} is no option: what a training may take is a setting, memory=AMOUNT (allowed: "
             "auto, or one above zero, such as 12GiB; units: GiB, MiB, GB, MB)"
         )
-    config = load_config(args.config, args.overrides)
+    from ft_core.training.modality import with_local_task
+
+    config = with_local_task(load_config(args.config, args.overrides))
     if args.print_config:
         print(to_yaml(config, header=False), end="")
         return 0
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.evaluation import table
     from ft_core.installing import how_to_install
     from ft_core.plugins import registry
+    from ft_core.runs import Run
     from ft_core.training import train
     from ft_core.training.ranks import Ranks
 
@@ -65,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if result.evaluation:
         print(table(result.evaluation))
     print(f"report: {result.run / 'report.html'}")
+    config = Run.open(result.run).config  # with the task that its model is of
     commands = _next(config, result.run, evaluated=result.evaluation is not None)
     if commands:
         print("next: " + "  |  ".join(shlex.join(["ft", *words]) for words in commands))

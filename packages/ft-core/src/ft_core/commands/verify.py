@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
             batches=args.batches,
             tokens=args.tokens,
             inputs=inputs,
+            fast=functools.partial(_enabled, _modality(source)),
             progress=console.say,
         )
     except NotFast as reason:
@@ -128,6 +130,15 @@ def _prepared(
         )
         return found
     return lambda exact: load_layers(source, device, "none" if exact else quantization, dtype, args.layers), None
+
+
+def _enabled(modality: ModalitySpec | None, model: Any) -> Any:
+    """The fast layers put into a model: the modality's own where it has some for it."""
+    from ft_core.fast import enable
+    from ft_core.plugins import resolve
+
+    own = resolve(modality.fast)(model) if modality is not None and modality.fast is not None else None
+    return enable(model) if own is None else own
 
 
 def _modality(source: ModelSource) -> ModalitySpec | None:

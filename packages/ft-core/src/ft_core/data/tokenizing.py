@@ -100,7 +100,9 @@ class Tokenized(Sequence[dict[str, list[int]]]):
         }
         return datasets.Dataset(pa.table(columns))
 
-    def _append(self, ids: list[int], labels: list[int], row: int) -> bool:
+    def append(self, ids: list[int], labels: list[int], row: int) -> bool:
+        """Add a document that comes from the row of this index; whether it has a token to train on, without which it is
+        dropped."""
         labels = [IGNORE, *labels[1:]]  # nothing precedes the first token, so it is never predicted
         trained = len(labels) - labels.count(IGNORE)
         if not trained:
@@ -177,9 +179,9 @@ class RowTokenizer:
                 elif one.splittable and len(ids) > self.max_length:
                     for start in range(0, len(ids), self.max_length):
                         end = start + self.max_length
-                        result.pieces += result._append(ids[start:end], labels[start:end], number)
+                        result.pieces += result.append(ids[start:end], labels[start:end], number)
                 else:
-                    result._append(ids[: self.max_length], labels[: self.max_length], number)
+                    result.append(ids[: self.max_length], labels[: self.max_length], number)
             result.dropped += not several
             result.empty += not several
             result.overlong += overlong

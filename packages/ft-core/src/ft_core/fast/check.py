@@ -70,14 +70,18 @@ def bound(dtype: torch.dtype, layers: int, terms: int, int8: bool = False) -> fl
     return math.hypot(8 * each, 4 * INT8 if int8 else 0.0) * math.sqrt(max(layers, 1))
 
 
-def compare(path: FastPath, model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None = None) -> Comparison:
+def compare(
+    path: Any, model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None = None, *,
+    layers: int | None = None, terms: int | None = None,
+) -> Comparison:  # fmt: skip
     """Loss and gradients of a batch with the fast layers and with them switched off.
 
     Args:
-        path: the fast layers of the model.
+        path: the fast layers of the model, or another handle with ``on``.
         model: what is called: the model, or what wraps it.
         batch: its arguments, with labels.
         dtype: what autocast computes in; None for no autocast.
+        layers, terms: as for :func:`bound`; None for those of a stack of decoder layers.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(model.parameters()).device
@@ -94,9 +98,13 @@ def compare(path: FastPath, model: nn.Module, batch: dict[str, Any], dtype: torc
     largest = max((float(g.norm()) for g in plain if g is not None), default=0.0)
     distances = {name: _distance(one, two, largest) for name, one, two in zip(parameters, fast, plain, strict=True)}
     computed = dtype or next(iter(model.parameters())).dtype
-    terms = max(path.model.config.get_text_config().intermediate_size, batch["input_ids"].numel())
+    if terms is None:  # a batch may be embedded already; its gradients are sums over as many places
+        places = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+        terms = max(path.model.config.get_text_config().intermediate_size, places.numel())
+    if layers is None:
+        layers = len(path.layers) + _before(path)
     rounded = device.type == "cuda" and any(type(m).__name__ == "Linear8bitLt" for m in path.model.modules())
-    limit = bound(computed, len(path.layers) + _before(path), terms, rounded)
+    limit = bound(computed, layers, terms, rounded)
     return Comparison((float(fast_loss), float(plain_loss)), distances, limit)
 
 

@@ -57,6 +57,8 @@ def described(config: Any) -> Layout:
         raise NotFast(f"the family {config.model_type} needs a package that is not here: {how_to_install(extra)}")
     if spec is None:
         raise NotFast(f"the family {config.model_type} is not known to them (`ft models` lists those that are)")
+    if spec.describe is None:
+        raise NotFast(f"the family {config.model_type} has layers of its own, for its own task alone")
     try:
         layout: Layout = resolve(spec.describe)(config)
     except (ValueError, AttributeError) as error:

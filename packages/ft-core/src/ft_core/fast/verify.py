@@ -152,6 +152,7 @@ def verify(
     tokens: int = 256,
     seed: int = 0,
     inputs: Sequence[Mapping[str, Any]] | None = None,
+    fast: Callable[[Any], Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Ledger:
     """Compare the fast layers of a model, transformers' own and float64.
@@ -164,6 +165,8 @@ def verify(
         batches, tokens: how many batches, of so many tokens in three documents each.
         inputs: batches with labels instead of these, as a collator makes them: with images, say. Numbers in them are
             widened for float64.
+        fast: puts the fast layers into the model, and returns a handle that can switch them off; None for
+            :func:`ft_core.fast.enable`.
         progress: told what comes next.
 
     Raises:
@@ -185,9 +188,11 @@ def verify(
         family, layers = model.config.model_type, config.num_hidden_layers
         model = _prepared(model, parameters, seed, torch.float64 if role == "exact" else None)
         if role == "fast":
-            enable(model)
+            (fast or enable)(model)
         elif inputs is not None:
-            enable(model).on = False  # it takes the lengths of documents out, and sees to masks that would be wrong
+            (fast or enable)(
+                model
+            ).on = False  # it takes the lengths of documents out, and sees to masks that would be wrong
         results[role] = []
         for i in range(len(inputs) if inputs is not None else batches):
             progress(f"{role}: batch {i + 1} of {len(inputs) if inputs is not None else batches}")
@@ -199,7 +204,7 @@ def verify(
             results[role].append(_step(model, batch, role, dtype))
         del model
     if inputs is not None:
-        batches, tokens = len(inputs), max(given["input_ids"].numel() for given in inputs)
+        batches, tokens = len(inputs), max(_tokens(given).numel() for given in inputs)
     return Ledger(
         name, family, str(dtype).removeprefix("torch."), quantization, parameters, layers, batches, tokens,
         _loss_errors(results), _lines(results), torch.finfo(dtype).eps / 4,
@@ -238,6 +243,12 @@ def _batch(vocabulary: int, tokens: int, seed: int, device: torch.device) -> dic
     return {name: value.to(device) for name, value in given.items()}
 
 
+def _tokens(batch: Mapping[str, Any]) -> Tensor:
+    """The tokens that a batch's loss is taken over."""
+    found: Tensor = batch["input_ids"] if "input_ids" in batch else batch["labels"]
+    return found
+
+
 def _given(value: Any, device: torch.device, role: str) -> Any:
     if not isinstance(value, Tensor):
         return value
@@ -249,7 +260,7 @@ def _step(model: Any, batch: Mapping[str, Any], role: str, dtype: torch.dtype) -
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     scale = SCALE if dtype == torch.float16 and role != "exact" else 1.0
     while True:
-        with _arithmetic(role, batch["input_ids"].device, dtype):
+        with _arithmetic(role, _tokens(batch).device, dtype):
             loss = model(**batch, use_cache=False).loss
         found = torch.autograd.grad(loss * scale, list(parameters.values()), allow_unused=True)
         gradients = {name: g.detach().cpu() for name, g in zip(parameters, found, strict=True) if g is not None}

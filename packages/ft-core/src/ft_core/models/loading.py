@@ -250,7 +250,9 @@ def load_layers(
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
         text = config.get_text_config()
-        text.num_hidden_layers = min(layers, text.num_hidden_layers)
+        for name in ("num_hidden_layers", "decoder_layers"):  # of an encoder and a decoder the first is the encoder's
+            if hasattr(text, name):
+                setattr(text, name, min(layers, getattr(text, name)))
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: text.num_hidden_layers]
         model, _ = from_pretrained(

@@ -20,6 +20,7 @@ MAPPINGS = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
 }
 """Where transformers keeps the classes of the auto classes that are used here."""
 
@@ -58,7 +59,8 @@ def _class_of(auto: Any, config: Any) -> Any:
     """transformers' class for a configuration; None where an auto class does more than look it up."""
     import transformers
 
-    known = getattr(transformers, MAPPINGS[auto.__name__]).get(type(config), None)
+    mapping = MAPPINGS.get(auto.__name__)
+    known = None if mapping is None else getattr(transformers, mapping).get(type(config), None)
     return known if isinstance(known, type) and getattr(known, "config_class", None) is type(config) else None
 
 

@@ -141,7 +141,8 @@ class ModalitySpec(Spec):
         collator: reference to ``f(job)``, which makes a collator of those rows, as :class:`ft_core.data.Collator` is.
             It may set ``dataloader_*`` arguments in ``job.arguments``. Where a row cannot be cut anywhere, it has a
             method ``checked(rows) -> row | None``: a short row of whole documents, on which the fast layers are
-            compared with transformers' own before the first step.
+            compared with transformers' own before the first step; its attribute ``holds`` says what such a row holds
+            beside text (``images`` where there is none).
         evaluate: reference to a function that measures in the place of the method's.
         knows: reference to ``f(source: ft_core.models.ModelSource) -> bool``, whether a model that is no run's, found
             and not loaded, is of this modality; None where none is taken for one.
@@ -194,12 +195,15 @@ class ArchitectureSpec(Spec):
 
     Attributes:
         model_types: the ``model_type`` values of transformers configurations that it covers.
-        describe: reference to a function from a transformers configuration to the family's layout.
+        describe: reference to a function from a transformers configuration to the family's layout; None where its
+            layers are no stack of a decoder's, and its modality's ``fast`` puts others into it.
+        parts: what of the family is computed by the kernels, for listings, where there is no layout to tell it.
     """
 
     group: ClassVar[str] = "ft.architectures"
     model_types: tuple[str, ...]
-    describe: str
+    describe: str | None = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

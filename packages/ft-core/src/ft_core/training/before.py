@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ft_core.config import TrainConfig
 from ft_core.data.reading import check_sources
+from ft_core.errors import DataError
 from ft_core.models.source import check_local
 from ft_core.plugins import MethodSpec, registry
 from ft_core.runs import Run
 from ft_core.training.disk import disk_folder
-from ft_core.training.modality import of_modality
+from ft_core.training.modality import of_modality, with_local_task
 
 __all__ = ["check_before", "check_data"]
 
@@ -25,7 +28,14 @@ def check_before(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     run.check_free(resume=resume, overwrite=overwrite)
     check_local(config.model)
     disk_folder(config)
-    check_data(config, held_out=not (resume and run.is_run))  # a resumed run has its rows
+    config = with_local_task(config)
+    try:
+        check_data(config, held_out=not (resume and run.is_run))  # a resumed run has its rows
+    except DataError:
+        is_here = Path(config.model).expanduser().exists() or config.model.startswith("package:")
+        if is_here or "task" in config.model_fields_set:
+            raise
+        # The Hub's model may be one whose rows are others, which is known once it is here.
 
 
 def check_data(config: TrainConfig, *, held_out: bool = True) -> None:

@@ -21,12 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def tokens_in(inputs: Any) -> int:
-    """Tokens of a batch, padding included; 0 where it has none that we know, as rows of prompts."""
+    """Tokens of a batch, padding included; 0 where it has none that we know, as rows of prompts. Of recordings they are
+    those that are written down."""
     if not isinstance(inputs, Mapping):
         return 0
-    parts = (
-        inputs.get(names) for names in (("input_ids",) if "input_ids" in inputs else ("prompt_ids", "completion_ids"))
-    )
+    known = (("input_ids",), ("labels",)) if "input_features" in inputs else (("input_ids",),)
+    names = next((found for found in known if found[0] in inputs), ("prompt_ids", "completion_ids"))
+    parts = (inputs.get(name) for name in names)
     return sum(int(ids.numel()) for ids in parts if isinstance(ids, torch.Tensor))
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ft_core.models import ModelSource
 
 __all__ = [
-    "RowForm", "check_text_only", "is_of", "measure_of", "of_modality", "rates_of", "trainer_of", "with_task",
+    "RowForm", "check_text_only", "is_of", "measure_of", "of_modality", "rates_of", "trainer_of", "with_local_task",
+    "with_task",
 ]  # fmt: skip
 
 
@@ -102,6 +103,18 @@ def with_task(config: TrainConfig, source: ModelSource) -> TrainConfig:
     names = registry().names(ModalitySpec.group)
     task = next((name for name in names if is_of(name, source, claimed=True)), None)
     return config if task is None else check_config(config.model_copy(update={"task": task}))
+
+
+def with_local_task(config: TrainConfig) -> TrainConfig:
+    """:func:`with_task` where the model is a folder on this machine; of others nothing is known yet.
+
+    Raises:
+        FtError: as :func:`with_task`.
+    """
+    from ft_core.models.source import ModelSource
+
+    local = Path(config.model).expanduser()
+    return with_task(config, ModelSource(config.model, local, local.name)) if local.is_dir() else config
 
 
 def is_of(name: str, source: ModelSource, *, claimed: bool = False) -> bool:

@@ -168,7 +168,7 @@ def check_same_rows(run: Run, left_out: list[int]) -> None:
     now = "cannot be used any more" if number in left_out else "was left out when it began and can be used now"
     raise RunError(
         f"cannot resume {run.path}: row {number + 1} of the training data {now}, so that the rows would come in "
-        "another order; make its images what they were, or begin anew with --overwrite"
+        "another order; make its files what they were, or begin anew with --overwrite"
     )
 
 

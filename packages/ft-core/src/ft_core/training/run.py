@@ -309,7 +309,8 @@ class _Session:
                 _to_sixteen_bits(model, self.trainer.args)
                 model.config.use_cache = True
                 if model.can_generate():  # whatever loads the model has to stop where it learnt to
-                    model.generation_config.eos_token_id = stop_ids(model, self.job.tokenizer)
+                    ends = stop_ids(model, self.job.tokenizer)  # Whisper's own generation compares with a number
+                    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
                 model.save_pretrained(beside)
             else:
                 with as_saved(model):

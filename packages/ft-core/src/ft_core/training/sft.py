@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ft_core.data import Collator
     from ft_core.training.job import Job
 
-__all__ = ["MIXES", "SftSettings", "build", "check_head"]
+__all__ = ["MIXES", "SftSettings", "build", "check_head", "text_collator"]
 
 
 WASTE = 0.25
@@ -94,7 +94,10 @@ def build(job: Job) -> Trainer:
             return loss
 
     check_head(job.model)
-    dataset, collator = of_modality(job.config, "dataset") or _dataset, of_modality(job.config, "collator") or _collator
+    dataset, collator = (
+        of_modality(job.config, "dataset") or _dataset,
+        of_modality(job.config, "collator") or text_collator,
+    )
     collate = collator(job)
     train = dataset(job, job.train_rows, "train")
     held_out = dataset(job, job.eval_rows, "held_out") if job.eval_rows else None
@@ -170,7 +173,8 @@ class _Either:
         return self.padded if wasted <= WASTE else self.free
 
 
-def _collator(job: Job) -> Collator | _Either:
+def text_collator(job: Job) -> Collator | _Either:
+    """What makes batches of rows of tokens alone, as the model and the machine take them best."""
     from ft_core.data import keeps_documents_apart
     from ft_core.fast import fast_path_of
 

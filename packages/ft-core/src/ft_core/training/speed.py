@@ -137,7 +137,9 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
     """Compare the fast layers with transformers' own on one short row, before they train anything.
 
     A row that cannot be cut anywhere, because it holds images, is one that the collator's ``checked(rows)`` gives; see
-    :attr:`ft_core.plugins.ModalitySpec.collator`. Where it does not fit, its text alone is compared.
+    :attr:`ft_core.plugins.ModalitySpec.collator`. Where it does not fit, its text alone is compared. The trainer of a
+    model with fast layers of its own has a method ``compared()``, which gives a :class:`ft_core.fast.Comparison` and on
+    what it was made, or None.
 
     Raises:
         RunError: they differ; it names the parameter.
@@ -146,25 +148,38 @@ def check_first_step(trainer: Any, config: TrainConfig, say: Callable[[str], Non
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     path = fast.fast_path_of(model)
-    if path is None or not path.on or config.verify == "off" or len(trainer.train_dataset) == 0:
+    if config.verify == "off" or len(trainer.train_dataset) == 0:
         return
-    checked = getattr(trainer.data_collator, "checked", None)
+    if (own := getattr(trainer, "compared", None)) is not None:
+        if (made := own()) is not None:
+            result, what = made
+            _say_or_refuse(result, what, say)
+        return
+    if path is None or not path.on:
+        return
+    checked, holds = (getattr(trainer.data_collator, name, None) for name in ("checked", "holds"))
+    holds = holds or "images"
     row = None if checked is None else checked(trainer.train_dataset)
     result, what = None, "a row"
     if row is not None:
         try:
             result = _compared(trainer, path, model, dict(trainer.data_collator([row])))
-            what = f"{counted(len(row['input_ids']), 'token')} with images"
+            what = f"{counted(len(row['input_ids']), 'token')} with {holds}"
         except Exception as error:  # transformers' own layers keep all that they compute
             if not is_memory_error(error):
                 raise
-            say("fast layers: a row with images does not fit beside transformers' own; checked on text alone")
+            say(f"fast layers: a row with {holds} does not fit beside transformers' own; checked on text alone")
     if result is None:
         found = _first_batch(trainer, model)
         if found is None:
             say("fast layers: not checked, for the method's rows hold no tokens (`ft verify` checks them)")
             return
         result = _compared(trainer, path, model, found)
+    _say_or_refuse(result, what, say)
+
+
+def _say_or_refuse(result: Comparison, what: str, say: Callable[[str], None]) -> None:
+    """Say how far the fast layers are from transformers' own on ``what``, or refuse to train on them."""
     if (name := result.mismatch) is not None:
         if name == "loss":
             wrong = "the loss is {:.6g}, transformers' own {:.6g}".format(*result.losses)

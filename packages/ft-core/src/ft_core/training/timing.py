@@ -20,6 +20,7 @@ from ft_core.plugins import MethodSpec, registry
 from ft_core.runs import Run
 from ft_core.training.arguments import trainer_arguments
 from ft_core.training.job import Job, build_trainer
+from ft_core.training.longest import tokens_in
 from ft_core.training.memory import memory_capped
 from ft_core.training.modality import trainer_of, with_task
 from ft_core.training.optimizers import optimizer_of
@@ -147,13 +148,13 @@ def _timed(trainer: Any, device: Any, loaded: float, steps: int, warm: int) -> T
         marks.append(now())
         taken.append({part: b - a for part, a, b in zip(PARTS, marks, marks[1:], strict=False)})
         mask = batch.get("attention_mask")
-        tokens.append(int(batch["input_ids"].numel() if mask is None else mask.sum()))
+        tokens.append(tokens_in(batch) if mask is None else int(mask.sum()))
     from ft_core.fast import fast_path_of
 
     path = fast_path_of(model)
     return Timing(
         device=str(device),
-        fast=path is not None and path.on,
+        fast=getattr(trainer, "fast_layers", path is not None and path.on),
         seconds={part: statistics.median(row[part] for row in taken[warm:]) for part in PARTS},
         tokens=statistics.mean(tokens[warm:]),
         memory=peak_memory(),

@@ -14,6 +14,7 @@ from ft_export.errors import ExportError
 from ft_export.gguf import deepseek, experts, gemma, phi3, towers
 from ft_export.gguf.rope import check_rope, context_keys, head_size, llama3_factors, longrope_factors, rope_keys
 from ft_export.gguf.rules import Architecture, Rule, same
+from ft_export.hearing import refuse
 from ft_export.seeing import sees, text_config
 
 if TYPE_CHECKING:
@@ -226,6 +227,7 @@ def find_architecture(config: Any) -> Architecture:
                 )
             row.check(config)
             return row
+    refuse(config, ", ".join(names) or "it", "gguf")
     if sees(config):
         raise ExportError(
             f"{', '.join(names) or 'it'} is a model that sees, of which GGUF is written, tower and all, for "

@@ -66,6 +66,7 @@ def check_in_llama_cpp(
     lines: list[str],
     adapter: Path | None = None,
     sight: Sight | None = None,
+    more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Load a file in llama.cpp, with an adapter's if there is one, and compare it with transformers.
 
@@ -80,6 +81,7 @@ def check_in_llama_cpp(
         lines: gets what was found.
         adapter: the GGUF file of an adapter to put on the model.
         sight: the file of its tower and projector, and where it was made from, of a model that sees.
+        more: texts that have to be split alike, beside the prompts.
 
     Returns:
         What goes into ``proof.json``.
@@ -100,7 +102,7 @@ def check_in_llama_cpp(
     if sight is not None:
         eyes = {"projector": sight.projector.file, "budget": sight.budget(model)}
     with llama_cpp(made.file, longest + NEW_TOKENS + 8, adapter=adapter, **eyes) as engine:
-        written = [*(prompt.text for prompt in prompts), *rendered(tokenizer)]
+        written = [*(prompt.text for prompt in prompts), *rendered(tokenizer), *more]
         how: dict[str, Any] = {"plain": vocabulary.plain, "spaced": vocabulary.spaced}
         if vocabulary.scores:
             how["advice"] = "llama.cpp has no other way of splitting for a SentencePiece tokenizer"

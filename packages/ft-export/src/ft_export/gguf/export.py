@@ -21,6 +21,7 @@ from ft_export.gguf.mmproj import convert_projector, type_of
 from ft_export.gguf.pictures import budget_of
 from ft_export.gguf.towers import tower_of
 from ft_export.gguf.upstream import convert_upstream, find_script
+from ft_export.hearing import refuse
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source
 from ft_export.seeing import sees
@@ -147,13 +148,17 @@ def export(
             tokenizer = load_tokenizer(model)
             found = check_in_llama_cpp(
                 made, lambda: load_model(model, torch.float32), tokenizer, stop_tokens(tokenizer, model),
-                source.held_out, type, made.kinds, lines, **eyes,
+                source.held_out, type, made.kinds, lines, **eyes, **_spoken(source, tokenizer),
             )  # fmt: skip
         if sight is not None:
             by["mmproj"] = {
                 "file": beside.name, "type": sight.projector.type, "sha256": sha256_of(sight.projector.file),
                 "tensors": sight.projector.tensors,
             }  # fmt: skip
+        if source.task == "tts":
+            lines.append(
+                "the file is the language model alone: what it says are a codec's tokens, which whoever runs it decodes"
+            )
         proof = prove(made, {"type": type, **by, **found, "tensors": made.tensors}, lines)
     serve_by = f"llama-server -m {shlex.quote(str(file))} --jinja"
     if sight is not None:
@@ -161,6 +166,14 @@ def export(
         if bounds := budget_of(model, read_config(model), sight.tower):
             serve_by += " --image-min-tokens {} --image-max-tokens {}".format(*bounds)
     return Exported(file, proof, tuple(lines), serve_by)
+
+
+def _spoken(source: Source, tokenizer: Any) -> dict[str, Any]:
+    """Tokens of the vocabulary's later half as a text, where the model speaks: no row has a codec's tokens in it."""
+    if source.task != "tts":
+        return {}
+    size = len(tokenizer)
+    return {"more": [tokenizer.decode(list(range(size // 2, size, max(1, size // 256))))]}
 
 
 def _beside(file: Path) -> Path:
@@ -206,6 +219,7 @@ def _script_for(model: Path, script: Path | None, pre: str | None) -> Path | Non
     config = read_config(model)
     if script is None or is_known(config):
         return None
+    refuse(config, model, "gguf")
     if sees(config):  # of which a script's first file is the language model alone, which would look whole
         find_architecture(config)
     if pre is not None:

@@ -13,13 +13,14 @@ from ft_export.exporting import PROOF, Exported, check_target, whole_model
 from ft_export.folders import new_folder
 from ft_export.gguf.export import export as export_gguf
 from ft_export.gguf.export import new_folder_with_gguf, projector_beside
+from ft_export.hearing import CSM, FAMILIES
 from ft_export.hub.card import Subject, write_card
 from ft_export.hub.licence import Licence, find_licence, licence_files, read_front_matter
 from ft_export.hub.proof import FORMAT, Proof, of_combination, of_gguf, of_weights, write_proof, write_pushed
 from ft_export.hub.record import Record, is_local, read_record
 from ft_export.hub.repository import Repository, base_card, data_sets, token_of
 from ft_export.hub.staging import File, check_clean, listed, place, place_model
-from ft_export.hub.usage import SEES
+from ft_export.hub.usage import LISTENS, SEES, SPEAKS
 from ft_export.hub.wanted import MAIN, Wanted, check_type, read_options
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
@@ -219,7 +220,11 @@ def _task(source: Source, model: Path, base: Path | None) -> str | None:
         if folder is not None and (folder / "config.json").is_file():
             if _sees(folder):
                 return SEES
+            if (family := read_json(folder / "config.json").get("model_type")) in FAMILIES:
+                return SPEAKS if family == CSM else LISTENS
             break
+    if source.task == "tts":
+        return SPEAKS
     if source.adapter is not None:
         kind = read_json(source.adapter / "adapter_config.json").get("task_type")
         return {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}.get(str(kind))

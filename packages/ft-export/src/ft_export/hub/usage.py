@@ -6,10 +6,11 @@ import json
 
 from ft_export.hub.wanted import MAIN, Wanted
 
-__all__ = ["SEES", "usage"]
+__all__ = ["LISTENS", "SEES", "SPEAKS", "usage"]
 
 TASKS = {"text-generation": "CausalLM", "text-classification": "SequenceClassification"}
 SEES = "image-text-to-text"
+LISTENS, SPEAKS = "automatic-speech-recognition", "text-to-speech"
 QUESTION, LOOK = "What can you do?", "What is in this picture?"
 LLAMA_CPP = "With `llama-server` of [llama.cpp](https://github.com/ggml-org/llama.cpp/releases):"
 
@@ -35,6 +36,9 @@ def usage(
         return _llama_cpp(wanted, file, projector)
     if task == SEES and tokenizer is not None:
         return _with_images(wanted, tokenizer)
+    # a recogniser with a chat template is a language model, whose request its own processor makes
+    if task == LISTENS and not template and wanted.type != "adapter" and tokenizer == wanted.repo:
+        return _with_sound(wanted)
     kind = TASKS.get(task or "")
     if kind is None or tokenizer is None:
         return (
@@ -89,6 +93,21 @@ def _with_images(wanted: Wanted, words: str) -> str:
         ")",
         'answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]',
         "print(processor.decode(answer, skip_special_tokens=True))",
+    ]
+    return _python(lines)
+
+
+def _with_sound(wanted: Wanted) -> str:
+    where = f'"{wanted.repo}"' + ("" if wanted.revision == MAIN else f', revision="{wanted.revision}"')
+    lines = [
+        "import soundfile",
+        "from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor",
+        "",
+        f"processor = AutoProcessor.from_pretrained({where})",
+        f'model = AutoModelForSpeechSeq2Seq.from_pretrained({where}, dtype="auto")',
+        'samples, rate = soundfile.read("speech.wav")  # mono, 16 kHz, up to 30 seconds',
+        'inputs = processor(samples, sampling_rate=rate, return_tensors="pt").to(model.dtype)',
+        "print(processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])",
     ]
     return _python(lines)
 

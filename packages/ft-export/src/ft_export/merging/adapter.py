@@ -82,6 +82,8 @@ class Adapter:
     Attributes:
         config: what ``adapter_config.json`` says.
         changes: by the name of the base model's tensor, how it changes.
+        rows: how many tokens the merged model has, where the vocabulary grew in training; else None. Whoever puts the
+            adapter on its base finds it out (:func:`ft_export.merging.growing.grown_rows`) and sets it.
 
     Raises:
         ExportError: the files are missing or broken, or the adapter is of a kind that cannot be merged.
@@ -100,6 +102,7 @@ class Adapter:
         if not self.path.is_file():
             raise ExportError(f"{folder} has its adapter in several files, which PEFT does not load: save it as one")
         self.changes: dict[str, LowRank | Replacement] = {}
+        self.rows: int | None = None
         for key in self.files:
             self._add(key)
         if not self.changes:
@@ -124,6 +127,8 @@ class Adapter:
 
     def _add(self, key: str) -> None:
         name = key.removeprefix("base_model.model.")
+        if ".original_module." in name:  # PEFT saves what it replaces, too, where the vocabulary has grown
+            return
         for ending, part in PARTS.items():
             if name.endswith("." + ending):
                 module = name[: -len(ending) - 1]

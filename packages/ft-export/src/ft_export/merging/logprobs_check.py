@@ -94,7 +94,7 @@ def check_logprobs(
 
     progress(0, 0, "loading the adapter's base in fp32")
     model = load_model(base, torch.float32, labels=labels, rope=rope)
-    adapted = attach(model, adapter.folder) if put is None else put(model)
+    adapted = attach(model, adapter.folder, adapter.rows) if put is None else put(model)
     samples = list(samples(adapted) if callable(samples) else samples)
     count = counting(progress, len(samples), "texts read by the adapter on its base")
     expected = token_logprobs(adapted, samples, count)
@@ -172,7 +172,7 @@ def gap_to_quantized(
     try:
         model = load_model(base, torch.float32, labels=labels, rope=rope, quantization_config=config)
         count = counting(progress, len(samples), f"texts read by the {quantization} run")
-        values = token_logprobs(attach(model, adapter.folder), samples, count)
+        values = token_logprobs(attach(model, adapter.folder, adapter.rows), samples, count)
     except (ExportError, RuntimeError, NotImplementedError, ImportError) as error:
         return {"not_measured": f"not measured: bitsandbytes cannot run here ({' '.join(str(error).split())[:200]})"}
     return difference(list(merged.values), values).as_dict()

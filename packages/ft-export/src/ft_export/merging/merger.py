@@ -16,9 +16,7 @@ from ft_export.bases import (
     find_base,
     load_tokenizer,
     name_stops,
-    processor_folder,
     quantization_of,
-    read_config,
     same_folder,
     stop_tokens,
     tokenizer_folder,
@@ -34,20 +32,21 @@ from ft_export.folders import (
     require_space,
     unfinished_bytes,
 )
+from ft_export.hearing import name_features, speaks
 from ft_export.merging.adapter import Adapter, Replacement, base_of
 from ft_export.merging.arithmetic import DEVICES, device_of, exact_products
 from ft_export.merging.combination import Combination, Part, combination_of, parts_of
 from ft_export.merging.combining import Combined, combined_adapter, put_together
 from ft_export.merging.dequantizing import write_dequantized
+from ft_export.merging.growing import grown_rows
 from ft_export.merging.logprobs_check import LogprobsCheck, check_logprobs, gap_to_quantized
 from ft_export.merging.outline import Outline
 from ft_export.merging.record import MARKER, base_files, check_unchanged, fingerprint, is_current, sums
 from ft_export.merging.tensors import merged_tensors
+from ft_export.merging.texts import check_inputs, samples_told, texts_of
 from ft_export.merging.weights_check import WeightsCheck, check_weights
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source
-from ft_export.samples import Row, read_rows, token_ids
-from ft_export.seeing import Seen, image_processor, seen_rows, sees, told
 from ft_export.writing import write_model
 
 if TYPE_CHECKING:
@@ -57,8 +56,6 @@ __all__ = ["DEVICES", "DTYPES", "MARKER", "MergeResult", "check_unchanged", "fin
 
 DTYPES = ("bfloat16", "float16")
 GENERATION = "generation_config.json"
-PICTURED = 4
-"""Rows with images that both models read: an image is hundreds of tokens."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +201,10 @@ class _Merge:
         as_run = self.source.quantization if method is None and self.source.on_quantized else None
         stored = Checkpoint(self.base)  # checks the files before anything is loaded
         stop_tokens(load_tokenizer(tokenizer_folder(self.adapter.folder, self.base)), self.base)
-        if not self.skip_proof and self.labels is None and sees(read_config(self.base)):
-            image_processor(processor_folder(self.adapter.folder, self.base))  # said before the merge, not after it
+        if not self.skip_proof and self.labels is None:
+            check_inputs(self.adapter.folder, self.base)  # said before the merge, not after it
+        if self.labels is None and self.combined is None:
+            self.adapter.rows = grown_rows(self.adapter, self.base)
         key = self._key(stored) if method is None and as_run is None else None
         clear_unfinished(self.out, key)  # before the space is asked for, of which it may hold much
         # 16-bit weights of a packed 4-bit base take up to four times its bytes, twice: base and merged model
@@ -247,7 +246,7 @@ class _Merge:
         dtype = getattr(torch, self.asked) if self.asked else (torch.bfloat16 if was == torch.float32 else was)
         if dtype not in (torch.bfloat16, torch.float16):
             raise ExportError(f"the base {self.base} has weights of type {was}: only 32- and 16-bit bases are merged")
-        outline = Outline(self.base, stored, self.labels, self.rope)
+        outline = Outline(self.base, stored, self.labels, self.rope, self.adapter.rows)
         self.adapter.check_shapes(outline.shapes)
         loosened = outline.loosen(self.adapter)
         tensors = merged_tensors(stored, self.adapter, outline, loosened, dtype, self.device)
@@ -258,6 +257,9 @@ class _Merge:
             (folder / GENERATION).write_bytes((self.base / GENERATION).read_bytes())
         written = outline.rename(Checkpoint(folder))
         tokenizer_from = copy_tokenizer(self.adapter.folder, self.base, folder)
+        name_features(folder)
+        if self.adapter.rows is not None:
+            self.say(f"the vocabulary grew in training: the merged model has {self.adapter.rows} tokens")
         if self.rope is not None:
             kind, most = self.rope.rope_parameters.get("rope_type"), self.rope.max_position_embeddings
             self.say(f"config.json has the rotary scaling of the run: {kind}, {most} positions")
@@ -269,7 +271,7 @@ class _Merge:
             f"largest error {weights.largest_error:.3f} of the rounding of {_name(dtype)}"
         )
         tokenizer = load_tokenizer(folder)
-        if self.labels is None:
+        if self.labels is None and not speaks(outline.config):  # which ends with a code, not with a token
             stops = stop_tokens(tokenizer, self.base)
             name_stops(folder, stops)
             _check_stops(folder, stops, tokenizer)
@@ -311,21 +313,15 @@ class _Merge:
         self, folder: Path, tokenizer: Any, dtype: torch.dtype, was: torch.dtype
     ) -> tuple[LogprobsCheck, dict[str, Any] | None]:
         """Compare what the model says with the adapter on its base, and with the quantized run if it was one."""
-        rows = read_rows(self.source.held_out)
-        samples: Any
-        if sees(read_config(folder)):
-            samples = partial(_with_images, rows[:PICTURED], tokenizer, image_processor(folder))
-        else:
-            samples = _samples(rows, tokenizer) or _samples(read_rows(None), tokenizer)
+        samples = texts_of(self.source, folder, tokenizer)
         rounded = set(self.adapter.changes) if dtype == was else None
         logprobs = check_logprobs(
             folder, self.base, self.adapter, samples, dtype, rounded, self.labels, self.rope, self.progress,
             None if self.combined is None else partial(put_together, parts=self.combined.parts, how=self.combined.how),
         )  # fmt: skip
         unit = "scores" if self.labels is not None else "log-probabilities"
-        if pictured := [text for text in logprobs.texts if isinstance(text, Seen)]:
-            whose = told(why for text in pictured for why in text.drawn)
-            self.say(f"each of {len(pictured)} texts was read with images: {whose}")
+        for line in samples_told(logprobs.texts):
+            self.say(line)
         self.say(
             f"{unit} of {logprobs.merged.tokens} tokens, merged against adapter on its base: largest difference "
             f"{logprobs.merged.largest:.2e} (bound {logprobs.bound_largest:.2e}), mean {logprobs.merged.mean:.2e} "
@@ -341,14 +337,6 @@ class _Merge:
                 + (f"largest {gap['largest']:.2e}, mean {gap['mean']:.2e}" if "mean" in gap else gap["not_measured"])
             )
         return logprobs, gap
-
-
-def _samples(rows: list[Row], tokenizer: Any) -> list[list[int]]:
-    return [ids for ids in (token_ids(row, tokenizer) for row in rows) if len(ids) > 1]
-
-
-def _with_images(rows: list[Row], tokenizer: Any, processor: Any, model: Any) -> list[Seen]:
-    return list(seen_rows(rows, tokenizer, processor, model))
 
 
 def _check_stops(folder: Path, stops: list[int], tokenizer: Any) -> None:

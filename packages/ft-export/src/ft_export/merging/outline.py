@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ft_export.bases import check_shape
 from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
-from ft_export.merging.adapter import Adapter
+from ft_export.merging.adapter import Adapter, Replacement
 from ft_export.merging.names import made_of_others, parameter_names
 from ft_export.runs import Rope
 from ft_export.seeing import model_class
@@ -26,6 +26,7 @@ class Outline:
     Args:
         folder: the base's. stored: its files; their tensors get the model's names.
         labels: None for a language model, else the outputs of a score head. rope: the rotary scaling to give it.
+        rows: how many tokens it is to have, where that is not its own number.
 
     Attributes:
         shapes: of each parameter, by its name.
@@ -36,8 +37,10 @@ class Outline:
         ExportError: transformers does not know the model, or the files lack a weight.
     """
 
-    def __init__(self, folder: Path, stored: Checkpoint, labels: int | None, rope: Rope | None) -> None:
-        self._model = built(folder, labels, rope)
+    def __init__(
+        self, folder: Path, stored: Checkpoint, labels: int | None, rope: Rope | None, rows: int | None = None
+    ) -> None:
+        self._model = built(folder, labels, rope, rows)
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         self._buffers = {name for name, _ in self._model.named_buffers()}
         self.shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -56,9 +59,17 @@ class Outline:
         )
         if missing:
             raise ExportError(f"{folder} has no weights for {missing[0]} ({len(missing)} missing): it is incomplete")
+        grown = self._vocabulary() if rows is not None else set()
         for name, shape in self.shapes.items():
-            if name in stored:
+            if name in stored and name not in grown:
                 check_shape(folder, name, stored.shape(name), shape)
+
+    def _vocabulary(self) -> set[str]:
+        """The names of the embeddings and of the head."""
+        modules = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        weights = [module.weight for module in modules if module is not None]
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in parameters if any(parameter is weight for weight in weights)}
 
     def has(self, name: str) -> bool:
         """Whether a tensor of the base's files belongs to the model; a score head takes the place of another."""
@@ -74,10 +85,11 @@ class Outline:
         While training, the adapter sat on one end alone; merged into the shared tensor it would change both.
         """
         head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
-        if head is None or embeddings is None or head.weight is not embeddings.weight:
+        shared = getattr(embeddings, "weight", None)  # several tables in a model that speaks
+        if head is None or shared is None or head.weight is not shared:
             return []
-        pair = {name for name, p in self._model.named_parameters(remove_duplicate=False) if p is embeddings.weight}
-        if adapter.config.get("ensure_weight_tying") or not pair & set(adapter.changes):
+        pair = {name for name, p in self._model.named_parameters(remove_duplicate=False) if p is shared}
+        if adapter.config.get("ensure_weight_tying") or not pair & set(adapter.changes) or _equal(adapter, pair):
             return []
         self.config.tie_word_embeddings = False
         if hasattr(self.config.get_text_config(), "tie_word_embeddings"):
@@ -91,7 +103,16 @@ class Outline:
         self.config.save_pretrained(folder)
 
 
-def built(folder: Path, labels: int | None, rope: Rope | None) -> Any:
+def _equal(adapter: Adapter, pair: set[str]) -> bool:
+    """Whether the adapter holds both ends whole, and alike: PEFT saves them so where the vocabulary has grown."""
+    import torch
+
+    changes = [adapter.changes.get(name) for name in sorted(pair)]
+    held = [adapter.files.tensor(change.key) for change in changes if isinstance(change, Replacement)]
+    return len(held) == len(pair) and all(torch.equal(held[0], other) for other in held[1:])
+
+
+def built(folder: Path, labels: int | None, rope: Rope | None, rows: int | None = None) -> Any:
     """A folder's transformers model on no device; the arguments are those of :class:`Outline`.
 
     Raises:
@@ -109,6 +130,8 @@ def built(folder: Path, labels: int | None, rope: Rope | None) -> Any:
         )
         if rope is not None:
             rope.put(config)
+        if rows is not None:
+            config.get_text_config().vocab_size = rows
         kind: Any = transformers.AutoModelForSequenceClassification if labels is not None else model_class(config)
         with torch.device("meta"):
             return kind.from_config(config, trust_remote_code=False)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ft_export.checkpoints import Checkpoint, code_of
+from ft_export.hearing import CODEC
 from ft_export.merging.adapter import Adapter, LowRank, Replacement
 from ft_export.merging.arithmetic import Blocks, merged_bias, merged_weight
 from ft_export.merging.outline import Outline
@@ -55,11 +56,13 @@ def _merged(
     """A tensor of the base, ``source``, as what the adapter makes of the parameter ``name``."""
     change, key = adapter.changes.get(name), stored.key(name) if name == source else name
     was, shape = stored.dtype(source), stored.shape(source)
-    to = dtype if was.is_floating_point else was
+    to = dtype if was.is_floating_point and not name.startswith(CODEC) else was
     blocks: Blocks
     if isinstance(change, Replacement):
         return _replaced(key, change, adapter, to)
     if isinstance(change, LowRank):
+        if "base" in change.parts:  # of a vocabulary that has grown
+            shape = adapter.files.shape(change.parts["base"])
         blocks = partial(merged_weight, adapter, change, partial(_on, device, stored, source), shape, to)
     elif bias is not None:
         blocks = partial(merged_bias, adapter, bias, partial(stored.blocks, source), to)

@@ -23,6 +23,7 @@ from ft_export.ollama.modelfile import Command, write_modelfile
 from ft_export.ollama.program import check_name, create, push, require_ollama, run_name
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
+from ft_export.serving.listening import refuse_speech
 
 __all__ = ["MODELFILE", "OPTIONS", "Filled", "export", "fill"]
 
@@ -127,10 +128,12 @@ def fill(folder: Path, source: Source, type: str, options: Mapping[str, str], pr
     lines: list[str] = []
 
     def check(base: Path, words: Path) -> None:
+        refuse_speech(base, "ollama", source.task)
         check_convertible(base, words, options.get("pre"), source.rope)
         _prove(chat_of(load_tokenizer(words)), own, held_out)
 
     model = whole_model(source, lines, progress, check)
+    refuse_speech(model, "ollama", source.task)
     tokenizer = load_tokenizer(model)
     proven = _prove(chat_of(tokenizer), own, held_out)
     settings = serving(source, model, tokenizer, context)

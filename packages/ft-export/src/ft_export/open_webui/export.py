@@ -30,6 +30,7 @@ from ft_export.progress import Progress, silent
 from ft_export.runs import Source, open_source, read_json
 from ft_export.seeing import sees
 from ft_export.serving.launch import project_name
+from ft_export.serving.listening import refuse_speech
 
 __all__ = ["COMPOSE", "MODEL", "OPTIONS", "export"]
 
@@ -149,8 +150,13 @@ def _serve(folder: Path, source: Source, engine: str, type: str, said: dict[str,
         filled = fill(folder, source, type, known, progress)
         return _Served(".", filled.settings, filled.lines, filled.sees)
     context, lines = whole_number(said, "num_ctx"), list[str]()
+
+    def speechless(base: Path, _: Path) -> None:
+        refuse_speech(base, "open-webui", source.task)
+
     if engine == "vllm":
-        model = whole_model(source, lines, progress)
+        model = whole_model(source, lines, progress, speechless)
+        refuse_speech(model, "open-webui", source.task)
         lines.append(f"vLLM is given the model's folder {model} as it is")
         settings = serving(source, model, load_tokenizer(model), context)
         return _Served(str(model.absolute()), settings, tuple(lines), sees(read_config(model)))
@@ -158,7 +164,13 @@ def _serve(folder: Path, source: Source, engine: str, type: str, said: dict[str,
     require_gguf()
     require_llama_cpp()
     pre = said.get("pre")
-    model = whole_model(source, lines, progress, lambda base, words: check_convertible(base, words, pre, source.rope))
+
+    def check(base: Path, words: Path) -> None:
+        speechless(base, words)
+        check_convertible(base, words, pre, source.rope)
+
+    model = whole_model(source, lines, progress, check)
+    refuse_speech(model, "open-webui", source.task)
     settings = serving(source, model, load_tokenizer(model), context)
     made = export_gguf(source.path, folder, type=type, options={"pre": pre} if pre else {}, progress=progress)
     lines += [line for line in made.lines if not line.startswith("used the merge")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name, save_proof, whole_model
 from ft_export.folders import clear_inside, files_in, key_of, new_folder, sha256_of
 from ft_export.merging.merger import MARKER as MERGED
-from ft_export.merging.merger import PICTURED, check_unchanged
+from ft_export.merging.merger import check_unchanged
+from ft_export.merging.texts import texts_of
 from ft_export.progress import Progress, silent
 from ft_export.runs import Source, read_json
 from ft_export.samples import read_rows, token_ids
-from ft_export.seeing import Seen, image_processor, seen_rows, sees, told
+from ft_export.seeing import sees, told
 from ft_export.serving.checks import Gap, Samples, check_gap, check_reads, check_stored, served_model
 from ft_export.serving.engine import OPTIONS as ENGINE_OPTIONS
 from ft_export.serving.engine import Engine, engine_of
@@ -25,12 +26,13 @@ from ft_export.serving.folder import Plan, plan_whole, write_whole
 from ft_export.serving.forms import Form
 from ft_export.serving.launch import Service, project_name, write_launch
 from ft_export.serving.limits import limits_of, memory_of
+from ft_export.serving.listening import check_speech
 from ft_export.serving.served import NOT_RUN, check_served, questions
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OPTIONS", "check_stops", "export_whole", "prove", "write_proof"]
+__all__ = ["OPTIONS", "check_stops", "export_whole", "merge_of", "prove", "write_proof"]
 
 OPTIONS = {
     "memory": "of the card that serves it, such as 24GiB: the context and the server's share are made to fit",
@@ -69,13 +71,16 @@ def export_whole(
 
     def fits(base: Path, _: Path) -> None:
         """Refuse before the merge what would be refused after it."""
+        check_speech(base, form.codes is not None, engine is not None, target)
         _check_seeing(base, form, engine, target)
         if source.rope is None:  # which changes the context
             limits_of(base, Checkpoint(base).parameters() * (1 if form.codes else 2), memory, said.get("context"))
 
     model = whole_model(source, lines, progress, fits)
+    heard = check_speech(model, form.codes is not None, engine is not None, target)
     sighted = _check_seeing(model, form, engine, target)
-    own = local_base(source.base) if sighted and source.adapter is None and source.base else None
+    more = sighted or heard
+    own = local_base(source.base) if more and source.adapter is None and source.base else None
     plan = plan_whole(model, form, own)
     limits = limits_of(model, plan.bytes(), memory, said.get("context"))
     name = file_name(source)
@@ -95,9 +100,9 @@ def export_whole(
         stops = check_stops(tokenizer, partial, lines)
         gap: Gap | None = None
         samples = 0
-        if sighted or plan.compressed or plan.cast:
-            read: list[Seen] = []
-            texts = _samples(source, tokenizer, partial, read) if sighted else _texts(source, tokenizer)
+        if more or plan.compressed or plan.cast:
+            read: list[Sequence[int]] = []
+            texts = _samples(source, tokenizer, partial, read) if more else _texts(source, tokenizer)
             if plan.compressed or plan.cast:
                 gap = check_gap(plan, partial, texts, progress)
                 samples = gap.samples
@@ -105,8 +110,12 @@ def export_whole(
             else:
                 samples = check_reads(partial, texts, progress)
             if sighted:
-                whose = told(why for text in read for why in text.drawn)
+                whose = told(why for text in read for why in getattr(text, "drawn", ()))
                 lines.append(f"transformers reads {samples} texts with images from the folder: {whose}")
+            if heard:
+                whose = told((getattr(text, "made", "") for text in read), "made")
+                lines.append(f"transformers reads {samples} texts with their sounds from the folder: {whose}")
+                lines.append(f"{target} takes sounds at /v1/audio/transcriptions and /v1/audio/translations")
         share = None if memory is None else int(100 * (limits.weights + limits.room) / memory) / 100
         project = project_name(source.name, target, source.path)
         write_launch(partial, service(name, _plain(plan.dtype), limits.context, share), limits, project)
@@ -119,11 +128,12 @@ def export_whole(
             "type": form.name,
             "dtype": _plain(plan.dtype),
             "weights_linked_to_the_merge": whole.linked,
-            "merge": _merge_of(model),
+            "merge": merge_of(model),
             "tensors": tensors,
             "stop_tokens": stops,
             "samples": samples,
             "with_images": sighted,
+            "with_sounds": heard,
             "gap": None if gap is None else gap.as_dict(),
             "context": limits.context,
             "served": served,
@@ -149,12 +159,12 @@ def _check_seeing(folder: Path, form: Form, engine: Engine | None, target: str) 
     return True
 
 
-def _samples(source: Source, tokenizer: Any, folder: Path, read: list[Seen]) -> Samples:
-    """Held-out rows with images, made of the model's own; ``read`` gets them once they are."""
-    rows, processor = read_rows(source.held_out)[:PICTURED], image_processor(folder)
+def _samples(source: Source, tokenizer: Any, folder: Path, read: list[Sequence[int]]) -> Samples:
+    """Held-out rows with images or sounds, made of the model's own; ``read`` gets them once they are."""
+    texts = texts_of(source, folder, tokenizer)
 
-    def made(model: Any) -> list[Seen]:
-        read[:] = seen_rows(rows, tokenizer, processor, model)
+    def made(model: Any) -> Sequence[Sequence[int]]:
+        read[:] = texts(model) if callable(texts) else texts
         return read
 
     return made
@@ -209,7 +219,7 @@ def prove(
     return served.as_dict(engine)
 
 
-def _merge_of(model: Path) -> dict[str, Any] | None:
+def merge_of(model: Path) -> dict[str, Any] | None:
     """What a merge says of itself, if its weights are still what it left."""
     if not (model / MERGED).is_file():
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_export.errors import ExportError
+from ft_export.hearing import WHISPER
 from ft_export.runs import read_json
 
 __all__ = ["ALLOWANCE", "CARDS", "UTILIZATION", "Limits", "limits_of", "memory_of"]
@@ -37,6 +38,7 @@ class Limits:
         context: the tokens that a conversation may have.
         memory: bytes of the card, or None where that is not known.
         asked: whether that context was asked for, so that a card with room for less would not do.
+        heard: bytes of keys and values of a sound, beside those of its text, in a model that listens.
     """
 
     weights: int
@@ -44,18 +46,19 @@ class Limits:
     context: int
     memory: int | None
     asked: bool = False
+    heard: int = 0
 
     @property
     def room(self) -> int:
         """Bytes that are left for keys and values; of one whole context where the card is not known."""
         if self.memory is None:
-            return self.token * self.context
+            return self.token * self.context + self.heard
         return int(self.memory * UTILIZATION) - self.weights - ALLOWANCE
 
     @property
     def needed(self) -> float:
         """The smallest card for one conversation of ``context`` tokens, in bytes."""
-        return (self.weights + ALLOWANCE + self.token * self.context) / UTILIZATION
+        return (self.weights + ALLOWANCE + self.token * self.context + self.heard) / UTILIZATION
 
     @property
     def smaller_card(self) -> int | None:
@@ -71,6 +74,10 @@ class Limits:
             f"Weights take {_gib(self.weights)}. Keys and values in 16 bits take {self.token:,} bytes a token,",
             f"{_gib(self.token * self.context)} for one conversation of {self.context:,} tokens.",
         ]
+        if self.heard:
+            lines[-1] = (
+                f"{_gib(self.token * self.context + self.heard)} for one text of {self.context:,} tokens and its sound."
+            )
         if self.memory is None:
             lines += [
                 f"With an allowance of {_gib(ALLOWANCE)} for activations and CUDA graphs that asks for a card of at "
@@ -119,6 +126,11 @@ def limits_of(folder: Path, weights: int, memory: int | None, context: str | Non
     """
     said = read_json(folder / "config.json")
     config: dict[str, Any] = {**said, **(said.get("text_config") or {})}
+    family = said.get("model_type")
+    if family == WHISPER:
+        names = {"num_hidden_layers": "decoder_layers", "num_attention_heads": "decoder_attention_heads"}
+        names |= {"hidden_size": "d_model", "max_position_embeddings": "max_target_positions"}
+        config |= {name: said.get(own) for name, own in names.items()}
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(longest, int) or longest < 1:
         if context is None:
@@ -130,13 +142,16 @@ def limits_of(folder: Path, weights: int, memory: int | None, context: str | Non
         longest = int(context)
     token = _bytes_a_token(config, folder)
     limits = Limits(weights, token, longest, memory, context is not None)
-    if memory is None or limits.room >= token * longest:
+    if family == WHISPER:  # a text is short: it fits whole or not at all
+        limits = replace(limits, heard=token * int(said["max_source_positions"]), asked=True)
+        context = str(longest)
+    if memory is None or limits.room >= token * longest + limits.heard:
         return limits
     fitting = max(0, limits.room // token) // BLOCK * BLOCK
     least = min(longest, LEAST)
     if fitting < least or context is not None:
         wanted = longest if context is not None else least
-        needed = Limits(weights, token, wanted, memory).needed
+        needed = replace(limits, context=wanted).needed
         raise ExportError(
             f"the model does not fit: {_gib(weights)} of weights, {_gib(ALLOWANCE)} for activations and the keys and "
             f"values of {wanted} tokens need a card of {math.ceil(needed / GIB * 10) / 10} GiB, memory= says "

@@ -16,6 +16,7 @@ from ft_export.checkpoints import Checkpoint
 from ft_export.errors import ExportError
 from ft_export.exporting import PROOF, file_name
 from ft_export.folders import new_folder, require_space, sha256_of
+from ft_export.hearing import speech_family
 from ft_export.merging.adapter import Adapter, LowRank, base_of
 from ft_export.merging.names import parameter_names
 from ft_export.progress import Progress, silent
@@ -111,6 +112,8 @@ def export_lora(
         raise ExportError(f"the base {base} is quantized ({method}): use --type 16bit, which merges into 16 bits")
     stored = Checkpoint(base)
     config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    if speech_family(config) is not None:
+        raise ExportError(f"the base {base} is a model of speech, whose adapters are not served here: use --type 16bit")
     if sees(config):
         raise ExportError(f"the base {base} is a model that sees, whose adapters are not served here: use --type 16bit")
     with torch.device("meta"):

@@ -1,0 +1,74 @@
+"""Recordings as frames of Mimi's codes: each made once, kept for as long as the training or measurement lasts."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ft_speech.csm.loading import plain
+from ft_speech.references import open_row
+
+__all__ = ["Encoder", "TooLong"]
+
+KEPT = "csm_codes"
+"""The key of ``job.kept`` under which codes are."""
+
+Codes = npt.NDArray[np.int16]
+
+
+class TooLong(Exception):
+    """A recording of more frames than are wanted."""
+
+
+class Encoder:
+    """Makes codes of recordings, one recording at a time, as transformers does: padding would change its last frame.
+
+    Args:
+        model: a CSM, adapted or not.
+        kept: where codes are kept, by their recording: ``job.kept`` of a training or a measurement.
+    """
+
+    def __init__(self, model: Any, kept: dict[str, Any]) -> None:
+        self._model = plain(model)
+        self._codec = self._model.codec_model
+        self._codebooks = int(self._model.config.num_codebooks)
+        self._kept: dict[bytes, Codes] = kept.setdefault(KEPT, {})
+        self.rate = int(self._codec.config.sampling_rate)
+        """Samples per second, in Hz, of what is encoded."""
+        self.frame_rate = float(self._codec.config.frame_rate)
+        """Frames per second."""
+
+    def known(self, row: dict[str, Any]) -> Codes | None:
+        """The codes of a row's recording where they were made before."""
+        return self._kept.get(_key(row))
+
+    def read(self, row: dict[str, Any], most: int) -> npt.NDArray[np.float32]:
+        """The samples of a row's recording.
+
+        Raises:
+            TooLong: they are more than ``most`` frames.
+            ft_speech.AudioError: as :func:`ft_speech.references.open_row`.
+        """
+        samples = open_row(row, self.rate)
+        if len(samples) > (most + 1) * self.rate / self.frame_rate:
+            raise TooLong
+        return samples
+
+    def encode(self, row: dict[str, Any], samples: npt.NDArray[np.float32]) -> Codes:
+        """The codes of a row's recording, int16 [frames, codebooks]."""
+        import torch
+
+        self._codec.eval()
+        given = torch.from_numpy(samples)[None, None].to(self._model.device, torch.float32)
+        with torch.inference_mode(), torch.autocast(given.device.type, enabled=False):
+            made = self._codec.encode(given, num_quantizers=self._codebooks).audio_codes
+        codes: Codes = made[0].T.to("cpu", torch.int16).numpy()
+        self._kept[_key(row)] = codes
+        return codes
+
+
+def _key(row: dict[str, Any]) -> bytes:
+    return hashlib.sha256(f"{row['audio']}\0{row.get('start')}\0{row.get('end')}".encode()).digest()

@@ -1,0 +1,1 @@
+"""Layers of models that listen, computed by ft_kernels on the instance, with the same mathematics."""

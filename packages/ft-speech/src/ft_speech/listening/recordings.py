@@ -1,0 +1,62 @@
+"""Recordings of rows looked at before training: how long they are, and which cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple
+
+from ft_core.errors import DataError
+from ft_speech.audio import AudioError, audio_info
+from ft_speech.references import open_row, source_of
+
+__all__ = ["Look", "UnusableAudio", "looked_at"]
+
+EXACT = ("wav", "flac", "ogg")
+"""Formats whose header tells how long a file is; an mp3's may be an estimate."""
+BATCH = 64
+THREADS = 8
+
+Row = Mapping[str, Any]
+
+
+class UnusableAudio(DataError):
+    """A recording that turned out to be unusable when its batch was made. It stays one line on its way out of a worker,
+    whose exceptions torch makes again with their whole traceback for a message."""
+
+    def __init__(self, message: str) -> None:
+        last = message.rstrip().rpartition("\n")[2]
+        super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+class Look(NamedTuple):
+    """What was seen of a row's recording: how long it is, in seconds, or what is wrong with it."""
+
+    seconds: float
+    fault: str | None
+
+
+def looked_at(rows: Sequence[Row], *, whole: bool) -> Iterator[Look]:
+    """What there is to know of each row's recording, in their order; files are read by several threads.
+
+    Args:
+        whole: decode each recording once, since what is damaged shows in the samples alone; else headers are read,
+            save of an mp3, which is decoded.
+    """
+    left = iter(rows)
+    with ThreadPoolExecutor(THREADS) as pool:
+        while batch := list(islice(left, BATCH)):
+            yield from pool.map(lambda row: _look(row, whole), batch)
+
+
+def _look(row: Row, whole: bool) -> Look:
+    try:
+        if not whole:
+            info = audio_info(source_of(row["audio"]))
+            start, end = row.get("start") or 0.0, info.seconds if row.get("end") is None else row["end"]
+            if info.format in EXACT and start < end <= info.seconds:  # else reading it says what is wrong
+                return Look(end - start, None)
+        return Look(len(open_row(row)) / 16_000, None)
+    except (AudioError, DataError) as error:
+        return Look(0.0, str(error))
