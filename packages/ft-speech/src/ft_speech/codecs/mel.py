@@ -42,18 +42,14 @@ RANGES: dict[str, tuple[type, float, float]] = {
     "bands": (int, 4, 128),
     "lowest_pitch": (float, 20, 1_000),
     "highest_pitch": (float, 40, 4_000),
+    "pitch_weight": (float, 0.01, 1_000),
+    "voicing_weight": (float, 0.01, 1_000),
     "stack": (int, 1, 64),
 }
 """What a configuration's numbers may be."""
 
-PITCH_WEIGHT = 6.0
-"""How much an octave of pitch counts beside a neper of a band's power, for a hop whose bands count 1 each."""
-
 VERSION = 1
 """Of what :meth:`Mel.save` writes, and of how it is analysed and synthesised: codes mean something to one of them."""
-
-VOICING_WEIGHT = 6.0
-"""As much for a hop that is voiced rather than not."""
 
 
 class Mel:
@@ -63,7 +59,7 @@ class Mel:
     residual vector quantization: place 0 is the nearest vector of the first codebook, place 1 the nearest of the
     second one to what that leaves, and so on. Decoding adds the vectors up and hands them to the :class:`Vocoder`.
 
-    The streaming decoder is the whole one: it gives the same samples bit for bit, one hop late.
+    The streaming decoder is the whole one: it gives the same samples bit for bit, a hop and a half late.
 
     Attributes:
         analysis: how audio is analysed.
@@ -195,7 +191,9 @@ class Mel:
         if not len(samples):
             return np.zeros((0, self.stack * (self.analysis.bands + 2)), np.float32)
         bands, pitch, voicing = heard(samples, self.analysis)
-        hops = np.column_stack([bands, PITCH_WEIGHT * np.log2(pitch), VOICING_WEIGHT * voicing])
+        hops = np.column_stack(
+            [bands, self.analysis.pitch_weight * np.log2(pitch), self.analysis.voicing_weight * voicing]
+        )
         return hops.reshape(len(samples) // self.frame_samples, -1).astype(np.float32)
 
     def _hops(self, codes: Codes) -> tuple[Floats, Floats, Floats]:
@@ -204,13 +202,13 @@ class Mel:
         for place, book in enumerate(self.books):
             total += book[codes[:, place]]
         hops = total.reshape(-1, self.analysis.bands + 2)
-        pitch = 2 ** (hops[:, -2] / PITCH_WEIGHT)
+        pitch = 2 ** (hops[:, -2] / self.analysis.pitch_weight)
         pitch = np.clip(pitch, self.analysis.lowest_pitch, self.analysis.highest_pitch)
-        return hops[:, :-2], pitch, np.clip(hops[:, -1] / VOICING_WEIGHT, 0, 1)
+        return hops[:, :-2], pitch, np.clip(hops[:, -1] / self.analysis.voicing_weight, 0, 1)
 
 
 class MelStream:
-    """Decodes frames as they come: each push gives all samples but those of the last hop. See :class:`Mel`."""
+    """Decodes frames as they come: each push gives all samples but those of the last hop and a half. See :class:`Mel`."""
 
     def __init__(self, codec: Mel) -> None:
         self._codec, self._vocoder = codec, Vocoder(codec.analysis)

@@ -185,7 +185,12 @@ class DecoderBlock(nn.Module):
         self.step = math.prod(config.decoder_rates[: place + 1])  # samples of this block for each latent step
         groups = channels if config.depthwise else 1
         up = nn.ConvTranspose1d(
-            before, channels, kernel_size=2 * stride, stride=stride, padding=math.ceil(stride / 2), output_padding=stride % 2
+            before,
+            channels,
+            kernel_size=2 * stride,
+            stride=stride,
+            padding=math.ceil(stride / 2),
+            output_padding=stride % 2,
         )
         self.block = nn.Sequential(
             Snake(before),
@@ -257,4 +262,6 @@ class Quantizers(nn.Module):
         return found
 
     def latent(self, codes: list[Tensor]) -> Tensor:
-        return torch.stack([quantizer.latent(c) for quantizer, c in zip(self.quantizers, codes, strict=True)]).sum(dim=0)
+        return torch.stack([quantizer.latent(c) for quantizer, c in zip(self.quantizers, codes, strict=True)]).sum(
+            dim=0
+        )

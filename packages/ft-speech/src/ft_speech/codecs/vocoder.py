@@ -22,7 +22,7 @@ class Vocoder:
     phase by the real cepstrum: Oppenheim and Schafer 1975). The phase of the harmonics goes on from hop to hop, so
     there is none to be searched for as in the algorithm of Griffin and Lim (1984).
 
-    A sample is settled once the hop after its own is known.
+    A sample is settled once the middle of a hop that lies a hop or more after it is known.
     """
 
     def __init__(self, analysis: Analysis) -> None:
