@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ft_speech.codecs.vocoder import Vocoder
 RATE = 16_000
 
 
-def voice(seconds: float, seed: int) -> np.ndarray:
+def voice(seconds: float, seed: int) -> Any:
     random = np.random.default_rng(seed)
     count = int(seconds * RATE)
     knots = np.arange(0, count + RATE, RATE // 5)
@@ -66,7 +67,8 @@ def test_the_pitch_of_a_pulse_train(hertz: float) -> None:
 def test_silence_has_no_voice() -> None:
     bands, pitch, voicing = heard(np.zeros(1600, np.float32), Analysis())
     assert (voicing == 0).all()
-    assert np.isfinite(pitch).all() and np.isfinite(bands).all()
+    assert np.isfinite(pitch).all()
+    assert np.isfinite(bands).all()
 
 
 def test_what_the_vocoder_speaks_is_heard_again() -> None:
@@ -90,7 +92,8 @@ def test_shapes_layout_and_determinism(codec: Mel) -> None:
     samples = voice(1, 20)
     codes = codec.encode(samples)
     assert (codes.shape, codes.dtype) == ((34, 2), np.int64)  # 33.3 frames, the last filled up
-    assert codes.min() >= 0 and (codes < [64, 32]).all()
+    assert codes.min() >= 0
+    assert (codes < [64, 32]).all()
     decoded = codec.decode(codes)
     assert (decoded.shape, decoded.dtype) == ((34 * 480,), np.float32)
     assert np.array_equal(codec.encode(samples), codes)
@@ -159,6 +162,17 @@ def test_saved_and_loaded(codec: Mel, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["voice"]
 
 
+def edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def nan(folder: Path) -> None:
+    books = {name: book.copy() for name, book in load_file(folder / "model.safetensors").items()}
+    books["codebooks.1"][3, 2] = np.nan
+    save_file(books, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -172,7 +186,7 @@ def test_saved_and_loaded(codec: Mel, tmp_path: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x10"), "is damaged"),
         (lambda f: save_file({"x": np.ones(2)}, f / "model.safetensors"), "no codebooks.0"),
-        (lambda f: nan(f), "finite numbers"),
+        (nan, "finite numbers"),
     ],
 )
 def test_damaged_folders(codec: Mel, tmp_path: Path, damage: object, message: str) -> None:
@@ -181,18 +195,8 @@ def test_damaged_folders(codec: Mel, tmp_path: Path, damage: object, message: st
     damage(folder)  # type: ignore[operator]
     with pytest.raises(CodecError, match=message) as caught:
         load_codec("mel", folder)
-    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-
-
-def edit(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-def nan(folder: Path) -> None:
-    books = {name: book.copy() for name, book in load_file(folder / "model.safetensors").items()}
-    books["codebooks.1"][3, 2] = np.nan
-    save_file(books, folder / "model.safetensors")
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 @pytest.mark.parametrize(

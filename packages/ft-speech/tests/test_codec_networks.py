@@ -35,8 +35,9 @@ SMALL = PUBLISHED | {
 
 
 def small_snac(**changes: Any) -> SnacModel:
-    values = {k: v for k, v in (SMALL | changes).items() if k != "attn_window_size"}
-    return SnacModel(SnacConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+    values: dict[str, Any] = {k: v for k, v in (SMALL | changes).items() if k != "attn_window_size"}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return SnacModel(SnacConfig(**values))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def chunked(codec: Codec, codes: np.ndarray, sizes: tuple[int, ...]) -> Iterator
     yield stream.finish()
 
 
-def random_codes(codec: Codec, frames: int) -> np.ndarray:
+def random_codes(codec: Codec, frames: int) -> Any:
     return np.random.default_rng(0).integers(0, codec.layout.sizes, (frames, len(codec.layout.sizes)))
 
 
@@ -88,7 +89,7 @@ def test_the_published_snac(snac: Snac) -> None:
 
 
 def test_every_token_of_a_frame_is_in_orpheus_place(snac: Snac) -> None:
-    # Orpheus: token = 128266 + place * 4096 + code; codebook 0 at place 0, codebook 1 at 1 and 4, codebook 2 at the rest
+    # Orpheus: token = 128266 + place * 4096 + code; codebook 0 at place 0, codebook 1 at 1 and 4, codebook 2 elsewhere
     assert frame_order((4, 2, 1)) == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (2, 2), (2, 3)]
     assert [snac.layout.offset(place) for place in range(7)] == [0, 4096, 8192, 12288, 16384, 20480, 24576]
     assert snac.layout.tokens == 28_672
@@ -113,7 +114,9 @@ def test_each_code_of_snac_sounds_in_its_own_stretch() -> None:
     step = codec.frame_samples // 4
     centre = 20 * codec.frame_samples + 3 * step
     reach = codec.model.config.decoder_reach * step
-    assert len(where) and centre - reach <= where.min() <= centre + step and where.max() < centre + step + reach
+    assert len(where)
+    assert centre - reach <= where.min() <= centre + step
+    assert where.max() < centre + step + reach
 
 
 @pytest.mark.parametrize("sizes", [(1,), (3, 0, 5)])
@@ -199,7 +202,8 @@ def test_damaged_snac_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         save_snac(folder, config, tensors)
         with pytest.raises(CodecError, match=message) as caught:
             load_codec("snac", folder)
-        assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert str(folder) in str(caught.value)
     save_snac(tmp_path / "evil", SMALL, {"weight": Evil()}, pickled=True)
     with pytest.raises(CodecError, match="holds no plain tensors"):
         load_codec("snac", tmp_path / "evil")
@@ -245,7 +249,7 @@ def test_mimi_from_a_folder(mimi: Mimi, tmp_path: Path) -> None:
         load_codec("mimi", folder)
     assert "\n" not in str(caught.value)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CodecError, match="has no model.safetensors"):
+    with pytest.raises(CodecError, match=r"has no model\.safetensors"):
         load_codec("mimi", folder)
 
 
@@ -275,17 +279,17 @@ class Loud:
     def load(cls, folder: Path, device: Any = "cpu") -> Loud:
         return cls()
 
-    def encode(self, samples: np.ndarray) -> np.ndarray:
+    def encode(self, samples: np.ndarray) -> Any:
         return (np.sign(samples) + 1).astype(np.int64)[:, None]
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
+    def decode(self, codes: np.ndarray) -> Any:
         return codes[:, 0].astype(np.float32) - 1
 
 
 def test_a_third_partys_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ft_core.plugins import CodecSpec
 
-    module = type(pytest)("their_codec")
+    module: Any = type(pytest)("their_codec")
     module.LOUD = CodecSpec(name="loud", summary="as loud as can be", codec="their_codec:Loud")
     module.GONE = CodecSpec(name="gone", summary="of a class that is not there", codec="their_codec:Gone")
     module.Loud = Loud
@@ -294,7 +298,7 @@ def test_a_third_partys_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ft_core.plugins.registry", lambda: Registry(points))
     codec = load_codec("loud", tmp_path)
     assert codec.decode(codec.encode(np.array([0.3, -0.2, 0.0]))).tolist() == [1, -1, 0]
-    with pytest.raises(PluginError, match="'gone'.*fails to import"):
+    with pytest.raises(PluginError, match=r"'gone'.*fails to import"):
         load_codec("gone", tmp_path)
     with pytest.raises(PluginError, match="did you mean 'loud'"):
         load_codec("lout", tmp_path)
@@ -303,7 +307,7 @@ def test_a_third_partys_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CodecError, match="no codec folder"):
         load_codec("snac", tmp_path / "nothing")
-    with pytest.raises(CodecError, match="no codec folder ./nothing/at/all"):
+    with pytest.raises(CodecError, match=r"no codec folder \./nothing/at/all"):
         load_codec("snac", "./nothing/at/all")
     (tmp_path / "file").write_text("")
     with pytest.raises(CodecError, match="is a file"):

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from ft_speech.codecs.vocoder import Vocoder
 
 __all__ = ["Mel", "MelStream"]
 
-Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
 
 RANGES: dict[str, tuple[type, float, float]] = {
     "sample_rate": (int, 8_000, 192_000),
@@ -174,7 +174,7 @@ class Mel:
         width = stack * (analysis.bands + 2)
         books = []
         for place in range(len(weights)):
-            book = weights.get(f"codebooks.{place}")
+            book: Any = weights.get(f"codebooks.{place}")
             good = book is not None and book.ndim == 2 and book.shape[1] == width and book.is_floating_point()
             if not good or not book.isfinite().all():
                 raise CodecError(
@@ -208,7 +208,7 @@ class Mel:
 
 
 class MelStream:
-    """Decodes frames as they come: each push gives all samples but those of the last hop and a half. See :class:`Mel`."""
+    """Decodes frames as they come, giving all samples but those of the last hop and a half; see :class:`Mel`."""
 
     def __init__(self, codec: Mel) -> None:
         self._codec, self._vocoder = codec, Vocoder(codec.analysis)
@@ -228,7 +228,7 @@ def _analysis(config: dict[str, Any], folder: Path) -> tuple[Analysis, int]:
     """
     values = {}
     for key, (kind, least, most) in RANGES.items():
-        value = config.get(key)
+        value: Any = config.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole or (kind is float and isinstance(value, float))) or not least <= value <= most:
             raise CodecError(

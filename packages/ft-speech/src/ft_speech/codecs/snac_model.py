@@ -120,8 +120,9 @@ class Snake(nn.Module):
         return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
 
 
-def _conv(*sizes: int, **options: Any) -> nn.Module:
-    return weight_norm(nn.Conv1d(*sizes, **options))
+def _conv(before: int, after: int, **options: Any) -> nn.Module:
+    conv: nn.Module = weight_norm(nn.Conv1d(before, after, **options))
+    return conv
 
 
 class ResidualUnit(nn.Module):
@@ -136,7 +137,8 @@ class ResidualUnit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x)
+        out: Tensor = x + self.block(x)
+        return out
 
 
 class EncoderBlock(nn.Module):
@@ -174,7 +176,8 @@ class NoiseBlock(nn.Module):
         self.linear = _conv(channels, channels, kernel_size=1, bias=False)
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        return x + noise * self.linear(x)
+        out: Tensor = x + noise * self.linear(x)
+        return out
 
 
 class DecoderBlock(nn.Module):
@@ -231,7 +234,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Looks up the code nearest by angle in a narrow projection (factorized codes: Yu et al. 2021, arXiv:2110.04627)."""
+    """Looks up the code nearest by angle in a narrow projection (Yu et al. 2021, arXiv:2110.04627)."""
 
     def __init__(self, config: SnacConfig, stride: int) -> None:
         super().__init__()
@@ -252,7 +255,7 @@ class Quantizer(nn.Module):
 class Quantizers(nn.Module):
     def __init__(self, config: SnacConfig) -> None:
         super().__init__()
-        self.quantizers = nn.ModuleList(Quantizer(config, stride) for stride in config.vq_strides)
+        self.quantizers: Any = nn.ModuleList(Quantizer(config, stride) for stride in config.vq_strides)
 
     def codes(self, latent: Tensor) -> list[Tensor]:
         found = []

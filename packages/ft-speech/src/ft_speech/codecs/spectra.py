@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["Analysis", "band_centres", "band_weights", "heard"]
 
-Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
 
 FLOOR = 1e-7
 """The power of a band, full scale being 1, below which all is silence (-70 dB)."""
@@ -94,7 +94,7 @@ def heard(samples: Floats, analysis: Analysis) -> tuple[Floats, Floats, Floats]:
         The natural logarithm of each band's power, white noise of variance v having v in each, ``[hops, bands]``;
         the pitch in Hz, interpolated where nothing is voiced, ``[hops]``; and how voiced it is, 0 to 1, ``[hops]``.
     """
-    window = np.hanning(analysis.window + 2)[1:-1].astype(np.float32)
+    window: Floats = np.hanning(analysis.window + 2)[1:-1].astype(np.float32)
     frames = _frames(samples, analysis.hop, analysis.window) * window
     power = np.abs(np.fft.rfft(frames, analysis.fft)) ** 2 / (window**2).sum()
     bands = np.log(power.astype(np.float32) @ band_weights(analysis).T + FLOOR)
