@@ -84,6 +84,27 @@ EXPECTED = {
     "ft_speech.whisper.training": ["trainer"],
     "ft_speech.whisper.transcribing": ["WhisperRecogniser"],
     "ft_speech.whisper.vocabulary": ["ENGLISH_ONLY", "Vocabulary", "language_code", "vocabulary_of"],
+    "ft_speech.codecs": [
+        "Codec",
+        "CodecError",
+        "Layout",
+        "StreamDecoder",
+        "codec_class",
+        "find_codec",
+        "load_codec",
+    ],
+    "ft_speech.codecs.checking": ["as_codes", "as_samples", "whole_frames"],
+    "ft_speech.codecs.errors": ["CodecError"],
+    "ft_speech.codecs.kmeans": ["kmeans", "nearest", "residual_codebooks", "residual_codes"],
+    "ft_speech.codecs.loading": ["codec_class", "find_codec", "load_codec", "read_config", "read_weights"],
+    "ft_speech.codecs.mel": ["Mel", "MelStream"],
+    "ft_speech.codecs.mimi": ["Mimi", "MimiStream"],
+    "ft_speech.codecs.protocol": ["Codec", "Layout", "StreamDecoder"],
+    "ft_speech.codecs.snac": ["Snac", "SnacStream", "frame_order"],
+    "ft_speech.codecs.snac_model": ["SnacConfig", "SnacModel", "seeded_noise"],
+    "ft_speech.codecs.spectra": ["Analysis", "band_centres", "band_weights", "heard"],
+    "ft_speech.codecs.vocoder": ["Vocoder"],
+    "ft_speech.plugin": ["MEL", "MIMI", "QWEN3_ASR", "SNAC", "SPEAK", "STT", "TRANSCRIBE", "TTS"],
 }
 
 

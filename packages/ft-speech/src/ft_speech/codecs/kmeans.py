@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["kmeans", "nearest", "residual_codebooks", "residual_codes"]
 
-Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
 
 _BLOCK = 1 << 22  # distances that are held at once
 
@@ -37,7 +39,7 @@ def kmeans(points: Floats, count: int, *, rounds: int = 20, seed: int = 0) -> Fl
     """
     random = np.random.default_rng(seed)
     centres = points[np.sort(random.choice(len(points), count, replace=False))].copy()
-    assigned = np.full(len(points), -1, np.int64)
+    assigned: npt.NDArray[np.int64] = np.full(len(points), -1, np.int64)
     for _ in range(rounds):
         before, assigned = assigned, nearest(points, centres)
         if np.array_equal(before, assigned):
@@ -70,7 +72,7 @@ def residual_codebooks(points: Floats, sizes: tuple[int, ...], *, rounds: int = 
 
 def residual_codes(points: Floats, books: list[Floats]) -> npt.NDArray[np.int64]:
     """The codes of points, one codebook after the other: ``[points, codebooks]``."""
-    codes = np.zeros((len(points), len(books)), np.int64)
+    codes: npt.NDArray[np.int64] = np.zeros((len(points), len(books)), np.int64)
     for place, book in enumerate(books):
         codes[:, place] = nearest(points, book)
         points = points - book[codes[:, place]]

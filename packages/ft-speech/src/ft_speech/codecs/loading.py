@@ -124,9 +124,10 @@ def read_weights(folder: Path, name: str) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(safe)
+            found: dict[str, Any] = load_file(safe)
         except (SafetensorError, OSError) as error:
             raise CodecError(f"{name} codec {folder}: {safe.name} is damaged ({error}): fetch it again") from None
+        return found
     if not pickled.is_file():
         raise CodecError(f"{name} codec {folder}: it has neither {safe.name} nor {pickled.name}")
     import torch

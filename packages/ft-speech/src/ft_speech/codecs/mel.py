@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from ft_speech.codecs.vocoder import Vocoder
 
 __all__ = ["Mel", "MelStream"]
 
-Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
 
 RANGES: dict[str, tuple[type, float, float]] = {
     "sample_rate": (int, 8_000, 192_000),
@@ -42,18 +42,14 @@ RANGES: dict[str, tuple[type, float, float]] = {
     "bands": (int, 4, 128),
     "lowest_pitch": (float, 20, 1_000),
     "highest_pitch": (float, 40, 4_000),
+    "pitch_weight": (float, 0.01, 1_000),
+    "voicing_weight": (float, 0.01, 1_000),
     "stack": (int, 1, 64),
 }
 """What a configuration's numbers may be."""
 
-PITCH_WEIGHT = 6.0
-"""How much an octave of pitch counts beside a neper of a band's power, for a hop whose bands count 1 each."""
-
 VERSION = 1
 """Of what :meth:`Mel.save` writes, and of how it is analysed and synthesised: codes mean something to one of them."""
-
-VOICING_WEIGHT = 6.0
-"""As much for a hop that is voiced rather than not."""
 
 
 class Mel:
@@ -63,7 +59,7 @@ class Mel:
     residual vector quantization: place 0 is the nearest vector of the first codebook, place 1 the nearest of the
     second one to what that leaves, and so on. Decoding adds the vectors up and hands them to the :class:`Vocoder`.
 
-    The streaming decoder is the whole one: it gives the same samples bit for bit, one hop late.
+    The streaming decoder is the whole one: it gives the same samples bit for bit, a hop and a half late.
 
     Attributes:
         analysis: how audio is analysed.
@@ -178,7 +174,7 @@ class Mel:
         width = stack * (analysis.bands + 2)
         books = []
         for place in range(len(weights)):
-            book = weights.get(f"codebooks.{place}")
+            book: Any = weights.get(f"codebooks.{place}")
             good = book is not None and book.ndim == 2 and book.shape[1] == width and book.is_floating_point()
             if not good or not book.isfinite().all():
                 raise CodecError(
@@ -195,7 +191,9 @@ class Mel:
         if not len(samples):
             return np.zeros((0, self.stack * (self.analysis.bands + 2)), np.float32)
         bands, pitch, voicing = heard(samples, self.analysis)
-        hops = np.column_stack([bands, PITCH_WEIGHT * np.log2(pitch), VOICING_WEIGHT * voicing])
+        hops = np.column_stack(
+            [bands, self.analysis.pitch_weight * np.log2(pitch), self.analysis.voicing_weight * voicing]
+        )
         return hops.reshape(len(samples) // self.frame_samples, -1).astype(np.float32)
 
     def _hops(self, codes: Codes) -> tuple[Floats, Floats, Floats]:
@@ -204,13 +202,13 @@ class Mel:
         for place, book in enumerate(self.books):
             total += book[codes[:, place]]
         hops = total.reshape(-1, self.analysis.bands + 2)
-        pitch = 2 ** (hops[:, -2] / PITCH_WEIGHT)
+        pitch = 2 ** (hops[:, -2] / self.analysis.pitch_weight)
         pitch = np.clip(pitch, self.analysis.lowest_pitch, self.analysis.highest_pitch)
-        return hops[:, :-2], pitch, np.clip(hops[:, -1] / VOICING_WEIGHT, 0, 1)
+        return hops[:, :-2], pitch, np.clip(hops[:, -1] / self.analysis.voicing_weight, 0, 1)
 
 
 class MelStream:
-    """Decodes frames as they come: each push gives all samples but those of the last hop. See :class:`Mel`."""
+    """Decodes frames as they come, giving all samples but those of the last hop and a half; see :class:`Mel`."""
 
     def __init__(self, codec: Mel) -> None:
         self._codec, self._vocoder = codec, Vocoder(codec.analysis)
@@ -230,7 +228,7 @@ def _analysis(config: dict[str, Any], folder: Path) -> tuple[Analysis, int]:
     """
     values = {}
     for key, (kind, least, most) in RANGES.items():
-        value = config.get(key)
+        value: Any = config.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole or (kind is float and isinstance(value, float))) or not least <= value <= most:
             raise CodecError(

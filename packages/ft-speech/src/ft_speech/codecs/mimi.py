@@ -5,7 +5,6 @@ A. Défossez et al., "Moshi: a speech-text foundation model for real-time dialog
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -159,10 +158,11 @@ class MimiStream:
 
 def _reach(config: Any) -> int:
     """Steps before its own that a sample of the decoder's convolutions depends on, rounded up."""
-    reach, length = float(config.kernel_size - 1), 1
+    length = 1
+    reach: float = config.kernel_size - 1
     for ratio in config.upsampling_ratios:
         reach += 1 / length  # a transposed convolution of two strides' width, cut at the right
         length *= ratio
         dilations = sum(config.dilation_growth_rate**layer for layer in range(config.num_residual_layers))
         reach += dilations * (config.residual_kernel_size - 1) / length
-    return math.ceil(reach + (config.last_kernel_size - 1) / length)
+    return int(np.ceil(reach + (config.last_kernel_size - 1) / length))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -44,7 +45,7 @@ class Snac:
         self.model = model.to(device).eval().requires_grad_(False)
         for module in model.modules():
             if parametrize.is_parametrized(module, "weight"):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         self.device = torch.device(device)
         self.order = frame_order(config.vq_strides)
         self.steps = config.vq_strides[0]
@@ -110,7 +111,7 @@ class SnacStream:
 
     def __init__(self, codec: Snac) -> None:
         self._codec = codec
-        self._codes = np.zeros((0, len(codec.order)), np.int64)  # the context and what is not given yet
+        self._codes: Codes = np.zeros((0, len(codec.order)), np.int64)  # the context and what is not given yet
         self._first = 0  # the number of the first of them
         self._given = 0  # frames given
 
@@ -165,14 +166,14 @@ def _config(values: dict[str, Any], folder: Path) -> SnacConfig:
         )
     given: dict[str, Any] = {}
     for field in fields(SnacConfig):
-        value = values.get(field.name)
+        value: Any = values.get(field.name)
         if value is None and field.name == "latent_dim":
             continue
         many, yes = field.name.endswith(("rates", "strides")), field.name in ("noise", "depthwise")
         if yes:
             good = isinstance(value, bool)
         else:
-            numbers = value if many else [value]
+            numbers: Any = value if many else [value]
             good = isinstance(numbers, list) and 0 < len(numbers) <= 16
             good = good and all(type(n) is int and 0 < n <= 1 << 20 for n in numbers)
         if not good:
@@ -181,7 +182,7 @@ def _config(values: dict[str, Any], folder: Path) -> SnacConfig:
         given[field.name] = tuple(value) if many else value
     config = SnacConfig(**given)
     strides = config.vq_strides
-    if strides[-1] != 1 or any(a % b for a, b in zip(strides, strides[1:], strict=False)):
+    if strides[-1] != 1 or any(a % b for a, b in pairwise(strides)):
         raise CodecError(f"{where}: vq_strides are {list(strides)}; each is a multiple of the next, the last is 1")
     if math.prod(config.decoder_rates) != config.hop or config.decoder_dim >> len(config.decoder_rates) < 1:
         raise CodecError(f"{where}: the decoder's rates and channels do not fit the encoder's")

@@ -120,8 +120,9 @@ class Snake(nn.Module):
         return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
 
 
-def _conv(*sizes: int, **options: Any) -> nn.Module:
-    return weight_norm(nn.Conv1d(*sizes, **options))
+def _conv(before: int, after: int, **options: Any) -> nn.Module:
+    conv: nn.Module = weight_norm(nn.Conv1d(before, after, **options))
+    return conv
 
 
 class ResidualUnit(nn.Module):
@@ -136,7 +137,8 @@ class ResidualUnit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x)
+        out: Tensor = x + self.block(x)
+        return out
 
 
 class EncoderBlock(nn.Module):
@@ -174,7 +176,8 @@ class NoiseBlock(nn.Module):
         self.linear = _conv(channels, channels, kernel_size=1, bias=False)
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        return x + noise * self.linear(x)
+        out: Tensor = x + noise * self.linear(x)
+        return out
 
 
 class DecoderBlock(nn.Module):
@@ -185,7 +188,12 @@ class DecoderBlock(nn.Module):
         self.step = math.prod(config.decoder_rates[: place + 1])  # samples of this block for each latent step
         groups = channels if config.depthwise else 1
         up = nn.ConvTranspose1d(
-            before, channels, kernel_size=2 * stride, stride=stride, padding=math.ceil(stride / 2), output_padding=stride % 2
+            before,
+            channels,
+            kernel_size=2 * stride,
+            stride=stride,
+            padding=math.ceil(stride / 2),
+            output_padding=stride % 2,
         )
         self.block = nn.Sequential(
             Snake(before),
@@ -226,7 +234,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Looks up the code nearest by angle in a narrow projection (factorized codes: Yu et al. 2021, arXiv:2110.04627)."""
+    """Looks up the code nearest by angle in a narrow projection (Yu et al. 2021, arXiv:2110.04627)."""
 
     def __init__(self, config: SnacConfig, stride: int) -> None:
         super().__init__()
@@ -247,7 +255,7 @@ class Quantizer(nn.Module):
 class Quantizers(nn.Module):
     def __init__(self, config: SnacConfig) -> None:
         super().__init__()
-        self.quantizers = nn.ModuleList(Quantizer(config, stride) for stride in config.vq_strides)
+        self.quantizers: Any = nn.ModuleList(Quantizer(config, stride) for stride in config.vq_strides)
 
     def codes(self, latent: Tensor) -> list[Tensor]:
         found = []
@@ -257,4 +265,6 @@ class Quantizers(nn.Module):
         return found
 
     def latent(self, codes: list[Tensor]) -> Tensor:
-        return torch.stack([quantizer.latent(c) for quantizer, c in zip(self.quantizers, codes, strict=True)]).sum(dim=0)
+        return torch.stack([quantizer.latent(c) for quantizer, c in zip(self.quantizers, codes, strict=True)]).sum(
+            dim=0
+        )

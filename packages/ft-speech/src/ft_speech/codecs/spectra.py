@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["Analysis", "band_centres", "band_weights", "heard"]
 
-Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
 
 FLOOR = 1e-7
 """The power of a band, full scale being 1, below which all is silence (-70 dB)."""
@@ -27,6 +28,8 @@ class Analysis:
         window: samples that an analysis of the envelope looks at.
         bands: how many bands the envelope has.
         lowest_pitch, highest_pitch: in Hz, of the voices.
+        pitch_weight: how much an octave of pitch counts in the choice of a code, for a neper of one band's power.
+        voicing_weight: how much it counts that a hop is voiced rather than not.
     """
 
     sample_rate: int = 16_000
@@ -35,6 +38,8 @@ class Analysis:
     bands: int = 40
     lowest_pitch: float = 60.0
     highest_pitch: float = 400.0
+    pitch_weight: float = 12.0
+    voicing_weight: float = 6.0
 
     @property
     def fft(self) -> int:
@@ -89,7 +94,7 @@ def heard(samples: Floats, analysis: Analysis) -> tuple[Floats, Floats, Floats]:
         The natural logarithm of each band's power, white noise of variance v having v in each, ``[hops, bands]``;
         the pitch in Hz, interpolated where nothing is voiced, ``[hops]``; and how voiced it is, 0 to 1, ``[hops]``.
     """
-    window = np.hanning(analysis.window + 2)[1:-1].astype(np.float32)
+    window: Floats = np.hanning(analysis.window + 2)[1:-1].astype(np.float32)
     frames = _frames(samples, analysis.hop, analysis.window) * window
     power = np.abs(np.fft.rfft(frames, analysis.fft)) ** 2 / (window**2).sum()
     bands = np.log(power.astype(np.float32) @ band_weights(analysis).T + FLOOR)
@@ -114,10 +119,11 @@ def _pitch(samples: Floats, analysis: Analysis) -> tuple[Floats, Floats]:
     frames = _frames(samples, analysis.hop, length).astype(np.float64)
     frames = (frames - frames.mean(axis=1, keepdims=True)) * window
 
-    def autocorrelation(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.fft.irfft(np.abs(np.fft.rfft(x, fft)) ** 2)[..., : longest + 2]
+    def autocorrelation(x: npt.NDArray[np.float64], weights: npt.NDArray[np.float64] | float = 1) -> Any:
+        return np.fft.irfft(weights * np.abs(np.fft.rfft(x, fft)) ** 2)[..., : longest + 2]
 
-    own = autocorrelation(frames)
+    # Above 2 kHz a period that is no whole number of samples would be likest to its multiple that is one.
+    own = autocorrelation(frames, 1 / (1 + (np.fft.rfftfreq(fft, 1 / rate) / 2_000) ** 8))
     energy = own[:, :1] + 1e-9 * length
     likeness = own / energy / (autocorrelation(window) / (window**2).sum())
     lags = np.arange(shortest, longest + 1)

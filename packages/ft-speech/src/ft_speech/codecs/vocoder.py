@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,8 +11,8 @@ from ft_speech.codecs.spectra import Analysis, band_centres
 
 __all__ = ["Vocoder"]
 
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float32]
+Doubles: TypeAlias = npt.NDArray[np.float64]
 
 
 class Vocoder:
@@ -22,7 +24,7 @@ class Vocoder:
     phase by the real cepstrum: Oppenheim and Schafer 1975). The phase of the harmonics goes on from hop to hop, so
     there is none to be searched for as in the algorithm of Griffin and Lim (1984).
 
-    A sample is settled once the hop after its own is known.
+    A sample is settled once the middle of a hop that lies a hop or more after it is known.
     """
 
     def __init__(self, analysis: Analysis) -> None:
@@ -76,8 +78,8 @@ class Vocoder:
     def _stretch(self, pitch: float, voicing: float) -> Doubles:
         """Add the last hop's stretch, now that the source up to the next hop's middle is known; what it settles."""
         assert self._last is not None
-        bands, *before = self._last
-        source = self._segment(*before, pitch, voicing)
+        bands, last_pitch, last_voicing = self._last
+        source = self._segment(last_pitch, last_voicing, pitch, voicing)
         stretch = np.concatenate([self._source, source]) * self._window
         self._open += np.fft.irfft(np.fft.rfft(stretch, self._fft) * self._filter(bands))
         settled, self._open = self._open[: self._hop], np.pad(self._open[self._hop :], (0, self._hop))
