@@ -112,9 +112,7 @@ def test_an_adapter_is_trained_and_transformers_speaks_with_it(
     assert len(audio[0]) % 1920 == 0
     assert len(audio[0])
 
-    code, out, err = ft(
-        "speak", "one", "--model", run, "--voice", "bob", "--out", tmp_path / "a.wav", "--max-seconds", 1
-    )
+    code, _, err = ft("speak", "one", "--model", run, "--voice", "bob", "--out", tmp_path / "a.wav", "--max-seconds", 1)
     assert code == 0, err
     spoken, rate = soundfile.read(tmp_path / "a.wav")
     assert rate == 24_000

@@ -28,8 +28,9 @@ def make(folder: Path) -> Path:
     )
     layers: dict[str, Any] = {"num_hidden_layers": 2, "num_key_value_heads": 1, "num_attention_heads": 2}
     codec = t.MimiConfig(
-        sampling_rate=24_000, hidden_size=16, num_filters=4, codebook_size=CODES, codebook_dim=8, num_quantizers=CODEBOOKS,
-        vector_quantization_hidden_dimension=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        sampling_rate=24_000, hidden_size=16, num_filters=4, codebook_size=CODES, codebook_dim=8,
+        num_quantizers=CODEBOOKS, vector_quantization_hidden_dimension=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
         head_dim=8, intermediate_size=16, upsample_groups=16, use_cache=False,
     )  # fmt: skip
     depth = t.CsmDepthDecoderConfig(

@@ -24,7 +24,20 @@ from ft_speech.csm.turns import number_speakers, read_speakers, speaker_of, text
 if TYPE_CHECKING:
     from ft_core.training import Job
 
-__all__ = ["CODES", "END", "HEARD", "KINDS", "SPOKEN", "TEXT", "Document", "Documents", "dataset", "join", "make", "turn"]
+__all__ = [
+    "CODES",
+    "END",
+    "HEARD",
+    "KINDS",
+    "SPOKEN",
+    "TEXT",
+    "Document",
+    "Documents",
+    "dataset",
+    "join",
+    "make",
+    "turn",
+]
 
 CODES = "codes"
 """The column with the codes of a row's frames, one frame after the other."""

@@ -1,7 +1,7 @@
 """Rows of texts and how they are spoken, in one normal form.
 
 ``{"text": …, "audio": reference}`` (:mod:`ft_speech.references`), and, where a row has them, ``voice`` (whose voice it
-is) and ``style`` (how it is said), both text, and ``context``, a list of such rows: the turns before, which a CSM hears.
+is) and ``style`` (how it is said), both text, and ``context``, such rows: the turns before, which a CSM hears.
 """
 
 from __future__ import annotations
