@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 
 SPECIAL = [
-    "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|zh|>", "<|translate|>", "<|transcribe|>",
+    "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|de|>", "<|translate|>", "<|transcribe|>",
     "<|startoflm|>", "<|startofprev|>", "<|nocaptions|>", "<|notimestamps|>",
 ]  # fmt: skip
 TIMES = [f"<|{number * 0.02:.2f}|>" for number in range(1501)]

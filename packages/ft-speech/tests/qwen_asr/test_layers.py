@@ -128,9 +128,13 @@ def test_losses_and_gradients_are_those_of_transformers_layers(
     assert all(plain[form][1][name].any() for form in forms for name in names if "multi_modal_projector" in name)
 
 
-def test_a_language_side_with_a_sliding_window_too(tiny: Any) -> None:
-    window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
-    made = make("all", tiny, **window)
+@pytest.mark.parametrize(
+    "form",
+    [{"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, {"tied": True}],
+    ids=["a sliding window", "a tied head, as the released ones have"],
+)
+def test_other_language_sides_too(form: Any, tiny: Any) -> None:
+    made = make("all", tiny, **form)
     batch = made.batch(made.documents[:2])
     plain = step(made.model, batch)
     fast.enable(made.model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +211,45 @@ def test_a_text_that_is_cut_off_is_said(ft: Any, plain: Path, recordings: Path) 
         f"{recordings}/a.wav: 1 of its windows have text that was cut off after 6 tokens (--max-new-tokens)"
         in found.err
     )
+
+
+def test_the_readme_runs(
+    ft: Any, timed: Path, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The section's commands and its example, with other models and recordings under the names that it uses."""
+    monkeypatch.chdir(tmp_path)
+    for bad in ("damaged.wav", "empty.mp3"):
+        (recordings / bad).unlink()
+    soundfile.write("talk.mp3", soundfile.read(recordings / "a.wav")[0], RATE)
+    shutil.copytree(timed, "runs/names")
+    section = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").partition("## Writing down")[2]
+    (commands,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    for line in commands.splitlines():
+        words = shlex.split(line.partition("#")[0])
+        assert words[0] == "ft"
+        found = ft(*(str(timed) if word == "openai/whisper-base" else word for word in words[1:]))
+        assert found.code == 0, (line, found.err)
+    assert files(tmp_path / "subtitles") == ["a.srt", "more/b.srt"]
+    (example,) = re.findall(r"```py\n(.*?)```", section, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})  # noqa: S102
+    assert "de Hallo, Welt." in capsys.readouterr().out
+    assert set(re.findall(r"`(--[a-z-]+)`", section)) >= {
+        option for option in re.findall(r"--[a-z-]+", ft("transcribe", "--help").out) if option != "--help"
+    }
+
+
+def test_what_was_written_down_can_be_trained_on(ft: Any, timed: Path, recordings: Path, tmp_path: Path) -> None:
+    rows = pytest.importorskip("ft_speech.listening.rows")
+    ft("transcribe", timed, recordings, "--out", tmp_path / "said.jsonl")
+    from ft_core.data.formats import FORMATS
+
+    for line in (tmp_path / "said.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        normal = rows.normalise(rows.as_transcription(row), FORMATS["text"], tmp_path)
+        assert {key: normal[key] for key in ("audio", "text", "language", "task")} == {
+            key: row[key] for key in ("audio", "text", "language", "task")
+        }
+        assert [dict(one) for one in normal["segments"]] == row["segments"]
 
 
 def trained(ft: Any, tiny: Path, recordings: Path, folder: Path, **changes: Any) -> Path:

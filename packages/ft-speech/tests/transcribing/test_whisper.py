@@ -69,6 +69,8 @@ def test_in_one_pass_the_last_timestamp_says_where_the_next_window_begins(parrot
     assert starts == pytest.approx([0.0, 1.2, 2.4, 3.6, 4.8])
     assert found[0].segments[-1].end <= 5.0
     assert sum(heard) == pytest.approx(6.0)
+    silent = np.zeros(5 * RATE, np.float32)
+    assert hear.transcribe([silent], long_form="sequential")[0].text == ""
     # Times are written for it, and left out where nobody asked.
     (plain,) = hear.transcribe([noise(5.0)], long_form="sequential")
     assert (plain.text, plain.segments) == ("Ja. Ja. Ja. Ja. Ja.", ())
@@ -137,6 +139,8 @@ def test_what_the_model_cannot_do_is_refused(parrot: Any) -> None:
         ({"max_new_tokens": 61}, "(allowed: 1 to 60, the positions of"),
         ({"max_new_tokens": 60}, None),
         ({"prompt": "long " * 20}, "shorten it"),
+        ({"prompt": "Emil <|translate|>"}, "prompt: <|translate|> is a token by which"),
+        ({"prompt": "Emil <|1.00|>"}, "prompt: <|1.00|> is a token"),
     ):
         if said is None:
             check(**{**plain, **change})

@@ -51,12 +51,13 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.planning import card_here, find_card, plan, ways, with_memory
     from ft_core.planning.blueprint import find_outline
     from ft_core.planning.show import table
+    from ft_core.training.modality import with_task
 
     elsewhere = args.gpu is not None
     taken: list[str] = []
     named = find_card(args.gpu, memory, say=taken.append) if elsewhere else None  # before a model is looked for
     source = find_outline(config)
-    config = fit_to_model(config, source, say=console.say)
+    config = fit_to_model(with_task(config, source), source, say=console.say)
     for said in taken:  # not beside a mistake, which is one line
         console.say(said)
     card = named or card_here()

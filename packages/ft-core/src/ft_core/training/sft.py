@@ -94,7 +94,10 @@ def build(job: Job) -> Trainer:
             return loss
 
     check_head(job.model)
-    dataset, collator = of_modality(job.config, "dataset") or _dataset, of_modality(job.config, "collator") or text_collator
+    dataset, collator = (
+        of_modality(job.config, "dataset") or _dataset,
+        of_modality(job.config, "collator") or text_collator,
+    )
     collate = collator(job)
     train = dataset(job, job.train_rows, "train")
     held_out = dataset(job, job.eval_rows, "held_out") if job.eval_rows else None

@@ -122,7 +122,7 @@ def check_decoding(
     progress(0, 0, "loading the model in fp32")
     exact = load_model(model, torch.float32)
     config = exact.config
-    prompt = _prompt(tokenizer, config)
+    prompt = _prompt(tokenizer, config, model)
     forbidden = _forbidden(model)
     rows = read_rows(held_out, SOUNDS)
     runs = _written(folder, model, rows, prompt, config, type, progress)
@@ -186,21 +186,24 @@ def _written(
     return runs
 
 
-def _prompt(tokenizer: Any, config: Any) -> list[int]:
+def _prompt(tokenizer: Any, config: Any, model: Path) -> list[int]:
     """The tokens before a text: the start, English and transcribing where the model has languages, and no times."""
-    start = tokenizer.convert_ids_to_tokens(config.decoder_start_token_id)
     vocabulary = tokenizer.get_vocab()
-    names = [start, "<|en|>", "<|transcribe|>"] if "<|en|>" in vocabulary else [start]
-    ids = [vocabulary[name] for name in (*names, "<|notimestamps|>") if name in vocabulary]
-    return [int(token) for token in ids]
+    names = [tokenizer.convert_ids_to_tokens(config.decoder_start_token_id)]
+    names += ["<|en|>", "<|transcribe|>"] if _generation(model).get("is_multilingual", True) else []
+    return [int(vocabulary[name]) for name in (*names, "<|notimestamps|>") if name in vocabulary]
 
 
 def _forbidden(model: Path) -> tuple[set[int], set[int]]:
     """What may not be said anywhere, and at the beginning, as the model's generation configuration has it."""
-    path = model / "generation_config.json"
-    said = read_json(path) if path.is_file() else {}
+    said = _generation(model)
     always = {int(token) for token in said.get("suppress_tokens") or []}
     return always, always | {int(token) for token in said.get("begin_suppress_tokens") or []}
+
+
+def _generation(model: Path) -> dict[str, Any]:
+    path = model / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _check_forbidden(run: _Run, forbidden: tuple[set[int], set[int]], number: int) -> None:

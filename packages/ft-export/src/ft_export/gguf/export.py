@@ -148,7 +148,7 @@ def export(
             tokenizer = load_tokenizer(model)
             found = check_in_llama_cpp(
                 made, lambda: load_model(model, torch.float32), tokenizer, stop_tokens(tokenizer, model),
-                source.held_out, type, made.kinds, lines, more=_spoken(source, tokenizer), **eyes,
+                source.held_out, type, made.kinds, lines, **eyes, **_spoken(source, tokenizer),
             )  # fmt: skip
         if sight is not None:
             by["mmproj"] = {
@@ -168,12 +168,12 @@ def export(
     return Exported(file, proof, tuple(lines), serve_by)
 
 
-def _spoken(source: Source, tokenizer: Any) -> list[str]:
+def _spoken(source: Source, tokenizer: Any) -> dict[str, Any]:
     """Tokens of the vocabulary's later half as a text, where the model speaks: no row has a codec's tokens in it."""
     if source.task != "tts":
-        return []
+        return {}
     size = len(tokenizer)
-    return [tokenizer.decode(list(range(size // 2, size, max(1, size // 256))))]
+    return {"more": [tokenizer.decode(list(range(size // 2, size, max(1, size // 256))))]}
 
 
 def _beside(file: Path) -> Path:

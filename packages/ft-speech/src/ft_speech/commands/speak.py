@@ -28,7 +28,9 @@ PAUSE = 0.25
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", metavar="TEXT", nargs="?", help="what is spoken; - reads it from stdin")
     parser.add_argument("--file", metavar="FILE", help="a text file to speak, line after line")
-    parser.add_argument("--model", metavar="RUN", required=True, help="a run folder, or a model: a folder or a Hub name")
+    parser.add_argument(
+        "--model", metavar="RUN", required=True, help="a run folder, or a model: a folder or a Hub name"
+    )
     parser.add_argument("--out", metavar="FILE", required=True, help=".wav, .flac, .ogg or .mp3; - is stdout")
     parser.add_argument("--voice", help="whose voice, of those that the model was trained on")
     parser.add_argument("--style", help="how it is said, of the styles that the model was trained on")
@@ -80,9 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     began = time.monotonic()
     with ExitStack() as stack:
-        write = stack.enter_context(
-            sink(args.out, speaker.sample_rate, grows=args.stream, raw=args.raw)
-        )
+        write = stack.enter_context(sink(args.out, speaker.sample_rate, grows=args.stream, raw=args.raw))
         samples = _spoken(args, speaker, lines, write, say)
         if not samples:
             raise RunError("the model ended its speech before it began: nothing is written (try another --seed)")
@@ -140,7 +140,11 @@ def _lines(args: argparse.Namespace) -> list[str]:
 
 
 def _spoken(
-    args: argparse.Namespace, speaker: Speaker, lines: list[str], write: Callable[[Any], None], say: Callable[[str], None]
+    args: argparse.Namespace,
+    speaker: Speaker,
+    lines: list[str],
+    write: Callable[[Any], None],
+    say: Callable[[str], None],
 ) -> int:
     """Speak all lines; returns how many samples were written."""
     import numpy as np
@@ -150,7 +154,7 @@ def _spoken(
         before = samples
         for piece in _pieces(args, speaker, line):
             if number and samples == before:
-                pause = np.zeros(round(PAUSE * speaker.sample_rate), np.float32)
+                pause: npt.NDArray[np.float32] = np.zeros(round(PAUSE * speaker.sample_rate), np.float32)
                 write(pause)
                 samples += len(pause)
             write(piece)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ BATCH = 64
 THREADS = 4
 
 Row = Mapping[str, Any]
-Codes = npt.NDArray[np.int16]
+Codes: TypeAlias = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True)

@@ -172,9 +172,7 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
         DataError: as :func:`documents`; or no row is left.
     """
     config, settings, what = job.config, settings_of(job.config), name.replace("_", "-")
-    found = documents(
-        rows, job.processor, settings, max_length=config.max_length, kept=job.kept.setdefault(CODES, {})
-    )
+    found = documents(rows, job.processor, settings, max_length=config.max_length, kept=job.kept.setdefault(CODES, {}))
     job.kept[LEFT_OUT] = {**job.kept.get(LEFT_OUT, {}), name: list(found.bad)}
     for line in found.left_out(what, settings, config.max_length):
         job.say(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ft_core.models.opening import Target
     from ft_speech.codecs.protocol import Codes
 
-    Samples = npt.NDArray[np.float32]
+    Samples: TypeAlias = npt.NDArray[np.float32]
 
 __all__ = ["OrpheusSpeaker", "frames"]
 
@@ -75,9 +75,7 @@ class OrpheusSpeaker:
         stream, waiting = codec.stream(), []
         at_once = max(1, round(PIECE * codec.sample_rate / codec.frame_samples))
         self.cut = True
-        for frame in frames(
-            self.model, processor, words, most=most, temperature=temperature, top_p=top_p, seed=seed
-        ):
+        for frame in frames(self.model, processor, words, most=most, temperature=temperature, top_p=top_p, seed=seed):
             if frame is None:
                 self.cut = False
                 break

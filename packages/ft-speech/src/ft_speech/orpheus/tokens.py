@@ -20,7 +20,7 @@ from ft_core.errors import DataError, ModelError
 if TYPE_CHECKING:
     from ft_speech.codecs.protocol import Codes, Layout
 
-__all__ = ["SpeechTokens", "grow", "is_orpheus", "prompt_text", "speech_tokens", "words_of"]
+__all__ = ["SpeechTokens", "document", "grow", "is_orpheus", "prompt_text", "speech_tokens", "words_of"]
 
 FIRST = 10
 """The number of Orpheus' first token of sound."""
@@ -111,9 +111,7 @@ def speech_tokens(tokenizer: Any, layout: Layout) -> SpeechTokens:
     speech, ended, human, human_ended, ai, ai_ended = own[1:7]
     text_ended = known.get("<|eot_id|>", tokenizer.eos_token_id)
     bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    return SpeechTokens(
-        (human, *bos), (text_ended, human_ended, ai, speech), first, ended, (ai_ended,), layout
-    )
+    return SpeechTokens((human, *bos), (text_ended, human_ended, ai, speech), first, ended, (ai_ended,), layout)
 
 
 def prompt_text(row: Mapping[str, Any], prompt: str | None) -> str:

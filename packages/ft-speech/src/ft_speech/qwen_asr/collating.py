@@ -107,7 +107,8 @@ class AsrCollator:
         import numpy as np
         import torch
 
-        # torch's numbers are those that a checkpoint and a worker's seed bring back
+        # From torch's numbers, which follow the run's seed, in a worker its own. A run that goes on draws others than
+        # one that was never stopped: a batch is made ahead of the step that a checkpoint is of.
         chance = np.random.default_rng(int(torch.randint(2**31, ()).item()))
         samples = vary_samples(_fitting(recording), SAMPLING_RATE, self.augment, chance, speed=False)
         spectrum, mask = self._of(samples)

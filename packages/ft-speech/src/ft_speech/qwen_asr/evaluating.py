@@ -65,9 +65,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     loss = total / tokens.trained_tokens
     asked = _questions(job, renderer)
     said = [parsed(answer).text for answer in answers_to(job, collate, renderer, asked)]
-    samples = [
-        Sample(f"[{audio_name(one.row['audio'])}]", one.expected, text) for one, text in zip(asked, said, strict=True)
-    ]
+    samples = [Sample(_asked(one.row), one.expected, text) for one, text in zip(asked, said, strict=True)]
     metrics: dict[str, float | None] = {}
     if asked:
         also = Normalisation(**job.compared) if job.compared else None
@@ -130,3 +128,12 @@ def answers_to(job: EvaluationJob, collate: AsrCollator, renderer: AsrRenderer, 
         progress=lambda done, total: job.progress(done, total, "answers"),
         inputs=inputs,
     )
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    """What to show a person of a row's recording: its name, and which stretch of it is meant."""
+    name = audio_name(row["audio"]).replace("\\", "/").rpartition("/")[2]
+    start, end = row.get("start"), row.get("end")
+    if start is None and end is None:
+        return f"[{name}]"
+    return f"[{name}] from {start or 0:g} s" + ("" if end is None else f" to {end:g} s")

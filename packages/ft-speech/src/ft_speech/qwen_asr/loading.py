@@ -135,7 +135,7 @@ def _check_known(name: str) -> None:
     if "qwen3_asr" not in CONFIG_MAPPING:
         raise ModelError(
             f"the model {name} is a qwen3_asr, which transformers {transformers.__version__} does not know: "
-            "pip install -U 'transformers>=5.23,<6'"
+            "pip install -U 'transformers>=5.17,<6'"
         )
 
 

@@ -3,6 +3,8 @@ measure for objective speech quality assessment", 1993)."""
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,16 +20,14 @@ TOP = 8_000.0
 FLOOR = 1e-7
 """The power below which all is silence, full scale being 1."""
 
-Floats = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 
-def mel_cepstral_distortion(
-    one: npt.NDArray[np.floating], other: npt.NDArray[np.floating], sample_rate: int
-) -> float:
+def mel_cepstral_distortion(one: npt.NDArray[np.floating], other: npt.NDArray[np.floating], sample_rate: int) -> float:
     """The distortion of one recording against another, in dB, where both are aligned best.
 
-    Of mel cepstra c and c' of two frames it is ``10 / ln 10 * sqrt(2 * sum((c_d - c'_d)^2))`` over d = 1 to 13; here the
-    mean over the frames of the path of :func:`aligned`. Loudness makes no difference.
+    Of mel cepstra c and c' of two frames it is ``10 / ln 10 * sqrt(2 * sum((c_d - c'_d)^2))`` over d = 1 to 13; here
+    the mean over the frames of the path of :func:`aligned`. Loudness makes no difference.
 
     Args:
         one, other: mono, ``[samples]``, full scale -1 to 1.
@@ -47,7 +47,7 @@ def mel_cepstral_distortion(
 
 def mel_cepstra(samples: npt.NDArray[np.floating], sample_rate: int, order: int = ORDER) -> Floats:
     """Mel cepstra ``[frames, order + 1]``: the cosine transform of the natural logarithm of the magnitudes of 40 bands,
-    such that the logarithm at a band b is ``c_0 + 2 * sum(c_d * cos(pi * d * (b + 1/2) / 40))``."""
+    such that the logarithm at band b is ``c_0 + 2 * sum(c_d * cos(pi * d * (b + 1/2) / 40))``."""
     samples = np.asarray(samples, dtype=np.float64)
     if not len(samples):
         return np.zeros((0, order + 1))

@@ -72,13 +72,13 @@ def measured(
         heard = []
         for done, one in enumerate(spoken):
             progress(done, len(spoken), "texts heard")
-            said = recognise(kept[RECOGNISER], [one.samples], sample_rate, settings.language) if len(one.samples) else [""]
+            said = (
+                recognise(kept[RECOGNISER], [one.samples], sample_rate, settings.language) if len(one.samples) else [""]
+            )
             heard.append(said[0].strip())
         progress(len(spoken), len(spoken), "texts heard")
         texts = [str(one.row["text"]) for one in spoken]
         metrics |= word_and_character_errors(heard, texts, settings.language, also=also)
-    distances = [
-        mel_cepstral_distortion(one.samples, one.recorded, sample_rate) for one in spoken if len(one.samples)
-    ]
+    distances = [mel_cepstral_distortion(one.samples, one.recorded, sample_rate) for one in spoken if len(one.samples)]
     metrics["mcd"] = float(np.mean(distances)) if distances else None
     return metrics, heard

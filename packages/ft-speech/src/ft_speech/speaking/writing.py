@@ -27,9 +27,14 @@ ENDLESS = 0xFFFFFFFF
 
 @contextmanager
 def sink(
-    out: str | os.PathLike[str], sample_rate: int, *, grows: bool = False, raw: bool = False, stdout: BinaryIO | None = None
+    out: str | os.PathLike[str],
+    sample_rate: int,
+    *,
+    grows: bool = False,
+    raw: bool = False,
+    stdout: BinaryIO | None = None,
 ) -> Iterator[Callable[[npt.NDArray[np.float32]], None]]:
-    """A function that takes pieces of mono audio, float32 ``[samples]``, full scale -1 to 1; beyond it they are cut off.
+    """A function that takes pieces of mono audio, float32 ``[samples]``, full scale -1 to 1, cut off beyond it.
 
     A file is written beside its place and renamed at the end; where the work fails, what was written is removed.
 
@@ -59,7 +64,9 @@ def sink(
         with suppress(OSError):
             if not grows:
                 beside.unlink(missing_ok=True)
-        raise AudioError(f"{target}: {format.lower()} at {sample_rate} Hz cannot be written: {_reason(error)}") from error
+        raise AudioError(
+            f"{target}: {format.lower()} at {sample_rate} Hz cannot be written: {_reason(error)}"
+        ) from error
     try:
         with file:
             yield lambda piece: _to_file(file, piece, target, grows)
@@ -93,7 +100,7 @@ def _to_stream(stream: BinaryIO, piece: npt.NDArray[np.float32]) -> None:
 
 def as_sixteen_bits(piece: npt.NDArray[np.float32]) -> bytes:
     """Samples as little-endian 16-bit integers."""
-    return np.round(np.clip(piece, -1, 1) * 32767).astype("<i2").tobytes()
+    return bytes(np.round(np.clip(piece, -1, 1) * 32767).astype("<i2").tobytes())
 
 
 def wav_header(sample_rate: int) -> bytes:

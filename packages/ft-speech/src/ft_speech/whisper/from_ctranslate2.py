@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from ft_core.errors import FtError, ModelError
 from ft_speech.whisper.ctranslate2_file import Array, CTranslate2File, read_file
+from ft_speech.whisper.vocabulary import ENGLISH_ONLY
 
 __all__ = ["convert", "main", "weights"]
 
@@ -178,7 +179,7 @@ class _Tokens:
         last = min(self.tasks.values())
         between = {name: number for name, number in self.ids.items() if self.start < number < last}
         self.languages = {name: number for name, number in between.items() if LANGUAGE.fullmatch(name)}
-        self.multilingual = size >= 51865  # by this OpenAI's own program tells them apart
+        self.multilingual = size != ENGLISH_ONLY
 
     def file(self) -> dict[str, Any]:
         """The file with the timestamps, as OpenAI's have them: tokens that are not special."""

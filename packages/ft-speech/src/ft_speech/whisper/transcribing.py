@@ -70,6 +70,7 @@ class WhisperRecogniser:
         # PEFT's wrapper hands generate on to this, with the adapter in its layers.
         self._plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.vocabulary: Vocabulary = vocabulary_of(self._plain, tokenizer, name)
+        self._special = {*tokenizer.all_special_ids}
         self.sampling_rate: int = features.sampling_rate
         self._frames = 2 * self._plain.config.max_source_positions
         self.longest = self._frames * features.hop_length / features.sampling_rate
@@ -107,6 +108,10 @@ class WhisperRecogniser:
                 f"timestamps: 'word': {self.name} does not say which heads follow the words (alignment_heads in its "
                 "generation_config.json; allowed: none, segment)"
             )
+        said = [token for token in self._prompt(prompt)[1:] if self._is_special(token)]
+        if said:
+            word = self.tokenizer.convert_ids_to_tokens(said[0])
+            raise DataError(f"prompt: {word} is a token by which {self.name} is told what to do: leave it out")
         room = self._room(prompt)
         if room < 1:
             raise DataError(
@@ -149,7 +154,7 @@ class WhisperRecogniser:
         whole: list[_Window] = []
         for number, one in enumerate(samples):
             found = at_pauses(one, self.sampling_rate, self.longest)
-            if long_form == "sequential" and len(found) > 1:
+            if long_form == "sequential" and len(found) > 1 and not is_silent(one):
                 whole.append(_Window(number, 0.0, one))
             else:
                 windows += [_Window(number, a / self.sampling_rate, one[a:b]) for a, b in found]
@@ -209,14 +214,13 @@ class WhisperRecogniser:
 
     def _read(self, window: _Window, segments: Sequence[dict[str, Any]], *, timed: bool) -> None:
         """Leave in a window what transformers makes of it: its segments, and the tokens of their texts."""
-        special = {*self.tokenizer.all_special_ids}
         ends: dict[int, bool] = {}  # by the call that wrote it, whether a text was ended
         found = []
         for one in segments:
             written = one["result"]["sequences"][one["idxs"][0] :]
             ends.setdefault(id(one["result"]), bool((written == self.vocabulary.end).any()))
             ids = [int(token) for token in one["tokens"]]
-            ids = [token for token in ids if token < self.vocabulary.first_time and token not in special]
+            ids = [token for token in ids if not self._is_special(token)]
             found.append((Segment(float(one["start"]), float(one["end"]), self.tokenizer.decode(ids).strip()), ids))
         seconds = self._seconds(window)
         # What begins after a recording's end was heard in the padding.
@@ -302,6 +306,10 @@ class WhisperRecogniser:
             return []
         text = self.tokenizer(f" {prompt.strip()}", add_special_tokens=False)["input_ids"]
         return [self.vocabulary.previous, *text]
+
+    def _is_special(self, token: int) -> bool:
+        """Whether a token is no text: a timestamp, or one of those that begin and end."""
+        return token >= self.vocabulary.first_time or token in self._special
 
     def _room(self, prompt: str | None) -> int:
         """How many tokens a text may have."""

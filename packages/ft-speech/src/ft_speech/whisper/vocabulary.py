@@ -7,7 +7,7 @@ from typing import Any
 
 from ft_core.errors import DataError, ModelError
 
-__all__ = ["Vocabulary", "language_code", "vocabulary_of"]
+__all__ = ["ENGLISH_ONLY", "Vocabulary", "language_code", "vocabulary_of"]
 
 ENGLISH_ONLY = 51_864
 """The vocabulary of OpenAI's models that know English alone; the others have one token more, or two."""

@@ -1,0 +1,98 @@
+"""A language model that learns to speak: what is trained, measured, saved and loaded again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from songs import Outcome, Songs, sung
+
+from ft_core.errors import ConfigError, DataError
+from ft_core.evaluation import evaluate
+from ft_core.training import train
+from ft_speech.speaking.distortion import mel_cepstral_distortion
+from ft_speech.speaking.speaker import open_speaker, speak
+
+HELD_OUT = ("two one", "one three two", "three three one")
+
+
+def test_what_was_never_heard_is_sung(singer: Path) -> None:
+    """Texts that were held out sound like their own recordings, and less like each other's."""
+    speaker = open_speaker(str(singer))
+    spoken = [speak(speaker, text, voice="ann", temperature=0.0)[0] for text in HELD_OUT]
+    distances = np.array([[mel_cepstral_distortion(one, sung(text), 16_000) for text in HELD_OUT] for one in spoken])
+    assert distances.argmin(1).tolist() == [0, 1, 2], distances
+    lengths = [len(one) / len(sung(text)) for one, text in zip(spoken, HELD_OUT, strict=True)]
+    assert all(0.7 < length < 1.4 for length in lengths), lengths
+    result = json.loads((singer / "evaluation.json").read_text())["metrics"]
+    assert result["loss"]["after"] < result["loss"]["before"] / 2
+    assert result["mcd"]["after"] < result["mcd"]["before"]
+
+
+@pytest.mark.parametrize("base", ["base", "tied"])
+def test_an_adapter_holds_its_new_tokens(base: str, songs: Songs, tmp_path: Path) -> None:
+    """Measured again after loading, it has the loss that it had when it was saved; plain PEFT loads it too."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = train(songs.config(tmp_path / "run", lora={"r": 4}, model=str(getattr(songs, base))), say=print).run
+    saved = json.loads((run / "evaluation.json").read_text())["metrics"]["loss"]["after"]
+    again = evaluate(str(run))["metrics"]["loss"]["after"]
+    assert again == pytest.approx(saved, rel=1e-3)  # weights of bfloat16 in both
+    assert saved < json.loads((run / "evaluation.json").read_text())["metrics"]["loss"]["before"]
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(getattr(songs, base), dtype=torch.float32)
+    plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    adapted = PeftModel.from_pretrained(plain, run / "adapter").merge_and_unload()
+    speaker = open_speaker(str(run))
+    ids = torch.tensor([[1, *speaker.processor.tokens.place(0)[:5]]])  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        own = speaker.model(input_ids=ids).logits.float()  # type: ignore[attr-defined]
+        assert adapted(input_ids=ids).logits == pytest.approx(own.numpy(), abs=0.05)
+
+
+def test_bad_recordings(songs: Songs, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in songs.train.read_text().splitlines()]
+    for row in rows:
+        row["audio"] = str(songs.folder / row["audio"])
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    rows[2]["audio"] = str(tmp_path / "broken.wav")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = songs.config(tmp_path / "run", data=str(data))
+    with pytest.raises(DataError, match=r"row 3: .*broken.wav.* \(tts.on_bad_audio: skip leaves such rows out\)"):
+        train(values, say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+    lines: list[str] = []
+    values["tts"] = {**values["tts"], "on_bad_audio": "skip", "max_seconds": 0.5}
+    run = train(values, say=lines.append).run
+    assert any(line.startswith("left out: train row 3: ") for line in lines)
+    assert any("with more than 0.5 s of sound (tts.max_seconds)" in line for line in lines)
+    counts = json.loads((run / "summary.json").read_text())["data"]
+    assert counts["bad_audio_rows"] == 1
+    assert counts["trained_tokens"] < counts["train_tokens"]
+
+
+def test_the_codec_must_be_named(songs: Songs, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tts\.codec_model: give the folder or the Hub name of the codec snac's"):
+        train(songs.config(tmp_path / "run", tts={}), say=lambda line: None)
+    with pytest.raises(DataError, match="longer than max_length 8"):
+        train(songs.config(tmp_path / "run", max_length=8), say=lambda line: None)
+
+
+def test_a_recogniser_hears_what_is_spoken(singer: Path, songs: Songs, ft: Callable[..., Outcome]) -> None:
+    """A tiny Whisper of random weights understands nothing, and says so in figures."""
+    import yaml
+    from tiny_whisper import make_whisper
+
+    whisper = make_whisper(songs.folder / "whisper", width=32)
+    config = yaml.safe_load((singer / "config.yaml").read_text())
+    config["tts"] |= {"recogniser": str(whisper), "language": "en"}
+    (singer / "config.yaml").write_text(yaml.safe_dump(config))
+    metrics = evaluate(str(singer), answers=2)["metrics"]
+    assert metrics["wer"]["after"] >= 0.5
+    assert metrics["mcd"]["after"] > 0
