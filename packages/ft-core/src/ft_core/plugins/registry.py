@@ -43,7 +43,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "ft.architectures": dict.fromkeys(
         ("gemma3", "idefics3", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm"), "vision"
     )
-    | dict.fromkeys(("qwen3_asr", "whisper"), "speech"),
+    | dict.fromkeys(("csm", "qwen3_asr", "whisper"), "speech"),
     "ft.rollouts": dict.fromkeys(("transformers", "vllm", "vllm-colocate"), "rl"),
     "ft.exporters": dict.fromkeys(("gguf", "ollama", "open-webui", "vllm", "sglang", "hub", "ctranslate2"), "export"),
     "ft.commands": {"merge": "export", "transcribe": "speech", "speak": "speech"},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,20 @@ from ft_speech.csm.turns import number_speakers, read_speakers, speaker_of, text
 if TYPE_CHECKING:
     from ft_core.training import Job
 
-__all__ = ["CODES", "END", "HEARD", "KINDS", "SPOKEN", "TEXT", "Document", "Documents", "dataset", "join", "make", "turn"]
+__all__ = [
+    "CODES",
+    "END",
+    "HEARD",
+    "KINDS",
+    "SPOKEN",
+    "TEXT",
+    "Document",
+    "Documents",
+    "dataset",
+    "join",
+    "make",
+    "turn",
+]
 
 CODES = "codes"
 """The column with the codes of a row's frames, one frame after the other."""
@@ -37,7 +51,7 @@ BATCH = 64
 THREADS = 4
 
 Row = Mapping[str, Any]
-Codes = npt.NDArray[np.int16]
+Codes: TypeAlias = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,7 @@ def make(
     *,
     max_length: int,
     speakers: Mapping[str, int],
+    max_seconds: float = math.inf,
     on_bad_audio: Literal["stop", "skip"] = "stop",
 ) -> Documents:
     """Documents of rows in normal form (:mod:`ft_speech.speaking.rows`); what is too long is left out.
@@ -94,10 +109,11 @@ def make(
             cannot be used; with the row's number.
     """
     made, config = Documents(), plain(model).config
+    most = int(min(max_length, max_seconds * encoder.frame_rate))
     numbered = iter(enumerate(rows))
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(numbered, BATCH)):
-            read = pool.map(lambda item: _read(item[1], encoder, max_length), batch)
+            read = pool.map(lambda item: _read(item[1], encoder, most), batch)
             for (number, row), samples in zip(batch, read, strict=True):
                 if isinstance(samples, TooLong):
                     made.overlong += 1
@@ -159,14 +175,14 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
     encoder = Encoder(job.model, job.kept)
     made = make(
         rows, job.model, tokenizer, encoder, max_length=config.max_length, speakers=read_speakers(tokenizer),
-        on_bad_audio=tts_of(config).on_bad_audio,
+        max_seconds=tts_of(config).max_seconds, on_bad_audio=tts_of(config).on_bad_audio,
     )  # fmt: skip
     job.kept[LEFT_OUT] = {**job.kept.get(LEFT_OUT, {}), name: made.left_out}
     _say_left_out(job, made, what)
     if not made.documents:
         raise DataError(
             f"none of {counted(len(rows), f'{what} row')} can be trained on: {made.overlong} longer than max_length "
-            f"{config.max_length}, {len(made.bad)} with a recording that cannot be used"
+            f"{config.max_length} or tts.max_seconds, {len(made.bad)} with a recording that cannot be used"
         )
     lengths = [len(document) for document in made.documents]
     job.counts |= {f"{name}_tokens": sum(lengths)}
@@ -243,5 +259,5 @@ def _say_left_out(job: Job, made: Documents, what: str) -> None:
         verb = "is" if made.overlong == 1 else "are"
         job.say(
             f"{counted(made.overlong, f'{what} row')} {verb} longer than max_length {job.config.max_length} (text and "
-            "12.5 frames a second) and left out"
+            f"12.5 frames a second) or tts.max_seconds {tts_of(job.config).max_seconds:g}, and left out"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ __all__ = ["Encoder", "TooLong"]
 KEPT = "csm_codes"
 """The key of ``job.kept`` under which codes are."""
 
-Codes = npt.NDArray[np.int16]
+Codes: TypeAlias = npt.NDArray[np.int16]
 
 
 class TooLong(Exception):

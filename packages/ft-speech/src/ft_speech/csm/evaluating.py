@@ -15,7 +15,7 @@ from ft_speech.csm.encoding import Encoder
 from ft_speech.csm.loading import plain
 from ft_speech.csm.settings import tts_of
 from ft_speech.csm.speaking import CsmSpeaker
-from ft_speech.csm.turns import read_speakers
+from ft_speech.csm.turns import number_speakers, read_speakers, write_speakers
 from ft_speech.references import open_row
 from ft_speech.speaking.spoken import Spoken, measured
 
@@ -37,10 +37,14 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     Raises:
         DataError: as :func:`ft_speech.csm.documents.make`; or no row is left.
     """
-    encoder = Encoder(job.model, job.kept)
+    encoder, speakers = Encoder(job.model, job.kept), read_speakers(job.tokenizer)
+    if not speakers:  # a base knows no names: any numbers will do
+        named = (row["voice"] for row in job.rows if row.get("voice"))
+        speakers = number_speakers(list(named), tts_of(job.config).csm, {})
+        write_speakers(job.tokenizer, speakers)
     made = make(
         job.rows, job.model, job.tokenizer, encoder, max_length=job.config.max_length,
-        speakers=read_speakers(job.tokenizer), on_bad_audio=tts_of(job.config).on_bad_audio,
+        speakers=speakers, max_seconds=tts_of(job.config).max_seconds, on_bad_audio=tts_of(job.config).on_bad_audio,
     )  # fmt: skip
     if not made.documents:
         raise DataError(

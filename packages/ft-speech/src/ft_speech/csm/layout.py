@@ -12,7 +12,7 @@ TRIED = 160
 """Places of a trial: from 128 on, products take the way that long rows take."""
 NO_HEAD = "no_head"
 """An attribute that no model has. Two losses follow from the backbone's states, so that the one fused head of language
-models cannot take the whole model's place: its layers and last norm are computed fast, and the rest is transformers'."""
+models cannot take the whole model's place: layers and last norm are computed fast, and the rest is transformers'."""
 
 
 def describe(config: Any) -> Layout:

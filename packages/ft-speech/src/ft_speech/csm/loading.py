@@ -45,6 +45,7 @@ def load_for_training(source: ModelSource, config: TrainConfig, device: Device, 
     check_parts(model, source.reference)
     restore_codec(model, source.path)
     model.codec_model.requires_grad_(False)
+    model.depth_decoder.model.register_forward_pre_hook(_all_seen, with_kwargs=True)
     if config.lora is None:
         if depth == "frozen":
             model.depth_decoder.requires_grad_(False)
@@ -132,21 +133,37 @@ def plain(model: Any) -> Any:
 
 
 def restore_codec(model: Any, folder: Path) -> None:
-    """Give the codec the weights that the model's files hold, in float32."""
+    """Give the codec the weights that the model's files hold, in float32.
+
+    Raises:
+        ModelError: they do not hold them all.
+    """
     import torch
     from safetensors import safe_open
+    from transformers import MimiModel
 
-    codec = model.codec_model.float()
-    wanted = codec.state_dict()
-    found: dict[str, torch.Tensor] = {}
+    prefix, found = f"{CODEC}.", {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # no dict
-                name = key.removeprefix(f"{CODEC}.")
-                if name != key and name in wanted:
-                    found[name] = file.get_tensor(key)
-    fitting = {name: tensor for name, tensor in found.items() if tensor.shape == wanted[name].shape}
-    codec.load_state_dict(fitting, strict=False)
+                if key.startswith(prefix):
+                    found[key.removeprefix(prefix)] = file.get_tensor(key)
+    # By transformers: in files its weights have other names than in the model.
+    made, report = MimiModel.from_pretrained(
+        None, config=model.config.codec_config, state_dict=found, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"the model {folder} lacks {len(missing)} weights of its codec, {missing[0]} first")
+    model.codec_model.float().load_state_dict(made.state_dict())
+
+
+def _all_seen(module: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Say that no place of the depth decoder's rows is padding. Without a mask and a cache transformers (5.23 at least)
+    looks for packed documents in its positions, and fails where there are as many rows as places in a row."""
+    ids = keywords.get("input_ids")
+    if ids is not None and keywords.get("attention_mask") is None and keywords.get("past_key_values") is None:
+        keywords = {**keywords, "attention_mask": ids.new_ones(ids.shape)}
+    return args, keywords
 
 
 class _Saving:

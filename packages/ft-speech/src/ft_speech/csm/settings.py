@@ -38,8 +38,8 @@ class CsmSettings(Section):
     """How a CSM is trained.
 
     Attributes:
-        depth_decoder: what is trained of the depth decoder, which gives a frame's codes after the first: adapters on its
-            linear layers, nothing, or all of its weights but the embedding of codes, which it shares with the backbone.
+        depth_decoder: what is trained of the depth decoder, which gives a frame's codes after the first: adapters on
+            its linear layers, nothing, or all of its weights but the embedding of codes, which is the backbone's too.
             Unset means ``lora`` under an adapter; in full training ``full``, shared embedding included.
         depth_frames: the share of the frames of a batch, drawn anew for each, that the depth decoder is trained on; 1
             is all, as in transformers. The backbone is always trained on all.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from ft_core.models.opening import Target
 
-    Samples = npt.NDArray[np.float32]
-    Codes = npt.NDArray[np.int64]
+    Samples: TypeAlias = npt.NDArray[np.float32]
+    Codes: TypeAlias = npt.NDArray[np.int64]
 
 __all__ = ["CsmSpeaker", "frames"]
 

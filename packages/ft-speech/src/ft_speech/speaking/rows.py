@@ -1,7 +1,7 @@
 """Rows of texts and how they are spoken, in one normal form.
 
 ``{"text": …, "audio": reference}`` (:mod:`ft_speech.references`), and, where a row has them, ``voice`` (whose voice it
-is) and ``style`` (how it is said), both text.
+is) and ``style`` (how it is said), both text, and ``context``, such rows: the turns before, which a CSM hears.
 """
 
 from __future__ import annotations
@@ -53,10 +53,26 @@ def normalise(row: Row, format: Format, folder: Path | None) -> dict[str, Any]:
     for name in STRETCH:
         if row.get(name) not in (None, ""):
             raise DataError(f"{name} says a stretch of a recording, which task: tts does not cut out: give it a file")
+    if row.get("context"):
+        made["context"] = _context(row["context"], format, folder)
     for key, names in (("voice", VOICES), ("style", ("style",))):
         column = first(row, names)
         if column is not None and (said := _label(row[column], column)):
             made[key] = said
+    return made
+
+
+def _context(turns: Any, format: Format, folder: Path | None) -> list[dict[str, Any]]:
+    """What was said before: a list of rows, each with a text, a recording and perhaps a voice."""
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataError("context must be a list of turns, each an object with 'text', 'audio' and perhaps 'voice'")
+    made = []
+    for number, turn in enumerate(turns):
+        try:
+            # What is before a turn stands in the same list.
+            made.append(normalise({k: v for k, v in as_speech(turn).items() if k != "context"}, format, folder))
+        except DataError as error:
+            raise DataError(f"context[{number}] {error}") from None
     return made
 
 
