@@ -24,7 +24,12 @@ MAY = {
     "ft-rl": {"torch", "transformers", "peft", "trl", "datasets", "safetensors", "ft-core", "ft-kernels"},
     # huggingface-hub is what transformers brings anyway: images that were fetched lie in its cache
     "ft-vision": {"torch", "transformers", "pillow", "ft-core", "huggingface-hub"},
-    "ft-speech": {"torch", "transformers", "soundfile", "jiwer", "ft-core", "torchaudio"},
+    "ft-speech": {
+        *("torch", "transformers", "soundfile", "jiwer", "ft-core", "torchaudio"),
+        "ft-kernels",  # Whisper's fast layers are of its own making
+        "datasets",  # rows of recordings lie in Arrow, not in the memory of each worker
+        *("safetensors", "huggingface-hub"),  # codecs' weights are read, and looked up
+    },
     "ft-export": {
         "torch",
         "transformers",
