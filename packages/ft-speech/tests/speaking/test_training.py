@@ -19,8 +19,8 @@ from ft_speech.speaking.speaker import open_speaker, speak
 
 def test_what_was_heard_is_sung(singer: Path) -> None:
     """Texts sound like their own recordings: of twelve, six or more are nearest to theirs and about as long, which
-    chance gives in 2 of 10,000 cases. Of texts that were held out the loss and the distortion fall; how they are understood is measured by
-    the slow proof."""
+    chance gives in 2 of 10,000 cases. Of texts that were held out the loss and the distortion fall; how they are
+    understood is measured by the slow proof."""
     texts = [*WORDS, *(f"{one} {two}" for one in WORDS for two in WORDS)]
     speaker = open_speaker(str(singer))
     spoken = [speak(speaker, text, voice="ann", temperature=0.0)[0] for text in texts]
