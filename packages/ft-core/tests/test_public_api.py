@@ -88,7 +88,7 @@ EXPECTED: dict[str, list[str]] = {
     "ft_core.data.rows": ["Rows", "shared", "split"],
     "ft_core.data.streaming": ["PackedStream"],
     "ft_core.data.tokenizing": ["RowTokenizer", "Tokenized", "tokenize_rows"],
-    "ft_core.errors": ["ConfigError", "DataError", "FtError", "ModelError", "PluginError", "RunError"],
+    "ft_core.errors": ["ConfigError", "DataError", "FormError", "FtError", "ModelError", "PluginError", "RunError"],
     "ft_core.evaluation": ["Evaluation", "EvaluationJob", "Sample", "compare", "evaluate", "evaluate_answers", "table"],
     "ft_core.fast": [
         "Activation",

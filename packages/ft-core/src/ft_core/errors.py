@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataError", "FtError", "ModelError", "PluginError", "RunError"]
+__all__ = ["ConfigError", "DataError", "FormError", "FtError", "ModelError", "PluginError", "RunError"]
 
 
 class FtError(Exception):
@@ -21,6 +21,10 @@ class ConfigError(FtError):
 
 class DataError(FtError):
     """A data file or row that cannot be used."""
+
+
+class FormError(DataError):
+    """A row of no form that is known to the task."""
 
 
 class ModelError(FtError):

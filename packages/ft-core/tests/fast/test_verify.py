@@ -155,8 +155,8 @@ def test_a_run_is_its_model(ft, configure, tmp_path, sums, write_rows):
 def test_the_list_of_families(ft):
     rows = json.loads(ft("models", "--json").out)
     assert {"llama", "mistral", "qwen2", "qwen3"} <= {row["name"] for row in rows}
-    assert all(row["fast"] for row in rows if row["name"] != "whisper")  # its activation is torch's
+    assert all(row["fast"] for row in rows if row["name"] not in ("csm", "whisper"))
     assert "all on the fast path" in ft("models").out
-    whole = ("llama", "mistral", "qwen2", "qwen3", "whisper")
+    whole = ("csm", "llama", "mistral", "qwen2", "qwen3", "whisper")
     for row in rows:
         assert (row["side"] == "language") == (row["name"] not in whole)

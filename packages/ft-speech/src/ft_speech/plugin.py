@@ -64,5 +64,6 @@ QWEN3_ASR = ArchitectureSpec(
     describe="ft_speech.qwen_asr.layout:describe",
 )  # fmt: skip
 CSM = ArchitectureSpec(
-    name="csm", summary="CSM: its backbone", model_types=("csm",), describe="ft_speech.csm.layout:describe"
-)
+    name="csm", summary="CSM: its backbone", model_types=("csm",), describe="ft_speech.csm.layout:describe",
+    parts=("norms", "linears", "rotary", "activation"),
+)  # fmt: skip

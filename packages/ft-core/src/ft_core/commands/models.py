@@ -49,7 +49,7 @@ def _row(spec: Any) -> dict[str, Any]:
     from ft_core.plugins import resolve
 
     row: dict[str, Any] = {"name": spec.name, "model_types": list(spec.model_types), "summary": spec.summary}
-    if spec.describe is None:
+    if spec.parts:
         fast = {*spec.parts} >= {*PARTS} - {"rotary"}
         return {**row, "parts": [*spec.parts], "side": "whole", "fast": fast, "problem": None}
     try:

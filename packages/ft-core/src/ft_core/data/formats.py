@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ft_core.errors import DataError
+from ft_core.errors import DataError, FormError
 
 __all__ = ["FORMATS", "ROLES", "Format", "recognise"]
 
@@ -65,13 +65,13 @@ def recognise(columns: Iterable[str], among: Sequence[str] | None = None) -> str
     of :data:`FORMATS` is meant, those in ``among`` before the others.
 
     Raises:
-        DataError: no format's columns are all there. Shows the columns found and those that each format needs.
+        FormError: no format's columns are all there. Shows the columns found and those that each format needs.
     """
     found = list(columns)
     fitting = [format for format in FORMATS.values() if set(format.columns) <= set(found)]
     if not fitting:
         names = list(FORMATS) if among is None else list(among)
-        raise DataError(f"columns {_quoted(found)} fit no format; {needs(names)}")
+        raise FormError(f"columns {_quoted(found)} fit no format; {needs(names)}")
     return next((format.name for format in fitting if among is None or format.name in among), fitting[0].name)
 
 

@@ -240,7 +240,7 @@ def _read_one(
             check_columns(row, chosen)
             encoded = encode(chosen.normalise(row) if form is None else form(row, chosen, folder))
         except DataError as error:
-            raise DataError(f"{at(name, number)}: {error}") from None
+            raise type(error)(f"{at(name, number)}: {error}") from None
         yield encoded
         count += 1
     if not count:

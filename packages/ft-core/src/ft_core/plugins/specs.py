@@ -197,7 +197,7 @@ class ArchitectureSpec(Spec):
         model_types: the ``model_type`` values of transformers configurations that it covers.
         describe: reference to a function from a transformers configuration to the family's layout; None where its
             layers are no stack of a decoder's, and its modality's ``fast`` puts others into it.
-        parts: what of the family is computed by the kernels, for listings, where there is no layout to tell it.
+        parts: what of the family is computed by the kernels, for listings, where no layout tells it.
     """
 
     group: ClassVar[str] = "ft.architectures"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ft_core.config import TrainConfig
 from ft_core.data.reading import check_sources
-from ft_core.errors import DataError
+from ft_core.errors import FormError
 from ft_core.models.source import check_local
 from ft_core.plugins import MethodSpec, registry
 from ft_core.runs import Run
@@ -31,7 +31,7 @@ def check_before(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     config = with_local_task(config)
     try:
         check_data(config, held_out=not (resume and run.is_run))  # a resumed run has its rows
-    except DataError:
+    except FormError:
         is_here = Path(config.model).expanduser().exists() or config.model.startswith("package:")
         if is_here or "task" in config.model_fields_set:
             raise
