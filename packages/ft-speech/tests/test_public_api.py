@@ -39,6 +39,9 @@ EXPECTED = {
     ],
     "ft_speech.listening.recordings": ["Look", "UnusableAudio", "looked_at"],
     "ft_speech.listening.settings": ["AugmentSettings", "SttSettings"],
+    "ft_speech.resampling": ["by_torchaudio"],
+    "ft_speech.silence": ["CLIPPED", "clipped_share", "sounding", "trim_silence", "without_ends"],
+    "ft_speech.speaking.recordings": ["Recording", "clipped_line", "read_recording"],
     "ft_speech.listening.transcripts": ["Segment", "Transcript", "Word", "joined", "ordered"],
     "ft_speech.listening.windows": ["FRAME", "PAUSE", "SPREAD", "at_pauses", "is_silent"],
     "ft_speech.orpheus.family": [
@@ -104,7 +107,6 @@ EXPECTED = {
     "ft_speech.codecs.snac_model": ["SnacConfig", "SnacModel", "seeded_noise"],
     "ft_speech.codecs.spectra": ["Analysis", "band_centres", "band_weights", "heard"],
     "ft_speech.codecs.vocoder": ["Vocoder"],
-    "ft_speech.plugin": ["MEL", "MIMI", "QWEN3_ASR", "SNAC", "SPEAK", "STT", "TRANSCRIBE", "TTS"],
 }
 
 
