@@ -138,3 +138,15 @@ def test_a_row_is_its_stretch(tmp_path: Path) -> None:
     assert np.array_equal(part, TONE[4000:12_000])
     assert np.array_equal(open_row({"audio": str(path), "start": 0.25}), TONE[4000:])
     assert len(open_row({"audio": str(path), "end": 0.75}, 8_000)) == 6_000
+
+
+def test_a_row_without_its_silence(tmp_path: Path) -> None:
+    """A quarter of a second of sound within a second, and of the stretch that is meant."""
+    audio = np.zeros(16_000, np.float32)
+    audio[4_000:8_000] = 0.5  # whole windows of 160
+    soundfile.write(tmp_path / "a.wav", audio, 16_000)
+    row = {"audio": str(tmp_path / "a.wav")}
+    assert np.array_equal(open_row(row, trim_silence=40), audio[4_000 - 800 : 8_000 + 800])
+    assert len(open_row(row)) == 16_000
+    # from 6000 on: 2000 samples end within the 13th window
+    assert len(open_row({**row, "start": 0.375, "end": 0.9}, trim_silence=40)) == 13 * 160 + 800

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from ft_speech import read_audio
-from ft_speech.silence import CLIPPED, clipped_share, sounding, trim_silence
+from ft_speech.silence import CLIPPED, clipped_share, sounding, trim_silence, without_ends
 
 RATE = 16_000
 WINDOW = RATE // 100
@@ -53,6 +53,14 @@ def test_sound_within_a_window_is_kept_whole() -> None:
 def test_nothing_and_little(length: int) -> None:
     assert len(trim_silence(np.zeros(length), RATE)) == 0
     assert len(trim_silence(np.ones(length), RATE)) == length
+
+
+def test_the_setting() -> None:
+    """The sound's second and twice the margin are left; silence, of which nothing would be, stays."""
+    audio = spoken(-60)
+    assert len(without_ends(audio, RATE, 40)) == RATE + 2 * round(0.05 * RATE)
+    assert without_ends(audio, RATE, None) is audio
+    assert len(without_ends(np.zeros(RATE), RATE, 40)) == RATE
 
 
 def test_wrong_arguments() -> None:

@@ -20,6 +20,7 @@ import soxr
 
 from ft_core.errors import FtError
 from ft_speech.containers import missing_bytes
+from ft_speech.resampling import by_torchaudio
 
 __all__ = [
     "FORMATS", "SAMPLING_RATES", "SLACK", "AudioError", "AudioInfo", "audio_info", "read_audio", "resample",
@@ -27,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 Samples: TypeAlias = npt.NDArray[np.float32]
+Backend: TypeAlias = Literal["soxr", "torchaudio"]
 
 FORMATS = ("wav", "flac", "ogg", "mp3")
 """The formats that are read and written; ``ogg`` holds Vorbis or Opus."""
@@ -55,6 +57,7 @@ def read_audio(
     max_seconds: float | None = None,
     start: float = 0.0,
     end: float | None = None,
+    backend: Backend = "soxr",
 ) -> tuple[Samples, int]:
     """Read one audio file as float32 samples, full scale being -1 to 1.
 
@@ -72,6 +75,7 @@ def read_audio(
         start, end: the stretch of the file that is read, in seconds; ``end`` None: to the file's. An end of up to
             :data:`SLACK` seconds behind it is its end. What is before and after isn't decoded, nor counts for
             ``max_seconds``.
+        backend: what resamples, as :func:`resample` says.
 
     Returns:
         The samples, of shape [samples], or [channels, samples] with ``mono=False``; and their sampling rate in Hz.
@@ -96,7 +100,7 @@ def read_audio(
         bad = np.flatnonzero(~np.isfinite(audio).all(axis=0))
         raise AudioError(f"{name}: {len(bad)} samples are NaN or infinite, the first at {start + bad[0] / rate:.3f} s")
     if sampling_rate is not None and sampling_rate != rate:
-        audio = resample(audio, rate, sampling_rate)
+        audio = np.asarray(resample(audio, rate, sampling_rate, backend=backend), np.float32)
         rate = sampling_rate
         if audio.shape[1] == 0:
             raise AudioError(f"{name}: is too short to hold one sample at {sampling_rate} Hz")
@@ -143,8 +147,9 @@ def resample(
     sampling_rate: int,
     *,
     quality: Literal["QQ", "LQ", "MQ", "HQ", "VHQ"] = "HQ",
+    backend: Backend = "soxr",
 ) -> npt.NDArray[np.floating]:
-    """Change the sampling rate with a band-limited, linear-phase filter (the SoX resampler).
+    """Change the sampling rate with a band-limited, linear-phase filter.
 
     Sample ``n`` of the result lies at ``n / sampling_rate`` seconds, as it does in the input: there is no delay.
 
@@ -155,14 +160,19 @@ def resample(
         quality: one of SoX's. ``HQ`` adds less than 2e-6 of full scale to a tone, ``VHQ`` on float64 less than 1e-8.
             Both fall gently towards the lower of the two Nyquist frequencies: by less than 3e-6 at 0.3 of it, 1e-3 at
             0.9.
+        backend: the SoX resampler; or torchaudio's sinc under a Kaiser window, computed in float64, which has one
+            quality: less than 1e-7 is added to a tone in float64, and nothing falls up to 0.9.
 
     Returns:
         An array of the same type and number of axes, ``round(samples * sampling_rate / original_rate)`` long, give or
         take one.
 
     Raises:
-        ValueError: a rate outside :data:`SAMPLING_RATES`, or another shape or type.
+        ValueError: a rate outside :data:`SAMPLING_RATES`, or another shape, type, backend, or quality of torchaudio's.
+        FtError: torchaudio is asked for, and missing or made for another torch.
     """
+    if backend not in ("soxr", "torchaudio") or (backend == "torchaudio" and quality != "HQ"):
+        raise ValueError(f"backend is soxr or torchaudio, which has no quality but HQ; not {backend} with {quality}")
     _check_rate(original_rate, "original_rate")
     _check_rate(sampling_rate, "sampling_rate")
     if audio.dtype not in (np.float32, np.float64) or audio.ndim not in (1, 2):
@@ -172,6 +182,8 @@ def resample(
         )
     if original_rate == sampling_rate:
         return audio.copy()
+    if backend == "torchaudio":
+        return by_torchaudio(audio, original_rate, sampling_rate)
     # soxr wants [samples, channels]
     return np.ascontiguousarray(soxr.resample(np.ascontiguousarray(audio.T), original_rate, sampling_rate, quality).T)
 

@@ -99,16 +99,26 @@ def open_reference(
 
 
 def open_row(
-    row: Mapping[str, Any], sampling_rate: int | None = 16_000, *, max_seconds: float | None = None
+    row: Mapping[str, Any],
+    sampling_rate: int = 16_000,
+    *,
+    max_seconds: float | None = None,
+    trim_silence: float | None = None,
 ) -> npt.NDArray[np.float32]:
     """The samples of a row in its normal form: of its ``audio``, from its ``start`` to its ``end`` where it has them.
+
+    Args:
+        trim_silence: both ends are trimmed (:func:`ft_speech.silence.without_ends`), what lies so many dB below the
+            loudest being silence; None: not.
 
     Raises:
         ft_speech.AudioError: as :func:`open_reference`.
     """
-    return open_reference(
-        row["audio"], sampling_rate, max_seconds=max_seconds, start=row.get("start") or 0.0, end=row.get("end")
-    )
+    from ft_speech.silence import without_ends
+
+    start, end = row.get("start") or 0.0, row.get("end")
+    samples = open_reference(row["audio"], sampling_rate, max_seconds=max_seconds, start=start, end=end)
+    return without_ends(samples, sampling_rate, trim_silence)
 
 
 def source_of(reference: str) -> str | io.BytesIO:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CLIPPED", "clipped_share", "sounding", "trim_silence"]
+__all__ = ["CLIPPED", "clipped_share", "sounding", "trim_silence", "without_ends"]
 
 Samples: TypeAlias = npt.NDArray[np.floating]
 
@@ -71,6 +71,13 @@ def trim_silence(samples: Samples, sampling_rate: int, *, threshold_db: float = 
         return samples[:0]
     kept = round(margin * sampling_rate)
     return samples[max(0, found[0] - kept) : found[1] + kept]
+
+
+def without_ends(samples: Samples, sampling_rate: int, decibels: float | None) -> Samples:
+    """What the settings ``trim_silence`` do: :func:`trim_silence` with its margin; nothing where ``decibels`` is None,
+    and to a recording of zeros alone, of which nothing would be left."""
+    made = samples if decibels is None else trim_silence(samples, sampling_rate, threshold_db=decibels)
+    return made if len(made) else samples
 
 
 def clipped_share(samples: Samples) -> float:

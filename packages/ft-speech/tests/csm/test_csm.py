@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,23 @@ def test_the_backbone_computes_on_the_fast_layers(loaded: Any) -> None:
     finally:
         fast.disable(model)
     assert compared.mismatch is None, compared
+
+
+def test_silence_is_trimmed_and_clipped_recordings_counted(configure: Any, ft: Any, tmp_path: Path, rows: Any) -> None:
+    """A second of a tone, cut off at half its peak, in three: 1.1 s of it are trained on."""
+    audio = np.zeros(3 * 24_000)
+    audio[24_000:48_000] = np.clip(np.sin(2 * np.pi * 300 * np.arange(24_000) / 24_000), -0.5, 0.5)
+    soundfile.write(tmp_path / "0.wav", audio, 24_000)
+    row = {**rows[0], "audio": "0.wav"}
+    frames = {}
+    for decibels in (None, 40):
+        output = tmp_path / f"run-{decibels}"
+        path = configure(data=[row], tts={"trim_silence": decibels}, training={"max_steps": 1}, output=str(output))
+        code, out, err = ft("train", path)
+        assert code == 0, err
+        assert "clipped: 1 train recording cut off at the peaks" in out + err
+        counts = json.loads((output / "summary.json").read_text())["data"]
+        assert counts["clipped_recordings"] == 1
+        frames[decibels] = counts["trained_frames"]
+    frame = 0.08  # seconds: Mimi's 12.5 frames a second
+    assert frames[None] - frames[40] == math.ceil(3 / frame) - math.ceil(1.1 / frame)

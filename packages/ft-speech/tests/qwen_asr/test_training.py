@@ -183,6 +183,7 @@ def test_it_is_verified(ft: Any, folder: Path) -> None:
         ({"stt": {"encoder": "full"}, "quantization": "nf4"}, "stt.encoder: full needs quantization: none"),
         ({"stt": {"task": "translate"}}, "stt.task: translate: Qwen3-ASR writes in the language that it hears"),
         ({"stt": {"timestamps": True}}, "stt.timestamps: true: Qwen3-ASR writes no times"),
+        ({"stt": {"trim_silence": 40}}, "stt.trim_silence: Qwen3-ASR's tokens are counted"),
         ({"stt": {"augment": {"speed": [0.9, 1.1]}}}, "stt.augment.speed: Qwen3-ASR's tokens are counted"),
         ({"stt": {"language": "Klingon"}}, "stt.language: 'Klingon' is not known"),
         ({"max_length": 20}, "none of 12 train rows can be trained on: 12 longer than max_length 20"),

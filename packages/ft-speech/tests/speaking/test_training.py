@@ -13,6 +13,9 @@ from songs import WORDS, Outcome, Songs, sung
 from ft_core.errors import ConfigError, DataError
 from ft_core.evaluation import evaluate
 from ft_core.training import train
+from ft_speech import write_audio
+from ft_speech.codecs import load_codec
+from ft_speech.silence import sounding
 from ft_speech.speaking.distortion import mel_cepstral_distortion
 from ft_speech.speaking.speaker import open_speaker, speak
 
@@ -98,3 +101,35 @@ def test_a_recogniser_hears_what_is_spoken(singer: Path, songs: Songs, ft: Calla
     metrics = evaluate(str(singer), answers=2)["metrics"]
     assert metrics["wer"]["after"] >= 0.5
     assert metrics["mcd"]["after"] > 0
+
+
+def test_silence_is_trimmed_and_clipped_recordings_counted(songs: Songs, tmp_path: Path) -> None:
+    """Each recording is given half a second of silence at both ends, and one is cut off at a quarter of its peak."""
+    rows = [json.loads(line) for line in songs.train.read_text().splitlines()][:8]
+    whole = trimmed = 0
+    rate = 16_000
+    for number, row in enumerate(rows):
+        audio = np.concatenate([np.zeros(rate // 2), sung(row["text"]), np.zeros(rate // 2)]).astype(np.float32)
+        if number == 3:
+            audio = np.clip(audio, -np.abs(audio).max() / 4, np.abs(audio).max() / 4)
+        row["audio"] = str(tmp_path / f"{number}.wav")
+        write_audio(row["audio"], audio, rate, subtype="FLOAT")
+        first, last = sounding(audio, rate, threshold_db=30) or (0, 0)
+        whole += len(audio)
+        trimmed += last - first + 2 * round(0.05 * rate)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = {}
+    for decibels in (None, 30):
+        tts = {"codec": "mel", "codec_model": str(songs.codec), "trim_silence": decibels}
+        lines: list[str] = []
+        values = songs.config(tmp_path / f"run-{decibels}", data=str(data), tts=tts, max_length=512)
+        run = train(values, say=lines.append).run
+        counts[decibels] = json.loads((run / "summary.json").read_text())["data"]
+        assert lines.count("clipped: 1 train recording cut off at the peaks, which the model learns too") == 1
+        assert counts[decibels]["clipped_recordings"] == 1
+    # The codec gives a token for each of its codebooks and frame; a recording may be a frame off.
+    codec = load_codec("mel", str(songs.codec))
+    books, frame = len(codec.layout.sizes), codec.frame_samples
+    fewer = counts[None]["trained_tokens"] - counts[30]["trained_tokens"]
+    assert abs(fewer - (whole - trimmed) / frame * books) <= len(rows) * books

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import soundfile
 from tiny_whisper import RATE, spoken
 
+from ft_core.config.load import load_config
 from ft_core.errors import DataError, ModelError
 from ft_speech.audio import read_audio
 from ft_speech.listening.recordings import UnusableAudio
 from ft_speech.listening.settings import AugmentSettings, SttSettings
-from ft_speech.whisper.collating import WhisperCollator
-from ft_speech.whisper.documents import examples
+from ft_speech.whisper.collating import WhisperCollator, collator
+from ft_speech.whisper.documents import Examples, examples
+from ft_speech.whisper.evaluating import _batches
 from ft_speech.whisper.labels import Labels, labels_of
 
 
@@ -145,3 +148,24 @@ def test_a_feature_extractor_of_another_model(whisper: Path, tmp_path: Path) -> 
     config = TrainConfig(model=str(folder), data="a.jsonl", task="stt")
     with pytest.raises(ModelError, match="makes 128 x 100 features of a recording, its model takes 80 x 100"):
         load_processor(find_model(str(folder)), config, AutoTokenizer.from_pretrained(folder))
+
+
+def test_silence_is_trimmed_for_training_and_for_measuring(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    """A row is heard as a file of its sound and the margin alone is, whose features are others than the whole's."""
+    audio = np.zeros(RATE, np.float32)
+    audio[RATE // 4 : RATE // 2] = 0.5 * np.sin(np.arange(RATE // 4))
+    margin = RATE // 20
+    soundfile.write(tmp_path / "whole.wav", audio, RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "sound.wav", audio[RATE // 4 - margin : RATE // 2 + margin], RATE, subtype="FLOAT")
+    whole, sound = ({"audio": str(tmp_path / f"{name}.wav"), "labels": [1]} for name in ("whole", "sound"))
+    plain = WhisperCollator(parts[1].feature_extractor)
+    expected = plain([sound])["input_features"]
+    assert not np.array_equal(plain([whole])["input_features"], expected)
+    path = tmp_path / "config.yaml"
+    path.write_text("{model: tiny, task: stt, data: x.jsonl, output: run, stt: {trim_silence: 40}}")
+    job: Any = SimpleNamespace(
+        config=load_config(path), processor=parts[1], model=parts[0], arguments={"use_cpu": True}
+    )
+    assert np.array_equal(collator(job)([whole])["input_features"], expected)
+    measured = next(_batches(job, Examples(rows=[whole])))
+    assert np.array_equal(measured["input_features"], expected)

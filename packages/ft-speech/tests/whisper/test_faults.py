@@ -23,6 +23,8 @@ import pytest
         ({"stt": {"language": "xx"}}, "row 1: language: 'xx' is none of the 3 that"),
         ({"stt": {"language": None}}, "row 1: has no language, and stt.language is not set"),
         ({"stt": {"timestamps": True}}, "stt.timestamps is set, and no training row has segments"),
+        ({"stt": {"timestamps": True, "trim_silence": 40}}, "stt.trim_silence would move the times"),
+        ({"stt": {"trim_silence": -40}}, "stt.trim_silence: -40"),
         ({"method": "dpo"}, "does not train the task 'stt' yet (allowed: sft)"),
     ],
 )

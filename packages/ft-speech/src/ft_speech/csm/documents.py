@@ -20,6 +20,7 @@ from ft_speech.csm.encoding import Encoder, TooLong
 from ft_speech.csm.loading import plain
 from ft_speech.csm.settings import csm_of, tts_of
 from ft_speech.csm.turns import number_speakers, read_speakers, speaker_of, text_ids, write_speakers
+from ft_speech.speaking.recordings import clipped_line
 
 if TYPE_CHECKING:
     from ft_core.training import Job
@@ -80,7 +81,7 @@ class Documents:
         documents: in the rows' order. row_of: for each the index of its row.
         bad: a line for each row with a recording that cannot be used; ``left_out`` their indices.
         overlong: how many rows are longer than is allowed.
-        frames: that are trained on, in all.
+        frames: that are trained on, in all. clipped: recordings that were read for them and are clipped.
     """
 
     documents: list[Document] = field(default_factory=list)
@@ -89,6 +90,7 @@ class Documents:
     left_out: list[int] = field(default_factory=list)
     overlong: int = 0
     frames: int = 0
+    clipped: int = 0
 
 
 def make(
@@ -131,6 +133,7 @@ def make(
                 if len(document) > max_length:
                     made.overlong += 1
                     continue
+                made.clipped += sum(one.clipped for one in samples if one is not None)
                 made.documents.append(document)
                 made.row_of.append(number)
                 made.frames += document.kinds.count(SPOKEN)
@@ -172,7 +175,7 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
         voices = [each["voice"] for row in rows for each in (row, *(row.get("context") or ())) if each.get("voice")]
         write_speakers(tokenizer, number_speakers(voices, csm_of(config), read_speakers(tokenizer)))
         _say_speakers(job, rows)
-    encoder = Encoder(job.model, job.kept)
+    encoder = Encoder(job.model, job.kept, tts_of(config).trim_silence)
     made = make(
         rows, job.model, tokenizer, encoder, max_length=config.max_length, speakers=read_speakers(tokenizer),
         max_seconds=tts_of(config).max_seconds, on_bad_audio=tts_of(config).on_bad_audio,
@@ -193,13 +196,16 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
             "overlong_rows": made.overlong,
             "dropped_rows": made.overlong + len(made.bad),
             "bad_audio_rows": len(made.bad),
+            "clipped_recordings": made.clipped,
         }
+        if line := clipped_line(made.clipped, what):
+            job.say(line)
     packed = pack(lengths, config.max_length) if config.packing else [[i] for i in range(len(lengths))]
     return _dataset([[made.documents[i] for i in row] for row in packed])
 
 
 def _read(row: Row, encoder: Encoder, most: int) -> Any:
-    """The samples of a row's recording and of those before it, None for one that is known; or what is wrong."""
+    """A row's recording and those before it, None for one that is known; or what is wrong."""
     found = []
     for each in (*(row.get("context") or ()), row):
         try:
@@ -216,7 +222,7 @@ def _document(
     for each, one in zip((*(row.get("context") or ()), row), samples, strict=True):
         given = dict(each)
         known = encoder.known(given)
-        codes = encoder.encode(given, one) if known is None else known
+        codes = encoder.encode(given, one.samples) if known is None else known
         speaker = speaker_of(given.get("voice"), speakers)
         ids = text_ids(given["text"], speaker, tokenizer, (config.audio_token_id, config.audio_eos_token_id))
         turns.append(turn(ids, codes, config, trained=each is row))

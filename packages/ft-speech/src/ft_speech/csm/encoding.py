@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ft_speech.csm.loading import plain
-from ft_speech.references import open_row
+from ft_speech.speaking.recordings import Recording, read_recording
 
 __all__ = ["Encoder", "TooLong"]
 
@@ -29,9 +29,11 @@ class Encoder:
     Args:
         model: a CSM, adapted or not.
         kept: where codes are kept, by their recording: ``job.kept`` of a training or a measurement.
+        trim_silence: below how many dB the ends of recordings are trimmed; None: not.
     """
 
-    def __init__(self, model: Any, kept: dict[str, Any]) -> None:
+    def __init__(self, model: Any, kept: dict[str, Any], trim_silence: float | None = None) -> None:
+        self.trim_silence = trim_silence
         self._model = plain(model)
         self._codec = self._model.codec_model
         self._codebooks = int(self._model.config.num_codebooks)
@@ -45,17 +47,17 @@ class Encoder:
         """The codes of a row's recording where they were made before."""
         return self._kept.get(_key(row))
 
-    def read(self, row: dict[str, Any], most: int) -> npt.NDArray[np.float32]:
-        """The samples of a row's recording.
+    def read(self, row: dict[str, Any], most: int) -> Recording:
+        """A row's recording, and whether it is clipped.
 
         Raises:
             TooLong: they are more than ``most`` frames.
-            ft_speech.AudioError: as :func:`ft_speech.references.open_row`.
+            ft_speech.AudioError: as :func:`ft_speech.speaking.recordings.read_recording`.
         """
-        samples = open_row(row, self.rate)
-        if len(samples) > (most + 1) * self.rate / self.frame_rate:
+        made = read_recording(row, self.rate, self.trim_silence)
+        if len(made.samples) > (most + 1) * self.rate / self.frame_rate:
             raise TooLong
-        return samples
+        return made
 
     def encode(self, row: dict[str, Any], samples: npt.NDArray[np.float32]) -> Codes:
         """The codes of a row's recording, int16 [frames, codebooks]."""

@@ -37,7 +37,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     Raises:
         DataError: as :func:`ft_speech.csm.documents.make`; or no row is left.
     """
-    encoder, speakers = Encoder(job.model, job.kept), read_speakers(job.tokenizer)
+    encoder, speakers = Encoder(job.model, job.kept, tts_of(job.config).trim_silence), read_speakers(job.tokenizer)
     if not speakers:  # a base knows no names: any numbers will do
         named = (row["voice"] for row in job.rows if row.get("voice"))
         speakers = number_speakers(list(named), tts_of(job.config).csm, {})
@@ -68,12 +68,12 @@ def evaluate(job: EvaluationJob) -> Evaluation:
 def _spoken(job: EvaluationJob, made: Documents, encoder: Encoder) -> list[Spoken]:
     """The first rows' texts as the model speaks them."""
     numbers = made.row_of[: SPOKEN if job.answers is None else job.answers]
-    speaker, most = CsmSpeaker(job.model, job.tokenizer), tts_of(job.config).max_seconds
+    speaker, most = CsmSpeaker(job.model, job.tokenizer, encoder.trim_silence), tts_of(job.config).max_seconds
     found = []
     for done, number in enumerate(numbers):
         job.progress(done, len(numbers), "texts spoken")
         row = job.rows[number]
-        recorded = open_row(row, encoder.rate)
+        recorded = open_row(row, encoder.rate, trim_silence=encoder.trim_silence)
         longest = min(LONGER * len(recorded) / encoder.rate + 1, most)
         pieces = speaker.speak(
             str(row["text"]), voice=row.get("voice"), max_seconds=longest, context=tuple(row.get("context") or ())

@@ -32,16 +32,17 @@ class CsmSpeaker:
 
     Args:
         model: the CSM, adapted or not. tokenizer: its tokenizer, with the numbers of its speakers.
+        trim_silence: below how many dB the ends of a context's recordings are trimmed; None: not.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, trim_silence: float | None = None) -> None:
         from ft_speech.codecs.mimi import Mimi
 
         own = plain(model)
         self.model, self.tokenizer = model, tokenizer
         self._codec = Mimi(own.codec_model, int(own.config.num_codebooks))
         self.sample_rate = self._codec.sample_rate
-        self.cut = False
+        self.cut, self.trim_silence = False, trim_silence
 
     @classmethod
     def open(
@@ -81,10 +82,10 @@ class CsmSpeaker:
         if style:
             raise DataError(f"the style {style!r}: a csm knows no styles, only what the text says")
         audio, speakers = (config.audio_token_id, config.audio_eos_token_id), read_speakers(self.tokenizer)
-        encoder, turns = Encoder(self.model, {}), []
+        encoder, turns = Encoder(self.model, {}, self.trim_silence), []
         for row in context:
             ids = text_ids(row["text"], speaker_of(row.get("voice"), speakers), self.tokenizer, audio)
-            codes = encoder.encode(dict(row), encoder.read(dict(row), config.max_position_embeddings))
+            codes = encoder.encode(dict(row), encoder.read(dict(row), config.max_position_embeddings).samples)
             turns.append(turn(ids, codes, config, trained=False))
         ids = text_ids(text.strip(), speaker_of(voice, speakers), self.tokenizer, audio)
         prompt = join([*turns, turn(ids, None, config, trained=False)])

@@ -48,6 +48,8 @@ class SttSettings(Section):
         task: what is written down: what is said (``transcribe``), or that in English (``translate``); for rows that do
             not say it.
         timestamps: whether rows with ``segments`` are trained with the times at which these begin and end.
+        trim_silence: recordings are heard without the silence at their ends, what lies so many dB below their loudest
+            (40, say), but for a margin of 0.05 s; in training and when the model is measured. Unset: as they are.
         augment: how recordings are varied.
         normalizer: what makes no difference to error rates: ``english`` and ``basic`` are Whisper's own; ``auto`` takes
             the one of a row's language; ``none`` compares texts as they are.
@@ -60,6 +62,7 @@ class SttSettings(Section):
     language: str | None = Field(default=None, min_length=1)
     task: Literal["transcribe", "translate"] = "transcribe"
     timestamps: Switch = False
+    trim_silence: Number | None = Field(default=None, gt=0, le=120)
     augment: AugmentSettings = AugmentSettings()
     normalizer: Literal["auto", "english", "basic", "none"] = "auto"
     on_bad_audio: Literal["stop", "skip"] = "stop"

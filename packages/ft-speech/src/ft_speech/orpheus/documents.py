@@ -19,11 +19,9 @@ from ft_core.training.job import LEFT_OUT
 from ft_speech.audio import AudioError
 from ft_speech.orpheus.loading import SpeechProcessor, settings_of
 from ft_speech.orpheus.tokens import document, prompt_text, words_of
-from ft_speech.references import open_row
+from ft_speech.speaking.recordings import Recording, clipped_line, read_recording
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from ft_core.training import Job
     from ft_speech.codecs.protocol import Codes
     from ft_speech.speaking.settings import TtsSettings
@@ -48,6 +46,7 @@ class Documents:
         bad: by the number of the row, from 0, what is wrong with a recording that is no use.
         too_long: rows whose recording is longer than ``tts.max_seconds``.
         overlong: rows of more tokens than ``max_length``, the longest of ``longest``.
+        clipped: recordings that were read for them and are clipped.
     """
 
     tokens: Tokenized = field(default_factory=Tokenized)
@@ -56,6 +55,7 @@ class Documents:
     too_long: int = 0
     overlong: int = 0
     longest: int = 0
+    clipped: int = 0
 
     def left_out(self, what: str, settings: TtsSettings, max_length: int) -> list[str]:
         """Lines on the rows that were left out."""
@@ -104,7 +104,7 @@ def documents(
     shown = progress("recordings")
     made = 0
     total = sum(key_of(row) not in kept for row in rows)
-    for number, (row, codes) in enumerate(_codes(rows, processor, settings, kept)):
+    for number, (row, codes) in enumerate(_codes(rows, processor, settings, kept, found)):
         if isinstance(codes, str):
             if settings.on_bad_audio == "stop":
                 raise DataError(f"row {number + 1}: {codes} (tts.on_bad_audio: skip leaves such rows out)")
@@ -133,32 +133,33 @@ def documents(
 
 
 def _codes(
-    rows: Sequence[Row], processor: SpeechProcessor, settings: TtsSettings, kept: dict[bytes, Codes]
+    rows: Sequence[Row], processor: SpeechProcessor, settings: TtsSettings, kept: dict[bytes, Codes], found: Documents
 ) -> Iterator[tuple[Row, Codes | str]]:
     """Each row with its recording's codes, or with what is wrong with it. Files are read by several threads, codes made
-    by one, in order, so that they do not depend on who was quicker."""
+    by one, in order, so that they do not depend on who was quicker; ``found`` counts which are clipped."""
     codec = processor.codec
 
-    def read(row: Row) -> npt.NDArray[np.float32] | str | None:
+    def read(row: Row) -> Recording | str | None:
         if key_of(row) in kept:
             return None
         try:
-            samples = open_row(row, codec.sample_rate)
+            samples, clipped = read_recording(row, codec.sample_rate, settings.trim_silence)
         except (AudioError, DataError) as error:
             return str(error)
         most = round((settings.max_seconds + 1) * codec.sample_rate) + 2 * codec.frame_samples
-        return samples[:most]  # enough to see that it is too long
+        return Recording(samples[:most], clipped)  # enough to see that it is too long
 
     left = iter(rows)
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(left, BATCH)):
-            for row, samples in zip(batch, pool.map(read, batch), strict=True):
-                if isinstance(samples, str):
-                    yield row, samples
+            for row, heard in zip(batch, pool.map(read, batch), strict=True):
+                if isinstance(heard, str):
+                    yield row, heard
                     continue
                 key = key_of(row)
-                if samples is not None and key not in kept:
-                    kept[key] = codec.encode(samples).astype(np.int32)
+                if heard is not None and key not in kept:
+                    kept[key] = codec.encode(heard.samples).astype(np.int32)
+                    found.clipped += heard.clipped
                 yield row, kept[key]
 
 
@@ -188,8 +189,11 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
             "trained_tokens": found.tokens.trained_tokens,
             "overlong_rows": found.too_long + found.overlong,
             "bad_audio_rows": len(found.bad),
+            "clipped_recordings": found.clipped,
             "audio_seconds": round(found.seconds),
         }
+        if clipped := clipped_line(found.clipped, what):
+            job.say(clipped)
         codec = job.processor.codec
         rate = len(codec.layout.sizes) * codec.sample_rate / codec.frame_samples
         job.say(

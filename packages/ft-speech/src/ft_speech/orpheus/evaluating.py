@@ -70,7 +70,7 @@ def _spoken(job: EvaluationJob, found: Documents) -> list[Spoken]:
     for done, number in enumerate(numbers):
         job.progress(done, len(numbers), "texts spoken")
         row = job.rows[number]
-        recorded = open_row(row, codec.sample_rate)
+        recorded = open_row(row, codec.sample_rate, trim_silence=settings_of(job.config).trim_silence)
         pieces = speaker.speak(
             str(row["text"]),
             voice=row.get("voice"),

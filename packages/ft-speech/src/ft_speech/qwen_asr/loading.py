@@ -41,6 +41,11 @@ def settings_of(config: TrainConfig) -> SttSettings:
         raise ConfigError("stt.task: translate: Qwen3-ASR writes in the language that it hears (allowed: transcribe)")
     if settings.timestamps:
         raise ConfigError("stt.timestamps: true: Qwen3-ASR writes no times (allowed: false; Whisper does)")
+    if settings.trim_silence is not None:
+        raise ConfigError(
+            "stt.trim_silence: Qwen3-ASR's tokens are counted by a recording's length, which stays as it is (allowed: "
+            "null; trim the files themselves)"
+        )
     if settings.augment.speed is not None:
         raise ConfigError(
             "stt.augment.speed: Qwen3-ASR's tokens are counted by a recording's length, which stays as it is (allowed: "

@@ -41,6 +41,8 @@ class TtsSettings(Section):
             ``voice: <style> text``, without what a row does not have.
         train_on: which tokens the loss is taken over: those of the sound (``answers``), or the text's too (``all``).
         max_seconds: rows whose recording is longer are left out; no longer speech is made when the model is measured.
+        trim_silence: recordings lose the silence at their ends, what lies so many dB below their loudest (40, say), but
+            for a margin of 0.05 s; in training and when the model is measured. Unset: they are taken as they are.
         on_bad_audio: what to do where a recording is missing, damaged or empty: ``stop`` with a line that names it, or
             ``skip`` its row and count it.
         recogniser: a model or a run that recognises speech; where it is given, measuring has it write down what the
@@ -54,6 +56,7 @@ class TtsSettings(Section):
     prompt: Annotated[str | None, BeforeValidator(_prompt)] = None
     train_on: Literal["answers", "all"] = "answers"
     max_seconds: Number = Field(default=30.0, gt=0, le=600)
+    trim_silence: Number | None = Field(default=None, gt=0, le=120)
     on_bad_audio: Literal["stop", "skip"] = "stop"
     recogniser: str | None = Field(default=None, min_length=1)
     language: str | None = Field(default=None, min_length=1)

@@ -39,6 +39,7 @@ class WhisperCollator:
     Attributes:
         extractor: the model's ``WhisperFeatureExtractor``.
         augment: how recordings are varied.
+        trim_silence: below how many dB the ends of recordings are trimmed; None: not.
 
     Raises:
         UnusableAudio: when it is called: a recording that cannot be read any more, is damaged, or too long.
@@ -46,6 +47,7 @@ class WhisperCollator:
 
     extractor: Any
     augment: AugmentSettings = field(default_factory=AugmentSettings)
+    trim_silence: float | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         import torch
@@ -63,7 +65,8 @@ class WhisperCollator:
 
         extractor, rate = self.extractor, int(self.extractor.sampling_rate)
         try:
-            samples = open_row(row, rate, max_seconds=extractor.n_samples / rate + SLACK)
+            most = extractor.n_samples / rate + SLACK
+            samples = open_row(row, rate, max_seconds=most, trim_silence=self.trim_silence)
         except (AudioError, DataError) as error:
             raise UnusableAudio(
                 f"{error} (mend it, and go on; stt.on_bad_audio: skip leaves rows out that cannot be used)"
@@ -85,7 +88,7 @@ def collator(job: Job) -> WhisperCollator:
     """The collator of a training; see :attr:`ft_core.plugins.ModalitySpec.collator`. Batches are made in workers."""
     settings = settings_of(job.config)
     job.arguments["dataloader_num_workers"] = workers_of(job.config, on_cpu=job.arguments["use_cpu"])
-    return WhisperCollator(job.processor.feature_extractor, settings.augment)
+    return WhisperCollator(job.processor.feature_extractor, settings.augment, settings.trim_silence)
 
 
 def workers_of(config: Any, *, on_cpu: bool) -> int:

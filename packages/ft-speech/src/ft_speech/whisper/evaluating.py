@@ -86,7 +86,7 @@ def _batches(job: EvaluationJob, found: Examples) -> Iterator[dict[str, Any]]:
     yield from DataLoader(
         found.rows,  # type: ignore[arg-type]
         batch_size=AT_ONCE,
-        collate_fn=WhisperCollator(job.processor.feature_extractor),
+        collate_fn=WhisperCollator(job.processor.feature_extractor, trim_silence=settings_of(job.config).trim_silence),
         num_workers=min(workers_of(job.config, on_cpu=job.model.device.type == "cpu"), len(found.rows) // AT_ONCE),
     )
 

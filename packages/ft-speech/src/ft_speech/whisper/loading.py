@@ -20,10 +20,17 @@ EXCLUDED = r"(.*\.)?model\.encoder(\..*)?"
 
 
 def settings_of(config: TrainConfig) -> SttSettings:
-    """The configuration's section ``stt``, checked."""
+    """The configuration's section ``stt``, checked.
+
+    Raises:
+        ConfigError: silence is to be trimmed, and times learnt.
+    """
     from ft_core.config.load import modality_settings
 
-    return cast(SttSettings, modality_settings(config))
+    settings = cast(SttSettings, modality_settings(config))
+    if settings.trim_silence is not None and settings.timestamps:
+        raise ConfigError("stt.trim_silence would move the times that stt.timestamps trains (allowed: one of them)")
+    return settings
 
 
 def encoder_of(config: TrainConfig) -> Literal["frozen", "lora", "full"]:
