@@ -435,6 +435,8 @@ def test_metadata_as_in_ljspeech(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metadata\.csv, line 2"):
         read_rows(tmp_path, ["text"], seed=0)
     (tmp_path / "wavs").mkdir()
+    for name in ("LJ001-0001", "a"):
+        (tmp_path / "wavs" / f"{name}.wav").touch()
 
     def form(row: Any, format: Any, folder: Path | None) -> dict[str, Any]:
         assert folder == tmp_path
@@ -450,6 +452,12 @@ def test_metadata_as_in_ljspeech(tmp_path: Path) -> None:
     ]
     (tmp_path / "metadata.csv").write_text("a|b|c|d\n")
     with pytest.raises(DataError, match=r"metadata\.csv, line 1: has 4 cells; beside a folder wavs, as in LJSpeech"):
+        read_rows(tmp_path, ["text"], seed=0, form=form)
+    (tmp_path / "metadata.csv").write_text("file_name|text\na|yes\n")
+    with pytest.raises(DataError, match=r"line 1: the header 'file_name\|text' is one column"):
+        read_rows(tmp_path, ["text"], seed=0, form=form)
+    (tmp_path / "metadata.csv").write_text("file_name,text|notes\nwavs/a.wav,a | b\n")
+    with pytest.raises(DataError, match=r"line 2: columns 'file_name', 'text\|notes' fit no format"):
         read_rows(tmp_path, ["text"], seed=0, form=form)
     (tmp_path / "metadata.csv").write_text("file_name,text\nwavs/a.wav,a | b\n")
     assert list(read_rows(tmp_path, ["text"], seed=0, form=form)) == [{"file_name": "wavs/a.wav", "text": "a | b"}]

@@ -75,10 +75,10 @@ def open_sound(
     Raises:
         NotHeardError: it is a URL; the file is not there, too large, damaged, empty or of a format not read here.
     """
-    samples, was = _decoded(_data(reference))
+    last = start + longest if end is None else min(end, start + longest)
+    samples, was = _decoded(_data(reference), last)
     if not RATES[0] <= was <= RATES[1]:
         raise NotHeardError(f"a file of {was} samples per second")
-    last = start + longest if end is None else min(end, start + longest)
     samples = samples[max(0, round(start * was)) : max(0, round(last * was))]
     if not samples.size:
         raise NotHeardError("an empty stretch")
@@ -108,8 +108,9 @@ def _data(reference: str) -> bytes:
     return data
 
 
-def _decoded(data: bytes) -> tuple[npt.NDArray[np.float32], int]:
-    """Mono samples and their rate: by soundfile where it is installed, else WAV with whole numbers alone."""
+def _decoded(data: bytes, last: float) -> tuple[npt.NDArray[np.float32], int]:
+    """Mono samples up to the second ``last``, and their rate: by soundfile where it is installed, else WAV with whole
+    numbers alone."""
     from importlib.util import find_spec
 
     import numpy as np
@@ -118,7 +119,10 @@ def _decoded(data: bytes) -> tuple[npt.NDArray[np.float32], int]:
         import soundfile
 
         try:
-            samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+            with soundfile.SoundFile(io.BytesIO(data)) as sound:
+                rate = sound.samplerate
+                wanted = max(1, math.ceil(last * min(rate, RATES[1])))  # a small file may hold hours of silence
+                samples = sound.read(wanted, dtype="float32", always_2d=True)
         except (RuntimeError, ValueError, TypeError) as error:  # soundfile's own error is a RuntimeError
             raise _damaged() from error
         return _mono(samples), int(rate)

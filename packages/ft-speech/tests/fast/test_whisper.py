@@ -83,8 +83,24 @@ MADE: dict[str, Callable[[Any], Any]] = {
 def test_loss_and_gradients_are_transformers(made: str, choice: Any) -> None:
     model = MADE[made](whisper())
     plain = step(model, batch())
-    enable(model).choose(choice)
+    path = enable(model)
+    path.choose(choice)
+    path.host.least = 1
     same(plain, step(model, batch()), LIMIT)
+    moved = any(pool.bytes for pool in path.host.pools.values())
+    assert moved == (choice == "offload")
+
+
+def test_batches_that_cannot_be_divided_alike() -> None:
+    model = adapted(whisper())
+    path = enable(model)
+    path.choose("offload")
+    for rows in (8, 3, 5, 2):
+        path.on = False
+        plain = step(model, batch(rows))
+        path.on = True
+        same(plain, step(model, batch(rows)), LIMIT)
+    assert path.chosen.pieces == 8
 
 
 def test_by_the_number_of_tokens_and_by_given_prompts() -> None:
@@ -214,6 +230,7 @@ def test_recorded_steps_are_the_steps(choice: Any) -> None:
     model = adapted(whisper(d_model=128, encoder_ffn_dim=256, decoder_ffn_dim=256).cuda().bfloat16())
     path = enable(model)
     path.choose(choice)
+    path.host.least = 1
 
     def taken(seed: int) -> tuple[float, dict[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)

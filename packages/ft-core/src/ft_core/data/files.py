@@ -130,8 +130,10 @@ def _csv(path: Path) -> Numbered:
 
 
 def _begins_without_header(path: Path) -> bool:
+    """Whether the first line names a recording that is there, as LJSpeech's does, and no columns."""
     with path.open("rb") as file:
-        return b"|" in file.readline()
+        cells = file.readline().removeprefix(_BOM).decode("utf-8", "replace").split("|")
+    return len(cells) > 1 and (path.parent / _RECORDINGS / f"{cells[0]}.wav").is_file()
 
 
 def _ljspeech(path: Path) -> Numbered:

@@ -282,7 +282,9 @@ class _Held:
         self.shape, self.stride = tensor.shape, tensor.stride()
         self._stream, self._order, self._place = stream, order, len(order.held)
         order.held.append(weakref.ref(self))
-        weakref.finalize(self, pool.give, buffer).atexit = False
+        if stream is None or not torch.cuda.is_current_stream_capturing():
+            weakref.finalize(self, pool.give, buffer).atexit = False
+        # A recorded step writes there at each replay: nobody else may have the buffer again.
         self._host = buffer[: tensor.nbytes].view(tensor.dtype)
         self._back: Tensor | None = None
         self._ready: torch.cuda.Event | None = None

@@ -310,7 +310,7 @@ class _Session:
                 model.config.use_cache = True
                 if model.can_generate():  # whatever loads the model has to stop where it learnt to
                     ends = stop_ids(model, self.job.tokenizer)  # Whisper's own generation compares with a number
-                    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+                    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
                 model.save_pretrained(beside)
             else:
                 with as_saved(model):

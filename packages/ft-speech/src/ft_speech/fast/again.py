@@ -87,8 +87,9 @@ def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
 
 
 def _parts(x: Tensor, heard: Tensor | None, pieces: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    others: Sequence[Tensor | None] = [None] * pieces if heard is None else heard.chunk(pieces)
-    return zip(x.chunk(pieces), others, strict=True)
+    parts = x.chunk(pieces)  # of a batch that cannot be divided so, fewer
+    others: Sequence[Tensor | None] = [None] * len(parts) if heard is None else heard.chunk(pieces)
+    return zip(parts, others, strict=True)
 
 
 def _drop(tensor: Tensor) -> None:

@@ -41,6 +41,11 @@ class Chosen:
     pieces: int = 1
     head: int = HEAD
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything waits in the host's memory."""
+        return "offload" in self.choices.values()
+
     def of(self, layer: SpeechLayer) -> Choice:
         """What a layer keeps."""
         return self.choices.get(id(layer), "keep")
@@ -98,6 +103,5 @@ def _room(device: torch.device, memory: int | None) -> float:
     used = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - used
     limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    if memory is None:
-        return SHARE * max(min(free, limit - used), 0)
-    return float(max(min(free, limit - used, memory - used), 0))
+    most = limit if memory is None else min(limit, memory)
+    return SHARE * max(min(free, most - used), 0)

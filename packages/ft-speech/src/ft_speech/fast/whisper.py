@@ -30,6 +30,8 @@ from ft_speech.fast.layers import SpeechLayer, layer_norm
 __all__ = ["WhisperPath", "enable", "path_of"]
 
 HANDLE = "_ft_speech_path"
+OFFLOADED = 2
+"""Steps that are recorded where layers' inputs are offloaded: each keeps its buffers in the host's memory to itself."""
 TEXT = 32
 """Tokens to write are filled up to a multiple of this, so that batches of few lengths come again and again: a recorded
 step is of one length. What is added is not trained, and seen by nothing before it."""
@@ -292,7 +294,11 @@ class _ModelForward(_Forward):
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not given["features"].is_cuda or several or torch.compiler.is_compiling() or not path.graphs.on:
             return None
-        return path.graphs.loss(self._loss, given, self._looks, path.model, fresh=True)
+
+        def worth() -> bool:
+            return path.graphs.recorded < OFFLOADED or not path.chosen.offloads
+
+        return path.graphs.loss(self._loss, given, self._looks, path.model, worth, fresh=True)
 
     def _looks(self) -> tuple[Any, Any] | None:
         """What a recorded step depends on but for its input, and what that is made of; None where none can be."""
