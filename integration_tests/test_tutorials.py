@@ -176,7 +176,7 @@ def test_listening(here: Path) -> None:
     config = load_config("listen.yaml")
     assert (config.task, config.data, config.eval_data) == ("stt", "train.jsonl", "held_out.jsonl")
     rows = {part: spoken_rows(part) for part in ("train", "held_out", "plain")}
-    assert {part: len(found) for part, found in rows.items()} == {"train": 80, "held_out": 15, "plain": 12}
+    assert {part: len(found) for part, found in rows.items()} == {"train": 128, "held_out": 15, "plain": 30}
     said = {part: {row["text"] for row in found} for part, found in rows.items()}
     assert not said["train"] & (said["held_out"] | said["plain"])
     for found in rows.values():
@@ -192,7 +192,7 @@ def test_listening(here: Path) -> None:
 )
 def test_listening_as_it_stands(here: Path) -> None:
     """Whisper base with its real weights learns names: of held-out sentences half as many words are wrong, or fewer; of
-    English without them no more than five of a hundred more (measured: 4.3, after 14 of the 20 steps)."""
+    English without them no more than two of a hundred more."""
     for name, text in files("listening").items():
         (here / name).write_text(text, encoding="utf-8")
     page = (TUTORIALS / "listening.md").read_text(encoding="utf-8")
@@ -208,7 +208,7 @@ def test_listening_as_it_stands(here: Path) -> None:
             found.append(json.loads((here / "run/evaluation.json").read_text(encoding="utf-8")))
     assert ran == ["python base.py", "python names.py", "ft train", "ft eval", "ft eval"]
     names, plain = (one["metrics"]["wer"] for one in found)
-    assert [one["answers"] for one in found] == [15, 12]
+    assert [one["answers"] for one in found] == [15, 30]
     assert names["before"] > 0.4
     assert names["after"] < names["before"] / 2
-    assert plain["after"] <= plain["before"] + 0.05
+    assert plain["after"] <= plain["before"] + 0.02

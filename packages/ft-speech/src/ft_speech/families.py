@@ -60,11 +60,12 @@ def family_of(task: str, model_type: str, name: str) -> Family:
     Raises:
         ModelError: no family of the task's has such models.
     """
-    module = FAMILIES[task].get(model_type) or ANY.get(task)
+    others = {kind for known, kinds in FAMILIES.items() if known != task for kind in kinds}
+    module = FAMILIES[task].get(model_type) or (None if model_type in others else ANY.get(task))
     if module is None:
         raise ModelError(
             f"the model {name} is a {model_type}, which task: {task} does not train "
-            f"(it trains {', '.join(sorted(FAMILIES[task]))})"
+            f"(it trains {', '.join(sorted(FAMILIES[task]))}{' and language models' if task in ANY else ''})"
         )
     return cast(Family, importlib.import_module(module))
 
@@ -126,14 +127,16 @@ def fast(model: Any) -> Any:
 
 
 def verify(source: ModelSource, device: Device, **settings: Any) -> Any:
-    """What ``ft verify`` compares.
+    """What ``ft verify`` compares; None of a language model, of which that is text.
 
     Raises:
         ModelError: the family has nothing to compare.
     """
     model_type = model_type_of(source)
     module = FAMILIES["stt"].get(model_type) or FAMILIES["tts"].get(model_type)
-    prepare = None if module is None else getattr(importlib.import_module(module), "verify", None)
+    if module is None:
+        return None  # a language model
+    prepare = getattr(importlib.import_module(module), "verify", None)
     if prepare is None:
         raise ModelError(f"the model {source.reference} is a {model_type}, which ft verify does not compare yet")
     return prepare(source, device, **settings)

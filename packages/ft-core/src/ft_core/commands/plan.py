@@ -29,9 +29,12 @@ def run(args: argparse.Namespace) -> int:
     from ft_core.config import load_config
     from ft_core.errors import ConfigError
     from ft_core.memory import bytes_of
+    from ft_core.plugins import ModalitySpec, registry
     from ft_core.training.modality import with_local_task
 
     config = with_local_task(load_config(args.config, args.overrides))
+    if config.task != "text" and registry().get(ModalitySpec, config.task).plan is None:
+        raise ConfigError(f"task: ft plan does not know the task {config.task!r} yet")
     try:
         memory = None if args.memory is None else bytes_of(args.memory)
     except ValueError:

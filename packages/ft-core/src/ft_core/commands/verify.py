@@ -119,7 +119,7 @@ def _prepared(
     modality = _modality(source)
     if modality is not None and modality.verify is not None:
         prepare = resolve(modality.verify)
-        found: tuple[Callable[[bool], Any], Sequence[Mapping[str, Any]]] = prepare(
+        found: tuple[Callable[[bool], Any], Sequence[Mapping[str, Any]]] | None = prepare(
             source,
             device,
             quantization=quantization,
@@ -128,7 +128,8 @@ def _prepared(
             batches=args.batches,
             tokens=args.tokens,
         )
-        return found
+        if found is not None:
+            return found
     return lambda exact: load_layers(source, device, "none" if exact else quantization, dtype, args.layers), None
 
 

@@ -61,10 +61,10 @@ def check_config(values: Mapping[str, Any] | TrainConfig) -> TrainConfig:
         config = values
     else:
         named = [name for name in registry().names(ModalitySpec.group) if name in values]
+        values = {key: value for key, value in values.items() if (key, value) != ("task", None)}
         values = {"task": named[0], **values} if len(named) == 1 else values  # that whose section is there
         if values.get("quantization") == "fp8":
             raise ConfigError("quantization: 'fp8' is not available in this version (allowed: none, nf4, int8)")
-        # Before the rest, so that `modle: …` is not told that `model` is missing.
         _check_top_level(values, *(values.get(k, TrainConfig.model_fields[k].default) for k in ("method", "task")))
         try:
             config = TrainConfig.model_validate(dict(values))
@@ -248,7 +248,7 @@ def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 
 
 def _check_top_level(values: Iterable[Any], method: Any, task: Any) -> None:
-    """A top-level key that the schema doesn't have must be the section of the method or the modality in use."""
+    """A key that the schema doesn't have must be a section in use; asked first, or `modle: …` would lack a `model`."""
     methods = {*registry().names("ft.methods"), *EXTRAS["ft.methods"]}
     for key in values:
         if not isinstance(key, str):
@@ -259,7 +259,7 @@ def _check_top_level(values: Iterable[Any], method: Any, task: Any) -> None:
             continue  # what is wrong is the method
         if key in methods:
             raise ConfigError(f"{key}: these are settings of the method {key!r}, but the method is {method!r}")
-        if key in registry().names("ft.modalities"):
+        if key in (tasks := registry().names("ft.modalities")) and task in tasks:
             raise ConfigError(f"{key}: these are settings of the task {key!r}, but the task is {task!r}")
         section = [method] if isinstance(method, str) else []
         raise ConfigError(_unknown(key, "", [*TrainConfig.model_fields, *section]))

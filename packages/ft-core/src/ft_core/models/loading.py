@@ -182,6 +182,8 @@ def _load(
         )
     except Exception as error:  # an unknown type, a key missing, or a field that the class refuses
         raise ModelError(f"the model {source.reference} cannot be used: {_first_sentence(error)}") from error
+    if auto is AutoModelForCausalLM and getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"the model {source.reference} is an encoder and a decoder, which task: text does not train")
     if scaling is not None:  # before the model is built: its rotary embedding reads the configuration then
         scale(config, scaling, max_length, source.reference)
     check_length(config, max_length, source.reference)

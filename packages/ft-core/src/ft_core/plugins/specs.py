@@ -154,7 +154,8 @@ class ModalitySpec(Spec):
         inputs: reference to ``f(config, model, processor)``, which makes a :class:`ft_core.training.inputs.Inputs` for
             methods that make batches of their own; None where there are none such among ``methods``.
         verify: reference to ``f(source, device, *, quantization, dtype, layers, batches, tokens) -> (load, inputs)``,
-            what ``ft verify`` compares of such a model: as :func:`ft_core.fast.verify.verify` takes them.
+            what ``ft verify`` compares of such a model: as :func:`ft_core.fast.verify.verify` takes them. None in their
+            place: that is text.
         trainer: reference to ``f(job) -> transformers.Trainer | None``, which makes the trainer in the method's place;
             None of it where the model is trained as the method does: as a language model on ``dataset`` and
             ``collator``.

@@ -134,7 +134,7 @@ def _train(
     spec = registry().get(MethodSpec, config.method)
     if resuming:
         check_resumable(run, config)
-    say(f"{source.name}, {config.method}, on {device}")
+    say(f"{source.name}, {config.method if config.task == 'text' else f'{config.task}, {config.method}'}, on {device}")
     _say_other_gpus(device, ranks, say)
     planned = foresee(config, source, device, say)
     used.optimizer = optimizer_of(config, planned)

@@ -62,14 +62,15 @@ def export(
     if type not in TYPES:
         raise ExportError(f"--type {type!r} is not known for ctranslate2 (allowed: {', '.join(TYPES)})")
     check_target(folder, source, MARKER, overwrite)
-    require_ctranslate2()
     lines: list[str] = []
 
     def fits(base: Path, _: Path) -> None:
         check_convertible(base)
+        require_ctranslate2()
 
     model = whole_model(source, lines, progress, fits)
     config = check_convertible(model)
+    require_ctranslate2()
     size = Checkpoint(model).parameters() * BYTES[type]
     require_space(folder.parent, int(size * 1.02) + 50_000_000, "the model for CTranslate2")
     with new_folder(folder) as partial:

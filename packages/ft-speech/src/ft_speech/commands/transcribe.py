@@ -141,6 +141,14 @@ def _planned(args: argparse.Namespace) -> _Plan:
         raise DataError(f"--json is --format json, and --format is {args.format}: give one of them")
     ending = "" if out is None else out.suffix.lower().lstrip(".")
     is_file = out is not None and not out.is_dir() and ending in FORMATS and not args.out.endswith(os.sep)
+    if (
+        out is not None
+        and ending
+        and args.format is None
+        and not (is_file or out.is_dir() or args.out.endswith(os.sep))
+    ):
+        endings = ", ".join(f".{one}" for one in FORMATS)
+        raise DataError(f"--out {args.out} ends in .{ending} (allowed: {endings}, or a folder, with a / at its end)")
     format = args.format or ("json" if args.json else ending if is_file else "txt")
     if is_file and ending != format:
         raise DataError(f"--out {args.out} ends in .{ending}, and --format is {format}: give one of them")
