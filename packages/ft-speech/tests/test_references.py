@@ -31,10 +31,38 @@ def test_paths(tmp_path: Path) -> None:
     assert reference_of("a/b.wav", tmp_path) == str(tmp_path / "a" / "b.wav")
     assert reference_of("../b.wav", tmp_path / "data") == str(tmp_path / "b.wav")
     assert reference_of(Path("b.wav"), tmp_path) == str(tmp_path / "b.wav")
-    assert reference_of("/x/b.wav", tmp_path) == reference_of("/x/b.wav") == "/x/b.wav"
+    assert reference_of("/x/b.wav", tmp_path) == "/x/b.wav"
     assert reference_of("~/b.wav", tmp_path) == str(Path("~/b.wav").expanduser())
-    assert reference_of("file:///x/a%20b.wav", tmp_path) == reference_of("FILE://localhost/x/a b.wav") == "/x/a b.wav"
+    assert reference_of("file:///x/a%20b.wav", tmp_path) == "/x/a b.wav"
+    assert reference_of("FILE://localhost/x/a b.wav", tmp_path) == "/x/a b.wav"
     assert reference_of({"bytes": None, "path": "b.wav"}, tmp_path) == str(tmp_path / "b.wav")
+
+
+def test_rows_of_the_hub_name_files_of_its_caches_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever wrote them chose what is read of this machine."""
+    import datasets
+
+    cache, private = tmp_path / "cache", tmp_path / "private.wav"
+    (cache / "extracted").mkdir(parents=True)
+    private.touch()
+    (cache / "link.wav").symlink_to(private)
+    linked = tmp_path / "linked"
+    linked.symlink_to(cache)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", linked)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = str(cache / "extracted" / "a.wav")
+    assert reference_of({"bytes": None, "path": own}) == reference_of(f"file://{own}") == own
+    assert reference_of("~/cache/extracted/a.wav") == own
+    for given in (
+        str(private), f"file://{private}", "~/private.wav", {"path": str(private)}, Path(private),
+        f"{cache}/../private.wav", str(cache / "link.wav"),
+        f"{cache}-of-another/a.wav", f"file://{cache}/%2e%2e/private.wav",
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=r"audio is a path of this machine, .*, in a row of the Hub") as error:
+            reference_of(given)
+        assert "\n" not in str(error.value)
+        if isinstance(given, str):
+            reference_of(given, tmp_path)  # whoever gives a file of this machine may name others
 
 
 @pytest.mark.parametrize(

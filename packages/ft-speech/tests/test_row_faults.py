@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
+from ft_speech.listening import recordings
 from ft_speech.listening.recordings import looked_at
 from ft_speech.references import open_row, reference_of
 
@@ -72,6 +74,27 @@ def test_what_is_bad_is_one_line_with_its_name(name: str, tmp_path: Path) -> Non
             assert fault is not None
             assert fault.startswith(f"{called}: {said}")
             assert "\n" not in fault
+
+
+@pytest.mark.parametrize("format", ["FLAC", "MP3", "WAV"])
+def test_of_what_is_too_long_little_is_decoded(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of silence fit into a small file; its header says how long it is."""
+    decoded: list[int] = []
+
+    def spy(row: Any) -> Any:
+        decoded.append(len(open_row(row)))
+        return np.zeros(decoded[-1], np.float32)
+
+    monkeypatch.setattr(recordings, "open_row", spy)
+    reference = reference_of(encode(np.zeros(60 * RATE), format=format))
+    rows: list[Any] = [{"audio": reference}, {"audio": reference, "start": 50.0}, {"audio": reference, "end": 3.0}]
+    looks = list(looked_at(rows, whole=True, most=4.0))
+    assert [(round(one.seconds, 2), one.fault) for one in looks] == [(60, None), (10, None), (3, None)]
+    assert sorted(decoded) == [3 * RATE, 4 * RATE, 4 * RATE]
+    ((seconds, fault),) = looked_at([{"audio": reference, "end": 90.0}], whole=True, most=4.0)
+    assert fault == "a recording in the data itself: has 60.00 s, and the stretch ends at 90 s"
+    ((seconds, fault),) = looked_at([{"audio": reference}], whole=False, most=4.0)
+    assert (round(seconds, 2), fault) == (60, None)
 
 
 def test_stretches_that_are_not_there_and_missing_files(tmp_path: Path) -> None:

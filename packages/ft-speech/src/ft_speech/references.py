@@ -52,12 +52,13 @@ def reference_of(audio: Any, folder: Path | None = None, *, where: str = "audio"
     Args:
         audio: what the row gives. An array is int16, or floats of full scale -1 to 1, of shape [samples] or
             [channels, samples].
-        folder: where relative paths are looked for; None: there is no such place.
+        folder: where relative paths are looked for; None: the row is of the Hub, whose paths are taken only where they
+            lead into its caches, since whoever wrote them shall not choose what files of this machine are read.
         where: the column, for messages.
 
     Raises:
-        DataError: it is given in another way, or is a URL of the network. Whether there is such a file, and what is in
-            it, is not looked at.
+        DataError: it is given in another way, is a URL of the network, or, without a folder, a path outside the Hub's
+            caches. Whether there is such a file, and what is in it, is not looked at.
     """
     if isinstance(audio, Mapping):
         audio = _of_object(audio, where)
@@ -225,7 +226,27 @@ def _absolute_path(given: Any, where: str, folder: Path | None) -> str:
         raise DataError(f"{where} is {short(given)}, of a user whom this machine does not know") from None
     if folder is None and not path.is_absolute():
         raise DataError(f"{where} is a relative path, {short(given)}, in rows that come from no file of this machine")
-    return os.path.abspath(path if folder is None else folder / path)
+    if folder is None:
+        return _in_cache(os.path.abspath(path), where)
+    return os.path.abspath(folder / path)
+
+
+def _in_cache(path: str, where: str) -> str:
+    """A path that leads, links followed, to a file that was downloaded from the Hub."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    caches = (
+        config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH,
+        constants.HF_HUB_CACHE,
+    )  # fmt: skip
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(os.path.realpath(cache)) for cache in caches):
+        raise DataError(
+            f"{where} is a path of this machine, {short(path)}, in a row of the Hub, which may name files of its "
+            "caches alone: download the data set, and give its folder"
+        )
+    return path
 
 
 def _of_file_url(url: str, where: str) -> Path:

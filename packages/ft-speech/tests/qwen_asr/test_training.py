@@ -225,6 +225,11 @@ def test_what_is_measured_is_what_transformers_would(
     assert made.code == 0, made.err
     measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert (measured["rows"], measured["answers"]) == (4, 4)
+    # Said once, though measured before the training and after it; and by a measurement alone.
+    assert (made.out + made.err).count("left out: held-out row 2: ") == 1
+    again = ft("eval", tmp_path / "run", "--data", held_out)
+    assert again.code == 0, again.err
+    assert again.err.count("left out: held-out row 2: ") == 1
     assert [one["prompt"] for one in measured["samples"]][2] == "[3.wav] from 0.1 s to 0.35 s"
 
     from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor

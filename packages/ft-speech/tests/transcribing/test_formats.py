@@ -75,3 +75,14 @@ def test_times_go_forward_whatever_the_model_writes() -> None:
     edges = [edge for one in found for edge in (one.start, one.end)]
     assert edges == [0.0, 2.0, 2.0, 2.0, 3.0, 3.0, 4.0, 6.0]
     assert [(word.start, word.end) for one in found for word in one.words] == [(3.0, 3.0), (5.0, 5.0), (5.0, 6.0)]
+
+
+def test_texts_are_joined_as_their_languages_are_written() -> None:
+    """Windows of Japanese without a space, other ones with one, and so a translation of Japanese."""
+    ja = [Transcript("\u3053\u3093\u306b", "ja"), Transcript("", None), Transcript("\u3061\u306f", "ja")]
+    parts = [(30.0 * number, one) for number, one in enumerate(ja)]
+    assert joined(parts).text == "\u3053\u3093\u306b\u3061\u306f"
+    assert joined([*parts, (90.0, Transcript("so it is", "en"))]).text == "\u3053\u3093\u306b\u3061\u306f so it is"
+    assert joined([(0.0, Transcript("so", None)), (1.0, Transcript("it is", None))]).text == "so it is"
+    english = [(0.0, Transcript("so", "ja")), (30.0, Transcript("it is", "ja"))]
+    assert joined(english, "ja", translated=True).text == "so it is"

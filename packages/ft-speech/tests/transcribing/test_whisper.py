@@ -96,6 +96,27 @@ def test_words_lie_in_order_in_their_segments(parrot: Any, noise: Noise, long_fo
             assert (segment.start, segment.end) == (segment.words[0].start, segment.words[-1].end)
 
 
+@pytest.mark.parametrize("task", ["transcribe", "translate"])
+def test_a_translation_is_written_with_spaces_whatever_is_spoken(parrot: Any, noise: Noise, task: str) -> None:
+    """Windows, segments and words of Chinese have none between them; English ones of Chinese have."""
+    from ft_speech.whisper.vocabulary import vocabulary_of
+
+    hear = parrot.recogniser
+    hear._plain.generation_config.alignment_heads = [[0, 0], [1, 1]]
+    hear.vocabulary = vocabulary_of(hear._plain, hear.tokenizer, hear.name)
+    parrot.says("<|0.10|> so<|0.50|><|0.50|> it<|0.90|>", timed=True, language="zh")
+    (found,) = hear.transcribe([noise(3.0)], timestamps="word", task=task, batch_size=2)
+    windows = len(at_pauses(noise(3.0), RATE, 2.0))
+    assert windows > 1
+    words = [word.text for segment in found.segments for word in segment.words]
+    assert found.language == "zh"
+    if task == "translate":
+        assert (found.text, words) == (" ".join(["so it"] * windows), ["so", "it"] * windows)
+    else:
+        assert found.text == "soit" * windows
+        assert "so" not in words
+
+
 def test_a_text_that_is_cut_off_is_told(parrot: Any, noise: Noise) -> None:
     hear = parrot.says(" Hallo Welt.")
     found = hear.transcribe([noise(1.0), noise(3.0)], max_new_tokens=6)

@@ -45,6 +45,15 @@ def test_labels_are_those_of_transformers_own_recipe(parts: tuple[Any, Any]) -> 
     assert labels(parts, language="Chinese")({"text": "你好"}) == tokenizer("你好").input_ids[1:]
 
 
+def test_a_translation_is_english_whatever_is_spoken(parts: tuple[Any, Any]) -> None:
+    tokenizer, known = parts[1].tokenizer, labels(parts, timestamps=True)
+    tokenizer.set_prefix_tokens(language="zh", task="translate")
+    row = {"text": "so it is", "language": "zh", "task": "translate"}
+    assert known(row) == tokenizer(" so it is").input_ids[1:]
+    text = tokenizer.decode(known({**row, "segments": [{"start": 0.0, "end": 0.4, "text": "so"}]}))
+    assert " so" in text
+
+
 def test_segments_become_timestamps(parts: tuple[Any, Any]) -> None:
     row = {"text": "low up", "language": "en", "segments": [
         {"start": 0.0, "end": 0.41, "text": "low"}, {"start": 0.5, "end": 0.9, "text": "up"},
@@ -122,6 +131,22 @@ def test_what_is_left_out(parts: tuple[Any, Any], tmp_path: Path) -> None:
     assert "2 train rows whose recording are" not in said
     assert "2 train rows whose recordings are longer than the 1 s that the model hears at a time" in said
     assert "1 train row whose text is more than 64 tokens" in said
+
+
+def test_segments_end_where_their_recording_does(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    """Give or take what times are rounded by; times that nobody asked for are not looked at."""
+    soundfile.write(tmp_path / "a.wav", np.ones(RATE // 4) / 2, RATE)
+    options: dict[str, Any] = {"max_length": 64, "positions": 64, "varied": False}
+
+    def rows(end: float) -> list[dict[str, Any]]:
+        row = {"audio": str(tmp_path / "a.wav"), "text": "up", "language": "en"}
+        return [row, {**row, "segments": [{"start": 0.0, "end": end, "text": "up"}]}]
+
+    known = labels(parts, timestamps=True)
+    assert examples(rows(0.74), known, **options).numbers == [0, 1]
+    with pytest.raises(DataError, match=r"^row 2: segments\[0\] ends at 0.76 s, and its recording at 0.25 s: mend"):
+        examples(rows(0.76), known, **options)
+    assert examples(rows(0.76), labels(parts), **options).numbers == [0, 1]
 
 
 def test_a_recording_that_is_gone_when_its_batch_is_made(parts: tuple[Any, Any], tmp_path: Path) -> None:

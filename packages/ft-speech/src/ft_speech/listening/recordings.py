@@ -8,13 +8,15 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from ft_core.errors import DataError
-from ft_speech.audio import AudioError, audio_info
+from ft_speech.audio import SLACK, AudioError, audio_info
 from ft_speech.references import open_row, source_of
 
-__all__ = ["Look", "UnusableAudio", "looked_at"]
+__all__ = ["SAID", "Look", "UnusableAudio", "looked_at"]
 
 EXACT = ("wav", "flac", "ogg")
 """Formats whose header tells how long a file is; an mp3's may be an estimate."""
+SAID = "held_out_rows_said"
+"""The key of what a job keeps that says that the held-out rows which were left out have been named."""
 BATCH = 64
 THREADS = 8
 
@@ -37,26 +39,30 @@ class Look(NamedTuple):
     fault: str | None
 
 
-def looked_at(rows: Sequence[Row], *, whole: bool) -> Iterator[Look]:
+def looked_at(rows: Sequence[Row], *, whole: bool, most: float | None = None) -> Iterator[Look]:
     """What there is to know of each row's recording, in their order; files are read by several threads.
 
     Args:
         whole: decode each recording once, since what is damaged shows in the samples alone; else headers are read,
             save of an mp3, which is decoded.
+        most: more seconds than the model hears. Of a recording that is longer no more are decoded, since hours of
+            silence fit into a small file and not into memory; how long it is its header says. None: no bound.
     """
     left = iter(rows)
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(left, BATCH)):
-            yield from pool.map(lambda row: _look(row, whole), batch)
+            yield from pool.map(lambda row: _look(row, whole, most), batch)
 
 
-def _look(row: Row, whole: bool) -> Look:
+def _look(row: Row, whole: bool, most: float | None) -> Look:
     try:
-        if not whole:
-            info = audio_info(source_of(row["audio"]))
-            start, end = row.get("start") or 0.0, info.seconds if row.get("end") is None else row["end"]
-            if info.format in EXACT and start < end <= info.seconds:  # else reading it says what is wrong
-                return Look(end - start, None)
+        info = audio_info(source_of(row["audio"]))
+        start, end = row.get("start") or 0.0, info.seconds if row.get("end") is None else row["end"]
+        if not whole and info.format in EXACT and start < end <= info.seconds:  # else reading it says what is wrong
+            return Look(end - start, None)
+        if most is not None and end <= info.seconds + SLACK and (seconds := min(end, info.seconds) - start) > most:
+            open_row({**row, "end": start + most})
+            return Look(seconds, None)
         return Look(len(open_row(row)) / 16_000, None)
     except (AudioError, DataError) as error:
         return Look(0.0, str(error))

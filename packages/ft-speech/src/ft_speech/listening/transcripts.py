@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-__all__ = ["Segment", "Transcript", "Word", "joined", "ordered"]
+from ft_speech.listening.metrics import UNSPACED
+
+__all__ = ["Segment", "Transcript", "Word", "joined", "ordered", "together"]
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,33 @@ class Transcript:
     cut: int = 0
 
 
-def joined(parts: Sequence[tuple[float, Transcript]], language: str | None = None) -> Transcript:
+def joined(
+    parts: Sequence[tuple[float, Transcript]], language: str | None = None, *, translated: bool = False
+) -> Transcript:
     """One transcript of the windows of a recording.
 
     Args:
         parts: by window, in order, where it begins in seconds, and its transcript with times of its own.
         language: the recording's; None: the first that a window names.
+        translated: whether the texts are English, whatever is spoken.
     """
     segments = [_moved(segment, start) for start, part in parts for segment in part.segments]
     return Transcript(
-        text=" ".join(part.text for _, part in parts if part.text),
+        text=together([(part.text, "en" if translated else part.language or language) for _, part in parts]),
         language=language or next((part.language for _, part in parts if part.language), None),
         segments=tuple(segments),
         cut=sum(part.cut for _, part in parts),
+    )
+
+
+def together(texts: Sequence[tuple[str, str | None]]) -> str:
+    """Texts, each with the code of its language, as one: with a space between two, unless both are of languages that
+    are written without (:data:`ft_speech.listening.metrics.UNSPACED`)."""
+    found = [(text, language in UNSPACED) for text, language in texts if text]
+    before = [True, *(unspaced for _, unspaced in found)]
+    return "".join(
+        text if number == 0 or (unspaced and before[number]) else f" {text}"
+        for number, (text, unspaced) in enumerate(found)
     )
 
 

@@ -16,15 +16,15 @@ from ft_core.data.rendering import Draft, Renderer
 from ft_core.data.tokenizing import RowTokenizer
 from ft_core.errors import DataError
 from ft_core.training.job import LEFT_OUT
-from ft_speech.listening.recordings import looked_at
+from ft_speech.listening.recordings import SAID, looked_at
 from ft_speech.qwen_asr.languages import name_of
 from ft_speech.qwen_asr.loading import settings_of
-from ft_speech.qwen_asr.parts import SAMPLING_RATE, audio_tokens, written
+from ft_speech.qwen_asr.parts import CHUNK_TOKENS, SAMPLING_RATE, audio_tokens, written
 
 if TYPE_CHECKING:
     from ft_core.training import Job
 
-__all__ = ["RECORDINGS", "AsrRenderer", "Heard", "dataset", "heard_in", "tokenize"]
+__all__ = ["RECORDINGS", "AsrRenderer", "Heard", "dataset", "heard_in", "left_out", "tokenize"]
 
 RECORDINGS = "recordings"
 """The column with a row's recordings, one for each of its documents: objects with ``audio``, a reference, ``start`` and
@@ -154,7 +154,8 @@ def tokenize(
     adding = RowTokenizer(renderer.processor.tokenizer, max_length, train_on, renderer)
     bad: list[str] = []
     skip = on_bad_audio == "skip"
-    looks = zip(enumerate(rows), looked_at(rows, whole=skip), strict=True)
+    most = max_length / CHUNK_TOKENS + 2  # a chunk of a second has CHUNK_TOKENS, the last one perhaps fewer
+    looks = zip(enumerate(rows), looked_at(rows, whole=skip, most=most), strict=True)
     while batch := list(islice(looks, BATCH)):
         good = []
         for (number, row), look in batch:
@@ -189,16 +190,9 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
         on_bad_audio=settings.on_bad_audio,
     )
     job.kept[LEFT_OUT] = {**job.kept.get(LEFT_OUT, {}), name: renderer.left_out}
-    for line in bad[:3]:
-        job.say(f"left out: {what} {line}")
-    if len(bad) > 3:
-        job.say(f"left out: {counted(len(bad), f'{what} row')} in all with a recording that cannot be used")
-    if tokens.left_out:
-        verb = "is" if tokens.left_out == 1 else "are"
-        job.say(
-            f"{counted(tokens.left_out, f'{what} row')} {verb} longer than max_length {config.max_length} and left "
-            "out: raise max_length (a second is 13 tokens)"
-        )
+    for line in left_out(tokens, bad, what, config.max_length):
+        job.say(line)
+    job.kept[SAID] = name == "held_out"
     if not len(tokens):
         raise DataError(
             f"none of {counted(len(rows), f'{what} row')} can be trained on: {tokens.left_out} longer than max_length "
@@ -216,6 +210,20 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
         }
     packed = Packed(tokens, config.max_length).documents if config.packing else [[i] for i in range(len(tokens))]
     return tokens.dataset(packed).add_column(RECORDINGS, [[heard[i] for i in row] for row in packed])
+
+
+def left_out(tokens: Tokenized, bad: Sequence[str], what: str, max_length: int) -> list[str]:
+    """Lines on the rows, called ``what``, that :func:`tokenize` left out, for their recordings or for their length."""
+    lines = [f"left out: {what} {line}" for line in bad[:3]]
+    if len(bad) > 3:
+        lines.append(f"left out: {counted(len(bad), f'{what} row')} in all with a recording that cannot be used")
+    if tokens.left_out:
+        verb = "is" if tokens.left_out == 1 else "are"
+        lines.append(
+            f"{counted(tokens.left_out, f'{what} row')} {verb} longer than max_length {max_length} and left out: raise "
+            "max_length (a second is 13 tokens)"
+        )
+    return lines
 
 
 def heard_in(row: Row, renderer: AsrRenderer, *, varied: bool = False) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from ft_core.errors import DataError
 from ft_core.evaluation import Evaluation, EvaluationJob, Sample
 from ft_core.text_metrics import Normalisation
 from ft_speech.listening.metrics import word_and_character_errors
+from ft_speech.listening.recordings import SAID
 from ft_speech.qwen_asr.collating import AsrCollator, collator_for
-from ft_speech.qwen_asr.documents import RECORDINGS, AsrRenderer, Heard, heard_in, tokenize
+from ft_speech.qwen_asr.documents import RECORDINGS, AsrRenderer, Heard, heard_in, left_out, tokenize
 from ft_speech.qwen_asr.loading import settings_of
 from ft_speech.qwen_asr.parts import parsed
 from ft_speech.references import audio_name
@@ -53,6 +54,10 @@ def evaluate(job: EvaluationJob) -> Evaluation:
         train_on=getattr(job.settings, "train_on", "answers"),
         on_bad_audio=settings.on_bad_audio,
     )
+    if not job.kept.get(SAID):  # the data set of a training has, or the measurement before this one
+        for line in left_out(tokens, bad, "held-out", job.config.max_length):
+            job.say(line)
+        job.kept[SAID] = True
     if not len(tokens):
         raise DataError(f"none of the {len(job.rows)} held-out rows can be measured: too long, or with bad recordings")
     collate = collator_for(job.model, job.processor, Collator(job.tokenizer.pad_token_id, padding_free=False))

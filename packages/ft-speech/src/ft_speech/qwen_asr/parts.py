@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-__all__ = ["ENCODER", "SAMPLING_RATE", "TAG", "Answer", "audio_tokens", "frames_of", "parsed", "written"]
+__all__ = [
+    "CHUNK_TOKENS", "ENCODER", "SAMPLING_RATE", "TAG", "Answer", "audio_tokens", "frames_of", "parsed", "written",
+]  # fmt: skip
 
 ENCODER = ("audio_tower", "multi_modal_projector")
 """The modules, below ``model``, of the audio encoder and of what leads from it to the language model."""

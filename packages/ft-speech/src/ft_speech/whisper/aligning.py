@@ -37,6 +37,7 @@ def words_of(
     Args:
         texts: tokens, of one segment each, all of one window.
         times: where each of these tokens begins, in seconds; and, one more, where the last ends.
+        language: of the texts; English of a translation.
     """
     found: list[list[Word]] = []
     place = 0

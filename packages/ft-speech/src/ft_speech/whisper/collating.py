@@ -73,7 +73,8 @@ class WhisperCollator:
             ) from error
         chance = None
         if row.get("varied") and self.augment != AugmentSettings():
-            # torch's numbers are those that a checkpoint and a worker's seed bring back
+            # From torch's numbers, which follow the run's seed, in a worker its own. A run that goes on draws others
+            # than one that was never stopped: a batch is made ahead of the step that a checkpoint is of.
             chance = np.random.default_rng(int(torch.randint(2**31, ()).item()))
             made = vary_samples(samples, rate, self.augment, chance, speed=not row.get("timed"))
             samples = made if len(made) <= extractor.n_samples else samples

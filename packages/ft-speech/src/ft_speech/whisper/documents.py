@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 from ft_core.console import counted
 from ft_core.errors import DataError
 from ft_core.training.job import LEFT_OUT
-from ft_speech.listening.recordings import looked_at
+from ft_speech.audio import SLACK as ROUNDED
+from ft_speech.listening.recordings import SAID, looked_at
 from ft_speech.whisper.labels import Labels, labels_of
 from ft_speech.whisper.loading import settings_of
 
 if TYPE_CHECKING:
     from ft_core.training import Job
 
-__all__ = ["SAID", "Examples", "dataset", "examples"]
-
-SAID = "held_out_rows_said"
-"""The key of what a job keeps that says that the held-out rows which were left out have been named."""
+__all__ = ["Examples", "dataset", "examples"]
 
 SLACK = 0.01
 """Seconds by which a recording may be longer than what the model hears, and is cut: encoders' padding."""
@@ -82,12 +80,13 @@ def examples(rows: Sequence[Row], labels: Labels, *, max_length: int, positions:
         varied: whether they are augmented.
 
     Raises:
-        DataError: a row has no text that can be written, or, unless they are skipped, a recording that cannot be used;
-            with its number.
+        DataError: a row has no text that can be written, segments beyond its recording's end, or, unless they are
+            skipped, a recording that cannot be used; with its number.
     """
     skip = labels.settings.on_bad_audio == "skip"
     found = Examples(most=min(max_length, positions))
-    for number, (row, look) in enumerate(zip(rows, looked_at(rows, whole=skip), strict=True)):
+    looks = looked_at(rows, whole=skip, most=labels.seconds + 1)
+    for number, (row, look) in enumerate(zip(rows, looks, strict=True)):
         if look.fault is not None:
             if not skip:
                 raise DataError(f"row {number + 1}: {look.fault} (stt.on_bad_audio: skip leaves such rows out)")
@@ -103,6 +102,11 @@ def examples(rows: Sequence[Row], labels: Labels, *, max_length: int, positions:
             found.overlong += 1
         else:
             timed = labels.settings.timestamps and bool(row.get("segments"))
+            if timed and (last := float(row["segments"][-1]["end"])) > look.seconds + ROUNDED:
+                raise DataError(
+                    f"row {number + 1}: segments[{len(row['segments']) - 1}] ends at {last:g} s, and its recording at "
+                    f"{look.seconds:.2f} s: mend the times, or give the recording that they are of"
+                )
             found.seconds += look.seconds
             found.numbers.append(number)
             found.rows.append(

@@ -11,9 +11,10 @@ from ft_core.errors import DataError
 from ft_core.evaluation import Evaluation, EvaluationJob, Sample
 from ft_core.text_metrics import Normalisation
 from ft_speech.listening.metrics import word_and_character_errors
+from ft_speech.listening.recordings import SAID
 from ft_speech.references import audio_name
 from ft_speech.whisper.collating import WhisperCollator, workers_of
-from ft_speech.whisper.documents import SAID, Examples, examples
+from ft_speech.whisper.documents import Examples, examples
 from ft_speech.whisper.labels import Labels, labels_of
 from ft_speech.whisper.loading import settings_of
 

@@ -43,20 +43,23 @@ class Labels:
         """The labels of a row: ``<|language|><|task|><|notimestamps|>`` and the text, or the segments each between two
         timestamps; and ``<|endoftext|>``. The model puts ``<|startoftranscript|>`` before them by itself.
 
-        The text begins with a space where its language has them, as what Whisper writes does.
+        The text begins with a space where its language has them, as what Whisper writes does; a translation is English,
+        whatever is spoken.
 
         Raises:
             DataError: its language is missing or not known, its text holds one of Whisper's own tokens, or its
                 segments are not in order.
         """
         known, language = self.vocabulary, self.language(row)
-        ids = known.prefix(language, self.task(row))[1:]
+        task = self.task(row)
+        ids = known.prefix(language, task)[1:]
+        written = "en" if task == "translate" else language
         if self.settings.timestamps and row.get("segments"):
             ids.pop()  # <|notimestamps|>
             for start, end, text in self._segments(row["segments"]):
-                ids += [self._time(start), *self._text(text, language), self._time(end)]
+                ids += [self._time(start), *self._text(text, written), self._time(end)]
         else:
-            ids += self._text(row["text"], language)
+            ids += self._text(row["text"], written)
         return [*ids, known.end]
 
     def language(self, row: Row) -> str | None:

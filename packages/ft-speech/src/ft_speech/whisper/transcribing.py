@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ft_core.errors import DataError
 from ft_core.memory import enough_memory
 from ft_speech.listening.recogniser import LongForm, Timestamps, check_task
-from ft_speech.listening.transcripts import Segment, Transcript, Word, joined, ordered
+from ft_speech.listening.transcripts import Segment, Transcript, Word, joined, ordered, together
 from ft_speech.listening.windows import at_pauses, is_silent
 from ft_speech.whisper.aligning import token_times, words_of
 from ft_speech.whisper.asking import FALLBACK, Frames, chances_kept, generation_of, processor_of
@@ -171,7 +171,10 @@ class WhisperRecogniser:
         parts: list[list[_Window]] = [[] for _ in samples]
         for one in (*windows, *whole):
             parts[one.file].append(one)
-        return [joined([(one.start, one.heard) for one in found], _language(found)) for found in parts]
+        return [
+            joined([(one.start, one.heard) for one in found], _language(found), translated=task == "translate")
+            for found in parts
+        ]
 
     # -- one batch of windows --------------------------------------------------------------------------------------
 
@@ -207,12 +210,12 @@ class WhisperRecogniser:
                 **options,
             )
             for one, segments in zip(batch, made["segments"], strict=True):
-                self._read(one, segments, timed=timestamps != "none")
+                self._read(one, segments, task, timed=timestamps != "none")
             del made
             if timestamps == "word":
                 self._add_words(batch, features, task)
 
-    def _read(self, window: _Window, segments: Sequence[dict[str, Any]], *, timed: bool) -> None:
+    def _read(self, window: _Window, segments: Sequence[dict[str, Any]], task: str, *, timed: bool) -> None:
         """Leave in a window what transformers makes of it: its segments, and the tokens of their texts."""
         ends: dict[int, bool] = {}  # by the call that wrote it, whether a text was ended
         found = []
@@ -227,7 +230,7 @@ class WhisperRecogniser:
         found = [(one, ids) for one, ids in found if one.text and (not timed or one.start < seconds)]
         window.tokens = [ids for _, ids in found]
         window.heard = Transcript(
-            text=" ".join(one.text for one, _ in found),
+            text=together([(one.text, _written(window, task)) for one, _ in found]),
             language=window.language,
             segments=ordered([one for one, _ in found], seconds) if timed else (),
             cut=sum(not ended for ended in ends.values()),
@@ -250,7 +253,7 @@ class WhisperRecogniser:
                 self._step,
             )
             for one, place in zip(some, times, strict=True):
-                words = words_of(one.window.tokens, place, self.tokenizer, one.window.language)
+                words = words_of(one.window.tokens, place, self.tokenizer, _written(one.window, task))
                 one.words = words
         for window in batch:
             words = [_moved(found, one.window.start) for one in stretches if one.of is window for found in one.words]
@@ -344,6 +347,11 @@ class WhisperRecogniser:
 
 def _language(windows: Sequence[_Window]) -> str | None:
     return next((one.language for one in windows if one.language is not None), None)
+
+
+def _written(window: _Window, task: str) -> str | None:
+    """The language of a window's text, which of a translation is not that of its sound."""
+    return "en" if task == "translate" else window.language
 
 
 def _moved(words: Sequence[Word], by: float) -> list[Word]:
