@@ -139,21 +139,21 @@ def test_speaking(here: Path) -> None:
     from ft_speech.codecs.mel import main as fit
 
     shown = files("speaking")
-    assert list(shown) == ["numbers.py", "model.py", "speak.yaml"]
+    assert list(shown) == ["make_numbers.py", "model.py", "speak.yaml"]
     few = (
-        shown["numbers.py"]
+        shown["make_numbers.py"]
         .replace("< 2024", "< 25")
         .replace("rows[:2000]", "rows[:24]")
         .replace("rows[2000:]", "rows[24:]")
     )
-    exec(compile(few, "numbers.py", "exec"), {})  # noqa: S102
+    exec(compile(few, "make_numbers.py", "exec"), {})  # noqa: S102
     Path("speak.yaml").write_text(shown["speak.yaml"], encoding="utf-8")
     config = load_config("speak.yaml")
     assert (config.task, config.data, config.eval_data) == ("tts", "train.jsonl", "held_out.jsonl")
     page = (TUTORIALS / "speaking.md").read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()]
     assert [" ".join(words[:2]) for words in commands] == [
-        "python numbers.py", "python -m", "python model.py", "ft train", "ft speak", "ft eval",
+        "python make_numbers.py", "python -m", "python model.py", "ft train", "ft speak", "ft eval",
     ]  # fmt: skip
     options = [word for word in commands[1][3:] if "*" not in word]
     assert fit([*map(str, sorted(Path("wav").glob("00*.wav"))), *options]) == 0

@@ -216,7 +216,7 @@ EXPECTED = {
     "ft_speech.silence": ["CLIPPED", "clipped_share", "sounding", "trim_silence", "without_ends"],
     "ft_speech.speaking.distortion": ["aligned", "mel_cepstra", "mel_cepstral_distortion"],
     "ft_speech.speaking.recordings": ["Recording", "clipped_line", "read_recording"],
-    "ft_speech.speaking.rows": ["VOICES", "as_speech", "normalise"],
+    "ft_speech.speaking.rows": ["READ_OUT", "VOICES", "as_speech", "normalise"],
     "ft_speech.speaking.settings": ["PLACES", "TtsSettings"],
     "ft_speech.speaking.speaker": ["ANY", "SPEAKERS", "Speaker", "open_speaker", "speak"],
     "ft_speech.speaking.spoken": ["Spoken", "measured"],

@@ -40,15 +40,15 @@ def audio_of(row: Row) -> Any:
     return row[name]
 
 
-def text_of(row: Row) -> str:
-    """What is said in a row's recording.
+def text_of(row: Row, names: Sequence[str] = TEXTS) -> str:
+    """What is said in a row's recording: the first of these columns.
 
     Raises:
         DataError: no column of :data:`TEXTS` is there, or it is no text.
     """
-    name = first(row, TEXTS)
+    name = first(row, names)
     if name is None:
-        raise DataError(f"has no text: it needs one of the columns {', '.join(TEXTS)} (found {_found(row)})")
+        raise DataError(f"has no text: it needs one of the columns {', '.join(names)} (found {_found(row)})")
     if not isinstance(row[name], str):
         raise DataError(f"{name} must be text, not {kind_of(row[name])}")
     return str(row[name])

@@ -182,6 +182,7 @@ def test_turns_before_are_heard_and_not_trained(configure: Any, ft: Any, tmp_pat
     [
         ({"audio": "none.wav"}, "none.wav: cannot be read: No such file or directory (tts.on_bad_audio: skip"),
         ({"text": "so <|AUDIO|> it is"}, "row 1: text holds '<|AUDIO|>', which stands for audio"),
+        ({"text": "so<|end_of_text|>it is"}, "row 1: text holds '<|end_of_text|>', which ends or begins a turn"),
         ({"context": [{"text": "one"}]}, "context[0] has no recording"),
     ],
 )

@@ -54,7 +54,7 @@ class Encoder:
             TooLong: they are more than ``most`` frames.
             ft_speech.AudioError: as :func:`ft_speech.speaking.recordings.read_recording`.
         """
-        made = read_recording(row, self.rate, self.trim_silence)
+        made = read_recording(row, self.rate, self.trim_silence, (most + 2) / self.frame_rate)
         if len(made.samples) > (most + 1) * self.rate / self.frame_rate:
             raise TooLong
         return made

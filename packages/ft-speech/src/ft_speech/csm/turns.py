@@ -74,12 +74,15 @@ def text_ids(text: str, speaker: int, tokenizer: PreTrainedTokenizerBase, audio:
         audio: the tokens that stand for audio.
 
     Raises:
-        DataError: the text holds one of those.
+        DataError: the text holds one of those, or a token that ends or begins a turn.
     """
     ids: list[int] = tokenizer(f"[{speaker}]{text}", add_special_tokens=False)["input_ids"]
     for token in audio:
         if token in ids:
             raise DataError(f"text holds {tokenizer.convert_ids_to_tokens(token)!r}, which stands for audio")
+    for token in tokenizer.all_special_ids:
+        if token in ids:
+            raise DataError(f"text holds {tokenizer.convert_ids_to_tokens(token)!r}, which ends or begins a turn")
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
 
 

@@ -143,7 +143,7 @@ def _codes(
         if key_of(row) in kept:
             return None
         try:
-            samples, clipped = read_recording(row, codec.sample_rate, settings.trim_silence)
+            samples, clipped = read_recording(row, codec.sample_rate, settings.trim_silence, settings.max_seconds + 1)
         except (AudioError, DataError) as error:
             return str(error)
         most = round((settings.max_seconds + 1) * codec.sample_rate) + 2 * codec.frame_samples

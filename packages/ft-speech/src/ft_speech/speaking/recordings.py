@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,11 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ft_core.console import counted
-from ft_speech.audio import AudioError, read_audio, resample
+from ft_speech.audio import AudioError, audio_info, read_audio, resample
 from ft_speech.references import audio_name, source_of
 from ft_speech.silence import CLIPPED, clipped_share, without_ends
 
 __all__ = ["Recording", "clipped_line", "read_recording"]
+
+
+SILENCE = 60.0
+"""Seconds of silence that are read and trimmed beside what may be used."""
 
 
 class Recording(NamedTuple):
@@ -27,15 +32,25 @@ class Recording(NamedTuple):
     clipped: bool
 
 
-def read_recording(row: Mapping[str, Any], sampling_rate: int, trim_silence: float | None) -> Recording:
+def read_recording(
+    row: Mapping[str, Any], sampling_rate: int, trim_silence: float | None, most: float = math.inf
+) -> Recording:
     """A row's recording as :func:`ft_speech.references.open_row` gives it. Flat peaks are looked for at the file's own
     rate: resampling rounds them.
+
+    Args:
+        most: seconds that may be used; of a recording that is longer no more is read than shows that, for a small file
+            may hold hours.
 
     Raises:
         ft_speech.AudioError: as there.
         DataError: as there.
     """
     start, end = row.get("start") or 0.0, row.get("end")
+    if trim_silence is not None:
+        most += SILENCE
+    if end is None and audio_info(source_of(row["audio"])).seconds > start + most + 2:
+        end = start + most + 1
     own, rate = read_audio(source_of(row["audio"]), sampling_rate=None, start=start, end=end)
     samples = np.asarray(resample(own, rate, sampling_rate), np.float32)
     if not len(samples):

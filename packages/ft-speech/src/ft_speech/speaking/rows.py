@@ -12,28 +12,30 @@ from typing import Any
 
 from ft_core.data import Format
 from ft_core.errors import DataError
-from ft_speech.columns import audio_of, first, text_of
+from ft_speech.columns import TEXTS, audio_of, first, text_of
 from ft_speech.listening.rows import OTHERS
 from ft_speech.references import kind_of, reference_of
 
-__all__ = ["VOICES", "as_speech", "normalise"]
+__all__ = ["READ_OUT", "VOICES", "as_speech", "normalise"]
 
 VOICES = ("voice", "speaker", "speaker_name", "speaker_id")
 """Where a row says whose voice it is: the first of these that it has."""
+READ_OUT = ("normalized_text", *(name for name in TEXTS if name != "normalized_text"))
+"""Where what is spoken is: the text as it is read out, where a row has that too."""
 STRETCH = ("start", "end", "offset")
 
 Row = Mapping[str, Any]
 
 
 def as_speech(row: Row) -> Row:
-    """A row with a column ``text``, whatever its data set calls it (:data:`ft_speech.columns.TEXTS`); see
+    """A row with a column ``text``, whatever its data set calls it (:data:`READ_OUT`); see
     :attr:`ft_core.plugins.ModalitySpec.columns`.
 
     Raises:
         DataError: it has no recording or no text.
     """
     audio_of(row)
-    return {**{name: value for name, value in row.items() if name not in OTHERS}, "text": text_of(row)}
+    return {**{name: value for name, value in row.items() if name not in OTHERS}, "text": text_of(row, READ_OUT)}
 
 
 def normalise(row: Row, format: Format, folder: Path | None) -> dict[str, Any]:
