@@ -33,7 +33,7 @@ __all__ = [
 
 Quantization = Literal["none", "nf4", "int8"]
 DTYPES = ("bfloat16", "float16", "float32")
-
+NO_TEXT = "it is no language model that goes on from a text"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -183,7 +183,7 @@ def _load(
     except Exception as error:  # an unknown type, a key missing, or a field that the class refuses
         raise ModelError(f"the model {source.reference} cannot be used: {_first_sentence(error)}") from error
     if auto is AutoModelForCausalLM and getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"the model {source.reference} is an encoder and a decoder, which task: text does not train")
+        raise ModelError(f"the model {source.reference} cannot be loaded: {NO_TEXT}")
     if scaling is not None:  # before the model is built: its rotary embedding reads the configuration then
         scale(config, scaling, max_length, source.reference)
     check_length(config, max_length, source.reference)
@@ -323,7 +323,7 @@ def _first_sentence(error: BaseException) -> str:
     if "trust_remote_code" in text:
         return "it needs Python code of its own (auto_map), which ft does not run; take a model that transformers knows"
     if text.startswith("Unrecognized configuration class"):
-        return "it is no language model that goes on from a text"
+        return NO_TEXT
     return text if len(text) <= 300 else text[:297] + "…"
 
 
