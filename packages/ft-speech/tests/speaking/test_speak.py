@@ -114,6 +114,9 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
         write(np.zeros(100 // 0, np.float32))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match="a model"), sink(path, 16_000):
+        raise FileNotFoundError("a model")  # of the work, not of the file
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(AudioError, match="cannot be written"), sink(tmp_path / "gone" / "a.wav", 16_000):
         pass
     with sink(path, 16_000, grows=True) as write:

@@ -68,16 +68,29 @@ def sink(
             f"{target}: {format.lower()} at {sample_rate} Hz cannot be written: {_reason(error)}"
         ) from error
     try:
-        with file:
+        try:
             yield lambda piece: _to_file(file, piece, target, grows)
-        if not grows:
-            os.replace(beside, target)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(f"{target}: cannot be written: {_reason(error)}") from error
+        except BaseException:  # of the work itself, which is not called an error of writing
+            with suppress(soundfile.SoundFileError, OSError):
+                file.close()
+            raise
+        with _said(target):
+            file.close()
+            if not grows:
+                os.replace(beside, target)
     finally:
         if not grows:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _said(target: Path) -> Iterator[None]:
+    """Around what is done to the file alone."""
+    try:
+        yield
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(f"{target}: cannot be written: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -86,9 +99,10 @@ def _reason(error: BaseException) -> str:
 
 def _to_file(file: Any, piece: npt.NDArray[np.float32], target: Path, grows: bool) -> None:
     before = file.frames
-    file.write(np.clip(piece, -1, 1))
-    if grows:
-        file.flush()
+    with _said(target):
+        file.write(np.clip(piece, -1, 1))
+        if grows:
+            file.flush()
     if file.frames - before != len(piece):
         raise AudioError(f"{target}: cannot be written: the disk took {file.frames - before} of {len(piece)} samples")
 
