@@ -244,3 +244,40 @@ def test_silence_is_trimmed_and_clipped_recordings_counted(configure: Any, ft: A
         frames[decibels] = counts["trained_frames"]
     frame = 0.08  # seconds: Mimi's 12.5 frames a second
     assert frames[None] - frames[40] == math.ceil(3 / frame) - math.ceil(1.1 / frame)
+
+
+def test_a_base_is_measured_with_the_voices_of_its_run(configure: Any, ft: Any, tmp_path: Path, rows: Any) -> None:
+    """Held out is anna alone, who answers bob: the base, which knows no names, is asked for both all the same; and what
+    was left out is said once."""
+    asked = [{**rows[1], "context": [rows[0]]}, {**rows[3], "audio": "gone.wav"}]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    path = configure(lora=None, tts={"on_bad_audio": "skip"}, training={"max_steps": 2})
+    assert ft("train", path)[0] == 0
+    code, out, err = ft("eval", tmp_path / "run", "--data", tmp_path / "held.jsonl", "--answers", "1")
+    assert code == 0, err
+    assert (out + err).count("left out: held-out row 2: ") == 1
+    metrics = json.loads(next(tmp_path.glob("run/evaluation*.json")).read_text())["metrics"]
+    assert metrics["loss"]["after"] != metrics["loss"]["before"]
+
+
+def test_the_parts_of_a_short_step_are_its_own(
+    configure: Any, ft: Any, tmp_path: Path, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One micro-batch where a step has two, computed twice, as after a lack of memory: what is logged is of the second
+    alone, so that the parts of the loss are the loss."""
+    from ft_core.training.trainer import RunTrainerMixin
+
+    once = RunTrainerMixin.training_step
+
+    def twice(self: Any, *args: Any, **keywords: Any) -> Any:
+        once(self, *args, **keywords)
+        return once(self, *args, **keywords)
+
+    monkeypatch.setattr(RunTrainerMixin, "training_step", twice)
+    training = {"max_steps": 1, "batch_size": 1, "gradient_accumulation": 2}
+    code, _, err = ft("train", configure(data=rows[:1], training=training))
+    assert code == 0, err
+    loss, backbone, depth = (
+        losses(tmp_path / "run", name)[0] for name in ("loss", "backbone_loss", "depth_decoder_loss")
+    )
+    assert backbone + depth == pytest.approx(loss, rel=1e-4)  # the trainer rounds it to four places

@@ -17,6 +17,7 @@ from ft_speech import write_audio
 from ft_speech.codecs import load_codec
 from ft_speech.silence import sounding
 from ft_speech.speaking.distortion import mel_cepstral_distortion
+from ft_speech.speaking.recordings import key_of, read_recording
 from ft_speech.speaking.speaker import open_speaker, speak
 
 
@@ -80,6 +81,20 @@ def test_bad_recordings(songs: Songs, tmp_path: Path) -> None:
     counts = json.loads((run / "summary.json").read_text())["data"]
     assert counts["bad_audio_rows"] == 1
     assert counts["trained_tokens"] < counts["train_tokens"]
+    lines.clear()
+    evaluate(str(run), data=str(data), answers=0, say=lines.append)
+    assert sum(line.startswith("left out: held-out row 3: ") for line in lines) == 1
+
+
+def test_what_is_trimmed_is_not_kept(tmp_path: Path) -> None:
+    """Neither the silence nor its memory; and stretches of one file are told apart."""
+    path = tmp_path / "a.wav"
+    tone = np.sin(np.arange(16_000) / 5).astype(np.float32) / 2
+    write_audio(path, np.concatenate([np.zeros(160_000, np.float32), tone]), 16_000)
+    samples = read_recording({"audio": str(path)}, 16_000, 40.0).samples
+    assert 16_000 <= len(samples) < 20_000
+    assert samples.base is None
+    assert key_of({"audio": "a", "start": 1.0}) != key_of({"audio": "a", "start": 2.0}) != key_of({"audio": "a"})
 
 
 def test_the_codec_must_be_named(songs: Songs, tmp_path: Path) -> None:

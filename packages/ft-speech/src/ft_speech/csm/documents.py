@@ -19,10 +19,12 @@ from ft_core.training.job import LEFT_OUT
 from ft_speech.csm.encoding import Encoder, TooLong
 from ft_speech.csm.loading import plain
 from ft_speech.csm.settings import csm_of, tts_of
-from ft_speech.csm.turns import number_speakers, read_speakers, speaker_of, text_ids, write_speakers
+from ft_speech.csm.turns import number_speakers, read_speakers, speaker_of, text_ids, voices_of, write_speakers
+from ft_speech.listening.recordings import SAID
 from ft_speech.speaking.recordings import clipped_line
 
 if TYPE_CHECKING:
+    from ft_core.evaluation import EvaluationJob
     from ft_core.training import Job
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "dataset",
     "join",
     "make",
+    "say_left_out",
     "turn",
 ]
 
@@ -47,7 +50,7 @@ KINDS = "kinds"
 TEXT, HEARD, SPOKEN, END = range(4)
 """A token of text; a frame of a turn before, which is not trained; a frame that is; the one that ends those."""
 
-BATCH = 64
+BATCH = 16
 """Rows whose recordings are read together."""
 THREADS = 4
 
@@ -172,8 +175,7 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
     config, what = job.config, name.replace("_", "-")
     tokenizer: Any = job.tokenizer
     if name == "train":
-        voices = [each["voice"] for row in rows for each in (row, *(row.get("context") or ())) if each.get("voice")]
-        write_speakers(tokenizer, number_speakers(voices, csm_of(config), read_speakers(tokenizer)))
+        write_speakers(tokenizer, number_speakers(voices_of(rows), csm_of(config), read_speakers(tokenizer)))
         _say_speakers(job, rows)
     encoder = Encoder(job.model, job.kept, tts_of(config).trim_silence)
     made = make(
@@ -181,7 +183,9 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
         max_seconds=tts_of(config).max_seconds, on_bad_audio=tts_of(config).on_bad_audio,
     )  # fmt: skip
     job.kept[LEFT_OUT] = {**job.kept.get(LEFT_OUT, {}), name: made.left_out}
-    _say_left_out(job, made, what)
+    say_left_out(job, made, what)
+    if name != "train":
+        job.kept[SAID] = True
     if not made.documents:
         raise DataError(
             f"none of {counted(len(rows), f'{what} row')} can be trained on: {made.overlong} longer than max_length "
@@ -256,7 +260,8 @@ def _say_speakers(job: Job, rows: Sequence[Row]) -> None:
         job.say("the rows have styles, which a csm has no place for: write them into the text, or leave them out")
 
 
-def _say_left_out(job: Job, made: Documents, what: str) -> None:
+def say_left_out(job: Job | EvaluationJob, made: Documents, what: str) -> None:
+    """Lines on the rows that were left out, which are called so."""
     for line in made.bad[:3]:
         job.say(f"left out: {what} {line}")
     if len(made.bad) > 3:

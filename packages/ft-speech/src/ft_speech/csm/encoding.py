@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ft_speech.csm.loading import plain
-from ft_speech.speaking.recordings import Recording, read_recording
+from ft_speech.speaking.recordings import Recording, key_of, read_recording
 
 __all__ = ["Encoder", "TooLong"]
 
@@ -45,7 +44,7 @@ class Encoder:
 
     def known(self, row: dict[str, Any]) -> Codes | None:
         """The codes of a row's recording where they were made before."""
-        return self._kept.get(_key(row))
+        return self._kept.get(key_of(row))
 
     def read(self, row: dict[str, Any], most: int) -> Recording:
         """A row's recording, and whether it is clipped.
@@ -68,9 +67,5 @@ class Encoder:
         with torch.inference_mode(), torch.autocast(given.device.type, enabled=False):
             made = self._codec.encode(given, num_quantizers=self._codebooks).audio_codes
         codes: Codes = made[0].T.to("cpu", torch.int16).numpy()
-        self._kept[_key(row)] = codes
+        self._kept[key_of(row)] = codes
         return codes
-
-
-def _key(row: dict[str, Any]) -> bytes:
-    return hashlib.sha256(f"{row['audio']}\0{row.get('start')}\0{row.get('end')}".encode()).digest()

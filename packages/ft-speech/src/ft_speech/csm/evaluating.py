@@ -10,12 +10,13 @@ from ft_core.errors import DataError
 from ft_core.evaluation import Evaluation, EvaluationJob, Sample
 from ft_core.text_metrics import Normalisation
 from ft_speech.csm.collating import CsmCollator, codes_in, inputs_of
-from ft_speech.csm.documents import CODES, KINDS, Documents, make
+from ft_speech.csm.documents import CODES, KINDS, Documents, make, say_left_out
 from ft_speech.csm.encoding import Encoder
 from ft_speech.csm.loading import plain
 from ft_speech.csm.settings import tts_of
 from ft_speech.csm.speaking import CsmSpeaker
-from ft_speech.csm.turns import number_speakers, read_speakers, write_speakers
+from ft_speech.csm.turns import number_speakers, read_speakers, voices_of, write_speakers
+from ft_speech.listening.recordings import SAID
 from ft_speech.references import open_row
 from ft_speech.speaking.spoken import Spoken, measured
 
@@ -25,6 +26,8 @@ SPOKEN = 16
 """Rows that are spoken, where nothing else is said."""
 LONGER = 2.0
 """Speech is cut at so many times the recording's length and a second: what goes on is wrong long before."""
+SPEAKERS = "csm_speakers"
+"""The key of what a job keeps that holds the numbers of the voices of the run that was measured before its base."""
 
 
 def evaluate(job: EvaluationJob) -> Evaluation:
@@ -38,14 +41,17 @@ def evaluate(job: EvaluationJob) -> Evaluation:
         DataError: as :func:`ft_speech.csm.documents.make`; or no row is left.
     """
     encoder, speakers = Encoder(job.model, job.kept, tts_of(job.config).trim_silence), read_speakers(job.tokenizer)
-    if not speakers:  # a base knows no names: any numbers will do
-        named = (row["voice"] for row in job.rows if row.get("voice"))
-        speakers = number_speakers(list(named), tts_of(job.config).csm, {})
+    if not speakers:  # a base knows no names: it has those of the run, which is measured first, or any will do
+        speakers = job.kept.get(SPEAKERS) or number_speakers(voices_of(job.rows), tts_of(job.config).csm, {})
         write_speakers(job.tokenizer, speakers)
+    job.kept[SPEAKERS] = speakers
     made = make(
         job.rows, job.model, job.tokenizer, encoder, max_length=job.config.max_length,
         speakers=speakers, max_seconds=tts_of(job.config).max_seconds, on_bad_audio=tts_of(job.config).on_bad_audio,
     )  # fmt: skip
+    if not job.kept.get(SAID):  # the data set of a training has, or the measurement before this one
+        say_left_out(job, made, "held-out")
+        job.kept[SAID] = True
     if not made.documents:
         raise DataError(
             f"none of the {len(job.rows)} held-out rows can be measured: {made.overlong} longer than max_length "

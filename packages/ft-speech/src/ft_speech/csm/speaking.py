@@ -11,6 +11,7 @@ from ft_core.errors import ConfigError, DataError
 from ft_speech.csm.encoding import Encoder
 from ft_speech.csm.loading import check_parts, plain, restore_codec
 from ft_speech.csm.turns import read_speakers, speaker_of, text_ids
+from ft_speech.speaking.drawing import draw
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -139,7 +140,7 @@ def frames(
     cache = DynamicCache(config=own.config)
 
     def drawn(logits: Any) -> int:
-        return _drawn(logits[0, -1, :known].float().cpu(), temperature, top_p, chance)
+        return draw(logits[0, -1, :known].float().cpu(), temperature, top_p, chance)
 
     with modes_kept(own), enough_memory(f"speaking {left} frames", LESS_MEMORY):
         own.eval()
@@ -168,14 +169,3 @@ def frames(
                 yield None
                 return
             yield np.array(frame, dtype=np.int64)
-
-
-def _drawn(scores: Any, temperature: float, top_p: float, chance: Any) -> int:
-    """One of the scores' places: the highest, or one drawn from the nucleus of ``top_p`` (Holtzman et al. 2020)."""
-    import torch
-
-    if temperature == 0:
-        return int(scores.argmax())
-    shares, order = torch.softmax(scores / temperature, -1).sort(descending=True, stable=True)
-    shares[shares.cumsum(-1) - shares >= top_p] = 0
-    return int(order[torch.multinomial(shares, 1, generator=chance)])

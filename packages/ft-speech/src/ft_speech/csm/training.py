@@ -44,11 +44,13 @@ def trainer(job: Job) -> Trainer:
             # The loss below is a mean over the whole step: nobody is to divide it by its micro-batches again.
             self.model_accepts_loss_kwargs = True
             self._parts: dict[str, list[Any]] = {}
+            self._in_step = self.args.gradient_accumulation_steps
 
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
             """How many codes the two losses of these micro-batches are the means of, over all processes."""
             import torch
 
+            self._parts, self._in_step = {}, len(batch_samples)  # a step begins; an epoch's last may be short
             counts = [codes_in(batch[KINDS], self.share, self.codebooks) for batch in batch_samples]
             found = torch.tensor(counts, device=device, dtype=torch.float32).sum(0)
             if self.args.world_size > 1:
@@ -92,7 +94,7 @@ def trainer(job: Job) -> Trainer:
         def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
             """As the trainer's own, with the two parts of the loss."""
             if "loss" in logs and self._parts:
-                last = self.args.gradient_accumulation_steps  # of a step that was begun again there are more
+                last = self._in_step  # of a step that was begun again there are more
                 logs = {**logs, **{name: float(sum(parts[-last:])) for name, parts in self._parts.items()}}
                 self._parts = {}
             super().log(logs, *args, **keywords)

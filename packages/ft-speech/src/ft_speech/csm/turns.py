@@ -15,10 +15,15 @@ from ft_speech.csm.settings import MOST_SPEAKERS, CsmSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SPEAKERS", "number_speakers", "read_speakers", "speaker_of", "text_ids", "write_speakers"]
+__all__ = ["SPEAKERS", "number_speakers", "read_speakers", "speaker_of", "text_ids", "voices_of", "write_speakers"]
 
 SPEAKERS = "speakers"
 """The key of ``tokenizer_config.json`` that holds the number of each voice's speaker."""
+
+
+def voices_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The voices of rows in normal form, and of the turns before them, one for each turn that has one."""
+    return [each["voice"] for row in rows for each in (row, *(row.get("context") or ())) if each.get("voice")]
 
 
 def number_speakers(voices: Iterable[str], settings: CsmSettings, known: Mapping[str, int]) -> dict[str, int]:

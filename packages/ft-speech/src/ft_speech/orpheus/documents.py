@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,20 +16,21 @@ from ft_core.data.collating import IGNORE
 from ft_core.errors import DataError
 from ft_core.training.job import LEFT_OUT
 from ft_speech.audio import AudioError
+from ft_speech.listening.recordings import SAID
 from ft_speech.orpheus.loading import SpeechProcessor, settings_of
 from ft_speech.orpheus.tokens import document, prompt_text, words_of
-from ft_speech.speaking.recordings import Recording, clipped_line, read_recording
+from ft_speech.speaking.recordings import Recording, clipped_line, key_of, read_recording
 
 if TYPE_CHECKING:
     from ft_core.training import Job
     from ft_speech.codecs.protocol import Codes
     from ft_speech.speaking.settings import TtsSettings
 
-__all__ = ["CODES", "Documents", "dataset", "documents", "key_of"]
+__all__ = ["CODES", "Documents", "dataset", "documents"]
 
 CODES = "speech_codes"
-"""The key of ``job.kept`` under which the codes of recordings are, by :func:`key_of`."""
-BATCH = 64
+"""The key of ``job.kept`` under which the codes of recordings are, by :func:`ft_speech.speaking.recordings.key_of`."""
+BATCH = 16
 """Recordings that are read ahead."""
 THREADS = 4
 
@@ -75,11 +75,6 @@ class Documents:
         return lines
 
 
-def key_of(row: Row) -> bytes:
-    """What tells a row's recording from others."""
-    return hashlib.sha256(str(row["audio"]).encode()).digest()
-
-
 def documents(
     rows: Sequence[Row],
     processor: SpeechProcessor,
@@ -92,7 +87,7 @@ def documents(
     """Documents of rows in normal form. Each recording's codes are made once and kept.
 
     Args:
-        kept: the codes of recordings, by :func:`key_of`; those that are made are added.
+        kept: the codes of recordings, by :func:`ft_speech.speaking.recordings.key_of`; those that are made are added.
         show: whether progress is shown.
 
     Raises:
@@ -147,7 +142,8 @@ def _codes(
         except (AudioError, DataError) as error:
             return str(error)
         most = round((settings.max_seconds + 1) * codec.sample_rate) + 2 * codec.frame_samples
-        return Recording(samples[:most], clipped)  # enough to see that it is too long
+        # Enough to see that it is too long; a view would keep all that was read.
+        return Recording(samples if len(samples) <= most else samples[:most].copy(), clipped)
 
     left = iter(rows)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -177,6 +173,8 @@ def dataset(job: Job, rows: Sequence[Row], name: str) -> Any:
     job.kept[LEFT_OUT] = {**job.kept.get(LEFT_OUT, {}), name: list(found.bad)}
     for line in found.left_out(what, settings, config.max_length):
         job.say(line)
+    if name != "train":
+        job.kept[SAID] = True
     if not len(found.tokens):
         raise DataError(
             f"none of {counted(len(rows), f'{what} row')} can be trained on: {len(found.bad)} with a recording that is "

@@ -13,6 +13,7 @@ from ft_core.data.collating import IGNORE
 from ft_core.errors import DataError
 from ft_core.evaluation import Evaluation, EvaluationJob, Sample
 from ft_core.text_metrics import Normalisation
+from ft_speech.listening.recordings import SAID
 from ft_speech.orpheus.documents import CODES, Documents, documents
 from ft_speech.orpheus.loading import settings_of
 from ft_speech.orpheus.speaking import OrpheusSpeaker
@@ -44,6 +45,10 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     processor = job.processor
     kept = job.kept.setdefault(CODES, {})
     found = documents(job.rows, processor, settings, max_length=job.config.max_length, kept=kept, show=False)
+    if not job.kept.get(SAID):  # the data set of a training has, or the measurement before this one
+        for line in found.left_out("held-out", settings, job.config.max_length):
+            job.say(line)
+        job.kept[SAID] = True
     if not len(found.tokens):
         raise DataError(f"none of the {len(job.rows)} held-out rows can be measured: too long, or with bad recordings")
     loss = _loss(job, found.tokens)

@@ -12,6 +12,7 @@ import numpy as np
 from ft_core.errors import ConfigError, DataError, RunError
 from ft_speech.orpheus.loading import FILE, SpeechProcessor, codec_of, settings_of
 from ft_speech.orpheus.tokens import prompt_text, words_of
+from ft_speech.speaking.drawing import draw
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -156,7 +157,7 @@ def frames(
                 scores = made.logits[0, -1, allowed.start : allowed.stop].float().cpu()
                 if not frame:
                     scores = torch.cat([scores, made.logits[0, -1, tokens.end : tokens.end + 1].float().cpu()])
-                drawn = _drawn(scores, temperature, top_p, chance)
+                drawn = draw(scores, temperature, top_p, chance)
             if not frame and drawn == len(allowed):
                 yield None
                 return
@@ -167,14 +168,3 @@ def frames(
                 yield np.array(frame, dtype=np.int64)
                 frame = []
             ids = torch.tensor([[allowed[drawn]]], device=model.device)
-
-
-def _drawn(scores: Any, temperature: float, top_p: float, chance: Any) -> int:
-    """One of the scores' places: the highest, or one drawn from the nucleus of ``top_p`` (Holtzman et al. 2020)."""
-    import torch
-
-    if temperature == 0:
-        return int(scores.argmax())
-    shares, order = torch.softmax(scores / temperature, -1).sort(descending=True, stable=True)
-    shares[shares.cumsum(-1) - shares >= top_p] = 0
-    return int(order[torch.multinomial(shares, 1, generator=chance)])

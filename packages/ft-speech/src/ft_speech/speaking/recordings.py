@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from ft_speech.audio import AudioError, audio_info, read_audio, resample
 from ft_speech.references import audio_name, source_of
 from ft_speech.silence import CLIPPED, clipped_share, without_ends
 
-__all__ = ["Recording", "clipped_line", "read_recording"]
+__all__ = ["Recording", "clipped_line", "key_of", "read_recording"]
 
 
 SILENCE = 60.0
@@ -56,7 +57,15 @@ def read_recording(
     if not len(samples):
         name = audio_name(row["audio"])
         raise AudioError(f"{name}: is too short to hold one sample at {sampling_rate} Hz")
-    return Recording(without_ends(samples, sampling_rate, trim_silence), clipped_share(own) >= CLIPPED)
+    kept = without_ends(samples, sampling_rate, trim_silence)
+    if len(kept) < len(samples):
+        kept = kept.copy()  # a view would keep all that was read
+    return Recording(kept, clipped_share(own) >= CLIPPED)
+
+
+def key_of(row: Mapping[str, Any]) -> bytes:
+    """What tells a row's recording, or the stretch of it that is used, from others."""
+    return hashlib.sha256(f"{row['audio']}\0{row.get('start')}\0{row.get('end')}".encode()).digest()
 
 
 def clipped_line(clipped: int, what: str) -> str | None:
