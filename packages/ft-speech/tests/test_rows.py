@@ -242,5 +242,9 @@ def test_little_of_a_long_recording_is_read(tmp_path: Path) -> None:
     write_audio(tmp_path / "long.flac", np.zeros(600 * RATE, np.float32), RATE)
     read = read_recording({"audio": str(tmp_path / "long.flac")}, RATE, None, most=5)
     assert 5 * RATE < len(read.samples) <= 6 * RATE
+    spoken = np.zeros(600 * RATE, np.float32)
+    spoken[:RATE] = spoken[-RATE:] = 0.5  # trimmed, what is read of it would pass for a second
+    write_audio(tmp_path / "both.flac", spoken, RATE)
+    assert len(read_recording({"audio": str(tmp_path / "both.flac")}, RATE, 40.0, most=5).samples) > 60 * RATE
     write_audio(tmp_path / "short.flac", np.full(2 * RATE, 0.5, np.float32), RATE)
     assert len(read_recording({"audio": str(tmp_path / "short.flac")}, RATE, None, most=5).samples) == 2 * RATE

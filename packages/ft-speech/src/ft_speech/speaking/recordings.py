@@ -52,6 +52,7 @@ def read_recording(
         most += SILENCE
     if end is None and audio_info(source_of(row["audio"])).seconds > start + most + 2:
         end = start + most + 1
+        trim_silence = None  # sound may follow: it is too long, whatever its beginning is
     own, rate = read_audio(source_of(row["audio"]), sampling_rate=None, start=start, end=end)
     samples = np.asarray(resample(own, rate, sampling_rate), np.float32)
     if not len(samples):
