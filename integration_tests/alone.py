@@ -194,9 +194,15 @@ def listen() -> None:
     sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
     sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "vocab_size"), 64)
     model = WhisperForConditionalGeneration(
-        WhisperConfig(**sizes, d_model=32, num_mel_bins=8, max_source_positions=20, max_target_positions=16)
+        WhisperConfig(
+            **sizes,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
+            d_model=32,
+            num_mel_bins=8,
+            max_source_positions=20,
+            max_target_positions=16,
+        )
     ).train()
-    model.config.pad_token_id, model.config.decoder_start_token_id = 0, 1
     given = {"input_features": torch.randn(2, 8, 40), "labels": torch.randint(64, (2, 9))}
     plain = model(**given).loss.item()
     enable(model)
