@@ -1,6 +1,6 @@
 """What the tutorials show is what ft takes: programs run, configurations hold.
 
-They were trained as they stand when the pages were written, save the one on speaking, which was with few steps; that takes
+They were trained as they stand when the pages were written, but for speaking, with few steps; that takes
 minutes, and is repeated for reading text from pictures, and for Whisper and its new words, by the tests marked slow.
 """
 
