@@ -134,7 +134,7 @@ EXPECTED = {
         "recognise",
         "transcribe",
     ],
-    "ft_speech.listening.recordings": ["Look", "SAID", "UnusableAudio", "looked_at"],
+    "ft_speech.listening.recordings": ["Look", "SAID", "UnusableAudio", "looked_at", "shown"],
     "ft_speech.listening.rows": ["TASKS", "as_transcription", "normalise"],
     "ft_speech.listening.settings": ["AugmentSettings", "SttSettings"],
     "ft_speech.listening.transcripts": ["Segment", "Transcript", "Word", "joined", "ordered", "together"],

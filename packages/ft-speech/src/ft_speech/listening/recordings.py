@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from ft_core.errors import DataError
 from ft_speech.audio import SLACK, AudioError, audio_info
-from ft_speech.references import open_row, source_of
+from ft_speech.references import audio_name, open_row, source_of
 
-__all__ = ["SAID", "Look", "UnusableAudio", "looked_at"]
+__all__ = ["SAID", "Look", "UnusableAudio", "looked_at", "shown"]
 
 EXACT = ("wav", "flac", "ogg")
 """Formats whose header tells how long a file is; an mp3's may be an estimate."""
@@ -66,3 +66,12 @@ def _look(row: Row, whole: bool, most: float | None) -> Look:
         return Look(len(open_row(row)) / 16_000, None)
     except (AudioError, DataError) as error:
         return Look(0.0, str(error))
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """What to show a person of a row's recording: its name, and which stretch of it is meant."""
+    name = audio_name(row["audio"]).replace("\\", "/").rpartition("/")[2]
+    start, end = row.get("start"), row.get("end")
+    if start is None and end is None:
+        return f"[{name}]"
+    return f"[{name}] from {start or 0:g} s" + ("" if end is None else f" to {end:g} s")

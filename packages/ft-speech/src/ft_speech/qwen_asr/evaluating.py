@@ -12,12 +12,11 @@ from ft_core.errors import DataError
 from ft_core.evaluation import Evaluation, EvaluationJob, Sample
 from ft_core.text_metrics import Normalisation
 from ft_speech.listening.metrics import word_and_character_errors
-from ft_speech.listening.recordings import SAID
+from ft_speech.listening.recordings import SAID, shown
 from ft_speech.qwen_asr.collating import AsrCollator, collator_for
 from ft_speech.qwen_asr.documents import RECORDINGS, AsrRenderer, Heard, heard_in, left_out, tokenize
 from ft_speech.qwen_asr.loading import settings_of
 from ft_speech.qwen_asr.parts import parsed
-from ft_speech.references import audio_name
 
 __all__ = ["answers_to", "evaluate"]
 
@@ -70,7 +69,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     loss = total / tokens.trained_tokens
     asked = _questions(job, renderer)
     said = [parsed(answer).text for answer in answers_to(job, collate, renderer, asked)]
-    samples = [Sample(_asked(one.row), one.expected, text) for one, text in zip(asked, said, strict=True)]
+    samples = [Sample(shown(one.row), one.expected, text) for one, text in zip(asked, said, strict=True)]
     metrics: dict[str, float | None] = {}
     if asked:
         also = Normalisation(**job.compared) if job.compared else None
@@ -133,12 +132,3 @@ def answers_to(job: EvaluationJob, collate: AsrCollator, renderer: AsrRenderer, 
         progress=lambda done, total: job.progress(done, total, "answers"),
         inputs=inputs,
     )
-
-
-def _asked(row: Mapping[str, Any]) -> str:
-    """What to show a person of a row's recording: its name, and which stretch of it is meant."""
-    name = audio_name(row["audio"]).replace("\\", "/").rpartition("/")[2]
-    start, end = row.get("start"), row.get("end")
-    if start is None and end is None:
-        return f"[{name}]"
-    return f"[{name}] from {start or 0:g} s" + ("" if end is None else f" to {end:g} s")

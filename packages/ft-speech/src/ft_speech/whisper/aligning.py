@@ -14,15 +14,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ft_speech.listening.metrics import UNSPACED
 from ft_speech.listening.transcripts import Word
 from ft_speech.whisper.vocabulary import Vocabulary
 
 __all__ = ["in_words", "path", "token_times", "without_pauses", "words_of"]
 
 Matrix: TypeAlias = npt.NDArray[np.float32]
-
-SPACELESS = ("ja", "lo", "my", "th", "yue", "zh")
-"""Languages that are written without spaces between words: every character stands for itself."""
 
 ENDS = ".。!！?？"  # noqa: RUF001
 LONGEST_MEDIAN = 0.7
@@ -65,7 +63,7 @@ def in_words(tokens: Sequence[int], tokenizer: Any, language: str | None) -> lis
         pieces.append((tokenizer.decode(begun), len(begun)))
     words: list[tuple[str, int]] = []
     for piece, count in pieces:
-        begins = piece[:1].isspace() or language in SPACELESS
+        begins = piece[:1].isspace() or language in UNSPACED
         spoken = any(character.isalnum() for character in piece)
         waits = bool(words) and not any(character.isalnum() for character in words[-1][0])  # an opening bracket, say
         closes = bool(piece.strip()) and not spoken and not _opens(piece)

@@ -11,8 +11,7 @@ from ft_core.errors import DataError
 from ft_core.evaluation import Evaluation, EvaluationJob, Sample
 from ft_core.text_metrics import Normalisation
 from ft_speech.listening.metrics import word_and_character_errors
-from ft_speech.listening.recordings import SAID
-from ft_speech.references import audio_name
+from ft_speech.listening.recordings import SAID, shown
 from ft_speech.whisper.collating import WhisperCollator, workers_of
 from ft_speech.whisper.documents import Examples, examples
 from ft_speech.whisper.labels import Labels, labels_of
@@ -61,7 +60,7 @@ def evaluate(job: EvaluationJob) -> Evaluation:
     rates = word_and_character_errors(
         answers, expected, english, normalizer=settings.normalizer, spellings=spellings, also=also
     )
-    samples = [Sample(_asked(row), text, said) for row, text, said in zip(rows, expected, answers, strict=True)]
+    samples = [Sample(shown(row), text, said) for row, text, said in zip(rows, expected, answers, strict=True)]
     metrics: dict[str, float | None] = {**rates, "loss": total / found.tokens}
     compared = {"normalizer": settings.normalizer, **job.compared}
     return Evaluation(metrics, samples, len(found.rows), asked, compared)
@@ -134,12 +133,3 @@ def _written(job: EvaluationJob, labels: Labels, batch: Mapping[str, Any], rows:
 def _features(model: Any, batch: Mapping[str, Any]) -> Any:
     dtype = model.get_encoder().conv1.weight.dtype
     return batch["input_features"].to(model.device, dtype)
-
-
-def _asked(row: Row) -> str:
-    """What to show a person of a row's recording."""
-    name = audio_name(row["audio"]).replace("\\", "/").rpartition("/")[2]
-    start, end = row.get("start"), row.get("end")
-    if start is None and end is None:
-        return f"[{name}]"
-    return f"[{name}] from {start or 0:g} s" + ("" if end is None else f" to {end:g} s")
